@@ -1,0 +1,37 @@
+"""What a note is once it has been read: tokens by line, and the entities marked in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A labelled run of tokens in one sentence.
+
+    `start` and `end` are token offsets in that sentence, counted from 0, `end` exclusive.
+    """
+
+    start: int
+    end: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One line of a note, split at white space, with its entities in order of `start`.
+
+    Entities of one sentence do not overlap. The tokens are left out of `repr`, so that a note that
+    lands in a log or a traceback by mistake shows its shape and not its text.
+    """
+
+    tokens: tuple[str, ...] = field(repr=False)
+    entities: tuple[Entity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One clinical note: its sentences in reading order under an id unique in its folder."""
+
+    id: str
+    sentences: tuple[Sentence, ...]
