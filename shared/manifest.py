@@ -1,0 +1,164 @@
+"""The manifest of a transfer: everything a receiver must know before the first chunk, and can check afterwards.
+
+A transfer is an update (site to coordinator) or a state (coordinator to sites). Its payload is one standard
+safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one zstd frame. The
+manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked before it is
+decompressed and the file after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal, Self
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import RefusedError
+from shared.ids import Ident, Sha256Hex, TransferId
+
+MAX_FRAMES = 24_000
+"""12 GB at the default slice of 512 KiB; keeps a manifest under 1,000,000 bytes, the smallest default packet limit
+among brokers."""
+
+MAX_FRAME_BYTES = 900_000
+"""A frame and its header stay under that packet limit with room for the topic."""
+
+DEFAULT_SLICE_BYTES = 512 * 1024
+MIN_SLICE_BYTES = 4 * 1024
+MAX_SLICE_BYTES = 768 * 1024
+MAX_METRICS = 64
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class WireModel(BaseModel):
+    """Frozen, strict, closed: a value of such a type has passed every check of its fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class UpdateFacts(WireModel):
+    """What an update says of itself."""
+
+    site: Ident
+    base_version: int = Field(ge=0)
+    base_sha256: Sha256Hex
+    """Digest of the published state that the site started from."""
+    examples: int = Field(ge=1, le=1_000_000_000)
+    metrics: dict[Annotated[str, Field(pattern=r"\A[a-z0-9_/]{1,64}\Z")], Annotated[float, Field(allow_inf_nan=False)]]
+    """Numbers only: training loss, local F1, seconds."""
+
+    @model_validator(mode="after")
+    def _few_metrics(self) -> Self:
+        if len(self.metrics) > MAX_METRICS:
+            msg = f"more than {MAX_METRICS} metrics"
+            raise ValueError(msg)
+        return self
+
+
+class StateFacts(WireModel):
+    """What a published state says of itself."""
+
+    version: int = Field(ge=0)
+
+
+class Manifest(WireModel):
+    """One transfer, described before it is sent; see the module's docstring."""
+
+    transfer_id: TransferId
+    federation: Ident
+    fingerprint: Sha256Hex
+    codec: Annotated[str, Field(pattern=r"\A[a-z0-9_]{1,32}\Z")]
+    group: Literal[1, 2, 4]
+    """Byte-grouping width used inside each slice before zstd."""
+    slice_size: int = Field(ge=MIN_SLICE_BYTES, le=MAX_SLICE_BYTES, multiple_of=8)
+    file_size: int = Field(ge=1)
+    file_sha256: Sha256Hex
+    frame_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)], ...] = Field(min_length=1, max_length=MAX_FRAMES)
+    frame_hashes: bytes
+    """SHA-256 of each frame, 32 bytes each, in order."""
+    created: NonNegative
+    """Unix seconds by the sender's clock; for people, never for decisions."""
+    facts: UpdateFacts | StateFacts
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        frames = -(-self.file_size // self.slice_size)
+        if len(self.frame_lengths) != frames:
+            msg = f"{len(self.frame_lengths)} frames listed, but the file size and slice size give {frames}"
+            raise ValueError(msg)
+        if len(self.frame_hashes) != 32 * frames:
+            msg = f"{len(self.frame_hashes)} bytes of frame hashes for {frames} frames"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return len(self.frame_lengths)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Payload bytes of all frames, without packet headers."""
+        return sum(self.frame_lengths)
+
+    def frame_hash(self, index: int) -> bytes:
+        """SHA-256 (32 bytes) of frame `index`."""
+        return self.frame_hashes[32 * index : 32 * index + 32]
+
+    def raw_size(self, index: int) -> int:
+        """Uncompressed bytes of slice `index`; only the last one is short."""
+        return min(self.slice_size, self.file_size - index * self.slice_size)
+
+    @property
+    def update(self) -> UpdateFacts:
+        """The update's facts; asserts that this is an update."""
+        assert isinstance(self.facts, UpdateFacts)
+        return self.facts
+
+    @property
+    def state(self) -> StateFacts:
+        """The state's facts; asserts that this is a state."""
+        assert isinstance(self.facts, StateFacts)
+        return self.facts
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return plain msgpack-able values, in field order (the encoding is canonical)."""
+        return {**self.model_dump(mode="python"), "frame_lengths": list(self.frame_lengths)}
+
+    def to_bytes(self) -> bytes:
+        """Canonical msgpack bytes; equal manifests give equal bytes."""
+        packed: bytes = msgpack.packb(self.to_wire(), use_bin_type=True)
+        return packed
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hex: the manifest's own identity in receipts and journal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_manifest(wire: object) -> Manifest:
+    """Validate decoded msgpack into a Manifest; RefusedError(rule='bad-manifest') names the first wrong field."""
+    if isinstance(wire, dict) and isinstance(wire.get("frame_lengths"), list):
+        wire = {**wire, "frame_lengths": tuple(wire["frame_lengths"])}
+    try:
+        return Manifest.model_validate(wire)
+    except ValidationError as error:
+        raise RefusedError(describe_invalid("manifest", error), rule="bad-manifest") from None
+
+
+def manifest_from_bytes(data: bytes) -> Manifest:
+    """Inverse of Manifest.to_bytes for bytes at rest; RefusedError(rule='bad-manifest') when they do not parse."""
+    try:
+        wire = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=2_000_000)
+    except (ValueError, msgpack.UnpackException):
+        raise RefusedError("a manifest is not msgpack", rule="bad-manifest") from None
+    return parse_manifest(wire)
+
+
+def describe_invalid(what: str, error: ValidationError) -> str:
+    """Name the first offending field and the reason; the offending value, which a peer chose, is left out."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "whole"
+    return f"{what}: field {where}: {first['msg']}"

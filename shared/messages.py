@@ -1,0 +1,258 @@
+"""Control messages: frozen, validated at the door, msgpack inside an envelope with a place for a signature.
+
+The conversation is the same in both directions. The sender *offers* (a site by `Offer`, the coordinator by the
+retained `Announce`); the receiver says what it *wants* (`Want`: bitmap of what it has, chunks it allows in flight);
+chunks flow; the receiver wants again. An update ends with a `Receipt`. Every message may be repeated or lost: each
+means the same the second time, and the site, which is the one that comes and goes, owns all the timers.
+
+Bodies carry `v` (schema version) and `t` (type). An unknown type is skipped by the caller (`UnknownMessageError`), so
+that a newer peer may say new things; a known type with an unknown or wrong field is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgpack
+from pydantic import Field, ValidationError
+
+from shared.errors import RefusedError
+from shared.ids import Ident, SessionId, Sha256Hex, TransferId
+from shared.manifest import MAX_FRAMES, Manifest, NonNegative, WireModel, describe_invalid, parse_manifest
+
+SCHEMA_VERSION = 1
+MAX_CONTROL_BYTES = 990_000
+MAX_TEXT = 500
+
+Rule = Annotated[str, Field(pattern=r"\A[a-z0-9-]{1,48}\Z")]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Version = Annotated[int, Field(ge=0)]
+
+
+class UnknownMessageError(RefusedError):
+    """A message of a type that this release does not know; skip it."""
+
+
+class Message(WireModel):
+    """Base of all control messages; `kind` is the wire's `t`."""
+
+    kind: ClassVar[str]
+
+
+class Hello(Message):
+    """Site to coordinator on each connection: who I am and which federation I think this is."""
+
+    kind: ClassVar[str] = "hello"
+    site: Ident
+    session: SessionId
+    fingerprint: Sha256Hex
+    config_sha256: Sha256Hex
+    frozen_sha256: Sha256Hex
+    software: Text
+    clock: NonNegative
+
+
+class Probe(Message):
+    """Coordinator to site: if you are session `session`, say hello now; another process claims your name."""
+
+    kind: ClassVar[str] = "probe"
+    session: SessionId
+
+
+class Welcome(Message):
+    """Coordinator to site: hello accepted for `session`."""
+
+    kind: ClassVar[str] = "welcome"
+    session: SessionId
+    boot: SessionId
+    clock: NonNegative
+
+
+class Refused(Message):
+    """Coordinator to site: session `session` may not take part, under the named rule."""
+
+    kind: ClassVar[str] = "refused"
+    session: SessionId
+    rule: Rule
+    detail: Text
+
+
+class Offer(Message):
+    """Site to coordinator: this sealed update is ready."""
+
+    kind: ClassVar[str] = "offer"
+    manifest: Manifest
+
+
+class Want(Message):
+    """Receiver to sender: what I hold durably of a transfer, and how many chunks may be in flight."""
+
+    kind: ClassVar[str] = "want"
+    transfer_id: TransferId
+    have: Annotated[bytes, Field(max_length=MAX_FRAMES // 8)]
+    window: int = Field(ge=0, le=4096)
+    """Chunks; 0 means wait, `retry_s` says how long."""
+    retry_s: NonNegative = 0.0
+
+
+Outcome = Literal["accepted", "rejected", "merged", "dropped"]
+
+
+class Receipt(Message):
+    """Coordinator to site: the update is durable, and what became of it so far."""
+
+    kind: ClassVar[str] = "receipt"
+    update_id: TransferId
+    manifest_sha256: Sha256Hex
+    outcome: Outcome
+    rule: Rule | None = None
+    """Why rejected or dropped."""
+    detail: Text = ""
+    version: Version | None = None
+    """The version it was merged into."""
+    staleness: Version | None = None
+    weight: NonNegative | None = None
+
+
+Phase = Literal["starting", "waiting", "pulling", "training", "uploading", "done", "stopped", "failed"]
+
+
+class Status(Message):
+    """Site to coordinator, for people: what the site is doing. Losing one costs nothing."""
+
+    kind: ClassVar[str] = "status"
+    site: Ident
+    session: SessionId
+    phase: Phase
+    version: Version | None
+    progress: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the phase that is done."""
+    metrics: dict[Annotated[str, Field(pattern=r"\A[a-z0-9_/]{1,64}\Z")], Annotated[float, Field(allow_inf_nan=False)]] = {}
+    bytes_up: int = Field(default=0, ge=0)
+    bytes_down: int = Field(default=0, ge=0)
+    outbox: int = Field(default=0, ge=0)
+    reconnects: int = Field(default=0, ge=0)
+
+
+class Announce(Message):
+    """Coordinator to everybody, retained: the newest version and how to pull it."""
+
+    kind: ClassVar[str] = "announce"
+    boot: SessionId
+    fingerprint: Sha256Hex
+    config_sha256: Sha256Hex
+    frozen_sha256: Sha256Hex
+    manifest: Manifest
+    final: bool
+    """No version follows; the run is complete."""
+    target: Version
+
+
+class Presence(Message):
+    """Site to everybody who may read it, retained; the broker says online=False for us by the last will."""
+
+    kind: ClassVar[str] = "presence"
+    site: Ident
+    session: SessionId
+    online: bool
+
+
+_TYPES: dict[str, type[Message]] = {
+    kind.kind: kind for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Receipt, Status, Announce, Presence)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A body, and who signed it; key id and signature are empty until a federation enrols keys."""
+
+    body: bytes
+    key_id: str
+    signature: bytes
+
+
+def encode(message: Message) -> bytes:
+    """Return the enveloped bytes of a message; equal messages give equal bytes."""
+    fields: dict[str, Any] = message.model_dump(mode="python", exclude={"manifest"})
+    manifest = getattr(message, "manifest", None)
+    if isinstance(manifest, Manifest):
+        fields["manifest"] = manifest.to_wire()
+    body = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
+    packed: bytes = msgpack.packb({"b": body, "k": "", "s": b""}, use_bin_type=True)
+    return packed
+
+
+def open_envelope(data: bytes) -> Envelope:
+    """Split the envelope; RefusedError(rule='bad-envelope') on anything but the three fields of the right types."""
+    outer = _unpack(data, "bad-envelope")
+    match outer:
+        case {"b": bytes(body), "k": str(key_id), "s": bytes(signature)} if len(outer) == 3:
+            return Envelope(body, key_id, signature)
+    raise RefusedError("the envelope does not hold exactly body, key id and signature", rule="bad-envelope")
+
+
+def decode(data: bytes) -> Message:
+    """Parse and validate one enveloped message.
+
+    Raises RefusedError with rule 'bad-envelope', 'bad-schema-version' or 'bad-message', and UnknownMessageError for a
+    type that this release does not know.
+    """
+    body = _unpack(open_envelope(data).body, "bad-message")
+    version, kind = body.pop("v", None), body.pop("t", None)
+    if version != SCHEMA_VERSION:
+        raise RefusedError(f"a message of another schema version than {SCHEMA_VERSION}", rule="bad-schema-version")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise UnknownMessageError("a message of unknown type", rule="unknown-message")
+    if "manifest" in body:
+        body["manifest"] = parse_manifest(body["manifest"])
+    try:
+        return _TYPES[kind].model_validate(body)
+    except ValidationError as error:
+        raise RefusedError(describe_invalid(kind, error), rule="bad-message") from None
+
+
+def _unpack(data: bytes, rule: str) -> dict[str, Any]:
+    if len(data) > MAX_CONTROL_BYTES:
+        raise RefusedError(f"a control message of {len(data)} bytes, at most {MAX_CONTROL_BYTES} allowed", rule=rule)
+    try:
+        value = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=MAX_CONTROL_BYTES)
+    except (ValueError, msgpack.UnpackException, RecursionError):
+        raise RefusedError("a control message is not msgpack", rule=rule) from None
+    if not isinstance(value, dict):
+        raise RefusedError("a control message is not a map", rule=rule)
+    return value
+
+
+# -- data plane -------------------------------------------------------------------------------------------------------
+
+_CHUNK = struct.Struct(">2sBx16sII")
+CHUNK_HEADER_BYTES = _CHUNK.size
+"""28: magic 'MB', version, one zero byte, transfer id, index, length."""
+
+
+def chunk_header(transfer_id: str, index: int, length: int) -> bytes:
+    """The fixed binary header that stands before a frame."""
+    return _CHUNK.pack(b"MB", SCHEMA_VERSION, bytes.fromhex(transfer_id), index, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One frame of a transfer, as it came; the frame is a view of the packet, not a copy."""
+
+    transfer_id: str
+    index: int
+    frame: memoryview
+
+
+def parse_chunk(packet: bytes) -> Chunk:
+    """Split a data packet; RefusedError(rule='bad-chunk') when magic, version or length do not fit."""
+    if len(packet) < CHUNK_HEADER_BYTES:
+        raise RefusedError("a data packet shorter than its header", rule="bad-chunk")
+    magic, version, transfer_id, index, length = _CHUNK.unpack_from(packet)
+    if magic != b"MB" or version != SCHEMA_VERSION or packet[3] != 0:
+        raise RefusedError("a data packet with another magic or version", rule="bad-chunk")
+    if length != len(packet) - CHUNK_HEADER_BYTES:
+        raise RefusedError("a data packet whose length field is wrong", rule="bad-chunk")
+    return Chunk(transfer_id.hex(), index, memoryview(packet)[CHUNK_HEADER_BYTES:])
