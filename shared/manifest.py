@@ -46,7 +46,7 @@ class UpdateFacts(WireModel):
     base_sha256: Sha256Hex
     """Digest of the published state that the site started from."""
     examples: int = Field(ge=1, le=1_000_000_000)
-    metrics: dict[Annotated[str, Field(pattern=r"\A[a-z0-9_/]{1,64}\Z")], Annotated[float, Field(allow_inf_nan=False)]]
+    metrics: dict[Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")], Annotated[float, Field(allow_inf_nan=False)]]
     """Numbers only: training loss, local F1, seconds."""
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class Manifest(WireModel):
     transfer_id: TransferId
     federation: Ident
     fingerprint: Sha256Hex
-    codec: Annotated[str, Field(pattern=r"\A[a-z0-9_]{1,32}\Z")]
+    codec: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
     group: Literal[1, 2, 4]
     """Byte-grouping width used inside each slice before zstd."""
     slice_size: int = Field(ge=MIN_SLICE_BYTES, le=MAX_SLICE_BYTES, multiple_of=8)
@@ -151,7 +151,7 @@ def parse_manifest(wire: object) -> Manifest:
 def manifest_from_bytes(data: bytes) -> Manifest:
     """Inverse of Manifest.to_bytes for bytes at rest; RefusedError(rule='bad-manifest') when they do not parse."""
     try:
-        wire = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=2_000_000)
+        wire = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except (ValueError, msgpack.UnpackException):
         raise RefusedError("a manifest is not msgpack", rule="bad-manifest") from None
     return parse_manifest(wire)

@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 MAX_CONTROL_BYTES = 990_000
 MAX_TEXT = 500
 
-Rule = Annotated[str, Field(pattern=r"\A[a-z0-9-]{1,48}\Z")]
+Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$")]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Version = Annotated[int, Field(ge=0)]
 
@@ -129,7 +129,7 @@ class Status(Message):
     version: Version | None
     progress: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the phase that is done."""
-    metrics: dict[Annotated[str, Field(pattern=r"\A[a-z0-9_/]{1,64}\Z")], Annotated[float, Field(allow_inf_nan=False)]] = {}
+    metrics: dict[Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")], Annotated[float, Field(allow_inf_nan=False)]] = {}
     bytes_up: int = Field(default=0, ge=0)
     bytes_down: int = Field(default=0, ge=0)
     outbox: int = Field(default=0, ge=0)
@@ -217,7 +217,7 @@ def _unpack(data: bytes, rule: str) -> dict[str, Any]:
     if len(data) > MAX_CONTROL_BYTES:
         raise RefusedError(f"a control message of {len(data)} bytes, at most {MAX_CONTROL_BYTES} allowed", rule=rule)
     try:
-        value = msgpack.unpackb(data, raw=False, strict_map_key=True, max_buffer_size=MAX_CONTROL_BYTES)
+        value = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except (ValueError, msgpack.UnpackException, RecursionError):
         raise RefusedError("a control message is not msgpack", rule=rule) from None
     if not isinstance(value, dict):
