@@ -1,0 +1,304 @@
+"""Configuration files: TOML into frozen pydantic models, with errors that name the file and the key.
+
+Two kinds, kept apart on purpose. `federation.toml` is what all must agree on; its canonical hash goes into the
+fingerprint that every manifest carries. `coordinator.toml` and `site.toml` are each machine's own business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shared.errors import ConfigError
+from shared.ids import Ident, Sha256Hex
+
+CodecName = Literal["f32", "bf16", "int8"]
+Mode = Literal["sync", "fedbuff", "fedasync"]
+StalenessKind = Literal["constant", "hinge", "polynomial"]
+ServerOptimizerName = Literal["sgd", "momentum"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# -- the federation: agreed by all, fingerprinted ------------------------------------------------------------------------
+
+
+class ModelSection(Section):
+    """The pre-trained model that everybody starts from."""
+
+    base: str
+    """Local directory or hub id. Where it lies may differ per machine, so it stays out of the fingerprint."""
+    revision: str = "main"
+    frozen_sha256: Sha256Hex | None = None
+    """Expected hash of the frozen weights; checked when given, and always part of the fingerprint as computed."""
+
+
+class TaskSection(Section):
+    """What is learnt."""
+
+    kind: Literal["ner"] = "ner"
+    labels: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = ("problem", "treatment", "test")
+    max_length: int = Field(default=192, ge=8, le=8192)
+    """Tokens per training window."""
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if not labels or len(set(labels)) != len(labels):
+            msg = "labels must be distinct and at least one"
+            raise ValueError(msg)
+        return labels
+
+
+class LayersSection(Section):
+    """Which layers are trained and exchanged."""
+
+    plan: str = "top:6"
+    """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+
+
+class CodecSection(Section):
+    """How tensors travel."""
+
+    up: CodecName = "bf16"
+    down: CodecName = "bf16"
+    slice_kib: int = Field(default=512, ge=4, le=768)
+    """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
+    zstd_level: int = Field(default=1, ge=1, le=19)
+
+
+class StalenessSection(Section):
+    """s(tau): how much an update counts that is tau versions late."""
+
+    kind: StalenessKind = "polynomial"
+    a: Positive | None = None
+    """Exponent (polynomial, 0.5) or slope (hinge, 10)."""
+    b: Annotated[float, Field(ge=0)] | None = None
+    """Hinge: versions of lateness that cost nothing (4)."""
+    limit: int = Field(default=1000, ge=0)
+    """Updates later than this are rejected under the rule too-stale."""
+
+
+class ServerSection(Section):
+    """The server optimizer over the mean delta."""
+
+    optimizer: ServerOptimizerName = "sgd"
+    lr: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class AggregationSection(Section):
+    """When a round closes and how its updates are weighted."""
+
+    mode: Mode = "sync"
+    quorum: int = Field(default=1, ge=1, le=100_000)
+    """Fewest updates that close a sync round; it also waits for every site present, up to the deadline."""
+    buffer: int = Field(default=3, ge=1, le=100_000)
+    """K of FedBuff."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Mixing rate of FedAsync."""
+    size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
+    deadline_s: Positive = 3600.0
+    """A round that has any update at all closes after this long (sync: only with the quorum)."""
+    staleness: StalenessSection = StalenessSection()
+    server: ServerSection = ServerSection()
+
+
+class TrainingSection(Section):
+    """Local training of one update."""
+
+    epochs: int = Field(default=1, ge=1, le=1000)
+    batch_size: int = Field(default=8, ge=1, le=4096)
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps of one update over which the rate rises."""
+    max_grad_norm: Positive = 1.0
+
+
+class FederationSection(Section):
+    """The federation itself."""
+
+    name: Ident
+    versions: int = Field(default=10, ge=1, le=1_000_000)
+    """The run is complete when this version is published."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    sites: tuple[Ident, ...] = ()
+    """Who may take part; empty admits whoever the broker admits."""
+
+
+class FederationConfig(Section):
+    """`federation.toml`."""
+
+    federation: FederationSection
+    model: ModelSection
+    task: TaskSection = TaskSection()
+    layers: LayersSection = LayersSection()
+    codec: CodecSection = CodecSection()
+    aggregation: AggregationSection = AggregationSection()
+    training: TrainingSection = TrainingSection()
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies."""
+        agreed = self.model_dump(mode="json", exclude={"model": {"base"}})
+        canonical = json.dumps(agreed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+# -- each machine's own ------------------------------------------------------------------------------------------------
+
+
+class BrokerSection(Section):
+    """How to reach the broker."""
+
+    url: str = "mqtt://127.0.0.1:1883"
+    """`mqtt://host:port` or `mqtts://host:port`; several, separated by commas, for a cluster."""
+    username: str | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        if not url.startswith(("mqtt://", "mqtts://")):
+            msg = "must start with mqtt:// or mqtts://"
+            raise ValueError(msg)
+        return url
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            msg = "cert_file and key_file go together"
+            raise ValueError(msg)
+        return self
+
+
+class LinkSection(Section):
+    """Patience of the link; one time-out: no progress for `stall_s`."""
+
+    stall_s: Positive = 5.0
+    backoff_cap_s: Positive = 15.0
+    keepalive_s: int = Field(default=30, ge=5, le=3600)
+    window: int = Field(default=16, ge=1, le=4096)
+    """Chunks in flight per transfer."""
+
+
+class CoordinatorConfig(Section):
+    """`coordinator.toml`."""
+
+    federation: Path
+    storage: Path
+    broker: BrokerSection = BrokerSection()
+    link: LinkSection = LinkSection()
+    credit_mib: int = Field(default=256, ge=1)
+    """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
+    exit_when_done: bool = False
+
+
+class DataSection(Section):
+    """The notes, which never leave this machine."""
+
+    notes: Path
+    skip_bad: bool = False
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the notes kept back to report a local F1; never trained on."""
+
+
+class SiteConfig(Section):
+    """`site.toml`."""
+
+    name: Ident
+    federation: Path
+    storage: Path
+    data: DataSection
+    broker: BrokerSection = BrokerSection()
+    link: LinkSection = LinkSection()
+    model_dir: Path | None = None
+    """Where the base model lies here, when not where federation.toml says."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads of the training worker; 0 leaves the choice to torch."""
+    outbox_max: int = Field(default=4, ge=1)
+    """Sealed updates that may wait for the network before training pauses."""
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+_C = TypeVar("_C", bound=Section)
+
+
+def load_config(path: Path, model: type[_C]) -> _C:
+    """Read a TOML file into `model`; relative paths inside are taken from the file's folder.
+
+    Raises ConfigError that names the file, the key and, for an unknown key, the nearest right one.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", hint="`mailboat init DIR` writes commented examples") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, a TOML file was expected", hint="name the file itself") from None
+    except PermissionError:
+        raise ConfigError(f"{path} may not be read by this user", hint="check the file's owner and mode") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", hint="save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the line it names") from None
+    return _anchored(parse_config(data, model, str(path)), path.resolve().parent)
+
+
+def parse_config(data: dict[str, Any], model: type[_C], where: str) -> _C:
+    """Validate a decoded table; ConfigError names `where` and each wrong key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(model, item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        hint = "mend the key" if len(problems) == 1 else "mend these keys"
+        raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint) from None
+
+
+def _problem(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, text: str) -> str:
+    key = ".".join(str(part) for part in loc)
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "extra_forbidden":
+        known = _keys_beside(model, loc)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
+        instead = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}: {instead}"
+    return f"{key}: {text.removeprefix('Value error, ')}"
+
+
+def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    here: Any = model
+    for part in loc[:-1]:
+        annotation = here.model_fields[part].annotation
+        here = next((arm for arm in (annotation, *typing.get_args(annotation)) if hasattr(arm, "model_fields")), None)
+        if here is None:
+            return []
+    return sorted(here.model_fields)
+
+
+def _anchored(config: _C, folder: Path) -> _C:
+    changed: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, Path):
+            changed[name] = folder / value.expanduser()
+        elif isinstance(value, Section):
+            changed[name] = _anchored(value, folder)
+    return config.model_copy(update=changed)
