@@ -1,0 +1,70 @@
+# `make` lists what there is. `make demo` and `make test` do all of their set-up themselves.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv/bin
+CPUS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Each worker loads PyTorch once (about 0.5 GB) and starts processes of its own: four are plenty.
+WORKERS ?= $(shell [ $(CPUS) -gt 4 ] && echo 4 || echo $(CPUS))
+ARGS ?=
+# The tests share the cores by processes, not by threads inside PyTorch.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
+PARALLEL := -n $(WORKERS) --dist worksteal
+
+.PHONY: help setup demo test check lint format types imports unit integration coverage clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## virtual environment, pinned packages, Mosquitto where permitted (instant when done before)
+	@PYTHON="$(PYTHON)" tools/setup.sh $(or $(MAKECMDGOALS),setup)
+
+demo: setup ## four hospitals fine-tune one model over MQTT on this machine: make demo ARGS="--mode fedbuff"
+	@$(VENV)/mailboat demo $(ARGS)
+
+test: check ## everything a change must pass: style, types, import rules, all tests, coverage
+	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
+	@rm -f .coverage .coverage.*
+	@$(PYTEST) $(PARALLEL) --cov --cov-report=term $(ARGS)
+	@$(MAKE) --no-print-directory coverage-gate
+
+check: setup lint types imports
+
+lint: setup ## ruff: rules and formatting
+	@echo "[lint] ruff"
+	@$(VENV)/ruff check --quiet .
+	@$(VENV)/ruff format --check --quiet . || { echo "[lint] run 'make format'" >&2; exit 1; }
+
+format: setup ## let ruff format the sources and repair what it safely can
+	@$(VENV)/ruff format --quiet .
+	@$(VENV)/ruff check --fix --quiet .
+
+types: setup ## mypy --strict over sources and tests
+	@echo "[types] mypy"
+	@$(VENV)/mypy
+
+imports: setup ## import-linter: who may import whom
+	@echo "[imports] import-linter"
+	@$(VENV)/lint-imports --no-logo > .make/imports.log || { cat .make/imports.log; exit 1; }
+
+unit: setup ## the unit tests alone
+	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
+
+integration: setup ## the tests with real brokers and processes alone
+	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+coverage: setup ## the last run's coverage, line by line, and the gate
+	@$(VENV)/coverage report
+	@$(MAKE) --no-print-directory coverage-gate
+
+# What may lose or double an update stands in these two packages.
+.PHONY: coverage-gate
+coverage-gate:
+	@printf '[coverage] lines of shared/ and coordinator/, at least 90 %%: '
+	@$(VENV)/coverage report --include='shared/*,coordinator/*' --fail-under=90 --format=total
+
+clean: ## remove caches, reports and demonstration runs; the virtual environment stays
+	rm -rf .make .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build dist demo-run*
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,1 @@
+"""Starts the MQTT broker and writes its configuration and access rules."""

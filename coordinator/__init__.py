@@ -1,0 +1,1 @@
+"""Collects the sites' updates, merges them and publishes versions."""

@@ -1,0 +1,1 @@
+"""Trains at a hospital site and sends its updates."""

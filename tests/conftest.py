@@ -1,0 +1,40 @@
+"""Fixtures for everybody: a free port and a real Mosquitto."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.launcher import RunningBroker, find_mosquitto, run_broker
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[RunningBroker]:
+    """A real Mosquitto of this test's own, on a free port of the loopback address, gone afterwards."""
+    if find_mosquitto() is None:
+        pytest.skip("Mosquitto is not installed: apt-get install mosquitto")
+    broker = run_broker("mosquitto", tmp_path / "mosquitto")
+    with asyncio.Runner() as runner:
+        running = runner.run(broker.__aenter__())
+        try:
+            yield running
+        finally:
+            runner.run(broker.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def mosquitto_url(mosquitto: RunningBroker) -> str:
+    """The URL of a real Mosquitto of this test's own, such as mqtt://127.0.0.1:40123."""
+    return mosquitto.url
