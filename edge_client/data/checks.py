@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.data.notes import Entity, Sentence
-from shared.errors import RefusedError
+from shared.errors import RefusedError, UnavailableError
 
 # Only the white space that typists and exporters write. `str.split()` would also split at U+00A0
 # and U+0085, which are letters' neighbours in badly converted notes and would shift every offset.
@@ -26,9 +26,9 @@ class Where:
     path: Path
     line: int
 
-    def refuse(self, problem: str, hint: str) -> RefusedError:
+    def refuse(self, problem: str, *, rule: str = "note-format", hint: str) -> RefusedError:
         """Return the error that names this line; `problem` and `hint` must quote no content."""
-        return RefusedError(f"{self.path}, line {self.line}: {problem}", hint=hint)
+        return RefusedError(f"{self.path}, line {self.line}: {problem}", rule=rule, hint=hint)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -37,12 +37,12 @@ def read_lines(path: Path) -> list[str]:
     The text is UTF-8. A file that is not UTF-8 is read as Latin-1, in which every byte is a
     character: old exports are written so, and only words outside ASCII differ.
 
-    Raises RefusedError when the file cannot be read.
+    Raises UnavailableError when the file cannot be read; that is no fault of the note, so it is never skipped.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise RefusedError(
+        raise UnavailableError(
             f"{path} cannot be read: {error.strerror}",
             hint="give the account that runs the site the right to read its notes",
         ) from error
@@ -65,14 +65,13 @@ def check_label(label: str, labels: Sequence[str], where: Where) -> str:
     if label not in labels:
         raise where.refuse(
             f"a label is not one of the label set ({', '.join(labels)})",
+            rule="label-set",
             hint="correct the annotation, or agree on a label set that holds it",
         )
     return label
 
 
-def build_sentence(
-    tokens: Sequence[str], marked: Sequence[tuple[Entity, Where]], where: Where
-) -> Sentence:
+def build_sentence(tokens: Sequence[str], marked: Sequence[tuple[Entity, Where]], where: Where) -> Sentence:
     """Return the sentence whose entities are `marked`, sorted by their start.
 
     `where` is the line of the sentence; each entity comes with the line that marked it.

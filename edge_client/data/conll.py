@@ -66,7 +66,7 @@ def _read_sentence(rows: _Numbered, path: Path, labels: Sequence[str]) -> Senten
         where = Where(path, number)
         columns = split_words(line)
         tag = _TAG.fullmatch(columns[-1])
-        if len(columns) < 2 or tag is None:  # noqa: PLR2004 - a token and a tag
+        if len(columns) < 2 or tag is None:
             raise where.refuse(
                 "not a token followed by a tag",
                 hint="expected columns with the token first and O, B-LABEL or I-LABEL last",

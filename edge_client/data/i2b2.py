@@ -43,6 +43,7 @@ def _partner(paths: dict[str, Path], name: str, expected: Path) -> Path:
     if name not in paths:
         raise RefusedError(
             f"{expected} is missing",
+            rule="note-missing",
             hint="each txt/NAME.txt needs its concept/NAME.con, which may be empty",
         )
     return paths[name]

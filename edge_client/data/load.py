@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
 
 from edge_client.data.conll import read_conll
 from edge_client.data.i2b2 import read_i2b2
 from edge_client.data.jsonl import read_jsonl
 from edge_client.data.notes import Note
 from shared.errors import RefusedError
-
-_Reader: TypeAlias = Callable[[Path, Sequence[str]], Iterator[Note | RefusedError]]
 
 _READERS = MappingProxyType({".conll": read_conll, ".bio": read_conll, ".jsonl": read_jsonl})
 _LOOKED_FOR = "a folder with txt/NAME.txt and concept/NAME.con, or .conll, .bio or .jsonl files"
@@ -65,7 +62,7 @@ def _read_all(path: Path, labels: Sequence[str]) -> Iterator[Note | RefusedError
 
 def _nothing_found(path: Path) -> RefusedError:
     state = "holds no notes" if path.exists() else "does not exist"
-    return RefusedError(f"{path} {state}", hint=f"looked for {_LOOKED_FOR}")
+    return RefusedError(f"{path} {state}", rule="note-missing", hint=f"looked for {_LOOKED_FOR}")
 
 
 def _check_ids(notes: Sequence[Note], path: Path) -> None:
@@ -73,5 +70,6 @@ def _check_ids(notes: Sequence[Note], path: Path) -> None:
     if len({note.id for note in notes}) < len(notes):
         raise RefusedError(
             f"{path}: two notes have the same id",
+            rule="note-id",
             hint="give each note an id of its own, or remove the copy",
         )
