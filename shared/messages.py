@@ -94,6 +94,8 @@ class Want(Message):
     have: Annotated[bytes, Field(max_length=MAX_FRAMES // 8)]
     window: int = Field(ge=0, le=4096)
     """Chunks; 0 means wait, `retry_s` says how long."""
+    restart: bool = False
+    """Nothing is in flight to me any more: send again whatever I lack."""
     retry_s: NonNegative = 0.0
 
 
