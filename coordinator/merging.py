@@ -1,0 +1,122 @@
+"""The plan of a merge: which updates make version v, and with which weights. Pure; the tensors are elsewhere.
+
+Notation: x is the master (float32), delta_i the i-th update in order of acceptance, n_i its examples, tau_i its
+staleness, s the staleness function, p the size power.
+
+sync and fedbuff: mean = sum_i n_i^p s(tau_i) delta_i / sum_i n_i^p, both sums over the updates that hold the tensor,
+then x <- server optimizer(x, mean). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm
+1); with p = 0 it is FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the line only: lateness
+damps the step. Were it below too, a buffer in which all are equally late would step as far as a fresh one.
+
+fedasync: one update, x <- (1 - a_t) x + a_t (y + delta), where y is the published state that the site started from
+and a_t = alpha s(tau) (Xie et al., arXiv 1903.03934, algorithm 1). No server optimizer: mixing is the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.records import Accepted, Contribution
+from coordinator.staleness import staleness_weight
+from shared.config import AggregationSection, Mode
+from shared.ids import Ident, Sha256Hex, TransferId
+from shared.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedContribution:
+    """One update's part, before its tensors are known."""
+
+    update_id: TransferId
+    site: Ident
+    base_version: int
+    base_state_id: TransferId
+    """Transfer id of the published state that the site started from."""
+    staleness: int
+    examples: int
+    numerator: float
+    """n^p s(tau); for fedasync a_t."""
+    denominator: float
+    """n^p; for fedasync 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """How `version` follows from `base_version`, the version before it."""
+
+    version: int
+    base_version: int
+    mode: Mode
+    alpha: float
+    """Mixing rate of fedasync before staleness; unused elsewhere."""
+    contributions: tuple[PlannedContribution, ...]
+    """In order of acceptance, which is the order of addition."""
+
+    def recorded(self) -> tuple[Contribution, ...]:
+        """The contributions as VersionCommitted stores them; weight = numerator / sum of all denominators."""
+        total = sum(each.denominator for each in self.contributions)
+        return tuple(
+            Contribution(
+                update_id=each.update_id,
+                site=each.site,
+                base_version=each.base_version,
+                staleness=each.staleness,
+                weight=each.numerator / total,
+            )
+            for each in self.contributions
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge left on disk, durably."""
+
+    state: Manifest
+    """Of the published state; its transfer id is the head of its file's SHA-256."""
+    master_sha256: Sha256Hex
+    optimizer_sha256: Sha256Hex | None
+    """Digest of the server optimizer's slots; None where it has none."""
+
+
+def plan_merge(
+    version: int,
+    accepted: Sequence[Accepted],
+    section: AggregationSection,
+    state_ids: Mapping[int, TransferId],
+) -> MergePlan:
+    """Return the plan that makes `version` out of `version - 1` and `accepted`, given in order of acceptance.
+
+    `state_ids` maps each base version in use to the transfer id of its published state.
+    """
+    assert version >= 1
+    assert accepted, f"version {version} has nothing to merge"
+    assert section.mode != "fedasync" or len(accepted) == 1, "fedasync merges one update at a time"
+    assert len({update.update_id for update in accepted}) == len(accepted), "an update may count once only"
+    return MergePlan(
+        version=version,
+        base_version=version - 1,
+        mode=section.mode,
+        alpha=section.alpha,
+        contributions=tuple(_planned(version, update, section, state_ids) for update in accepted),
+    )
+
+
+def _planned(
+    version: int, update: Accepted, section: AggregationSection, state_ids: Mapping[int, TransferId]
+) -> PlannedContribution:
+    tau = version - 1 - update.base_version
+    assert tau >= 0, f"update {update.update_id} starts from version {update.base_version}, which does not exist yet"
+    damping = staleness_weight(section.staleness, tau)
+    size = 1.0 if section.mode == "fedasync" else float(update.examples) ** section.size_power
+    scale = section.alpha if section.mode == "fedasync" else size
+    return PlannedContribution(
+        update_id=update.update_id,
+        site=update.site,
+        base_version=update.base_version,
+        base_state_id=state_ids[update.base_version],
+        staleness=tau,
+        examples=update.examples,
+        numerator=scale * damping,
+        denominator=size,
+    )

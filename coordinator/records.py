@@ -1,0 +1,190 @@
+"""Records: the facts that the journal stores, one frozen dataclass each, and their bytes.
+
+The body of a journal row is a msgpack map: `v` (schema version), `t` (kind), then the fields in the order in which the
+dataclass lists them, so that equal records give equal bytes. Reading is strict: an unknown, missing or mistyped field
+is an error, because we wrote these bytes ourselves. A record never changes its meaning; a new meaning is a new kind.
+
+`at` is unix seconds by the coordinator's clock: for people, never for decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import msgpack
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from shared.errors import CorruptError, RefusedError
+from shared.ids import Ident, Sha256Hex, TransferId
+from shared.manifest import describe_invalid, manifest_from_bytes
+
+SCHEMA_VERSION = 1
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Real = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$", strict=True)]
+Text = Annotated[str, Field(max_length=500, strict=True)]
+ManifestBytes = Annotated[bytes, Strict()]
+"""`Manifest.to_bytes()`, kept as it was sealed; `shared.manifest.manifest_from_bytes` opens it."""
+
+_CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The run began: what all sites must agree on, and version 0."""
+
+    kind: ClassVar[str] = "opened"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    fingerprint: Sha256Hex
+    config_sha256: Sha256Hex
+    frozen_sha256: Sha256Hex
+    state: ManifestBytes
+    master_sha256: Sha256Hex
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An update is durable, verified, and will be merged or dropped, once."""
+
+    kind: ClassVar[str] = "accepted"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    site: Ident
+    base_version: Count
+    examples: Count
+    manifest_sha256: Sha256Hex
+    file_sha256: Sha256Hex
+    norm: Real
+    """Global L2 norm of the delta."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An update will never be merged, because it broke the named rule."""
+
+    kind: ClassVar[str] = "rejected"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    site: Ident
+    manifest_sha256: Sha256Hex
+    rule: Rule
+    detail: Text
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An accepted update will not be merged after all: the run ended, or the named rule took it out of its round."""
+
+    kind: ClassVar[str] = "dropped"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    rule: Rule
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """The part that one update had in a version."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    site: Ident
+    base_version: Count
+    staleness: Count
+    weight: Real
+    """Coefficient of the update's delta before the server optimizer, for a tensor that every update holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCommitted:
+    """A version and its master are durable; from here on it is what sites start from."""
+
+    kind: ClassVar[str] = "committed"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    contributions: tuple[Contribution, ...]
+    """In the order in which they were added up, which is the order of acceptance."""
+    state: ManifestBytes
+    master_sha256: Sha256Hex
+    optimizer_sha256: Sha256Hex | None
+    """Digest of the server optimizer's slots; None where it has none."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run is complete; `version` is the last one."""
+
+    kind: ClassVar[str] = "finished"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    at: Real
+
+
+Record = Opened | Accepted | Rejected | Dropped | VersionCommitted | Finished
+
+_KINDS: dict[str, TypeAdapter[Record]] = {
+    each.kind: TypeAdapter(each) for each in (Opened, Accepted, Rejected, Dropped, VersionCommitted, Finished)
+}
+
+
+def to_wire(record: Record) -> dict[str, Any]:
+    """Return plain msgpack-able values, schema version and kind first, then the fields in order."""
+    return {"v": SCHEMA_VERSION, "t": record.kind, **dataclasses.asdict(record)}
+
+
+def from_wire(wire: object) -> Record:
+    """Inverse of to_wire.
+
+    Raises CorruptError that names the field when the map is not a record, and RefusedError(rule='newer-schema') when
+    a newer release wrote it.
+    """
+    if not isinstance(wire, dict):
+        raise CorruptError("a journal record is not a map", hint="restore the journal from a backup")
+    fields = dict(wire)
+    version, kind = fields.pop("v", None), fields.pop("t", None)
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RefusedError(
+            f"a journal record of schema version {version}, this release knows {SCHEMA_VERSION}",
+            rule="newer-schema",
+            hint="run the release that wrote the journal, or a later one",
+        )
+    if version != SCHEMA_VERSION or not isinstance(kind, str) or kind not in _KINDS:
+        raise CorruptError("a journal record of unknown kind", hint="restore the journal from a backup")
+    try:
+        return _KINDS[kind].validate_python(fields)
+    except ValidationError as error:
+        raise CorruptError(describe_invalid(f"journal record {kind}", error), hint="restore it from a backup") from None
+
+
+def to_bytes(record: Record) -> bytes:
+    """Canonical msgpack bytes; asserts that reading them back gives the same record."""
+    body: bytes = msgpack.packb(to_wire(record), use_bin_type=True)
+    assert from_bytes(body) == record, f"{record.kind} does not survive its own encoding"
+    return body
+
+
+def from_bytes(body: bytes) -> Record:
+    """Inverse of to_bytes; raises as from_wire does, and CorruptError for what is not msgpack."""
+    try:
+        wire = msgpack.unpackb(body, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException):
+        raise CorruptError("a journal record is not msgpack", hint="restore the journal from a backup") from None
+    return from_wire(wire)
+
+
+def recorded_at(record: Record) -> float:
+    """Unix seconds of a record, for people; of Opened, when its state was sealed."""
+    return manifest_from_bytes(record.state).created if isinstance(record, Opened) else record.at
