@@ -47,7 +47,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def broad_excepts(text: str) -> list[int]:
-    """Lines of handlers that catch everything without a signed reason."""
+    """Lines of handlers that catch everything and keep it, without a signed reason."""
     lines = text.splitlines()
     found = []
     for node in ast.walk(ast.parse(text)):
@@ -55,7 +55,8 @@ def broad_excepts(text: str) -> list[int]:
             continue
         kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
         broad = any(kind is None or dotted(kind) in {"Exception", "BaseException"} for kind in kinds)
-        if broad and not SIGNED.search(lines[node.lineno - 1]):
+        passed_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+        if broad and not passed_on and not SIGNED.search(lines[node.lineno - 1]):
             found.append(node.lineno)
     return found
 
@@ -130,7 +131,16 @@ def test_nothing_runs_what_it_reads(path: Path) -> None:
     ("find", "bad", "good"),
     [
         (broad_excepts, "try: f()\nexcept Exception: pass", "try: f()\nexcept ValueError: pass"),
-        (broad_excepts, "try: f()\nexcept: pass", "try: f()\nexcept Exception:  # noqa: BLE001 - the last door\n  pass"),
+        (
+            broad_excepts,
+            "try: f()\nexcept: pass",
+            "try: f()\nexcept Exception:  # noqa: BLE001 - the last door\n  pass",
+        ),
+        (
+            broad_excepts,
+            "try: f()\nexcept Exception: raise ValueError",
+            "try: f()\nexcept BaseException:\n  g()\n  raise",
+        ),
         (broad_excepts, "try: f()\nexcept (OSError, Exception): pass", "try: f()\nexcept (OSError, KeyError): pass"),
         (unsafe_uses, "import pickle", "import json"),
         (unsafe_uses, "from joblib import load", "from json import load"),
