@@ -1,0 +1,216 @@
+"""A stream of bytes cut into slices of fixed size, each compressed on its own into one zstd frame; and back.
+
+    slice   `slice_size` raw bytes (the last one fewer), byte-grouped: byte 0 of every element, then byte 1, ...
+    frame   one zstd frame, its content size declared, without checksum, dictionary or anything behind it
+
+Slices are independent, so frames may arrive in any order and be repeated. Grouping is what makes float data smaller:
+exponents stand together and compress, mantissas do not and are stored; source: ZipNN (arXiv 2411.05239).
+
+The hash of frames and file is SHA-256. Measured on one core of an AMD EPYC with SHA instructions, slices of 512 KiB:
+SHA-256 1.6 GB/s, BLAKE3 3.5, BLAKE2b 0.8. On the way from float32 to hashed frames that is 20-35 % of the time, which
+BLAKE3 would halve; but `sha256sum` is on every auditor's machine and in Python's standard library, and the hash is
+taken without the interpreter's lock, so that it can overlap with compression. Levels above 1 were measured as slower
+*and* no smaller on grouped weights.
+
+A frame comes from a peer. Its hash is checked before this module sees it; here its declared content size is compared
+with the one size that is right, before anything is decompressed. `ZstdDecompressor.decompress` then allocates exactly
+that size and fails when the frame holds more or less (its `max_output_size` argument is no guard: it is ignored for
+frames that declare a size, however large).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from shared.codec import Codec, encode_file, group_size
+from shared.errors import RefusedError
+from shared.manifest import DEFAULT_SLICE_BYTES, MAX_FRAME_BYTES, MAX_SLICE_BYTES
+from shared.tensorfile import F32Array
+
+ByteArray = NDArray[np.uint8]
+
+LEVEL = 1
+WINDOW_BYTES_MAX = 8 * 1024 * 1024
+"""What RFC 8878 (3.1.1.1.2) asks of every decoder, and more than our frames need: bounds the decoder's memory."""
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+"""RFC 8878, 3.1.1; skippable frames have another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One compressed slice and its SHA-256 (32 bytes)."""
+
+    data: bytes
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """What a manifest says of a file and its frames: sizes in bytes; `frame_hashes` is 32 bytes a frame, in order."""
+
+    slice_size: int
+    group: int
+    file_size: int
+    file_sha256: str
+    frame_lengths: tuple[int, ...]
+    frame_hashes: bytes
+
+
+def compress_slice(raw: ByteArray | memoryview | bytes, group: int, level: int = LEVEL) -> bytes:
+    """Return the frame of one slice of 1 to 768 KiB bytes; at most 0.4 % and 64 bytes longer than the slice.
+
+    Equal bytes give equal frames with one version of zstd; another version may choose other frames.
+    """
+    data = np.frombuffer(raw, dtype=np.uint8)
+    assert 0 < data.size <= MAX_SLICE_BYTES
+    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+    frame = compressor.compress(_grouped(data, group).data)
+    assert len(frame) <= min(data.size + data.size // 256 + 64, MAX_FRAME_BYTES)
+    return frame
+
+
+def expand_frame(frame: bytes, raw_size: int, group: int) -> bytes:
+    """Return the slice of `raw_size` bytes that a frame holds; RefusedError as `expand_into`."""
+    raw = np.empty(raw_size, dtype=np.uint8)
+    expand_into(frame, raw, group)
+    return raw.tobytes()
+
+
+def expand_into(frame: bytes, raw: ByteArray, group: int) -> None:
+    """Decompress a frame into `raw`, whose size is the only one allowed; memory used: twice that size.
+
+    RefusedError with rule 'frame-format' when the bytes are not one plain zstd frame (a skippable frame, a dictionary,
+    a checksum, a window over 8 MiB), 'frame-size' when it declares another size, 'frame-data' when it is damaged,
+    holds another size than it declares, or more bytes follow.
+    """
+    if frame[:4] != _MAGIC:
+        _refuse("frame-format", "a frame does not begin as a zstd frame")
+    try:
+        declared = zstandard.get_frame_parameters(frame)
+    except zstandard.ZstdError:
+        raise RefusedError("a frame's header is damaged", rule="frame-format") from None
+    if declared.dict_id or declared.has_checksum or declared.window_size > WINDOW_BYTES_MAX:
+        _refuse("frame-format", "a frame asks for a dictionary, a checksum or too large a window")
+    if declared.content_size != raw.size:
+        _refuse("frame-size", f"a frame does not declare the {raw.size} bytes that its slice has")
+    try:
+        grouped = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise RefusedError("a frame does not decompress to its declared size", rule="frame-data") from None
+    assert len(grouped) == raw.size, "zstandard checks this itself"
+    _ungroup(np.frombuffer(grouped, dtype=np.uint8), raw, group)
+
+
+def _refuse(rule: str, message: str) -> NoReturn:
+    raise RefusedError(message, rule=rule)
+
+
+def _grouped(raw: ByteArray, group: int) -> ByteArray:
+    if group == 1:
+        return raw
+    count = raw.size // group
+    out = np.empty_like(raw)
+    # One strided copy a plane: 2.7 GB/s, where ascontiguousarray of the transpose makes 1.1 (width 4).
+    for plane in range(group):
+        out[plane * count : (plane + 1) * count] = raw[plane : count * group : group]
+    out[count * group :] = raw[count * group :]
+    return out
+
+
+def _ungroup(grouped: ByteArray, raw: ByteArray, group: int) -> None:
+    count = raw.size // group
+    for plane in range(group):
+        raw[plane : count * group : group] = grouped[plane * count : (plane + 1) * count]
+    raw[count * group :] = grouped[count * group :]
+
+
+class FrameWriter:
+    """Turns chunks of bytes, of any sizes, into frames, and sums up the file afterwards; iterate it once.
+
+    Holds one slice and one frame at a time. `summary` is there when the iteration has ended.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        group: int,
+        slice_size: int = DEFAULT_SLICE_BYTES,
+        level: int = LEVEL,
+    ) -> None:
+        assert slice_size % 8 == 0
+        assert 0 < slice_size <= MAX_SLICE_BYTES
+        self._chunks = chunks
+        self._group = group
+        self._slice_size = slice_size
+        self._level = level
+        self._summary: FileSummary | None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        file_hash = hashlib.sha256()
+        file_size = 0
+        lengths: list[int] = []
+        hashes: list[bytes] = []
+        for raw in cut(self._chunks, self._slice_size):
+            file_hash.update(raw)
+            file_size += len(raw)
+            data = compress_slice(raw, self._group, self._level)
+            frame = Frame(data, hashlib.sha256(data).digest())
+            lengths.append(len(data))
+            hashes.append(frame.sha256)
+            yield frame
+        self._summary = FileSummary(
+            self._slice_size, self._group, file_size, file_hash.hexdigest(), tuple(lengths), b"".join(hashes)
+        )
+
+    @property
+    def summary(self) -> FileSummary:
+        """Sizes and hashes of the file and its frames; asserts that the frames were all taken."""
+        assert self._summary is not None, "iterate first"
+        return self._summary
+
+
+def cut(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
+    """Yield the concatenation of `chunks` in pieces of `size` bytes, the last one shorter.
+
+    A piece that lies within one chunk is a view of it; others are views of a buffer that the next piece reuses.
+    """
+    buffer = bytearray(size)
+    filled = 0
+    for chunk in chunks:
+        rest = memoryview(chunk).cast("B")
+        while rest:
+            if not filled and len(rest) >= size:
+                yield rest[:size]
+                rest = rest[size:]
+                continue
+            taken = rest[: size - filled]
+            buffer[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            rest = rest[len(taken) :]
+            if filled == size:
+                yield memoryview(buffer)
+                filled = 0
+    if filled:
+        yield memoryview(buffer)[:filled]
+
+
+def make_transfer_frames(
+    tensors: Mapping[str, F32Array],
+    codec: Codec,
+    metadata: Mapping[str, str],
+    slice_size: int = DEFAULT_SLICE_BYTES,
+) -> FrameWriter:
+    """Return a writer of the frames of the safetensors file that holds `tensors` in `codec`.
+
+    In memory at a time: one encoded tensor, one slice and one frame. Errors as `encode_file`, on iteration.
+    """
+    return FrameWriter(encode_file(tensors, codec, metadata), group=group_size(codec), slice_size=slice_size)
