@@ -32,7 +32,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-# -- the federation: agreed by all, fingerprinted ------------------------------------------------------------------------
+# -- the federation: agreed by all, fingerprinted ---
 
 
 class ModelSection(Section):
@@ -159,7 +159,7 @@ class FederationConfig(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-# -- each machine's own ------------------------------------------------------------------------------------------------
+# -- each machine's own ---
 
 
 class BrokerSection(Section):
@@ -237,7 +237,7 @@ class SiteConfig(Section):
     """Sealed updates that may wait for the network before training pauses."""
 
 
-# -- loading -----------------------------------------------------------------------------------------------------------
+# -- loading ---
 
 _C = TypeVar("_C", bound=Section)
 

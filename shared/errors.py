@@ -2,7 +2,7 @@
 
     MailboatError
     ├── ConfigError       exit 2   a command line or configuration is wrong; the reader of the message mends it
-    ├── RefusedError      exit 3   a peer, its bytes or a data file broke a named rule; retrying the same thing is useless
+    ├── RefusedError      exit 3   a peer, its bytes or a data file broke a named rule; retrying the same is useless
     ├── CorruptError      exit 3   bytes that we wrote are not what we wrote; stop and look
     └── UnavailableError  exit 4   broker, disk, memory or peer is not there now; retrying later may help
 

@@ -29,6 +29,10 @@ MIN_SLICE_BYTES = 4 * 1024
 MAX_SLICE_BYTES = 768 * 1024
 MAX_METRICS = 64
 
+Metrics = dict[
+    Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")],
+    Annotated[float, Field(allow_inf_nan=False)],
+]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -46,7 +50,7 @@ class UpdateFacts(WireModel):
     base_sha256: Sha256Hex
     """Digest of the published state that the site started from."""
     examples: int = Field(ge=1, le=1_000_000_000)
-    metrics: dict[Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")], Annotated[float, Field(allow_inf_nan=False)]]
+    metrics: Metrics
     """Numbers only: training loss, local F1, seconds."""
 
     @model_validator(mode="after")
@@ -75,7 +79,9 @@ class Manifest(WireModel):
     slice_size: int = Field(ge=MIN_SLICE_BYTES, le=MAX_SLICE_BYTES, multiple_of=8)
     file_size: int = Field(ge=1)
     file_sha256: Sha256Hex
-    frame_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)], ...] = Field(min_length=1, max_length=MAX_FRAMES)
+    frame_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)], ...] = Field(
+        min_length=1, max_length=MAX_FRAMES
+    )
     frame_hashes: bytes
     """SHA-256 of each frame, 32 bytes each, in order."""
     created: NonNegative

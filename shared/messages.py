@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from shared.errors import RefusedError
 from shared.ids import Ident, SessionId, Sha256Hex, TransferId
-from shared.manifest import MAX_FRAMES, Manifest, NonNegative, WireModel, describe_invalid, parse_manifest
+from shared.manifest import MAX_FRAMES, Manifest, Metrics, NonNegative, WireModel, describe_invalid, parse_manifest
 
 SCHEMA_VERSION = 1
 MAX_CONTROL_BYTES = 990_000
@@ -131,7 +131,7 @@ class Status(Message):
     version: Version | None
     progress: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the phase that is done."""
-    metrics: dict[Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")], Annotated[float, Field(allow_inf_nan=False)]] = {}
+    metrics: Metrics = Field(default_factory=dict)
     bytes_up: int = Field(default=0, ge=0)
     bytes_down: int = Field(default=0, ge=0)
     outbox: int = Field(default=0, ge=0)
@@ -227,7 +227,7 @@ def _unpack(data: bytes, rule: str) -> dict[str, Any]:
     return value
 
 
-# -- data plane -------------------------------------------------------------------------------------------------------
+# -- data plane ---
 
 _CHUNK = struct.Struct(">2sBx16sII")
 CHUNK_HEADER_BYTES = _CHUNK.size

@@ -1,12 +1,12 @@
 """The topic grammar in one table; building, parsing and the broker's access list all come from it.
 
-    mb/v1/<federation>/announce                  retained announcement
-    mb/v1/<federation>/bulk                      state chunks for everybody
-    mb/v1/<federation>/site/<site>/up/ctl        hello, offer, want, status
-    mb/v1/<federation>/site/<site>/up/data       update chunks
-    mb/v1/<federation>/site/<site>/down/ctl      welcome, want, receipt, ...
-    mb/v1/<federation>/site/<site>/down/data     state chunks for one site
-    mb/v1/<federation>/site/<site>/presence      retained, last will
+mb/v1/<federation>/announce                  retained announcement
+mb/v1/<federation>/bulk                      state chunks for everybody
+mb/v1/<federation>/site/<site>/up/ctl        hello, offer, want, status
+mb/v1/<federation>/site/<site>/up/data       update chunks
+mb/v1/<federation>/site/<site>/down/ctl      welcome, want, receipt, ...
+mb/v1/<federation>/site/<site>/down/data     state chunks for one site
+mb/v1/<federation>/site/<site>/presence      retained, last will
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Bitmap:
         return (i for i in range(self._first_missing, self.size) if i not in self)
 
 
-# -- sender --------------------------------------------------------------------------------------------------------------
+# -- sender ---
 
 
 class SenderState(Enum):
@@ -194,7 +194,7 @@ class Sender:
         return len(self._in_flight)
 
 
-# -- receiver ------------------------------------------------------------------------------------------------------------
+# -- receiver ---
 
 
 class ReceiverState(Enum):

@@ -1,0 +1,405 @@
+"""The coordinator's decisions: events in, Decision out; no I/O, no clock, no tensors.
+
+Theory of operation
+-------------------
+State is of two kinds. *Durable* state (which version is current, what became of each update) changes only in `apply`,
+from records; replaying the journal through `apply` gives it back. *Volatile* state (who is present, which chunks are
+on their way) is lost with the process and built anew from what sites say after they see our announcement.
+
+An update's life here:
+
+    unknown --Offer--> on its way (uploads) --Verified--> Accepted --merge--> VersionCommitted
+                                            --VerifyFailed--> Rejected      --run over--> Dropped
+
+An offer of a known id gets the receipt again, whatever else is going on. One merge runs at a time; unsent receipts
+need no list, because a site repeats its offer until it has the receipt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from coordinator import decisions as d
+from coordinator.downlink import Downlink
+from coordinator.merging import plan_merge
+from coordinator.offers import check_offer
+from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.rounds import RoundView, updates_to_merge
+from coordinator.sites import Claim, Sites
+from coordinator.uploads import Uploads
+from shared.config import FederationConfig, LinkSection
+from shared.errors import RefusedError
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.messages import (
+    Announce,
+    Hello,
+    Message,
+    Offer,
+    Outcome,
+    Presence,
+    Probe,
+    Receipt,
+    Refused,
+    Status,
+    Want,
+    Welcome,
+)
+from shared.plan import SealedPlan
+
+DOWNLINK_MERGE_S = 0.3
+"""How long a fresh pull waits for others to join it."""
+
+IDLE_STALLS = 3
+"""An upload or pull that shows no sign of life for this many stall times gives its credit back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """Now, twice: `mono` (monotonic seconds) for decisions, `wall` (unix seconds) for people."""
+
+    mono: float
+    wall: float
+
+
+@dataclass(slots=True)
+class Known:
+    """What became of one update; about 300 bytes, kept for the life of the run so that nothing counts twice."""
+
+    site: str
+    manifest_sha256: str
+    outcome: Outcome
+    rule: str | None = None
+    detail: str = ""
+    version: int | None = None
+    staleness: int | None = None
+    weight: float | None = None
+
+
+class Core:
+    """See the module's docstring; `boot` is this process's session id."""
+
+    def __init__(
+        self, federation: FederationConfig, plan: SealedPlan, *, link: LinkSection, credit_bytes: int, boot: str
+    ) -> None:
+        self.federation = federation
+        self.plan = plan
+        self.boot = boot
+        self.settle_s = link.stall_s
+        idle_s = IDLE_STALLS * link.stall_s
+        # durable
+        self.version = -1
+        self.states: dict[int, Manifest] = {}
+        self.known: dict[str, Known] = {}
+        self.pending: list[Accepted] = []
+        self.finished = False
+        # volatile
+        self.sites = Sites(probe_s=link.stall_s)
+        self.uploads = Uploads(budget_bytes=credit_bytes, window=link.window, idle_s=idle_s)
+        self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
+        self._started: float | None = None
+        self._round_opened = 0.0
+        self._merging = False
+
+    # -- durable state ---
+
+    def apply(self, record: Record) -> None:
+        """Take one fact; the only place where durable state changes."""
+        match record:
+            case Opened():
+                self.version = 0
+                self.states[0] = manifest_from_bytes(record.state)
+            case Accepted():
+                self.pending.append(record)
+                self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
+            case Rejected():
+                self.known[record.update_id] = Known(
+                    record.site, record.manifest_sha256, "rejected", record.rule, record.detail
+                )
+            case Dropped():
+                self.pending = [update for update in self.pending if update.update_id != record.update_id]
+                known = self.known[record.update_id]
+                known.outcome, known.rule = "dropped", record.rule
+            case VersionCommitted():
+                self._apply_version(record)
+            case Finished():
+                self.finished = True
+            case _:
+                assert_never(record)
+
+    def _apply_version(self, record: VersionCommitted) -> None:
+        assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
+        self.version = record.version
+        self.states[record.version] = manifest_from_bytes(record.state)
+        merged = {part.update_id for part in record.contributions}
+        self.pending = [update for update in self.pending if update.update_id not in merged]
+        for part in record.contributions:
+            known = self.known[part.update_id]
+            assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
+            known.outcome, known.version = "merged", record.version
+            known.staleness, known.weight = part.staleness, part.weight
+
+    def _record(self, out: d.Decision, record: Record) -> None:
+        out.records.append(record)
+        self.apply(record)
+
+    # -- events ---
+
+    def handle(self, event: d.Event, now: Instant) -> d.Decision:
+        """Decide; see `coordinator.decisions` for what the shell owes in return."""
+        if self._started is None:
+            self._started = self._round_opened = now.mono
+        out = d.Decision()
+        match event:
+            case d.LinkUp():
+                out.sends.append(d.Send(None, self.announcement()))
+            case d.LinkDown():
+                self.downlink.reset()
+            case d.Received():
+                self._receive(event.site, event.message, now, out)
+            case d.SpoolOpened():
+                self.uploads.opened(event.transfer_id, event.have, now.mono, out)
+            case d.ChunksStored():
+                self.uploads.stored(event.transfer_id, event.indices, now.mono, out)
+            case d.Verified():
+                self._verified(event, now, out)
+            case d.VerifyFailed():
+                self._verify_failed(event, now, out)
+            case d.Merged():
+                self._merged(event, now, out)
+            case d.Tick():
+                self._tick(now, out)
+            case _:
+                assert_never(event)
+        self._close_round(now, out)
+        return out
+
+    def announcement(self) -> Announce:
+        """The retained word about the current version."""
+        return Announce(
+            boot=self.boot,
+            fingerprint=self.plan.fingerprint,
+            config_sha256=self.plan.config_sha256,
+            frozen_sha256=self.plan.frozen_sha256,
+            manifest=self.states[self.version],
+            final=self.finished,
+            target=self.federation.federation.versions,
+        )
+
+    def _receive(self, name: str, message: Message, now: Instant, out: d.Decision) -> None:
+        if isinstance(message, Hello | Status | Presence) and message.site != name:
+            return  # the topic says who speaks; a body that says otherwise is not worth an answer
+        site = self.sites[name]
+        site.seen_at = now.wall
+        match message:
+            case Hello():
+                self._hello(name, message, now, out)
+            case Presence(online=False):
+                self._gone(name, message.session, now, out)
+            case Status():
+                if site.session in {None, message.session}:
+                    site.status = message
+            case Offer():
+                self._offer(name, message.manifest, now, out)
+            case Want():
+                self._want(name, message, now, out)
+            case _:
+                pass  # presence online (hello says it better), or a message that only we may send
+
+    # -- who speaks ---
+
+    def _hello(self, name: str, hello: Hello, now: Instant, out: d.Decision) -> None:
+        refusal = self._stranger(name, hello)
+        if refusal is not None:
+            rule, detail = refusal
+            out.to(name, Refused(session=hello.session, rule=rule, detail=detail))
+            return
+        claim, other = self.sites.hello(name, hello.session, now.mono)
+        if claim is Claim.PROBE and other is not None:
+            out.to(name, Probe(session=other))
+        elif claim is Claim.REFUSE:
+            self._refuse_double(name, hello.session, out)
+        elif claim is Claim.WELCOME:
+            self._welcome(name, hello.session, now, out)
+            if other is not None:
+                self._refuse_double(name, other, out)
+
+    def _stranger(self, name: str, hello: Hello) -> tuple[str, str] | None:
+        roster = self.federation.federation.sites
+        if roster and name not in roster:
+            return "unknown-site", f"{name} is not in [federation] sites"
+        if hello.fingerprint == self.plan.fingerprint:
+            return None
+        if hello.config_sha256 != self.plan.config_sha256:
+            return "other-config", "federation.toml differs from the coordinator's"
+        if hello.frozen_sha256 != self.plan.frozen_sha256:
+            return "other-weights", (
+                f"the frozen weights of the base model differ: {hello.frozen_sha256[:12]} at the site, "
+                f"{self.plan.frozen_sha256[:12]} in the federation"
+            )
+        return "other-plan", "the resolved layer plan differs from the coordinator's"
+
+    def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
+        out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))
+
+    def _refuse_double(self, name: str, session: str, out: d.Decision) -> None:
+        detail = f"another process already runs as site {name}"
+        out.to(name, Refused(session=session, rule="duplicate-site", detail=detail))
+
+    def _gone(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
+        was_speaking = self.sites[name].session == session
+        promoted = self.sites.left(name, session)
+        if was_speaking:
+            self.uploads.site_gone(name, now.mono, out)
+            self.downlink.site_gone(name)
+        if promoted is not None:
+            self._welcome(name, promoted, now, out)
+
+    # -- updates ---
+
+    def _offer(self, name: str, manifest: Manifest, now: Instant, out: d.Decision) -> None:
+        known = self.known.get(manifest.transfer_id)
+        if known is not None:
+            same = known.manifest_sha256 == manifest.digest
+            out.to(name, self._receipt(manifest.transfer_id) if same else _reused(manifest))
+            return
+        refusal = self._refusal(name, manifest)
+        if refusal is not None:
+            self._reject(name, manifest, refusal, now, out)
+            return
+        self.uploads.offer(name, manifest, now.mono, out)
+
+    def _refusal(self, name: str, manifest: Manifest) -> RefusedError | None:
+        try:
+            check_offer(manifest, site=name, plan=self.plan, federation=self.federation)
+        except RefusedError as refusal:
+            return refusal
+        facts = manifest.update
+        base = self.states.get(facts.base_version)
+        if base is None or base.file_sha256 != facts.base_sha256:
+            return RefusedError(f"version {facts.base_version} of that digest was never published", rule="base-unknown")
+        if self.finished:
+            return RefusedError(f"the run was complete at version {self.version}", rule="run-complete")
+        limit = self.federation.aggregation.staleness.limit
+        if self.version - facts.base_version > limit:
+            return RefusedError(f"more than {limit} versions late", rule="too-stale")
+        return None
+
+    def _reject(self, name: str, manifest: Manifest, why: RefusedError, now: Instant, out: d.Decision) -> None:
+        self._record(
+            out,
+            Rejected(manifest.transfer_id, name, manifest.digest, why.rule, why.message[:500], now.wall),
+        )
+        out.to(name, self._receipt(manifest.transfer_id))
+
+    def _verified(self, event: d.Verified, now: Instant, out: d.Decision) -> None:
+        upload = self.uploads.settle(event.update_id, now.mono, out)
+        if upload is None or event.update_id in self.known:
+            return
+        manifest, facts = upload.manifest, upload.manifest.update
+        if self.finished:
+            why = RefusedError(f"the run was complete at version {self.version}", rule="run-complete")
+            self._reject(upload.site, manifest, why, now, out)
+            out.jobs.append(d.Discard(event.update_id))
+            return
+        self._record(
+            out,
+            Accepted(
+                update_id=event.update_id,
+                site=upload.site,
+                base_version=facts.base_version,
+                examples=facts.examples,
+                manifest_sha256=manifest.digest,
+                file_sha256=manifest.file_sha256,
+                norm=event.norm,
+                at=now.wall,
+            ),
+        )
+        out.to(upload.site, self._receipt(event.update_id))
+
+    def _verify_failed(self, event: d.VerifyFailed, now: Instant, out: d.Decision) -> None:
+        upload = self.uploads.settle(event.update_id, now.mono, out)
+        if upload is None or event.update_id in self.known:
+            return
+        self._reject(upload.site, upload.manifest, RefusedError(event.detail, rule=event.rule), now, out)
+        out.jobs.append(d.Discard(event.update_id))
+
+    def _receipt(self, update_id: str) -> Receipt:
+        known = self.known[update_id]
+        return Receipt(
+            update_id=update_id,
+            manifest_sha256=known.manifest_sha256,
+            outcome=known.outcome,
+            rule=known.rule,
+            detail=known.detail,
+            version=known.version,
+            staleness=known.staleness,
+            weight=known.weight,
+        )
+
+    # -- states and rounds ---
+
+    def _want(self, name: str, want: Want, now: Instant, out: d.Decision) -> None:
+        for manifest in reversed(self.states.values()):  # the newest is asked for most
+            if manifest.transfer_id == want.transfer_id:
+                self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
+                return
+
+    def _close_round(self, now: Instant, out: d.Decision) -> None:
+        """Start the next merge when the round's rule says so."""
+        if self._merging or self.finished or self._started is None:
+            return
+        view = RoundView(
+            version=self.version,
+            pending=self.pending,
+            present=self.sites.present,
+            open_s=now.mono - self._round_opened,
+            settled=now.mono - self._started >= self.settle_s,
+        )
+        section = self.federation.aggregation
+        count = updates_to_merge(view, section)
+        if count:
+            self._merging = True
+            ids = {version: manifest.transfer_id for version, manifest in self.states.items()}
+            out.jobs.append(d.Merge(plan_merge(self.version + 1, self.pending[:count], section, ids)))
+
+    def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
+        assert self._merging
+        self._merging = False
+        self._round_opened = now.mono
+        contributions = event.plan.recorded()
+        self._record(
+            out,
+            VersionCommitted(
+                version=event.plan.version,
+                contributions=contributions,
+                state=event.result.state.to_bytes(),
+                master_sha256=event.result.master_sha256,
+                optimizer_sha256=event.result.optimizer_sha256,
+                at=now.wall,
+            ),
+        )
+        if self.version >= self.federation.federation.versions:
+            for update in list(self.pending):
+                self._record(out, Dropped(update.update_id, "run-complete", now.wall))
+                out.to(update.site, self._receipt(update.update_id))
+            self._record(out, Finished(self.version, now.wall))
+        out.sends.append(d.Send(None, self.announcement()))
+        for part in contributions:
+            out.to(part.site, self._receipt(part.update_id))
+
+    def _tick(self, now: Instant, out: d.Decision) -> None:
+        for name, session in self.sites.silent(now.mono):
+            self._welcome(name, session, now, out)
+        self.uploads.tick(now.mono, out)
+        self.downlink.tick(now.mono, out)
+
+
+def _reused(manifest: Manifest) -> Receipt:
+    return Receipt(
+        update_id=manifest.transfer_id,
+        manifest_sha256=manifest.digest,
+        outcome="rejected",
+        rule="id-reused",
+        detail="this update id was used before, with another manifest",
+    )

@@ -1,0 +1,42 @@
+"""What an offer must satisfy before a byte of it is taken. Pure; what its bytes must satisfy is in admission.
+
+Each rule has a name; the name is what the site's operator sees, what the journal keeps and what a test asks for.
+"""
+
+from __future__ import annotations
+
+from shared.config import FederationConfig
+from shared.errors import RefusedError
+from shared.manifest import Manifest, UpdateFacts
+from shared.plan import SealedPlan
+
+HEADER_ALLOWANCE = 16 * 1024 * 1024
+"""A safetensors header may be this large; the rest of the file is bounded by the plan."""
+
+BYTES_PER_PARAMETER = 5
+"""float32 and, generously, one companion value per four; no codec needs more."""
+
+
+def check_offer(manifest: Manifest, *, site: str, plan: SealedPlan, federation: FederationConfig) -> None:
+    """Raise RefusedError with the name of the first rule that an offered update breaks."""
+    facts = manifest.facts
+    if not isinstance(facts, UpdateFacts):
+        raise RefusedError("a site offered something that is not an update", rule="not-an-update")
+    if facts.site != site:
+        raise RefusedError(f"the manifest names site {facts.site}, the topic site {site}", rule="other-site")
+    if manifest.federation != federation.federation.name:
+        raise RefusedError(f"the manifest names federation {manifest.federation}", rule="other-federation")
+    if manifest.fingerprint != plan.fingerprint:
+        raise RefusedError("the update was made for another fingerprint of this federation", rule="other-fingerprint")
+    if manifest.codec != federation.codec.up:
+        raise RefusedError(f"codec {manifest.codec}, agreed is {federation.codec.up}", rule="other-codec")
+    if manifest.slice_size != federation.codec.slice_kib * 1024:
+        raise RefusedError(
+            f"slices of {manifest.slice_size} bytes, agreed are {federation.codec.slice_kib} KiB",
+            rule="other-slice-size",
+        )
+    bound = HEADER_ALLOWANCE + BYTES_PER_PARAMETER * plan.trained_parameters
+    if manifest.file_size > bound:
+        raise RefusedError(f"{manifest.file_size} bytes, the plan admits at most {bound}", rule="too-large")
+    if manifest.wire_bytes > manifest.file_size + 1024 * manifest.frames:
+        raise RefusedError("frames longer than what they hold", rule="inflated-frames")

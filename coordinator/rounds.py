@@ -1,0 +1,51 @@
+"""When a round closes: sync, buffered-async (FedBuff) and fully async (FedAsync) as three rules over the same facts.
+
+Sync (FedAvg, arXiv 1602.05629) closes when the quorum has contributed and every site that is present has an update on
+the current version; the deadline stands in for those who do not come. FedBuff (arXiv 2106.06639) closes at K updates.
+FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on sites that will not come: a buffer that nobody
+present is going to fill closes early, and the deadline closes any round that has something to merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.records import Accepted
+from shared.config import AggregationSection
+
+
+@dataclass(frozen=True, slots=True)
+class RoundView:
+    """The facts on which a round closes."""
+
+    version: int
+    """The version that everybody is to train on now."""
+    pending: Sequence[Accepted]
+    """Accepted and not yet merged, in acceptance order."""
+    present: frozenset[str]
+    """Sites connected now."""
+    open_s: float
+    """Seconds since this version was announced."""
+    settled: bool
+    """Whether presence can be trusted: sites had time to say hello since we started."""
+
+
+def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
+    """Return how many of the pending updates, from the oldest, to merge now; 0 keeps the round open."""
+    if not view.pending:
+        return 0
+    overdue = view.open_s >= section.deadline_s
+    contributed = {update.site for update in view.pending if update.base_version == view.version}
+    nobody_left = view.settled and bool(view.present) and view.present <= contributed
+    match section.mode:
+        case "fedasync":
+            return 1
+        case "fedbuff":
+            if len(view.pending) >= section.buffer:
+                return section.buffer
+            return len(view.pending) if overdue or nobody_left else 0
+        case "sync":
+            quorum = len({update.site for update in view.pending}) >= section.quorum
+            everybody = view.settled and view.present <= contributed
+            return len(view.pending) if quorum and (everybody or overdue) else 0

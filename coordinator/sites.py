@@ -1,0 +1,114 @@
+"""Which sites are present, and which process speaks for each of them.
+
+A site's process draws a session id when it starts. Two processes under one name would train and upload in each other's
+place, so the second to come is refused; a restarted process must not be mistaken for a second one. The difference is
+that a process that was killed does not answer:
+
+    present A, hello from B   ->  probe A; B waits
+    A says hello              ->  B is refused, rule duplicate-site
+    A is silent for probe_s,
+    or the broker says A left ->  B is welcome; A is superseded
+    hello from a superseded   ->  refused: it went on after another had taken its place
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from shared.messages import Status
+
+REMEMBERED_SESSIONS = 8
+"""Superseded sessions remembered per site; more than anyone restarts within the life of a stray process."""
+
+
+class Claim(Enum):
+    """What to answer to a hello."""
+
+    WELCOME = auto()
+    PROBE = auto()
+    """Ask the present session whether it lives; answer the newcomer later."""
+    WAIT = auto()
+    """The probe is under way."""
+    REFUSE = auto()
+
+
+@dataclass(slots=True)
+class Site:
+    """What is known of one site now; nothing of this is journaled."""
+
+    session: str | None = None
+    """The process that speaks for the site; None when it is away."""
+    challenger: str | None = None
+    probed_at: float = 0.0
+    """Monotonic seconds."""
+    superseded: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_SESSIONS))
+    status: Status | None = None
+    seen_at: float = 0.0
+    """Unix seconds of the last message, for people."""
+
+
+class Sites:
+    """All sites that were ever heard of since this process started; grows with sites, not with updates."""
+
+    def __init__(self, *, probe_s: float) -> None:
+        self.probe_s = probe_s
+        self._sites: dict[str, Site] = {}
+
+    def __getitem__(self, name: str) -> Site:
+        return self._sites.setdefault(name, Site())
+
+    def items(self) -> list[tuple[str, Site]]:
+        """Names and sites, by name."""
+        return sorted(self._sites.items())
+
+    @property
+    def present(self) -> frozenset[str]:
+        """Sites with a process that speaks for them."""
+        return frozenset(name for name, site in self._sites.items() if site.session is not None)
+
+    def hello(self, name: str, session: str, now: float) -> tuple[Claim, str | None]:
+        """A process claims the name.
+
+        Returns what to do, and the session that it concerns besides the speaker: the one to probe, or the challenger
+        that is to be refused because the present one lives.
+        """
+        site = self[name]
+        if session in site.superseded:
+            return Claim.REFUSE, None
+        if site.session in {None, session}:
+            loser, site.challenger = site.challenger, None
+            site.session = session
+            return Claim.WELCOME, loser
+        if site.challenger is not None:
+            return Claim.WAIT, None
+        site.challenger, site.probed_at = session, now
+        return Claim.PROBE, site.session
+
+    def left(self, name: str, session: str) -> str | None:
+        """The broker says that a session is gone; returns a challenger that is welcome now."""
+        site = self[name]
+        if site.session != session:
+            if site.challenger == session:
+                site.challenger = None
+            return None
+        site.session = None
+        return self._promote(site)
+
+    def silent(self, now: float) -> list[tuple[str, str]]:
+        """(name, session) of challengers whose rival did not answer the probe in time: they are welcome now."""
+        promoted = []
+        for name, site in self._sites.items():
+            if site.challenger is not None and now - site.probed_at >= self.probe_s:
+                if site.session is not None:
+                    site.superseded.append(site.session)
+                session = self._promote(site)
+                if session is not None:
+                    promoted.append((name, session))
+        return promoted
+
+    @staticmethod
+    def _promote(site: Site) -> str | None:
+        site.session, site.challenger = site.challenger, None
+        return site.session

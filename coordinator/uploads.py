@@ -1,0 +1,166 @@
+"""Updates on their way in: one receiver each, and the credits that bound what the broker may have to hold.
+
+The sum over sites of granted, unacknowledged bytes never exceeds the budget. An upload reserves its window when it is
+granted and gives it back when it completes, closes or goes quiet. Uploads beyond the budget wait in arrival order and
+are granted as soon as one ends, so no site can be overtaken for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from coordinator.decisions import CloseSpool, Decision, OpenSpool, Verify
+from shared.manifest import Manifest
+from shared.messages import Want
+from shared.transfer import Receiver, ReceiverState
+
+PACE_RETRY_S = 5.0
+"""A waiting site asks again after this long even if our grant to it was lost."""
+
+
+@dataclass(slots=True)
+class Upload:
+    """One update on its way in."""
+
+    site: str
+    manifest: Manifest
+    receiver: Receiver
+    quiet_since: float
+    """Monotonic seconds of the last sign of life."""
+    reserved: int = 0
+    """Bytes of the budget that this upload holds."""
+
+
+class Uploads:
+    """All updates on their way in; at most one per site."""
+
+    def __init__(self, *, budget_bytes: int, window: int, idle_s: float) -> None:
+        self.budget_bytes = budget_bytes
+        self.window = window
+        self.idle_s = idle_s
+        self._by_id: dict[str, Upload] = {}
+        self._waiting: deque[str] = deque()
+
+    @property
+    def reserved(self) -> int:
+        """Bytes granted and not given back; at most the budget."""
+        return sum(upload.reserved for upload in self._by_id.values())
+
+    def get(self, transfer_id: str) -> Upload | None:
+        """The upload of that id, if it is under way."""
+        return self._by_id.get(transfer_id)
+
+    def accepts(self, site: str, transfer_id: str, index: int) -> bool:
+        """Whether a chunk that arrives now is to be written."""
+        upload = self._by_id.get(transfer_id)
+        return (
+            upload is not None
+            and upload.site == site
+            and upload.receiver.open
+            and index < upload.manifest.frames
+            and index not in upload.receiver.have
+        )
+
+    def offer(self, site: str, manifest: Manifest, now: float, out: Decision) -> None:
+        """A site offers a valid, unknown update: start, resume, or repeat the answer."""
+        upload = self._by_id.get(manifest.transfer_id)
+        if upload is None:
+            for other_id in [key for key, other in self._by_id.items() if other.site == site]:
+                self._close(other_id, now, out)
+            self._by_id[manifest.transfer_id] = Upload(site, manifest, Receiver(manifest.frames), now)
+            out.jobs.append(OpenSpool(manifest))
+            return
+        upload.quiet_since = now
+        if upload.receiver.state is not ReceiverState.OPENING:
+            self._answer(upload, out)
+
+    def opened(self, transfer_id: str, have: bytes, now: float, out: Decision) -> None:
+        """The spool is open; grant a window or put the site in the queue."""
+        upload = self._by_id.get(transfer_id)
+        if upload is None:  # closed meanwhile: the site offered something else
+            out.jobs.append(CloseSpool(transfer_id))
+            return
+        upload.quiet_since = now
+        upload.receiver.opened(have)
+        self._answer(upload, out)
+        if upload.receiver.state is ReceiverState.COMPLETE:
+            out.jobs.append(Verify(transfer_id))
+
+    def stored(self, transfer_id: str, indices: tuple[int, ...], now: float, out: Decision) -> None:
+        """Chunks are durable: say so, and verify when nothing is missing."""
+        upload = self._by_id.get(transfer_id)
+        if upload is None or upload.receiver.state is ReceiverState.COMPLETE:
+            return
+        upload.quiet_since = now
+        upload.receiver.stored(indices)
+        if upload.receiver.state is ReceiverState.COMPLETE:
+            out.jobs.append(Verify(transfer_id))
+            upload.reserved = 0
+        self._answer(upload, out)
+        self._grant_waiting(now, out)
+
+    def settle(self, transfer_id: str, now: float, out: Decision) -> Upload | None:
+        """Admission has spoken: forget the upload and let the next one in."""
+        upload = self._by_id.pop(transfer_id, None)
+        if upload is not None:
+            upload.receiver.close()
+        self._grant_waiting(now, out)
+        return upload
+
+    def tick(self, now: float, out: Decision) -> None:
+        """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""
+        for transfer_id, upload in list(self._by_id.items()):
+            busy = upload.receiver.state in {ReceiverState.OPENING, ReceiverState.COMPLETE}
+            if not busy and now - upload.quiet_since > self.idle_s:
+                self._close(transfer_id, now, out)
+
+    def site_gone(self, site: str, now: float, out: Decision) -> None:
+        """The broker says that the site is away: give its credit to others at once."""
+        for transfer_id, upload in list(self._by_id.items()):
+            if upload.site == site and upload.receiver.open:
+                self._close(transfer_id, now, out)
+
+    def _close(self, transfer_id: str, now: float, out: Decision) -> None:
+        upload = self._by_id[transfer_id]
+        if upload.receiver.state is ReceiverState.COMPLETE:
+            return  # being verified; admission will settle it
+        del self._by_id[transfer_id]
+        upload.receiver.close()
+        out.jobs.append(CloseSpool(transfer_id))
+        self._grant_waiting(now, out)
+
+    def _answer(self, upload: Upload, out: Decision) -> None:
+        """Say what we hold, with as much window as the budget admits."""
+        manifest, receiver = upload.manifest, upload.receiver
+        window, retry_s = self.window, 0.0
+        if receiver.state is not ReceiverState.COMPLETE:
+            if not upload.reserved:
+                upload.reserved = self._reserve(manifest)
+            receiver.credit(granted=bool(upload.reserved))
+            if not upload.reserved:
+                window, retry_s = 0, PACE_RETRY_S
+                if manifest.transfer_id not in self._waiting:
+                    self._waiting.append(manifest.transfer_id)
+            else:
+                window = upload.reserved // manifest.slice_size
+        out.to(
+            upload.site,
+            Want(transfer_id=manifest.transfer_id, have=receiver.have.to_bytes(), window=window, retry_s=retry_s),
+        )
+
+    def _reserve(self, manifest: Manifest) -> int:
+        """Bytes to set aside for this upload now; 0 when the budget is spent."""
+        chunks = min(self.window, manifest.frames)
+        free = (self.budget_bytes - self.reserved) // manifest.slice_size
+        return min(chunks, free) * manifest.slice_size if free >= 1 else 0
+
+    def _grant_waiting(self, now: float, out: Decision) -> None:
+        while self._waiting:
+            upload = self._by_id.get(self._waiting[0])
+            if upload is not None and upload.receiver.state is ReceiverState.PACED:
+                if self.budget_bytes - self.reserved < upload.manifest.slice_size:
+                    return
+                upload.quiet_since = now
+                self._answer(upload, out)
+            self._waiting.popleft()
