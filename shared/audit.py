@@ -1,0 +1,241 @@
+"""The audit trail: the hash chain over the journal's rows, and the JSON lines that people tail.
+
+The journal is the truth. `audit.jsonl` is a view of it, one line a row, written after the row is committed and mended
+from the journal at every start, so that losing or editing it loses nothing.
+
+    hash = SHA-256(previous hash || seq, 8 bytes big-endian || kind || 0x00 || body)
+
+The first row's previous hash is 32 zero bytes. The zero byte ends the kind, so that no two rows feed the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import msgpack
+
+from shared.errors import CorruptError, UnavailableError
+from shared.manifest import manifest_from_bytes
+
+GENESIS = bytes(32)
+"""Hash before the first row."""
+
+Line = Mapping[str, Any]
+"""One row for people: seq, at (unix seconds), kind, the record's fields, hash (hex)."""
+
+
+# -- the chain ---
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One journal row; `body` is the record's msgpack, `prev` and `hash` are 32 bytes each."""
+
+    seq: int
+    at: float
+    kind: str
+    body: bytes
+    prev: bytes
+    hash: bytes
+
+
+def chain_hash(prev: bytes, seq: int, kind: str, body: bytes) -> bytes:
+    """SHA-256 (32 bytes) that binds a row to all rows before it; see the module's docstring."""
+    return hashlib.sha256(b"".join((prev, seq.to_bytes(8, "big"), kind.encode(), b"\0", body))).digest()
+
+
+def linked(prev: bytes, seq: int, at: float, kind: str, body: bytes) -> Row:
+    """Return the row that follows the one whose hash is `prev`."""
+    return Row(seq, at, kind, body, prev, chain_hash(prev, seq, kind, body))
+
+
+def verified(rows: Iterable[Row], where: str, *, after: int = 0, prev: bytes = GENESIS) -> Iterator[Row]:
+    """Yield `rows`, each once it is proven to follow the one before; CorruptError names `where` and the row.
+
+    `after` and `prev` are number and hash of the row before the first.
+    """
+    for row in rows:
+        if row.seq != after + 1:
+            raise _broken(where, row.seq, f"follows row {after}")
+        if row.prev != prev:
+            raise _broken(where, row.seq, "does not carry the hash of the row before it")
+        if row.hash != chain_hash(prev, row.seq, row.kind, row.body):
+            raise _broken(where, row.seq, "was changed after it was written")
+        after, prev = row.seq, row.hash
+        yield row
+
+
+def _broken(where: str, seq: int, what: str) -> CorruptError:
+    return CorruptError(
+        f"{where}: row {seq} {what}", hint="restore the journal from a backup; do not continue this run"
+    )
+
+
+# -- one line a row ---
+
+
+def line_of(row: Row) -> Line:
+    """Return a row's line; a manifest inside it is cut down to id, file digest and sizes."""
+    fields: dict[str, Any] = msgpack.unpackb(row.body, raw=False, strict_map_key=True)
+    shown = {key: value for key, value in fields.items() if key not in {"v", "t", "at", "state"}}
+    if "state" in fields:
+        manifest = manifest_from_bytes(fields["state"])
+        shown["state"] = {
+            "transfer_id": manifest.transfer_id,
+            "file_sha256": manifest.file_sha256,
+            "file_size": manifest.file_size,
+            "wire_bytes": manifest.wire_bytes,
+            "codec": manifest.codec,
+        }
+    return {"seq": row.seq, "at": row.at, "kind": row.kind, **shown, "hash": row.hash.hex()}
+
+
+def line_bytes(row: Row) -> bytes:
+    """The line as it stands in audit.jsonl: minimal JSON in ASCII, ended by one newline."""
+    return json.dumps(line_of(row), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def render(line: Line) -> str:
+    """One line of text for people, times in UTC, ids cut to 8 characters."""
+    when = datetime.fromtimestamp(line["at"], tz=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return f"{when}  #{line['seq']:<5d} {line['kind']:<10s} {_told(line)}"
+
+
+def _told(line: Line) -> str:
+    match line["kind"]:
+        case "opened":
+            return f"version 0  state {line['state']['file_sha256'][:8]}  fingerprint {line['fingerprint'][:8]}"
+        case "accepted":
+            start = f"{line['site']}  update {line['update_id'][:8]}  from version {line['base_version']}"
+            return f"{start}  examples {line['examples']}  norm {line['norm']:.4g}"
+        case "rejected":
+            return f"{line['site']}  update {line['update_id'][:8]}  {line['rule']}: {line['detail']}"
+        case "dropped":
+            return f"update {line['update_id'][:8]}  {line['rule']}"
+        case "committed":
+            parts = ", ".join(
+                f"{part['site']} {part['update_id'][:8]} (late by {part['staleness']}, weight {part['weight']:.4g})"
+                for part in line["contributions"]
+            )
+            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
+        case "finished":
+            return f"version {line['version']} is the last"
+    return "written by a newer release"
+
+
+# -- filters ---
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which lines to show; a field that is None lets every line pass."""
+
+    version: int | None = None
+    """The line that makes this version, and the fate of updates that start from it."""
+    site: str | None = None
+    """Updates of this site, and the versions that they are part of."""
+    update_id: str | None = None
+
+
+def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
+    """Yield the lines that `query` asks for; `lines` start at the first row, or a `dropped` line has no known site.
+
+    Memory: one small entry for each update accepted and not yet merged.
+    """
+    waiting: dict[str, Line] = {}
+    for line in lines:
+        about = [line, *line.get("contributions", ())]
+        if line["kind"] == "accepted":
+            waiting[line["update_id"]] = line
+        elif line["kind"] == "dropped" and (origin := waiting.pop(line["update_id"], None)) is not None:
+            about.append(origin)
+        for part in line.get("contributions", ()):
+            waiting.pop(part["update_id"], None)
+        if (
+            (query.version is None or query.version in _versions(line, about))
+            and (query.site is None or query.site in {each.get("site") for each in about})
+            and (query.update_id is None or query.update_id in {each.get("update_id") for each in about})
+        ):
+            yield line
+
+
+def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
+    if line["kind"] == "opened":
+        return {0}
+    if line["kind"] in {"committed", "finished"}:
+        return {line["version"]}
+    return {each.get("base_version") for each in about}
+
+
+# -- the file ---
+
+
+class AuditLog:
+    """`audit.jsonl`, open for appending; a context manager.
+
+    Opening compares every line with the journal's row and rewrites the file from the first difference on: a file that
+    is missing, short, torn in its last line, edited or too long ends up as the journal says. Nothing is synced: what
+    a power cut takes is written again at the next start.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Row]) -> None:
+        self.path = path
+        self.mended = 0
+        """Lines that had to be written at opening."""
+        self._file: BinaryIO
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            self._file = path.open("r+b")
+            self._mend(rows)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write the lines of rows that have just been committed; UnavailableError when the disk is full."""
+        with self._writing():
+            self._file.write(b"".join(map(line_bytes, rows)))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; what was appended stays."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _mend(self, rows: Iterable[Row]) -> None:
+        good = 0
+        for row in rows:
+            wanted = line_bytes(row)
+            if not self.mended and self._file.readline() == wanted:
+                good += len(wanted)
+                continue
+            if not self.mended:
+                self._cut(good)
+            self.mended += 1
+            self._file.write(wanted)
+        if not self.mended:
+            self._cut(good)
+        self._file.flush()
+
+    def _cut(self, size: int) -> None:
+        self._file.seek(size)
+        self._file.truncate()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnavailableError(
+                f"{self.path} cannot be written: {error.strerror}", hint="make room or mend its permissions"
+            ) from None
