@@ -84,17 +84,17 @@ class Uploads:
         upload.quiet_since = now
         upload.receiver.opened(have)
         self._answer(upload, out)
-        if upload.receiver.state is ReceiverState.COMPLETE:
+        if upload.receiver.complete:
             out.jobs.append(Verify(transfer_id))
 
     def stored(self, transfer_id: str, indices: tuple[int, ...], now: float, out: Decision) -> None:
         """Chunks are durable: say so, and verify when nothing is missing."""
         upload = self._by_id.get(transfer_id)
-        if upload is None or upload.receiver.state is ReceiverState.COMPLETE:
+        if upload is None or upload.receiver.complete:
             return
         upload.quiet_since = now
         upload.receiver.stored(indices)
-        if upload.receiver.state is ReceiverState.COMPLETE:
+        if upload.receiver.complete:
             out.jobs.append(Verify(transfer_id))
             upload.reserved = 0
         self._answer(upload, out)
@@ -123,7 +123,7 @@ class Uploads:
 
     def _close(self, transfer_id: str, now: float, out: Decision) -> None:
         upload = self._by_id[transfer_id]
-        if upload.receiver.state is ReceiverState.COMPLETE:
+        if upload.receiver.complete:
             return  # being verified; admission will settle it
         del self._by_id[transfer_id]
         upload.receiver.close()
@@ -134,7 +134,7 @@ class Uploads:
         """Say what we hold, with as much window as the budget admits."""
         manifest, receiver = upload.manifest, upload.receiver
         window, retry_s = self.window, 0.0
-        if receiver.state is not ReceiverState.COMPLETE:
+        if not receiver.complete:
             if not upload.reserved:
                 upload.reserved = self._reserve(manifest)
             receiver.credit(granted=bool(upload.reserved))

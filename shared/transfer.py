@@ -276,6 +276,11 @@ class Receiver:
         self._step(ReceiverInput.CLOSE)
 
     @property
+    def complete(self) -> bool:
+        """Whether all chunks are durable and the whole is being verified."""
+        return self.state is ReceiverState.COMPLETE
+
+    @property
     def open(self) -> bool:
         """Whether a chunk that arrives now should be written."""
         return self.state in {ReceiverState.PACED, ReceiverState.RECEIVING}

@@ -1,0 +1,354 @@
+"""A site's decisions: events in, Decision out; no I/O, no clock, no tensors.
+
+Theory of operation
+-------------------
+Four things go on at once, and none waits for another without need:
+
+    link     say hello on each connection and to each coordinator that boots anew, until welcome or refused
+    pull     fetch the announced state, unless it is here; one state at a time
+    train    train once on each state that arrives; needs no link; pauses when the outbox is full
+    push     offer the oldest sealed update, send what the coordinator wants, until its receipt is here
+
+The site is the side that comes and goes, so it owns the timers, and there is one: whatever it waits for that has shown
+no progress for `stall_s` (doubling up to `cap_s` while nothing answers) it asks for again.
+
+The announcement is believed: a coordinator restored from a backup may announce an older version, and then that one is
+pulled and trained. States are therefore told apart by transfer id, never by number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from edge_client import decisions as d
+from edge_client.patience import Patience
+from shared.config import LinkSection
+from shared.manifest import Manifest
+from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Want, Welcome
+from shared.transfer import Receiver, Sender, SenderState
+
+ABANDON_BELOW = 0.5
+"""A pull is given up for a newer version while less than this share of it is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this site is and which federation it thinks it is in."""
+
+    site: str
+    session: str
+    fingerprint: str
+    config_sha256: str
+    frozen_sha256: str
+    software: str
+
+
+@dataclass(slots=True)
+class Pull:
+    """A state on its way in."""
+
+    manifest: Manifest
+    receiver: Receiver
+    patience: Patience
+    unacknowledged: int = 0
+    """Chunks stored since the last Want."""
+
+
+@dataclass(slots=True)
+class Push:
+    """The update that is on its way out."""
+
+    manifest: Manifest
+    sender: Sender
+    patience: Patience
+    unsent: int = 0
+    """Chunks handed to the shell that the broker does not have yet."""
+
+
+class Session:
+    """See the module's docstring.
+
+    `outbox` are the sealed updates without receipt, oldest first; `trained` the digests of the states that were
+    trained on, so that a restart does not train twice.
+    """
+
+    def __init__(
+        self, identity: Identity, *, link: LinkSection, outbox: list[Manifest], trained: set[str], outbox_max: int
+    ) -> None:
+        self.identity = identity
+        self.link = link
+        self.outbox = list(outbox)
+        self.trained = set(trained)
+        self.outbox_max = outbox_max
+        self.connected = False
+        self.welcome = False
+        self.announced: Announce | None = None
+        self.ready: Manifest | None = None
+        self.training: Manifest | None = None
+        self.pull: Pull | None = None
+        self.push: Push | None = None
+        self._boot: str | None = None
+        self._hello_patience = self._patience()
+
+    def _patience(self) -> Patience:
+        return Patience(self.link.stall_s, self.link.backoff_cap_s)
+
+    @property
+    def phase(self) -> Phase:
+        """What the site is doing, in one word, for people."""
+        if self.training is not None:
+            return "training"
+        if self.push is not None or self.outbox:
+            return "uploading"
+        if self.pull is not None:
+            return "pulling"
+        if self.announced is not None and self.announced.final:
+            return "done"
+        return "waiting" if self.welcome else "starting"
+
+    def accepts(self, transfer_id: str, index: int) -> bool:
+        """Whether a chunk that arrives now is to be written."""
+        pull = self.pull
+        return (
+            pull is not None
+            and pull.manifest.transfer_id == transfer_id
+            and pull.receiver.open
+            and index < pull.manifest.frames
+            and index not in pull.receiver.have
+        )
+
+    def handle(self, event: d.Event, now: float, wall: float) -> d.Decision:
+        """Decide; `now` is monotonic seconds, `wall` unix seconds (for the hello only)."""
+        out = d.Decision()
+        match event:
+            case d.LinkUp():
+                self.connected = True
+                self._hello_patience.moved(now)
+                self._greet(wall, out)
+            case d.LinkDown():
+                self._link_down()
+            case d.Received():
+                self._receive(event.message, now, wall, out)
+            case d.SpoolOpened():
+                self._spool_opened(event, now, out)
+            case d.ChunksStored():
+                self._chunks_stored(event, now, out)
+            case d.StateReady():
+                self._state_ready(event.manifest)
+            case d.StateBroken():
+                self.pull = None
+            case d.Trained():
+                # Sealed in the moment in which the run ended: it is offered like any other, and gets its answer.
+                self.training = None
+                self.trained.add(event.manifest.update.base_sha256)
+                self.outbox.append(event.manifest)
+            case d.ChunkSent():
+                self._chunk_sent(event.update_id, now)
+            case d.Tick():
+                self._tick(now, wall, out)
+            case _:
+                assert_never(event)
+        self._go_on(now, out)
+        return out
+
+    # -- link ---
+
+    def _greet(self, wall: float, out: d.Decision) -> None:
+        me = self.identity
+        self.welcome = False
+        out.sends.append(
+            Hello(
+                site=me.site,
+                session=me.session,
+                fingerprint=me.fingerprint,
+                config_sha256=me.config_sha256,
+                frozen_sha256=me.frozen_sha256,
+                software=me.software,
+                clock=wall,
+            )
+        )
+
+    def _link_down(self) -> None:
+        self.connected = self.welcome = False
+        self._boot = None
+        self.push = None
+        if self.pull is not None and self.pull.receiver.open:
+            self.pull.receiver.credit(granted=False)
+
+    def _receive(self, message: Message, now: float, wall: float, out: d.Decision) -> None:
+        match message:
+            case Announce():
+                self._announce(message, now, wall, out)
+            case Welcome(session=self.identity.session):
+                self.welcome = True
+                self._boot = message.boot
+                self._want(now, out, restart=True)
+            case Probe(session=self.identity.session):
+                self._greet(wall, out)
+            case Refused(session=self.identity.session):
+                out.jobs.append(d.Exit(message.rule, message.detail))
+            case Want():
+                self._wanted(message, now, out)
+            case Receipt():
+                self._receipt(message, now, out)
+            case _:
+                pass  # meant for another process of this name, or of a kind that only we send
+
+    def _announce(self, announce: Announce, now: float, wall: float, out: d.Decision) -> None:
+        if announce.fingerprint != self.identity.fingerprint:
+            return  # perhaps retained from an earlier run; the coordinator's answer to our hello decides
+        self.announced = announce
+        if self.connected and announce.boot != self._boot and self._boot is not None:
+            # A coordinator that has just booted knows nothing of us.
+            self.push = None
+            self._boot = announce.boot
+            self._hello_patience.moved(now)
+            self._greet(wall, out)
+
+    # -- pull ---
+
+    def _spool_opened(self, event: d.SpoolOpened, now: float, out: d.Decision) -> None:
+        pull = self.pull
+        if pull is None or pull.manifest.transfer_id != event.transfer_id:
+            return
+        pull.receiver.opened(event.have)
+        if pull.receiver.complete:
+            out.jobs.append(d.Verify(event.transfer_id))
+        else:
+            self._want(now, out, restart=True)
+
+    def _chunks_stored(self, event: d.ChunksStored, now: float, out: d.Decision) -> None:
+        pull = self.pull
+        if pull is None or pull.manifest.transfer_id != event.transfer_id or not pull.receiver.open:
+            return
+        pull.unacknowledged += pull.receiver.stored(event.indices)
+        pull.patience.moved(now)
+        if pull.receiver.complete:
+            out.jobs.append(d.Verify(event.transfer_id))
+            self._say_want(pull, out, restart=False)
+        elif pull.unacknowledged >= max(1, self.link.window // 2):
+            self._want(now, out, restart=False)
+
+    def _want(self, now: float, out: d.Decision, *, restart: bool) -> None:
+        pull = self.pull
+        if pull is None or not self.welcome or not pull.receiver.open:
+            return
+        pull.receiver.credit(granted=True)
+        pull.unacknowledged = 0
+        if not restart:
+            pull.patience.moved(now)
+        self._say_want(pull, out, restart=restart)
+
+    def _say_want(self, pull: Pull, out: d.Decision, *, restart: bool) -> None:
+        have = pull.receiver.have.to_bytes()
+        out.sends.append(
+            Want(transfer_id=pull.manifest.transfer_id, have=have, window=self.link.window, restart=restart)
+        )
+
+    def _state_ready(self, manifest: Manifest) -> None:
+        self.ready = manifest
+        if self.pull is not None and self.pull.manifest.transfer_id == manifest.transfer_id:
+            self.pull = None
+
+    # -- push ---
+
+    def _wanted(self, want: Want, now: float, out: d.Decision) -> None:
+        push = self.push
+        if push is None or push.manifest.transfer_id != want.transfer_id:
+            return
+        if push.sender.on_want(want.have, want.window):
+            push.patience.moved(now)
+        if push.sender.state is SenderState.PACED:
+            push.patience.wait(now, want.retry_s)
+        self._send_chunks(push, now, out)
+
+    def _send_chunks(self, push: Push, now: float, out: d.Decision) -> None:
+        indices = push.sender.take()
+        if indices:
+            push.patience.moved(now)
+            push.unsent += len(indices)
+            out.jobs.append(d.SendChunks(push.manifest.transfer_id, tuple(indices)))
+
+    def _chunk_sent(self, update_id: str, now: float) -> None:
+        push = self.push
+        if push is not None and push.manifest.transfer_id == update_id and push.unsent:
+            push.unsent -= 1
+            push.patience.moved(now)
+
+    def _receipt(self, receipt: Receipt, now: float, out: d.Decision) -> None:
+        """Keep any receipt that is about an update of ours, also the later word that it was merged."""
+        mine = next((update for update in self.outbox if update.transfer_id == receipt.update_id), None)
+        if mine is not None and mine.digest == receipt.manifest_sha256:
+            self.outbox.remove(mine)
+            if self.push is not None and self.push.manifest is mine:
+                self.push.sender.settle()
+                self.push = None
+        elif mine is not None:
+            return
+        out.jobs.append(d.Settle(receipt))
+
+    # -- what follows from where we stand ---
+
+    def _go_on(self, now: float, out: d.Decision) -> None:
+        self._next_pull(now, out)
+        self._next_training(out)
+        self._next_push(now, out)
+        if self.announced is not None and self.announced.final:
+            if self.training is not None:
+                self.training = None
+                out.jobs.append(d.CancelTraining())
+            if not self.outbox and self._has(self.announced):
+                out.jobs.append(d.Exit())
+
+    def _has(self, announce: Announce | None) -> bool:
+        return (
+            announce is not None and self.ready is not None and self.ready.transfer_id == announce.manifest.transfer_id
+        )
+
+    def _next_pull(self, now: float, out: d.Decision) -> None:
+        announce = self.announced
+        if announce is None or self._has(announce):
+            return
+        wanted, pull = announce.manifest, self.pull
+        if pull is not None:
+            if pull.manifest.transfer_id == wanted.transfer_id:
+                return
+            if len(pull.receiver.have) >= ABANDON_BELOW * pull.manifest.frames or not pull.receiver.open:
+                return  # finish it, train on it, be a little late
+            pull.receiver.close()
+            out.jobs.append(d.CloseSpool(pull.manifest.transfer_id))
+        self.pull = Pull(wanted, Receiver(wanted.frames), self._patience())
+        self.pull.patience.moved(now)
+        out.jobs.append(d.OpenSpool(wanted))
+
+    def _next_training(self, out: d.Decision) -> None:
+        ready = self.ready
+        if ready is None or self.training is not None or len(self.outbox) >= self.outbox_max:
+            return
+        if ready.file_sha256 in self.trained or (self.announced is not None and self.announced.final):
+            return
+        self.training = ready
+        out.jobs.append(d.Train(ready))
+
+    def _next_push(self, now: float, out: d.Decision) -> None:
+        if self.push is not None or not self.outbox or not self.welcome:
+            return
+        oldest = self.outbox[0]
+        self.push = Push(oldest, Sender(oldest.frames), self._patience())
+        self.push.patience.moved(now)
+        out.sends.append(Offer(manifest=oldest))
+
+    def _tick(self, now: float, wall: float, out: d.Decision) -> None:
+        if not self.connected:
+            return
+        if not self.welcome:
+            if self._hello_patience.spent(now):
+                self._greet(wall, out)
+            return
+        # While chunks wait for a slow link there is progress to come; a dead link shows as LinkDown.
+        if self.push is not None and not self.push.unsent and self.push.patience.spent(now):
+            self.push.sender.restart()
+            out.sends.append(Offer(manifest=self.push.manifest))
+        if self.pull is not None and self.pull.patience.spent(now):
+            self._want(now, out, restart=True)
