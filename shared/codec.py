@@ -35,6 +35,7 @@ from shared.tensorfile import (
     bf16_to_f32,
     build_header,
     f32_to_bf16,
+    tensor_bytes,
 )
 
 Codec = CodecName
@@ -88,6 +89,12 @@ def codec_named(name: str) -> Codec:
 def part_specs(name: str, shape: Shape, codec: Codec) -> list[PartSpec]:
     """Names, types and shapes of the parts that a tensor becomes; the first carries the tensor's own name."""
     return _SCHEMES[codec].layout(name, shape)
+
+
+def data_bytes(shapes: Mapping[str, Shape], codec: Codec) -> int:
+    """Bytes that tensors of these shapes take in a file of this codec, its header not counted."""
+    specs = (spec for tensor in shapes.items() for spec in part_specs(*tensor, codec))
+    return sum(tensor_bytes(dtype, shape) for _, dtype, shape in specs)
 
 
 def tensor_shapes(header: Header, codec: Codec) -> dict[str, Shape]:
@@ -165,7 +172,7 @@ def encode_file(tensors: Mapping[str, F32Array], codec: Codec, metadata: Mapping
         yield waiting.pop(stored).reshape(-1).view(np.uint8).data
 
 
-# -- the schemes ------------------------------------------------------------------------------------------------------
+# -- the schemes ---
 
 
 class _NotFiniteError(Exception):

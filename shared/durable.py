@@ -1,0 +1,195 @@
+"""Files that survive power loss: the only place in the project that syncs.
+
+What POSIX gives, and no more: the bytes of a file are safe after fsync of the file, its name after fsync of the folder,
+and a rename is seen whole or not at all. Hence each file is written under a temporary name beside its place, synced,
+renamed, and the folder synced. A folder has one writing process; leftovers of a crash are removed when it starts.
+
+After a failed fsync nobody knows what is on the disk, and a second fsync may well report success (Rebello et al., Can
+Applications Recover from fsync Failures?, ATC 2020): errors are raised, never retried here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.errors import CorruptError, UnavailableError
+
+TEMPORARY_PREFIX = ".tmp-"
+_COMPARE_BYTES = 1 << 20
+_STORAGE_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space, then start again; nothing finished was lost"),
+    errno.EDQUOT: ("the disk quota is used up", "raise the quota or free some space, then start again"),
+    errno.EROFS: ("the file system is read-only", "mount it writable, or look for disk errors in the system's log"),
+}
+
+
+@dataclass(slots=True)
+class SyncCount:
+    """Syncs of this process so far: the slowest thing there is, so tests and benchmarks count them."""
+
+    files: int = 0
+    folders: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, *, files: int = 0, folders: int = 0) -> None:
+        """Count; safe from any thread."""
+        with self._lock:
+            self.files += files
+            self.folders += folders
+
+
+SYNCS = SyncCount()
+
+
+@contextmanager
+def storage_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Turn 'no space', 'over quota' and 'read-only' into UnavailableError; `needed` is the bytes wanted, if known."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        reason, hint = _STORAGE_ERRORS[error.errno]
+        amount = f"; at least {needed:,} bytes were needed" if needed else ""
+        raise UnavailableError(f"{folder}: {reason}{amount}", hint=hint) from error
+
+
+def sync_file(fd: int) -> None:
+    """Return when the bytes of an open file are on the disk."""
+    os.fsync(fd)
+    SYNCS.add(files=1)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Return when the names in a folder are on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    SYNCS.add(folders=1)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably; nothing happens when it is there."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with storage_errors(folder.parent, 4096):
+        folder.mkdir(exist_ok=True)
+    fsync_dir(folder.parent)
+
+
+def reserve(fd: int, size: int, folder: Path) -> None:
+    """Make an open file `size` bytes long and take the disk space now; UnavailableError when there is not so much.
+
+    On a file system or platform that cannot reserve, the file only gets its length.
+    """
+    allocate = getattr(os, "posix_fallocate", None)
+    with storage_errors(folder, size):
+        if allocate is not None:
+            try:
+                allocate(fd, 0, size)
+            except OSError as error:
+                if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+                    raise
+        os.ftruncate(fd, size)
+
+
+@contextmanager
+def temporary_file(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield path and descriptor of a new file in `folder`; removed at the end unless it was renamed by then."""
+    path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    with storage_errors(folder, 4096):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        yield path, fd
+    finally:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`; the kernel may take it in several bites."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(fd, rest, offset)
+        rest = rest[written:]
+        offset += written
+
+
+def write_chunks(fd: int, chunks: Iterable[bytes | memoryview], folder: Path) -> int:
+    """Write chunks one after the other from the start of an open file, sync it, and return the bytes written."""
+    size = 0
+    for chunk in chunks:
+        with storage_errors(folder, size + len(chunk)):
+            write_all(fd, chunk, size)
+        size += len(chunk)
+    with storage_errors(folder, size):
+        sync_file(fd)
+    return size
+
+
+def write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Create a file durably; the same bytes may be written again, others may not.
+
+    CorruptError when the file is there with other content; UnavailableError when the disk does not take it. Nothing
+    appears under `path` unless all chunks were written, also when `chunks` raises.
+    """
+    with temporary_file(path.parent) as (temporary, fd):
+        size = write_chunks(fd, chunks, path.parent)
+        if path.exists():
+            if not _same_content(fd, size, path):
+                raise CorruptError(
+                    f"{path} is written once and exists with other content", hint="move it away and look who wrote it"
+                )
+        else:
+            temporary.rename(path)
+    fsync_dir(path.parent)
+
+
+def replace_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put `data` in the place of whatever is at `path`: a reader sees the old or the new bytes, never a mixture.
+
+    Not durable means that a power loss may bring back the old bytes, or leave none.
+    """
+    with temporary_file(path.parent) as (temporary, fd):
+        with storage_errors(path.parent, len(data)):
+            write_all(fd, data, 0)
+            if durable:
+                sync_file(fd)
+        temporary.replace(path)
+    if durable:
+        fsync_dir(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file durably; nothing happens when it is not there."""
+    if path.exists():
+        path.unlink()
+        fsync_dir(path.parent)
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Delete what crashes left under temporary names, and return how many; for the folder's only writer, at start."""
+    leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for leftover in leftovers:
+        leftover.unlink()
+    return len(leftovers)
+
+
+def _same_content(fd: int, size: int, path: Path) -> bool:
+    if path.stat().st_size != size:
+        return False
+    with path.open("rb") as existing:
+        return all(
+            existing.read(_COMPARE_BYTES) == os.pread(fd, _COMPARE_BYTES, offset)
+            for offset in range(0, size, _COMPARE_BYTES)
+        )
