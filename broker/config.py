@@ -67,7 +67,6 @@ def local_settings(host: str, port: int) -> tuple[Setting, ...]:
     """The settings of a broker without passwords on a loopback address; ConfigError for any other address."""
     require_loopback(host)
     return (
-        Setting("per_listener_settings", "false", "true loses last wills on 2.0.11, and there is one listener"),
         Setting("listener", f"{port} {host}", "this machine alone can reach it"),
         Setting("allow_anonymous", "true", "acceptable because of the line above, and only because of it"),
         Setting(
