@@ -1,0 +1,80 @@
+"""Chunks from the disk onto the link: read one by one, published in order, a few in flight.
+
+The order matters (a receiver's bitmap tells from it what was lost) and is kept: publications are started one after the
+other, only their acknowledgements overlap. Memory held: `IN_FLIGHT` frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+from shared.link import LinkDownError
+from shared.messages import chunk_header
+
+IN_FLIGHT = 4
+"""Frames handed to the link at a time: enough to overlap the broker's acknowledgements, small beside any window."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    topic: str
+    transfer_id: str
+    index: int
+
+
+class Pump:
+    """Publishes what it is told to, in order.
+
+    `read(transfer_id, index)` returns a frame and is called in a thread; `publish(topic, payload)` returns when the
+    broker has it; `sent(transfer_id, index)` is called on the loop after that.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str, int], bytes],
+        publish: Callable[[str, bytes], Awaitable[None]],
+        sent: Callable[[str, int], None],
+    ) -> None:
+        self._read = read
+        self._publish = publish
+        self._sent = sent
+        self._orders: deque[_Order] = deque()
+        self._wake = asyncio.Event()
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+
+    def put(self, topic: str, transfer_id: str, indices: Iterable[int]) -> None:
+        """Queue chunks of one transfer for one topic."""
+        self._orders.extend(_Order(topic, transfer_id, index) for index in indices)
+        self._wake.set()
+
+    def clear(self) -> None:
+        """Forget what is queued: the link is down, and the next bitmap says what to send."""
+        self._orders.clear()
+
+    async def run(self) -> None:
+        """Publish until cancelled; raises what reading or the broker's refusal raises."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                while not self._orders:
+                    self._wake.clear()
+                    await self._wake.wait()
+                await self._slots.acquire()
+                if not self._orders:  # cleared while we waited
+                    self._slots.release()
+                    continue
+                order = self._orders.popleft()
+                frame = await asyncio.to_thread(self._read, order.transfer_id, order.index)
+                packet = chunk_header(order.transfer_id, order.index, len(frame)) + frame
+                group.create_task(self._deliver(order, packet))
+
+    async def _deliver(self, order: _Order, packet: bytes) -> None:
+        try:
+            await self._publish(order.topic, packet)
+        except LinkDownError:
+            return  # whoever waits for it will ask again
+        finally:
+            self._slots.release()
+        self._sent(order.transfer_id, order.index)

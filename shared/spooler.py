@@ -1,0 +1,133 @@
+"""Chunks from the link onto the disk: written in a thread of its own, synced once a batch, then reported.
+
+While one batch is being synced the next one gathers, so a slow disk makes batches larger, not queues of syncs longer.
+The memory held here is what has arrived and is not yet written; senders' windows bound it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self, TypeVar
+
+from shared.errors import RefusedError
+from shared.manifest import Manifest
+from shared.messages import Chunk
+from shared.store import FrameStore, Partial, Stored
+from shared.transfer import Bitmap
+
+_R = TypeVar("_R")
+
+
+class Spooler:
+    """Arriving transfers of one store; an async context manager.
+
+    `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(transfer_id, rule)` when one
+    was not what its manifest says (it is dropped; the sender will be asked for it again).
+    """
+
+    def __init__(
+        self,
+        store: FrameStore,
+        *,
+        stored: Callable[[str, tuple[int, ...]], None],
+        refused: Callable[[str, str], None],
+    ) -> None:
+        self._store = store
+        self._stored = stored
+        self._refused = refused
+        self._open: dict[str, Partial] = {}
+        self._arrived: list[Chunk] = []
+        self._wake = asyncio.Event()
+        # One thread: a Partial belongs to one, and the order of open, write and finish is kept for free.
+        self._thread = ThreadPoolExecutor(1, "spooler")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._run(self._close_all)
+        self._thread.shutdown()
+
+    async def open(self, manifest: Manifest) -> bytes:
+        """Begin or resume a transfer and return the bitmap of what is there; full when it is whole already.
+
+        UnavailableError when the disk has no room; RefusedError(rule='manifest-changed') when the id began to arrive,
+        or has arrived, under another manifest.
+        """
+        return await self._run(self._open_now, manifest)
+
+    def put(self, chunk: Chunk) -> None:
+        """Queue one chunk for writing; it keeps its packet in memory until then."""
+        self._arrived.append(chunk)
+        self._wake.set()
+
+    async def finish(self, transfer_id: str) -> Stored:
+        """Make a complete transfer whole and return it."""
+        return await self._run(self._finish, transfer_id)
+
+    async def close(self, transfer_id: str, *, delete: bool = False) -> None:
+        """Release a transfer's file; what is there stays for the next attempt, or goes with `delete`."""
+        await self._run(self._close, transfer_id, delete)
+
+    async def run(self) -> None:
+        """Write until cancelled; UnavailableError when the disk does not take it."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._arrived = self._arrived, []
+            written, refused = await self._run(self._write, batch)
+            for transfer_id, rule in refused:
+                self._refused(transfer_id, rule)
+            for transfer_id, indices in written.items():
+                self._stored(transfer_id, tuple(indices))
+
+    async def _run(self, work: Callable[..., _R], *args: object) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    # -- in the thread ---
+
+    def _open_now(self, manifest: Manifest) -> bytes:
+        whole = self._store.get(manifest.transfer_id)
+        if whole is not None:
+            if whole.manifest != manifest:
+                raise RefusedError("this id has arrived under another manifest", rule="manifest-changed")
+            return Bitmap(manifest.frames, range(manifest.frames)).to_bytes()
+        self._close(manifest.transfer_id, delete=False)
+        partial = self._open[manifest.transfer_id] = self._store.open_partial(manifest)
+        return partial.have.to_bytes()
+
+    def _write(self, batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+        written: dict[str, list[int]] = {}
+        refused: list[tuple[str, str]] = []
+        for chunk in batch:
+            partial = self._open.get(chunk.transfer_id)
+            if partial is None:
+                continue  # closed since it was queued
+            try:
+                partial.write(chunk.index, chunk.frame)
+            except RefusedError as error:
+                refused.append((chunk.transfer_id, error.rule))
+            else:
+                written.setdefault(chunk.transfer_id, []).append(chunk.index)
+        for transfer_id in written:
+            self._open[transfer_id].sync()
+        return written, refused
+
+    def _finish(self, transfer_id: str) -> Stored:
+        partial = self._open.pop(transfer_id, None)
+        stored = partial.finish() if partial is not None else self._store.get(transfer_id)
+        assert stored is not None, f"transfer {transfer_id} is neither open nor whole"
+        return stored
+
+    def _close(self, transfer_id: str, delete: bool) -> None:  # noqa: FBT001 - passed on by position
+        partial = self._open.pop(transfer_id, None)
+        if partial is not None:
+            partial.close()
+        if delete:
+            self._store.delete(transfer_id)
+
+    def _close_all(self) -> None:
+        for transfer_id in list(self._open):
+            self._close(transfer_id, delete=False)
