@@ -22,14 +22,6 @@ class Concept:
     short: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
-    """A line with slots in braces, and the section of the note in which it may stand."""
-
-    section: str
-    text: str
-
-
 @cache
 def load_concepts() -> Mapping[str, tuple[Concept, ...]]:
     """Return the concepts of each label."""
@@ -44,10 +36,13 @@ def load_lists(name: str) -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def load_templates(style: str) -> tuple[Template, ...]:
-    """Return the lines of a style, one of `STYLES` or `common`."""
-    pairs = (line.split(":", 1) for line in _lines(f"style-{style}"))
-    return tuple(Template(section, text.strip()) for section, text in pairs)
+def load_lines(name: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the lines of a file of `key: line` lines, by their key."""
+    lines: dict[str, list[str]] = {}
+    for row in _lines(name):
+        key, text = row.split(":", 1)
+        lines.setdefault(key, []).append(text.strip())
+    return MappingProxyType({key: tuple(texts) for key, texts in lines.items()})
 
 
 def _parse_concept(line: str) -> Concept:

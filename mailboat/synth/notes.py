@@ -49,8 +49,8 @@ def draw_note(name: str, profile: SiteProfile, rng: random.Random) -> Note:
     sentences: list[Sentence] = []
     for section, header in zip(SECTIONS, profile.habits.headers, strict=True):
         sentences.append(Sentence(tuple(header.split()), ()))
-        for _ in range(rng.randint(*LINES[section])):
-            sentences.append(_fill(profile.lines[section].draw(rng).text, who, profile, rng))
+        count = rng.randint(*LINES[section])
+        sentences += [_fill(profile.lines[section].draw(rng), who, profile, rng) for _ in range(count)]
     return Note(name, tuple(sentences))
 
 

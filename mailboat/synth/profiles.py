@@ -9,7 +9,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
-from mailboat.synth.lexicon import LABELS, SECTIONS, STYLES, Concept, Template, load_concepts, load_templates
+from mailboat.synth.lexicon import LABELS, SECTIONS, STYLES, Concept, load_concepts, load_lines
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class SiteProfile:
     habits: Habits
     mix: Mapping[str, float]
     concepts: Mapping[str, Weighted[Concept]]
-    lines: Mapping[str, Weighted[Template]]
+    lines: Mapping[str, Weighted[str]]
 
 
 def make_profiles(*, sites: int, alpha: float, seed: int) -> tuple[SiteProfile, ...]:
@@ -148,20 +148,20 @@ def _weigh_concepts(deal: Sequence[tuple[Concept, int | None]], site: int, rng: 
     return Weighted(tuple(concept for concept, _ in ranked), tuple(accumulate(weights)))
 
 
-def _weigh_lines(style: str, mix: Mapping[str, float]) -> Mapping[str, Weighted[Template]]:
+def _weigh_lines(style: str, mix: Mapping[str, float]) -> Mapping[str, Weighted[str]]:
     """Return the lines of each section, weighted so that mentions come in the site's label mix."""
     lines = {}
     for section in SECTIONS:
-        pairs: list[tuple[Template, float]] = []
+        pairs: list[tuple[str, float]] = []
         for pack, share in ((style, 1.0 - COMMON_LINES), ("common", COMMON_LINES)):
-            templates = [template for template in load_templates(pack) if template.section == section]
+            templates = load_lines(f"style-{pack}")[section]
             raw = [_weigh_line(template, mix) for template in templates]
             pairs += [(template, share * weight / sum(raw)) for template, weight in zip(templates, raw, strict=True)]
         lines[section] = Weighted(tuple(pair[0] for pair in pairs), tuple(accumulate(pair[1] for pair in pairs)))
     return MappingProxyType(lines)
 
 
-def _weigh_line(template: Template, mix: Mapping[str, float]) -> float:
+def _weigh_line(template: str, mix: Mapping[str, float]) -> float:
     """Return the mean share of the labels that the line's slots ask for; an open or empty line gets the mean."""
-    shares = [mix[label] for label in LABELS for _ in range(template.text.count(f"{{{label}}}"))]
+    shares = [mix[label] for label in LABELS for _ in range(template.count(f"{{{label}}}"))]
     return sum(shares) / len(shares) if shares else 1 / len(LABELS)
