@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import msgpack
 
@@ -121,7 +122,7 @@ def _told(line: Line) -> str:
             return f"update {line['update_id'][:8]}  {line['rule']}"
         case "committed":
             parts = ", ".join(
-                f"{part['site']} {part['update_id'][:8]} (late by {part['staleness']}, weight {part['weight']:.4g})"
+                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
                 for part in line["contributions"]
             )
             return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
@@ -178,64 +179,61 @@ def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
 
 
 class AuditLog:
-    """`audit.jsonl`, open for appending; a context manager.
+    """`audit.jsonl`, kept in step with a journal; for one thread at a time.
 
-    Opening compares every line with the journal's row and rewrites the file from the first difference on: a file that
-    is missing, short, torn in its last line, edited or too long ends up as the journal says. Nothing is synced: what
-    a power cut takes is written again at the next start.
+    `source(after)` yields the journal's rows with seq above `after`. Opening compares every line with its row and
+    writes the file anew from the first difference on: a file that is missing, short, torn in its last line, edited or
+    too long ends up as the journal says. Nothing is synced: what a power cut takes is written at the next start.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Row]) -> None:
+    def __init__(self, path: Path, source: Callable[[int], Iterable[Row]]) -> None:
         self.path = path
-        self.mended = 0
-        """Lines that had to be written at opening."""
-        self._file: BinaryIO
-        with self._writing():
+        self._source = source
+        self._seq = 0
+        self._size = 0
+        with self._named():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-            self._file = path.open("r+b")
-            self._mend(rows)
+            self._measure()
+        self.mended = self.follow()
+        """Lines that opening had to write."""
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Write the lines of rows that have just been committed; UnavailableError when the disk is full."""
-        with self._writing():
-            self._file.write(b"".join(map(line_bytes, rows)))
-            self._file.flush()
+    def follow(self) -> int:
+        """Write the lines of all rows that are not there yet and return their number.
 
-    def close(self) -> None:
-        """Close the file; what was appended stays."""
-        self._file.close()
+        UnavailableError when the disk is full; a later call then writes what this one could not.
+        """
+        before = self._seq
+        with self._named(), self.path.open("r+b", buffering=0) as file:
+            # What lies behind the last whole line of ours is a torn write, or nothing.
+            file.truncate(self._size)
+            file.seek(self._size)
+            for row in self._source(self._seq):
+                self._size += _write_all(file, line_bytes(row))
+                self._seq = row.seq
+        return self._seq - before
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    def _mend(self, rows: Iterable[Row]) -> None:
-        good = 0
-        for row in rows:
-            wanted = line_bytes(row)
-            if not self.mended and self._file.readline() == wanted:
-                good += len(wanted)
-                continue
-            if not self.mended:
-                self._cut(good)
-            self.mended += 1
-            self._file.write(wanted)
-        if not self.mended:
-            self._cut(good)
-        self._file.flush()
-
-    def _cut(self, size: int) -> None:
-        self._file.seek(size)
-        self._file.truncate()
+    def _measure(self) -> None:
+        """Set number and end of the last line that is as it must be."""
+        with self.path.open("rb") as file:
+            for row in self._source(0):
+                wanted = line_bytes(row)
+                if file.readline() != wanted:
+                    return
+                self._seq, self._size = row.seq, self._size + len(wanted)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _named(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UnavailableError(
                 f"{self.path} cannot be written: {error.strerror}", hint="make room or mend its permissions"
             ) from None
+
+
+def _write_all(file: FileIO, data: bytes) -> int:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(data)
