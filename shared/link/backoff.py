@@ -1,0 +1,87 @@
+"""When to try again, as pure functions of what happened; chance is passed in.
+
+Two kinds of failure want two kinds of patience. A broker that cannot be reached costs nobody anything when it is tried
+again, so the waits grow only with the outage itself: up to a sixtieth of it, which keeps the return after a minute
+within a second, and is exponential growth over time all the same. A broker that answers and turns us away, or ends
+the connection at once (two clients under one id end each other), is not to be pestered: the waits double from the
+first. Every wait is drawn uniformly from zero up ("full jitter", M. Brooker, "Exponential Backoff And Jitter", AWS
+Architecture Blog, 2015), so that sites which lost the broker together do not come back in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+SETTLED_S = 2.0
+"""A connection that ends sooner counts as a failure of the broker's choosing."""
+PROMPT_S = 0.5
+"""Longest wait before the first try after a settled connection dropped."""
+UNREACHABLE_FLOOR_S = 0.75
+"""Ceiling of the waits while an outage is young."""
+OUTAGE_SHARE = 1 / 60
+"""A wait never adds more than this share to an outage."""
+
+PATIENCE_UNKNOWN_S = 10.0
+PATIENCE_MIN_S = 1.0
+PATIENCE_MAX_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """What the past says about the next wait; `since` is when the outage began (monotonic seconds)."""
+
+    since: float
+    turned_away: int = 0
+    """How often in a row the broker answered and did not want us, or dropped us at once."""
+    unreachable: int = 0
+    """How often in a row there was no answer."""
+
+
+def dropped(state: Backoff, *, now: float, lasted_s: float, taken_over: bool) -> Backoff:
+    """A connection that had stood for `lasted_s` seconds has ended; `taken_over` when by our own client id."""
+    if taken_over or lasted_s < SETTLED_S:
+        return Backoff(since=now, turned_away=state.turned_away + 1)
+    return Backoff(since=now)
+
+
+def failed(state: Backoff, *, answered: bool) -> Backoff:
+    """An attempt to connect has failed; `answered` when the broker itself said no."""
+    if answered:
+        return replace(state, turned_away=state.turned_away + 1, unreachable=0)
+    return replace(state, unreachable=state.unreachable + 1)
+
+
+def ceiling_s(state: Backoff, *, now: float, cap_s: float) -> float:
+    """The longest wait that may come next, in seconds."""
+    if state.turned_away:
+        return min(cap_s, PROMPT_S * 2.0 ** min(state.turned_away, 32))
+    if state.unreachable:
+        return min(cap_s, max(UNREACHABLE_FLOOR_S, (now - state.since) * OUTAGE_SHARE))
+    return min(cap_s, PROMPT_S)
+
+
+def delay_s(state: Backoff, *, now: float, cap_s: float, uniform: Callable[[float, float], float]) -> float:
+    """The next wait in seconds, drawn with `uniform(low, high)`."""
+    return uniform(0.0, ceiling_s(state, now=now, cap_s=cap_s))
+
+
+def patience_s(*, outage_s: float, usual_s: float | None) -> float:
+    """How long one attempt may take before the next one starts, in seconds.
+
+    `usual_s` is how long the last good attempt took. A packet lost on a dead link is not sent again for seconds, so
+    that giving up early and asking afresh finds the link's return sooner; but a link may also have become slow, and so
+    the patience grows with the outage.
+    """
+    if usual_s is None:
+        return PATIENCE_UNKNOWN_S
+    return min(PATIENCE_MAX_S, max(PATIENCE_MIN_S, 4 * usual_s, outage_s / 20))
+
+
+def stall_patience_s(*, stalls: int, stall_s: float, keepalive_s: float) -> float:
+    """How long a connection with something unacknowledged may show no sign of life.
+
+    It doubles with each connection in a row that was cut for it, up to the keepalive, so that a link which is merely
+    slow is not cut for ever.
+    """
+    return min(max(stall_s, keepalive_s), stall_s * 2.0 ** min(stalls, 32))

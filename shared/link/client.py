@@ -1,0 +1,293 @@
+"""One MQTT connection: aiomqtt's client with what it hides brought to light.
+
+aiomqtt 2.5 connects in a thread (which cannot be cancelled), waits ten seconds when the broker hangs up before it
+answers, drops the reason codes of PUBACK, and its bounded queue discards messages that were already acknowledged. So
+this class is given a connected socket, fails at once, reads the codes, and hands each packet to a callback. A
+connection is used once: paho forgets its window when it reconnects.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import fcntl
+import logging
+import math
+import socket
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiomqtt
+import paho.mqtt.client as mqtt
+from aiomqtt import ProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from shared.errors import RefusedError
+from shared.link import refusals
+from shared.link.counters import Counters, publish_packet_bytes
+from shared.link.dial import WatchedTlsSocket
+from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
+
+MAX_INFLIGHT = 20
+"""Publications handed to the library and not acknowledged; a broker may ask for fewer (Receive Maximum)."""
+MAX_PACKET_BYTES = 1_048_576
+"""Largest packet we ask an MQTT 5 broker to send; those of this project stay under 1,000,000 bytes."""
+CLOSE_S = 1.0
+"""Longest wait for a DISCONNECT to leave."""
+
+_PUBLISH = PacketTypes.PUBLISH << 4
+_QUIET = logging.getLogger("mailboat.mqtt")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False  # what it says we say ourselves, once and in our words
+
+
+class ConnectRefusedError(Exception):
+    """The broker answered CONNECT with the reason code `code`."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class HungUpError(Exception):
+    """The broker ended the connection before it answered CONNECT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What outlives a connection."""
+
+    options: LinkOptions
+    password: str | None
+    counters: Counters
+    sink: Callable[[Packet], None]
+
+
+class Connection(aiomqtt.Client):
+    """One connection over a socket that is already connected."""
+
+    def __init__(self, shared: Shared, sock: socket.socket, *, broker: str, protocol: ProtocolVersion) -> None:
+        options, will, modern = shared.options, shared.options.will, protocol is ProtocolVersion.V5
+        super().__init__(
+            hostname=broker,
+            identifier=options.client_id,
+            username=options.broker.username,
+            password=shared.password,
+            protocol=protocol,
+            clean_session=None if modern else True,
+            clean_start=True if modern else mqtt.MQTT_CLEAN_START_FIRST_ONLY,
+            keepalive=options.link.keepalive_s,
+            will=None if will is None else aiomqtt.Will(will.topic, will.payload, 1, will.retain),
+            max_inflight_messages=MAX_INFLIGHT,
+            properties=_connect_properties() if modern else None,
+            logger=_QUIET,
+        )
+        self.broker = broker
+        self.taken_over = False
+        self._shared = shared
+        self._socket = sock
+        self._empty_properties = 1 if modern else 0
+        self._slots = asyncio.Semaphore(MAX_INFLIGHT)
+        self._packet_max = math.inf
+        self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
+        self._reason = ""
+        self._client._create_socket = lambda: sock  # type: ignore[method-assign] # noqa: SLF001
+        self._disconnected.add_done_callback(self._settle)
+
+    # -- opening and closing -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """CONNECT and wait for CONNACK; the caller sets the deadline.
+
+        Raises ConnectRefusedError, HungUpError or ssl.SSLError.
+        """
+        self._client_connect()
+        await self._connected
+
+    async def subscribe_all(self, topics: tuple[str, ...]) -> None:
+        """Subscribe with QoS 1; RefusedError names the first topic that the broker does not grant."""
+        if not topics:
+            return
+        granted = await self.subscribe([(topic, 1) for topic in topics], timeout=math.inf)
+        for topic, code in zip(topics, granted, strict=True):
+            assert isinstance(code, ReasonCode)  # an int only with the callbacks of paho 1
+            if code.value >= refusals.FAILURE:
+                raise refusals.subscribe_refusal(topic, str(code), self.broker)
+
+    async def lost(self) -> str:
+        """Wait for the end of the connection and return what is known of its reason."""
+        await asyncio.wait([self._disconnected])
+        failure = self._disconnected.exception()
+        if failure is not None and not self._reason:
+            return f"the connection broke: {type(failure).__name__}: {failure}"
+        return self._reason or "the connection broke"
+
+    async def close(self) -> None:
+        """Send DISCONNECT, so that the broker does not publish the will, and end."""
+        if not self._disconnected.done() and self._client.disconnect() == mqtt.MQTT_ERR_SUCCESS:
+            await asyncio.wait([self._disconnected], timeout=CLOSE_S)
+        self.abandon("closed by this side")
+
+    def abandon(self, reason: str) -> None:
+        """End now, without a word to the broker; does nothing when it has ended already."""
+        self._client._sock_close()  # noqa: SLF001 - paho has no public way to drop a connection
+        self._socket.close()
+        if not self._disconnected.done():
+            self._reason = reason
+            self._disconnected.set_result(None)
+
+    # -- publishing ----------------------------------------------------------------------------------------------------
+
+    async def post(self, publication: Publication) -> None:
+        """Publish with QoS 1 and return on PUBACK; LinkDownError when the connection goes first, RefusedError on a no.
+
+        A caller that is cancelled while it waits gives up the answer, not the place in the window: the library still
+        holds the packet.
+        """
+        size = self._packet_bytes(publication)
+        if size > self._packet_max:
+            raise RefusedError(
+                f"a message of {size} bytes for {publication.topic}: broker {self.broker} takes {self._packet_max} at most",
+                rule="packet-too-large",
+                hint="lower codec.slice_kib, or raise the broker's limit (Mosquitto: max_packet_size)",
+            )
+        await self._slots.acquire()
+        if self._disconnected.done():
+            self._slots.release()
+            raise LinkDownError(f"the connection to broker {self.broker} went away before the message was sent")
+        info = self._client.publish(publication.topic, publication.payload, 1, publication.retain)
+        if info.rc != mqtt.MQTT_ERR_SUCCESS:
+            self._slots.release()
+            raise LinkDownError(f"broker {self.broker} cannot be written to: {mqtt.error_string(info.rc)}")
+        self._shared.counters.bytes_sent += size
+        self._shared.counters.packets_sent += 1
+        answer: asyncio.Future[ReasonCode] = asyncio.get_running_loop().create_future()
+        self._acks[info.mid] = answer
+        reason = await answer
+        if reason.value == refusals.NO_MATCHING_SUBSCRIBERS:
+            self._shared.counters.unmatched += 1
+        elif reason.value >= refusals.FAILURE:
+            raise refusals.publish_refusal(publication.topic, str(reason), self.broker)
+
+    def _packet_bytes(self, publication: Publication) -> int:
+        return publish_packet_bytes(
+            topic=len(publication.topic.encode()),
+            payload=len(publication.payload),
+            qos=1,
+            properties=self._empty_properties,
+        )
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    @property
+    def awaits_ack(self) -> bool:
+        """Whether a publication waits for its acknowledgement."""
+        return bool(self._acks)
+
+    def signs_of_life(self) -> tuple[float, int]:
+        """When bytes last came in, and how many the peer's machine has yet to take; a change of either is progress."""
+        waiting = sum(packet["to_process"] for packet in self._client._out_packet)  # noqa: SLF001
+        unacked = array.array("i", [0])
+        with contextlib.suppress(OSError, ValueError):  # the socket may be closed
+            fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unacked)
+        return self._client._last_bytes_received, waiting + unacked[0]  # noqa: SLF001
+
+    # -- what paho calls; the signatures are its own -------------------------------------------------------------------
+
+    def _on_connect(
+        self,
+        client: mqtt.Client,
+        userdata: Any,
+        flags: mqtt.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if self._connected.done():
+            return
+        if reason_code.value != 0:
+            self._connected.set_exception(ConnectRefusedError(reason_code.value, str(reason_code)))
+            return
+        self._slots = asyncio.Semaphore(min(MAX_INFLIGHT, getattr(properties, "ReceiveMaximum", MAX_INFLIGHT)))
+        self._packet_max = getattr(properties, "MaximumPacketSize", math.inf)
+        self._connected.set_result(None)
+
+    def _on_disconnect(
+        self,
+        client: mqtt.Client,
+        userdata: Any,
+        flags: mqtt.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if self._disconnected.done():
+            return
+        if flags.is_disconnect_packet_from_server:
+            self.taken_over = reason_code.value == refusals.SESSION_TAKEN_OVER
+            self._reason = f"the broker ended it: {reason_code}"
+        elif reason_code.value == refusals.KEEPALIVE_TIMEOUT:
+            self._reason = f"no answer to a ping for {self._client.keepalive} s"
+        self._disconnected.set_result(None)
+
+    def _settle(self, disconnected: asyncio.Future[None]) -> None:
+        """Once, at the end of the connection: nobody waits any longer for what will not come."""
+        if not disconnected.cancelled() and disconnected.exception() is not None:
+            self._client._sock_close()  # noqa: SLF001 - aiomqtt leaves it open after an error in a callback
+        if not self._connected.done():
+            tls_failure = self._socket.failure if isinstance(self._socket, WatchedTlsSocket) else None
+            self._connected.set_exception(tls_failure or HungUpError("the broker hung up before it answered"))
+        for packet in self._client._out_packet:  # noqa: SLF001
+            if packet["command"] & 0xF0 == _PUBLISH:
+                self._shared.counters.bytes_sent -= packet["to_process"]
+                self._shared.counters.packets_sent -= packet["pos"] == 0
+        for answer in self._acks.values():
+            self._slots.release()
+            if not answer.done():
+                answer.set_exception(LinkDownError(f"the connection to broker {self.broker} went away"))
+        self._acks.clear()
+        for subscribing in self._pending_subscribes.values():
+            if not subscribing.done():
+                subscribing.set_exception(HungUpError("the broker hung up before it acknowledged the subscriptions"))
+
+    def _on_message(self, client: mqtt.Client, userdata: Any, message: mqtt.MQTTMessage) -> None:
+        counters = self._shared.counters
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            counters.unreadable += 1
+            return
+        payload = message.payload
+        assert isinstance(payload, bytes)  # a bytearray only on its way out
+        counters.packets_received += 1
+        counters.bytes_received += publish_packet_bytes(
+            topic=len(topic.encode()),
+            payload=len(payload),
+            qos=message.qos,
+            properties=self._properties_bytes(message.properties),
+        )
+        self._shared.sink(Packet(topic, payload, message.retain))
+
+    def _properties_bytes(self, properties: Properties | None) -> int:
+        if properties is None or properties.isEmpty():  # type: ignore[no-untyped-call]
+            return self._empty_properties
+        return len(properties.pack())  # type: ignore[no-untyped-call]
+
+    def _on_publish(
+        self, client: mqtt.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
+    ) -> None:
+        answer = self._acks.pop(mid, None)
+        if answer is None:
+            return
+        self._slots.release()
+        if not answer.done():
+            answer.set_result(reason_code)
+
+
+def _connect_properties() -> Properties:
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.MaximumPacketSize = MAX_PACKET_BYTES
+    return properties
