@@ -104,7 +104,7 @@ def build_header(tensors: Sequence[tuple[str, DType, Shape]], metadata: Mapping[
 
     RefusedError, as from `parse_header`, when a name, type or shape is outside the limits or a name comes twice.
     """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[0]):
         if name in entries:
@@ -233,7 +233,7 @@ def _refuse(rule: str, message: str) -> NoReturn:
     )
 
 
-# -- bfloat16 ---------------------------------------------------------------------------------------------------------
+# -- bfloat16 ---
 
 
 def f32_to_bf16(values: F32Array) -> NDArray[np.uint16]:
