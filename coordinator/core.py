@@ -28,7 +28,7 @@ from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rej
 from coordinator.rounds import RoundView, updates_to_merge
 from coordinator.sites import Claim, Sites
 from coordinator.uploads import Uploads
-from shared.config import FederationConfig, LinkSection
+from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import (
@@ -80,12 +80,19 @@ class Core:
     """See the module's docstring; `boot` is this process's session id."""
 
     def __init__(
-        self, federation: FederationConfig, plan: SealedPlan, *, link: LinkSection, credit_bytes: int, boot: str
+        self,
+        federation: FederationConfig,
+        plan: SealedPlan,
+        *,
+        config: CoordinatorConfig,
+        boot: str,
     ) -> None:
+        link = config.link
         self.federation = federation
         self.plan = plan
         self.boot = boot
         self.settle_s = link.stall_s
+        self.exit_when_done = config.exit_when_done
         idle_s = IDLE_STALLS * link.stall_s
         # durable
         self.version = -1
@@ -95,11 +102,11 @@ class Core:
         self.finished = False
         # volatile
         self.sites = Sites(probe_s=link.stall_s)
-        self.uploads = Uploads(budget_bytes=credit_bytes, window=link.window, idle_s=idle_s)
+        self.uploads = Uploads(budget_bytes=config.credit_mib << 20, window=link.window, idle_s=idle_s)
         self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
         self._started: float | None = None
         self._round_opened = 0.0
-        self._merging = False
+        self.merging = False
 
     # -- durable state ---
 
@@ -347,7 +354,7 @@ class Core:
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
-        if self._merging or self.finished or self._started is None:
+        if self.merging or self.finished or self._started is None:
             return
         view = RoundView(
             version=self.version,
@@ -359,13 +366,13 @@ class Core:
         section = self.federation.aggregation
         count = updates_to_merge(view, section)
         if count:
-            self._merging = True
+            self.merging = True
             ids = {version: manifest.transfer_id for version, manifest in self.states.items()}
             out.jobs.append(d.Merge(plan_merge(self.version + 1, self.pending[:count], section, ids)))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
-        assert self._merging
-        self._merging = False
+        assert self.merging
+        self.merging = False
         self._round_opened = now.mono
         contributions = event.plan.recorded()
         self._record(
@@ -393,6 +400,9 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(now.mono, out)
+        lingered = now.mono - self._round_opened >= self.settle_s
+        if self.finished and self.exit_when_done and lingered and not self.sites.present:
+            out.jobs.append(d.Stop())
 
 
 def _reused(manifest: Manifest) -> Receipt:

@@ -76,7 +76,6 @@ class CodecSection(Section):
     down: CodecName = "bf16"
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
-    zstd_level: int = Field(default=1, ge=1, le=19)
 
 
 class StalenessSection(Section):

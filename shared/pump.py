@@ -18,6 +18,10 @@ IN_FLIGHT = 4
 """Frames handed to the link at a time: enough to overlap the broker's acknowledgements, small beside any window."""
 
 
+class SettledError(Exception):
+    """Raised by `read`: nobody wants this transfer any more, skip the chunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Order:
     topic: str
@@ -66,7 +70,11 @@ class Pump:
                     self._slots.release()
                     continue
                 order = self._orders.popleft()
-                frame = await asyncio.to_thread(self._read, order.transfer_id, order.index)
+                try:
+                    frame = await asyncio.to_thread(self._read, order.transfer_id, order.index)
+                except SettledError:
+                    self._slots.release()
+                    continue
                 packet = chunk_header(order.transfer_id, order.index, len(frame)) + frame
                 group.create_task(self._deliver(order, packet))
 

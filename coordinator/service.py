@@ -1,0 +1,286 @@
+"""The coordinator's shell: all the I/O, none of the decisions.
+
+Four things run side by side: the link is read, the decisions are carried out one after the other (journal, then sends,
+then jobs), chunks are written (spooler) and read (pump), and the live status is written now and then. Whatever takes
+long (opening, verifying, merging) is a task of its own whose result comes back as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Coroutine
+from pathlib import Path
+from typing import Any, assert_never
+
+import structlog
+
+from coordinator import admission, aggregate
+from coordinator import decisions as d
+from coordinator.core import Core, Instant
+from coordinator.genesis import open_run
+from coordinator.journal import Journal
+from coordinator.status import live_status
+from shared import durable
+from shared.audit import AuditLog
+from shared.config import CoordinatorConfig, FederationConfig
+from shared.errors import CorruptError, RefusedError
+from shared.ids import new_session_id
+from shared.link import Connected, Disconnected, Link, LinkDownError, LinkOptions, Packet
+from shared.messages import Announce, Refused, UnknownMessageError, decode, encode, parse_chunk
+from shared.plan import SealedPlan
+from shared.pump import Pump
+from shared.spooler import Spooler
+from shared.store import FrameStore
+from shared.tasks import first_error
+from shared.topics import Channel, parse, subscriptions, topic
+
+TICK_S = 0.25
+STATUS_S = 0.5
+
+log = structlog.get_logger("coordinator")
+
+
+async def run_coordinator(
+    config: CoordinatorConfig, federation: FederationConfig, plan: SealedPlan, initial: Path
+) -> None:
+    """Coordinate one federation until the run is complete and nobody is left (`exit_when_done`), or for ever.
+
+    `initial` is the plain float32 safetensors file of version 0, read only when the journal is empty. Cancelling ends
+    it in good order. Raises ConfigError, UnavailableError (another coordinator, disk full, broker) or CorruptError.
+    """
+    storage = config.storage
+    durable.make_folder(storage)
+    journal = Journal(storage / "journal.sqlite")
+    try:
+        if not journal.length:
+            journal.append([open_run(storage, federation, plan, initial)])
+        audit = AuditLog(storage / "audit.jsonl", journal.rows)
+        await Service(config, federation, plan, journal, audit).run()
+    finally:
+        journal.close()
+
+
+class Service:
+    """One process's run; see the module's docstring."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        federation: FederationConfig,
+        plan: SealedPlan,
+        journal: Journal,
+        audit: AuditLog,
+    ) -> None:
+        self.config = config
+        self.federation = federation
+        self.plan = plan
+        self.name = federation.federation.name
+        self.journal = journal
+        self.audit = audit
+        self.updates = FrameStore(config.storage / "updates")
+        self.states = FrameStore(config.storage / "states")
+        self.masters = config.storage / "masters"
+        self.boot = new_session_id()
+        self.core = Core(federation, plan, config=config, boot=self.boot)
+        self.link = Link(
+            LinkOptions(
+                broker=config.broker,
+                link=config.link,
+                client_id=f"{self.name}-coordinator-{self.boot[:8]}",
+                subscriptions=tuple(subscriptions(self.name, "coordinator")),
+            )
+        )
+        self.pump = Pump(self._read_state_frame, self.link.publish, lambda _id, _index: None)
+        self.spooler = Spooler(self.updates, stored=self._chunks_stored, refused=self._chunk_refused)
+        self._events: asyncio.Queue[d.Event] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self) -> None:
+        """Recover, then serve until Stop."""
+        for store in (self.updates, self.states):
+            store.recover()
+        for record in self.journal.replay():
+            self.core.apply(record)
+        log.info("recovered", version=self.core.version, pending=len(self.core.pending), updates=len(self.core.known))
+        with first_error():
+            await self._serve()
+        self._save_status()
+
+    async def _serve(self) -> None:
+        async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
+            helpers = [
+                self._tasks.create_task(work)
+                for work in (self._listen(), self._tick(), self._write_status(), self.pump.run(), self.spooler.run())
+            ]
+            await self._decide()
+            for helper in helpers:
+                helper.cancel()
+
+    # -- in ---
+
+    async def _listen(self) -> None:
+        async for event in self.link.events():
+            match event:
+                case Connected():
+                    log.info("connected", broker=event.broker, mqtt=event.protocol)
+                    self._events.put_nowait(d.LinkUp())
+                case Disconnected():
+                    log.warning("disconnected", reason=event.reason)
+                    self.pump.clear()
+                    self._events.put_nowait(d.LinkDown())
+                case Packet():
+                    try:
+                        self._packet(event)
+                    except UnknownMessageError:
+                        log.debug("skipped a message of a newer release", topic=event.topic)
+                    except RefusedError as error:
+                        log.warning("refused a message", topic=event.topic, rule=error.rule, reason=error.message)
+
+    def _packet(self, packet: Packet) -> None:
+        address = parse(packet.topic)
+        if address is None or address.site is None:
+            return
+        if address.channel is Channel.UP_DATA:
+            chunk = parse_chunk(packet.payload)
+            if self.core.uploads.accepts(address.site, chunk.transfer_id, chunk.index):
+                self.spooler.put(chunk)
+        elif packet.payload:  # an empty payload clears a retained presence
+            self._events.put_nowait(d.Received(address.site, decode(packet.payload)))
+
+    def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
+        self._events.put_nowait(d.ChunksStored(transfer_id, indices))
+
+    def _chunk_refused(self, transfer_id: str, rule: str) -> None:
+        log.warning("refused a chunk", update=transfer_id, rule=rule)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._events.put_nowait(d.Tick())
+
+    # -- decide ---
+
+    async def _decide(self) -> None:
+        while True:
+            event = await self._events.get()
+            decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
+            if decision.records:
+                await asyncio.to_thread(self.journal.append, decision.records)
+                await asyncio.to_thread(self.audit.follow)
+                for record in decision.records:
+                    log.info(record.kind, **_told(record))
+            for send in decision.sends:
+                self._tasks.create_task(self._send(send))
+            for job in decision.jobs:
+                if isinstance(job, d.Stop):
+                    log.info("complete", version=self.core.version)
+                    return
+                self._start(job)
+
+    async def _send(self, send: d.Send) -> None:
+        channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
+        await _unless_down(
+            self.link.publish(topic(self.name, channel, send.site), encode(send.message), retain=channel.retained)
+        )
+        match send.message:
+            case Announce() as announce:
+                log.info("announced", version=announce.manifest.state.version, final=announce.final)
+            case Refused() as refused:
+                log.warning("refused a site", site=send.site, rule=refused.rule)
+            case _:
+                pass
+
+    def _start(self, job: d.Job) -> None:
+        work: Coroutine[Any, Any, None]
+        match job:
+            case d.OpenSpool():
+                work = self._open_spool(job)
+            case d.CloseSpool():
+                work = self.spooler.close(job.transfer_id)
+            case d.Discard():
+                work = self.spooler.close(job.update_id, delete=True)
+            case d.Verify():
+                work = self._verify(job.update_id)
+            case d.Merge():
+                work = self._merge(job)
+            case d.Serve():
+                channel = Channel.BULK if job.site is None else Channel.DOWN_DATA
+                self.pump.put(topic(self.name, channel, job.site), job.transfer_id, job.indices)
+                return
+            case d.Stop():
+                return
+            case _:
+                assert_never(job)
+        self._tasks.create_task(work)
+
+    # -- jobs ---
+
+    async def _open_spool(self, job: d.OpenSpool) -> None:
+        update_id = job.manifest.transfer_id
+        try:
+            have = await self.spooler.open(job.manifest)
+        except RefusedError as error:
+            self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        else:
+            self._events.put_nowait(d.SpoolOpened(update_id, have))
+
+    async def _verify(self, update_id: str) -> None:
+        stored = await self.spooler.finish(update_id)
+        try:
+            admitted = await asyncio.to_thread(admission.verify, stored, self.plan)
+        except RefusedError as error:
+            self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        else:
+            self._events.put_nowait(d.Verified(update_id, admitted.norm))
+
+    async def _merge(self, job: d.Merge) -> None:
+        started = time.monotonic()
+        result = await asyncio.to_thread(
+            aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
+        )
+        log.info(
+            "merged",
+            version=job.plan.version,
+            updates=len(job.plan.contributions),
+            s=round(time.monotonic() - started, 3),
+        )
+        self._events.put_nowait(d.Merged(job.plan, result))
+
+    def _read_state_frame(self, transfer_id: str, index: int) -> bytes:
+        stored = self.states.get(transfer_id)
+        if stored is None:
+            raise CorruptError(f"{self.states.root}: state {transfer_id} is gone", hint="restore it from a backup")
+        return stored.read_frame(index)
+
+    # -- status ---
+
+    async def _write_status(self) -> None:
+        while True:
+            self._save_status()
+            await asyncio.sleep(STATUS_S)
+
+    def _save_status(self) -> None:
+        counters = self.link.counters
+        status = live_status(
+            self.core,
+            connected=self.link.connected,
+            bytes_up=counters.bytes_received,
+            bytes_down=counters.bytes_sent,
+            at=time.time(),
+        )
+        text = status.model_dump_json(indent=1).encode()
+        durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
+
+
+async def _unless_down(publishing: Awaitable[None]) -> None:
+    """Let a message go that the link could not take: whoever needs it asks again."""
+    try:
+        await publishing
+    except LinkDownError:
+        return
+
+
+def _told(record: Any) -> dict[str, Any]:
+    fields = ("update_id", "site", "base_version", "version", "examples", "rule", "detail")
+    return {name: getattr(record, name) for name in fields if hasattr(record, name)}

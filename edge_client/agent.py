@@ -1,0 +1,371 @@
+"""A site's shell: all the I/O, none of the decisions.
+
+The link is read, decisions are carried out one after the other, chunks are written (spooler) and read (pump), and the
+worker process trains. Jobs that take long are tasks of their own whose result comes back as an event. What must
+survive (a sealed update, a receipt) is on disk before its event is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, assert_never
+
+import structlog
+from safetensors.numpy import load_file
+
+from edge_client import decisions as d
+from edge_client.outbox import Outbox
+from edge_client.session import Identity, Session
+from edge_client.worker_client import WorkerClient
+from shared import durable
+from shared.config import FederationConfig, SiteConfig
+from shared.errors import RefusedError
+from shared.ids import new_session_id, new_update_id
+from shared.link import Connected, Disconnected, Link, LinkDownError, LinkOptions, Packet, Publication
+from shared.manifest import Manifest, UpdateFacts
+from shared.messages import Message, Presence, Receipt, Status, UnknownMessageError, decode, encode, parse_chunk
+from shared.pump import Pump, SettledError
+from shared.slices import make_transfer_frames
+from shared.spooler import Spooler
+from shared.store import FrameStore, Stored
+from shared.tasks import first_error
+from shared.topics import Channel, parse, subscriptions, topic
+
+TICK_S = 0.25
+STATUS_S = 1.0
+
+log = structlog.get_logger("site")
+
+
+async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
+    """Take part in one federation until its run is complete; cancelling ends it in good order.
+
+    Raises RefusedError when the coordinator or the data refuse us, ConfigError for what this machine's files get
+    wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
+    """
+    durable.make_folder(config.storage)
+    outbox = Outbox(config.storage)
+    worker = WorkerClient(config, federation)
+    async with worker:
+        loaded = await worker.load()
+        log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
+        identity = Identity(
+            site=config.name,
+            session=new_session_id(),
+            fingerprint=loaded.plan.fingerprint,
+            config_sha256=loaded.plan.config_sha256,
+            frozen_sha256=loaded.plan.frozen_sha256,
+            software=f"mailboat {version('mailboat')}",
+        )
+        await Agent(config, federation, identity, outbox, worker).run()
+
+
+class Agent:
+    """One process's run; see the module's docstring."""
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        federation: FederationConfig,
+        identity: Identity,
+        outbox: Outbox,
+        worker: WorkerClient,
+    ) -> None:
+        self.config = config
+        self.federation = federation
+        self.identity = identity
+        self.outbox = outbox
+        self.worker = worker
+        self.name = federation.federation.name
+        self.states = FrameStore(config.storage / "states")
+        self.scratch = config.storage / "work"
+        self.session = Session(
+            identity,
+            link=config.link,
+            outbox=outbox.pending(),
+            trained=outbox.trained(),
+            outbox_max=config.outbox_max,
+        )
+        here, away = (
+            Publication(
+                topic(self.name, Channel.PRESENCE, config.name),
+                encode(Presence(site=config.name, session=identity.session, online=online)),
+                retain=True,
+            )
+            for online in (True, False)
+        )
+        self.link = Link(
+            LinkOptions(
+                broker=config.broker,
+                link=config.link,
+                client_id=f"{self.name}-{config.name}-{identity.session[:8]}",
+                subscriptions=tuple(subscriptions(self.name, "site", config.name)),
+                will=away,
+                hello=(here,),
+            )
+        )
+        self.pump = Pump(self._read_update_frame, self.link.publish, self._chunk_sent)
+        self.spooler = Spooler(self.states, stored=self._chunks_stored, refused=self._chunk_refused)
+        self._events: asyncio.Queue[d.Event] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup
+        self._training: asyncio.Task[None] | None = None
+        self._progress = 0.0
+        self._metrics: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Take part until the session says Exit; RefusedError when it says why."""
+        self.states.recover()
+        durable.make_folder(self.scratch)
+        for left in self.scratch.iterdir():
+            durable.remove(left)
+        with first_error():
+            leave = await self._take_part()
+        if leave.rule is not None:
+            hint = _HINTS.get(leave.rule, "ask whoever runs the coordinator")
+            raise RefusedError(f"site {self.config.name} was refused: {leave.detail}", rule=leave.rule, hint=hint)
+        log.info("complete")
+
+    async def _take_part(self) -> d.Exit:
+        async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
+            helpers = [
+                self._tasks.create_task(work)
+                for work in (self._listen(), self._tick(), self._report(), self.pump.run(), self.spooler.run())
+            ]
+            leave = await self._decide()
+            await self._say(self._status())
+            if self._training is not None:
+                self._training.cancel()
+            for helper in helpers:
+                helper.cancel()
+        return leave
+
+    # -- in ---
+
+    async def _listen(self) -> None:
+        async for event in self.link.events():
+            match event:
+                case Connected():
+                    log.info("connected", broker=event.broker, mqtt=event.protocol)
+                    self._events.put_nowait(d.LinkUp())
+                case Disconnected():
+                    log.warning("disconnected", reason=event.reason)
+                    self.pump.clear()
+                    self._events.put_nowait(d.LinkDown())
+                case Packet():
+                    try:
+                        self._packet(event)
+                    except UnknownMessageError:
+                        log.debug("skipped a message of a newer release", topic=event.topic)
+                    except RefusedError as error:
+                        log.warning("refused a message", topic=event.topic, rule=error.rule, reason=error.message)
+
+    def _packet(self, packet: Packet) -> None:
+        address = parse(packet.topic)
+        if address is None:
+            return
+        if address.channel in {Channel.BULK, Channel.DOWN_DATA}:
+            chunk = parse_chunk(packet.payload)
+            if self.session.accepts(chunk.transfer_id, chunk.index):
+                self.spooler.put(chunk)
+        elif packet.payload:  # an empty payload clears a retained announcement
+            self._events.put_nowait(d.Received(decode(packet.payload)))
+
+    def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
+        self._events.put_nowait(d.ChunksStored(transfer_id, indices))
+
+    def _chunk_refused(self, transfer_id: str, rule: str) -> None:
+        log.warning("refused a chunk", state=transfer_id, rule=rule)
+
+    def _chunk_sent(self, transfer_id: str, _index: int) -> None:
+        self._events.put_nowait(d.ChunkSent(transfer_id))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._events.put_nowait(d.Tick())
+
+    # -- decide ---
+
+    async def _decide(self) -> d.Exit:
+        while True:
+            event = await self._events.get()
+            decision = self.session.handle(event, time.monotonic(), time.time())
+            for message in decision.sends:
+                self._tasks.create_task(self._say(message))
+            for job in decision.jobs:
+                if isinstance(job, d.Exit):
+                    return job
+                self._start(job)
+
+    def _start(self, job: d.Job) -> None:
+        work: Coroutine[Any, Any, None]
+        match job:
+            case d.OpenSpool():
+                work = self._open_spool(job.manifest)
+            case d.CloseSpool():
+                work = self.spooler.close(job.transfer_id, delete=True)
+            case d.Verify():
+                work = self._verify(job.transfer_id)
+            case d.Train():
+                self._training = self._tasks.create_task(self._train(job.base))
+                return
+            case d.CancelTraining():
+                if self._training is not None:
+                    self._training.cancel()
+                return
+            case d.SendChunks():
+                destination = topic(self.name, Channel.UP_DATA, self.config.name)
+                self.pump.put(destination, job.update_id, job.indices)
+                return
+            case d.Settle():
+                work = self._settle(job.receipt)
+            case d.Exit():
+                return
+            case _:
+                assert_never(job)
+        self._tasks.create_task(work)
+
+    async def _say(self, message: Message) -> None:
+        destination = topic(self.name, Channel.UP_CTL, self.config.name)
+        try:
+            await self.link.publish(destination, encode(message))
+        except LinkDownError:
+            return  # the session asks again when the link is back
+
+    # -- jobs ---
+
+    async def _open_spool(self, manifest: Manifest) -> None:
+        have = await self.spooler.open(manifest)
+        self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
+
+    async def _verify(self, transfer_id: str) -> None:
+        stored = await self.spooler.finish(transfer_id)
+        try:
+            await asyncio.to_thread(_check_state, stored)
+        except RefusedError as error:
+            log.warning("refused a state", state=transfer_id, rule=error.rule, reason=error.message)
+            await self.spooler.close(transfer_id, delete=True)
+            self._events.put_nowait(d.StateBroken(transfer_id))
+            return
+        log.info("pulled", version=stored.manifest.state.version)
+        await asyncio.to_thread(self._forget_states_but, transfer_id)
+        self._events.put_nowait(d.StateReady(stored.manifest))
+
+    def _forget_states_but(self, transfer_id: str) -> None:
+        """Only the newest state is worth its disk space, and those in use."""
+        session = self.session
+        pulled = session.pull.manifest if session.pull else None
+        used = {manifest.transfer_id for manifest in (session.ready, session.training, pulled) if manifest}
+        used.add(transfer_id)
+        for other in self.states.ids() + self.states.partial_ids():
+            if other not in used:
+                self.states.delete(other)
+
+    async def _train(self, base: Manifest) -> None:
+        number = base.state.version
+        state_file = self.scratch / f"{base.transfer_id}.safetensors"
+        delta_file = self.scratch / f"{base.transfer_id}.delta.safetensors"
+        self._progress = 0.0
+        log.info("training", version=number)
+        started = time.monotonic()
+        try:
+            stored = await asyncio.to_thread(self.states.get, base.transfer_id)
+            assert stored is not None, "a state that is ready is in the store"
+            await asyncio.to_thread(stored.extract, state_file)
+            trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
+            self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
+            manifest = await asyncio.to_thread(self._seal, base, trained.examples, delta_file)
+        finally:
+            durable.remove(state_file)
+            durable.remove(delta_file)
+        log.info("sealed", update=manifest.transfer_id, version=number, bytes=manifest.wire_bytes, **self._metrics)
+        self._events.put_nowait(d.Trained(manifest))
+
+    def _on_progress(self, share: float, loss: float) -> None:
+        self._progress = share
+        self._metrics = {**self._metrics, "loss": loss}
+
+    def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
+        update_id = new_update_id()
+        codec = self.federation.codec
+        facts = UpdateFacts(
+            site=self.config.name,
+            base_version=base.state.version,
+            base_sha256=base.file_sha256,
+            examples=examples,
+            metrics=self._metrics,
+        )
+        frames = make_transfer_frames(
+            load_file(delta_file),
+            codec.up,
+            {"mailboat": "update", "federation": self.name, "update_id": update_id},
+            codec.slice_kib * 1024,
+        )
+        return self.outbox.seal(
+            frames,
+            lambda summary: Manifest(
+                transfer_id=update_id,
+                federation=self.name,
+                fingerprint=self.identity.fingerprint,
+                codec=codec.up,
+                **dataclasses.asdict(summary),
+                created=time.time(),
+                facts=facts,
+            ),
+        )
+
+    async def _settle(self, receipt: Receipt) -> None:
+        if not await asyncio.to_thread(self.outbox.settle, receipt):
+            return
+        told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
+        log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
+
+    def _read_update_frame(self, transfer_id: str, index: int) -> bytes:
+        stored = self.outbox.store.get(transfer_id)
+        if stored is None:  # settled while it was queued: what we would send is not needed any more
+            raise SettledError
+        return stored.read_frame(index)
+
+    # -- status ---
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_S)
+            if self.link.connected:
+                await self._say(self._status())
+
+    def _status(self) -> Status:
+        session, counters = self.session, self.link.counters
+        at = session.training or session.ready
+        return Status(
+            site=self.config.name,
+            session=self.identity.session,
+            phase=session.phase,
+            version=at.state.version if at else None,
+            progress=self._progress if session.training else 0.0,
+            metrics=self._metrics,
+            bytes_up=counters.bytes_sent,
+            bytes_down=counters.bytes_received,
+            outbox=len(session.outbox),
+            reconnects=counters.reconnects,
+        )
+
+
+def _check_state(stored: Stored) -> None:
+    """Read a pulled state once from end to end: frames, slices, file hash."""
+    with stored.open_tensors(verify=True):
+        pass
+
+
+_HINTS = {
+    "duplicate-site": "stop the other process, or give this site another name in site.toml",
+    "other-weights": "use the federation's base model and revision, or point model_dir in site.toml to it",
+    "other-config": "copy the coordinator's federation.toml here",
+    "other-plan": "use the same release of mailboat and transformers as the coordinator",
+    "unknown-site": "ask for this site's name to be added to [federation] sites",
+}

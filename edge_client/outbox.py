@@ -1,0 +1,78 @@
+"""Sealed updates that wait for their receipt, and the receipts: what a site must never lose.
+
+    outbox/<update_id>.{frames,manifest}   sealed, no receipt yet
+    receipts/<update_id>.json              what became of it; kept for ever, it is the site's proof
+
+A receipt is durable before the update's bytes go. A crash between the two leaves both; the next start sees the receipt
+and removes the bytes. Everything here blocks on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared import durable
+from shared.errors import CorruptError
+from shared.manifest import Manifest
+from shared.messages import Receipt
+from shared.slices import FileSummary, FrameWriter
+from shared.store import FrameStore
+
+
+class Outbox:
+    """The folder of one site; one process writes it."""
+
+    def __init__(self, storage: Path) -> None:
+        self.store = FrameStore(storage / "outbox")
+        self._receipts = storage / "receipts"
+        durable.make_folder(self._receipts)
+        self.store.recover()
+        durable.remove_temporaries(self._receipts)
+        for path in self._receipts.glob("*.json"):
+            self.store.delete(path.stem)
+
+    def pending(self) -> list[Manifest]:
+        """Manifests of the updates without receipt, in the order in which they were trained."""
+        found = [stored.manifest for each in self.store.ids() if (stored := self.store.get(each)) is not None]
+        return sorted(found, key=lambda manifest: (manifest.update.base_version, manifest.created))
+
+    def trained(self) -> set[str]:
+        """Digests of the states that this site has trained on, so that it does not train on one twice."""
+        waiting = {manifest.update.base_sha256 for manifest in self.pending()}
+        return waiting | {self._load(path)["base_sha256"] for path in self._receipts.glob("*.json")}
+
+    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
+        """Store an update durably; from here on it is never thrown away without a receipt.
+
+        Errors as FrameStore.seal.
+        """
+        return self.store.seal(frames, build).manifest
+
+    def settle(self, receipt: Receipt) -> bool:
+        """Keep a receipt, then delete the update's bytes; False when it is about no update of ours."""
+        path = self._receipts / f"{receipt.update_id}.json"
+        stored = self.store.get(receipt.update_id)
+        if stored is not None:
+            facts = stored.manifest.update
+            origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+        elif path.exists():
+            earlier = self._load(path)
+            origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
+        else:
+            return False
+        said = receipt.model_dump(mode="json")
+        durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
+        self.store.delete(receipt.update_id)
+        return True
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_bytes())
+        except ValueError:
+            raise CorruptError(
+                f"{path} is not what was written", hint="move it away; a copy is with the coordinator"
+            ) from None
+        return loaded
