@@ -1,0 +1,54 @@
+"""Windows into batches of nearly equal length, once per data set.
+
+The batches of a data set are drawn once and keep their members; training shuffles their order. So the hidden states
+below the trained blocks can be kept batch by batch, in the very shapes in which they were computed, which is what
+makes the cached path equal to the plain one bit for bit (a matrix product may round differently in another shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from edge_client.tasks import IGNORED, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and targets, each int64 of shape (windows, longest), padded on the right; the mask is 1 on tokens."""
+
+    ids: torch.Tensor = field(repr=False)
+    targets: torch.Tensor = field(repr=False)
+    mask: torch.Tensor | None = field(repr=False)
+    """None where it would change nothing: without padding, and in causal models, which never see what is right of a
+    token; attention then takes its quicker path."""
+    windows: tuple[Window, ...] = field(repr=False)
+    hidden: torch.Tensor | None = field(default=None, repr=False)
+    """What enters the first trained block, float32 (windows, longest, width), where it is kept."""
+
+
+def make_batches(windows: Sequence[Window], *, size: int, pad_id: int, causal: bool, seed: int) -> tuple[Batch, ...]:
+    """Return batches of at most `size` windows of like length; who meets whom among equals follows from `seed`."""
+    order = np.random.default_rng(seed).permutation(len(windows))
+    lengths = np.array([len(windows[index].ids) for index in order], dtype=np.int64)
+    order = order[np.argsort(lengths, kind="stable")]
+    return tuple(
+        _collate([windows[index] for index in order[start : start + size]], pad_id=pad_id, causal=causal)
+        for start in range(0, len(order), size)
+    )
+
+
+def _collate(windows: Sequence[Window], *, pad_id: int, causal: bool) -> Batch:
+    shape = (len(windows), max(len(window.ids) for window in windows))
+    ids, targets = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    for row, window in enumerate(windows):
+        end = len(window.ids)
+        ids[row, :end], targets[row, :end], mask[row, :end] = window.ids, window.targets, 1
+    needed = not causal and not mask.all()
+    return Batch(
+        torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(mask) if needed else None, tuple(windows)
+    )

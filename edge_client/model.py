@@ -1,0 +1,273 @@
+"""The model at a site: loading, the seeded head, the frozen weights' hash, the trainable state, the export."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from edge_client import layers
+from edge_client.layers import Family
+from edge_client.source import local_folder, read_config
+from edge_client.tasks.encoding import TextEncoder
+from edge_client.tasks.ner import NerTask
+from shared.config import FederationConfig
+from shared.errors import ConfigError, RefusedError, UnavailableError
+from shared.plan import SealedPlan
+
+State = dict[str, npt.NDArray[np.float32]]
+"""Trainable tensors by name, float32, in the shapes of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its head, ready to train the layers that the federation agreed on."""
+
+    model: Any
+    """The token-classification class of transformers, float32, in eval mode; only `trainable` requires gradients."""
+    tokenizer: Any
+    task: NerTask
+    encoder: TextEncoder
+    family: Family
+    depth: int
+    layers: tuple[int, ...]
+    full: bool
+    """True when embeddings are trained too, which the plan `all` means."""
+    trainable: dict[str, nn.Parameter]
+    """Sorted by name."""
+    frozen_sha256: str
+    pad_id: int
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model, the head included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that are trained and travel."""
+        return sum(parameter.numel() for parameter in self.trainable.values())
+
+
+def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
+    """Load the base model `source` (a folder or a hub id) for `federation`.
+
+    The head is drawn from the federation's seed, so that everybody has the same one; a checkpoint that already has a
+    head for exactly these labels keeps it. Raises ConfigError for a model that cannot serve, naming what is missing or
+    unknown; RefusedError(rule='frozen-weights') when the frozen weights are not the agreed ones; UnavailableError when
+    the model cannot be fetched.
+    """
+    folder = local_folder(source, federation.model.revision)
+    family = layers.family_of(read_config(folder)["model_type"], str(folder))
+    task = NerTask(federation.task.labels)
+    with _quiet():
+        tokenizer = _load_tokenizer(folder)
+        model = _load_weights(folder, family, task.classes, federation.federation.seed)
+    parameters = dict(model.named_parameters())
+    depth = layers.depth_of(parameters, family)
+    chosen = layers.resolve_plan(federation.layers.plan, depth)
+    full = layers.is_full(federation.layers.plan)
+    names = layers.trainable_names(parameters, model.config.model_type, chosen, full=full)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    _check_length(federation.task.max_length, model.config, folder)
+    loaded = LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        task=task,
+        encoder=TextEncoder(tokenizer, max_length=federation.task.max_length, speaks_last=family.causal),
+        family=family,
+        depth=depth,
+        layers=chosen,
+        full=full,
+        trainable={name: parameters[name] for name in names},
+        frozen_sha256=frozen_sha256(model, names, family),
+        pad_id=tokenizer.pad_token_id,
+    )
+    _check_frozen(loaded, federation, folder)
+    return loaded
+
+
+def frozen_sha256(model: nn.Module, trainable: tuple[str, ...], family: Family) -> str:
+    """Return the SHA-256 over the frozen parameters, sorted by name; neither `trainable` nor the head is in it.
+
+    Of each: its name, `F32`, its shape and its bytes (little endian, row major). When everything is trained, it is the
+    hash of nothing.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in trainable or family.is_head(name):
+            continue
+        array = parameter.detach().numpy()
+        shape = ",".join(map(str, array.shape))
+        digest.update(f"{name} F32 [{shape}]\n".encode())
+        digest.update(np.ascontiguousarray(array).astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
+    """Return the federation's plan as it resolves against this model."""
+    return SealedPlan(
+        architecture=loaded.architecture,
+        depth=loaded.depth,
+        layers=loaded.layers,
+        tensors={name: tuple(parameter.shape) for name, parameter in loaded.trainable.items()},
+        trained_parameters=loaded.trained_parameters,
+        total_parameters=loaded.total_parameters,
+        config_sha256=federation.config_sha256,
+        frozen_sha256=loaded.frozen_sha256,
+        labels=federation.task.labels,
+    )
+
+
+def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:
+    """Return the sealed plan of `federation` over the model `source`, and the initial trainable tensors."""
+    loaded = load_model(source, federation)
+    return seal(loaded, federation), read_trainable(loaded)
+
+
+def read_trainable(loaded: LoadedModel) -> State:
+    """Return a copy of the trainable tensors, sorted by name."""
+    return {name: parameter.detach().numpy().copy() for name, parameter in loaded.trainable.items()}
+
+
+def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Put `state` into the model; RefusedError(rule='state-shape') unless it holds exactly the trainable tensors."""
+    strange = sorted(set(state) ^ set(loaded.trainable))
+    if strange:
+        side = "lacks" if strange[0] in loaded.trainable else "has, and this model does not train,"
+        raise RefusedError(f"the state {side} tensor {strange[0]}", rule="state-shape", hint=_OTHER_PLAN)
+    for name, parameter in loaded.trainable.items():
+        if state[name].shape != tuple(parameter.shape):
+            raise RefusedError(
+                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(parameter.shape)}",
+                rule="state-shape",
+                hint=_OTHER_PLAN,
+            )
+    with torch.no_grad():
+        for name, parameter in loaded.trainable.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))
+
+
+def export(loaded: LoadedModel, out: Path) -> None:
+    """Write model and tokenizer to the folder `out`, as `AutoModelForTokenClassification.from_pretrained` reads them.
+
+    Raises UnavailableError when the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            loaded.model.save_pretrained(out)
+            loaded.tokenizer.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the weights could not be written"
+        raise UnavailableError(f"{out} cannot be written: {reason}", hint="check its owner and free space") from error
+
+
+_OTHER_PLAN = "site and coordinator must share federation.toml and base model"
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} has no tokenizer that can be loaded ({type(error).__name__})",
+            hint="copy tokenizer.json and tokenizer_config.json along with the weights",
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{folder} has only a slow tokenizer", hint="a tokenizer.json is needed to align words")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked or never seen, so any known token serves; a new one would need a new row of the embeddings.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no pad, eos or unk token", hint="give it one of them")
+    return tokenizer
+
+
+def _load_weights(folder: Path, family: Family, classes: tuple[str, ...], seed: int) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    had = tuple(config.id2label.values()) if config.id2label else ()
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    try:
+        model, report = AutoModelForTokenClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{folder}: the weights cannot be read", hint="copy the model again") from error
+    missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    lacking = [name for name in missing if not family.is_head(name)]
+    if lacking:
+        raise ConfigError(
+            f"{folder}: {len(lacking)} tensors of the model are missing or of another shape, {lacking[0]} first",
+            hint="weights and config.json belong to different models, or the copy is incomplete",
+        )
+    if missing or had != classes:
+        _seed_head(model.get_submodule(family.head), model.config.initializer_range, seed)
+    return model
+
+
+def _seed_head(head: nn.Linear, spread: float, seed: int) -> None:
+    """Draw the head's weights as the library would, but from a generator of their own; its bias is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(0.0, spread, generator=generator)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _check_length(max_length: int, config: Any, folder: Path) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"task.max_length = {max_length}, but {folder} reads at most {limit} tokens",
+            hint=f"lower task.max_length to {limit}",
+        )
+
+
+def _check_frozen(loaded: LoadedModel, federation: FederationConfig, folder: Path) -> None:
+    agreed = federation.model.frozen_sha256
+    if agreed is not None and agreed != loaded.frozen_sha256:
+        raise RefusedError(
+            f"{folder} has frozen weights {loaded.frozen_sha256[:12]}, the federation agreed on {agreed[:12]}",
+            rule="frozen-weights",
+            hint="copy the base model that the federation uses, or mend model.frozen_sha256",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from announcing a fresh head and from drawing progress bars; restores both."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

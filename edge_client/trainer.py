@@ -1,0 +1,180 @@
+"""Local training of one update, and evaluation: from a published state to a delta."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from edge_client.batches import Batch, make_batches
+from edge_client.data import Note
+from edge_client.model import LoadedModel, State, apply_state, read_trainable
+from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
+from edge_client.tasks import IGNORED, Scores, Window
+from shared.config import TrainingSection
+from shared.errors import ConfigError, RefusedError
+
+Progress = Callable[[float, float], None]
+"""Called after each step with the share done (0 to 1) and the step's loss."""
+
+FINAL_RATE = 0.1
+"""The learning rate falls linearly to this share of its peak over one update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Notes and what they became for one model."""
+
+    notes: tuple[Note, ...] = field(repr=False)
+    prepared: Prepared = field(repr=False)
+    examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """One update before it is sealed."""
+
+    delta: State = field(repr=False)
+    """Local minus published, float32."""
+    examples: int
+    metrics: dict[str, float]
+    """`loss` (mean of the last epoch), `steps`, `seconds`."""
+
+
+def make_dataset(
+    loaded: LoadedModel, notes: Sequence[Note], *, batch_size: int, seed: int, limit_bytes: int = LIMIT_BYTES
+) -> Dataset:
+    """Return `notes` as batches for `loaded`, with the frozen prefix computed where it can be."""
+    windows = list(loaded.task.windows(notes, loaded.encoder))
+    _check_ids(loaded, windows)
+    batches = make_batches(windows, size=batch_size, pad_id=loaded.pad_id, causal=loaded.family.causal, seed=seed)
+    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
+    return Dataset(tuple(notes), prepared, loaded.task.examples(notes))
+
+
+def round_seed(federation_seed: int, site: str, base_version: int) -> int:
+    """Return a seed, 0 to 2^63 - 1, that is the same whenever this site trains from this version again."""
+    digest = hashlib.sha256(f"{federation_seed}\n{site}\n{base_version}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def train(
+    loaded: LoadedModel,
+    state: Mapping[str, np.ndarray],
+    data: Dataset,
+    section: TrainingSection,
+    *,
+    seed: int,
+    progress: Progress = lambda _share, _loss: None,
+) -> TrainResult:
+    """Train the model's trainable tensors from `state` on `data`, and return what changed.
+
+    A fresh AdamW (Loshchilov and Hutter, 2019) for each update: its moments belong to a trajectory that the merge has
+    left. The same arguments give the same bits. Afterwards the model holds the local weights.
+    Raises RefusedError(rule='diverged') when the loss is not finite, and that of `apply_state`.
+    """
+    started = time.perf_counter()
+    apply_state(loaded, state)
+    steps = section.epochs * len(data.prepared.batches)
+    if steps == 0:
+        raise RefusedError("the notes hold no word to train on", rule="note-missing", hint="check the notes' folder")
+    optimizer = _optimizer(loaded, section)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
+    losses: list[float] = []
+    order = np.random.default_rng(seed)
+    # Dropout draws from torch's own generator: seeded for this run, and given back as it was.
+    with torch.random.fork_rng(devices=[]), forward_pass(loaded, data.prepared) as forward:
+        torch.manual_seed(seed)
+        _training_mode(loaded)
+        for _ in range(section.epochs):
+            for index in order.permutation(len(data.prepared.batches)):
+                loss = _step(loaded, forward, data.prepared.batches[index], optimizer, section.max_grad_norm)
+                schedule.step()
+                losses.append(loss)
+                progress(len(losses) / steps, loss)
+    loaded.model.eval()
+    delta = {name: local - state[name] for name, local in read_trainable(loaded).items()}
+    last = losses[-len(data.prepared.batches) :]
+    metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": time.perf_counter() - started}
+    return TrainResult(delta, data.examples, metrics)
+
+
+@torch.no_grad()
+def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
+    """Score the model as it is on `data`; a word in no window counts as predicted outside every entity."""
+    loaded.model.eval()
+    predictions = np.zeros(loaded.task.units(data.notes), dtype=np.int64)
+    with forward_pass(loaded, data.prepared) as forward:
+        for batch in data.prepared.batches:
+            best = forward(batch).argmax(dim=-1).numpy()
+            for row, window in enumerate(batch.windows):
+                predictions[window.units] = best[row, window.positions]
+    return loaded.task.score(data.notes, predictions)
+
+
+def _check_ids(loaded: LoadedModel, windows: Sequence[Window]) -> None:
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    if loaded.pad_id >= rows or any(int(window.ids.max()) >= rows for window in windows):
+        raise ConfigError(
+            f"the tokenizer of {loaded.model.config.name_or_path} gives token ids that the model does not have",
+            hint="take tokenizer and weights from the same model",
+        )
+
+
+def _step(
+    loaded: LoadedModel, forward: Forward, batch: Batch, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss = cross_entropy(forward(batch).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), max_grad_norm)
+    value = loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm.item())):
+        raise RefusedError(
+            "training diverged: the loss or its gradient is not a finite number",
+            rule="diverged",
+            hint="lower training.lr, or raise training.warmup",
+        )
+    optimizer.step()
+    return value
+
+
+def _optimizer(loaded: LoadedModel, section: TrainingSection) -> torch.optim.AdamW:
+    """AdamW; norms and biases are left out of the weight decay, as usual for transformers."""
+    matrices = [parameter for parameter in loaded.trainable.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in loaded.trainable.values() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": section.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=section.lr, fused=True)
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """The learning rate of a step (from 0) as a share of its peak: up over the first steps, then down to FINAL_RATE."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    falling = max(1, steps - rising)
+    return 1.0 - (1.0 - FINAL_RATE) * min(1.0, (step - rising) / falling)
+
+
+def _training_mode(loaded: LoadedModel) -> None:
+    """Dropout on in what is trained and above the blocks, off in what is frozen."""
+    model = loaded.model
+    if loaded.full:
+        model.train()
+        return
+    model.eval()
+    blocks = model.get_submodule(loaded.family.blocks)
+    for index in loaded.layers:
+        blocks[index].train()
+    for name, part in model.named_children():
+        if name != loaded.family.backbone:
+            part.train()

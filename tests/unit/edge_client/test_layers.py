@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+
+from edge_client.layers import FAMILIES, depth_of, family_of, is_full, resolve_plan, trainable_names
+from shared.errors import ConfigError
+
+LLAMA = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{index}.mlp.up_proj.weight" for index in range(12)),
+    "model.norm.weight",
+    "score.bias",
+    "score.weight",
+]
+BERT = [
+    "bert.embeddings.word_embeddings.weight",
+    *(f"bert.encoder.layer.{index}.output.dense.bias" for index in range(3)),
+    "classifier.weight",
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "depth", "layers"),
+    [
+        ("6", 16, (10, 11, 12, 13, 14, 15)),
+        ("top:6", 16, (10, 11, 12, 13, 14, 15)),
+        (" Top:1 ", 16, (15,)),
+        ("16", 16, tuple(range(16))),
+        ("0.375", 16, (10, 11, 12, 13, 14, 15)),
+        ("0.01", 16, (15,)),
+        ("1.0", 3, (0, 1, 2)),
+        ("15,10,11", 16, (10, 11, 15)),
+        ("3,", 4, (3,)),
+        ("0, 2", 4, (0, 2)),
+        ("all", 3, (0, 1, 2)),
+    ],
+)
+def test_a_plan_means_blocks(text: str, depth: int, layers: tuple[int, ...]) -> None:
+    """Each form of a plan resolves to ascending block numbers of the real depth."""
+    assert resolve_plan(text, depth) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("17", "asks for 17 blocks, the model has 16"),
+        ("top:17", "asks for 17 blocks, the model has 16"),
+        ("10,16", "names block 16, the model has 16"),
+        ("0", "trains no block of the model's 16"),
+        ("1.5", "no share of the model's 16 blocks"),
+        ("0.0", "no share of the model's 16 blocks"),
+        ("3,3", "names a block twice"),
+        ("-1", "not a layer plan (the model has 16 blocks)"),
+        ("nan.", "not a layer plan"),
+        ("top:", "not a layer plan"),
+        ("top", "not a layer plan"),
+        ("", "not a layer plan"),
+        (",", "not a layer plan"),
+        ("1,-2", "not a layer plan"),
+        ("²", "not a layer plan"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(text: str, says: str) -> None:
+    """A plan deeper than the model, or no plan at all, is an error that names the key, the plan and the depth."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_plan(text, 16)
+    assert says in caught.value.message
+    assert f"layers.plan = {text.strip()!r}" in caught.value.message
+
+
+def test_block_1_is_not_block_11() -> None:
+    """Names are matched by whole block numbers."""
+    assert trainable_names(LLAMA, "llama", (1,), full=False) == (
+        "model.layers.1.mlp.up_proj.weight",
+        "score.bias",
+        "score.weight",
+    )
+
+
+def test_the_final_norm_goes_with_the_top_block() -> None:
+    """The norm above the blocks is trained exactly when the top block is; embeddings are not."""
+    top = trainable_names(LLAMA, "llama", (10, 11), full=False)
+    assert "model.norm.weight" in top
+    assert "model.embed_tokens.weight" not in top
+    assert "model.norm.weight" not in trainable_names(LLAMA, "llama", (9, 10), full=False)
+
+
+def test_bert_has_no_final_norm() -> None:
+    """In BERT each block ends in its own norm, so that blocks and head are all that is trained."""
+    assert trainable_names(BERT, "bert", (2,), full=False) == (
+        "bert.encoder.layer.2.output.dense.bias",
+        "classifier.weight",
+    )
+
+
+def test_the_full_plan_trains_everything() -> None:
+    """Under `all` the embeddings are trained too."""
+    assert is_full(" ALL ")
+    assert not is_full("16")
+    assert trainable_names(BERT, "bert", (0, 1, 2), full=True) == tuple(sorted(BERT))
+
+
+def test_depth_is_counted_from_the_names() -> None:
+    """Blocks are counted, not tensors."""
+    assert depth_of(LLAMA, FAMILIES["llama"]) == 12
+    assert depth_of([*LLAMA, "model.layers.3.mlp.down_proj.weight"], FAMILIES["llama"]) == 12
+
+
+def test_an_unknown_type_is_named() -> None:
+    """A model of an unknown type is refused with its place, its type and the known types."""
+    with pytest.raises(ConfigError) as caught:
+        family_of("t5", "models/t5")
+    assert "models/t5" in caught.value.message
+    assert "'t5'" in caught.value.message
+    assert "bert, gpt2, llama, mistral, qwen2, qwen3" in caught.value.hint
