@@ -1,0 +1,225 @@
+"""Merging: the files of version v out of the master of version v - 1 and the updates of a round.
+
+Tensors are taken in the order of their names, as many at a time as their float32 sums fit in BLOCK_BYTES; for each
+such block every update is opened, added and closed in turn, in order of acceptance. So memory and open files depend
+neither on the number of updates nor on the size of the model, and each sum is formed in one order with one rounding
+after each operation: the same inputs give the same bytes, on any machine.
+
+A tensor that an update does not hold takes nothing from it, nor counts it in its mean (sites may train to different
+depths); one that no update holds is copied, its slots too.
+
+Formulas: `coordinator.merging` for the weights, `coordinator.optimizers` for the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
+from coordinator.merging import MergePlan, MergeResult, PlannedContribution
+from coordinator.optimizers import SLOTS, server_step
+from shared.codec import encode_file, group_size
+from shared.config import FederationConfig
+from shared.errors import CorruptError
+from shared.manifest import Manifest, StateFacts
+from shared.plan import SealedPlan
+from shared.reader import TensorReader
+from shared.slices import FileSummary, FrameWriter
+from shared.store import FrameStore, Stored
+from shared.tensorfile import F32Array, Shape
+
+BLOCK_BYTES = 64 * 1024 * 1024
+"""Sums held at a time, or one tensor where that is larger. Opening an update costs about one slice."""
+
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done, 0 to 1; from the thread that merges."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One update of the round, and for fedasync the published state that it started from."""
+
+    planned: PlannedContribution
+    update: Stored
+    base: Stored | None
+
+
+def merge(
+    plan: MergePlan,
+    updates: FrameStore,
+    states: FrameStore,
+    masters: Path,
+    sealed: SealedPlan,
+    federation: FederationConfig,
+    *,
+    created: float | None = None,
+    progress: Progress = lambda _share: None,
+) -> MergeResult:
+    """Make master, slots and published state of `plan.version` durable; nothing of the version before it changes.
+
+    `masters` is the folder of masters; `created` (unix seconds, by default now) goes into the manifest, for people. May
+    be repeated: the same plan gives the same files, another one replaces the master. CorruptError when a file of ours is gone or
+    changed, UnavailableError when the disk is full, RefusedError(rule='non-finite') when the new master has overflowed.
+    """
+    sources = [_source(each, plan, updates, states) for each in plan.contributions]
+    shapes = dict(sorted(sealed.tensors.items()))
+    slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
+    metadata = partial(_metadata, plan.version, sealed, federation)
+    with contextlib.ExitStack() as files:
+        old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
+        # Without slot files, as at version 0, the slots are zero.
+        begun = plan.base_version > 0
+        old_slots = [
+            files.enter_context(open_own(slot_path(masters, plan.base_version, slot), shapes)) if begun else None
+            for slot in slots
+        ]
+        writers: list[TensorWriter] = [
+            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, metadata(slot)))
+            for slot in slots
+        ]
+        new_master = files.enter_context(writing(master_path(masters, plan.version), shapes, metadata("master")))
+        for name, (total, summed) in _sums(sources, shapes, progress):
+            master = old_master[name]
+            slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
+            if total > 0:
+                _step(plan, federation, master, summed, slot_values)
+            new_master.write(name, master)
+            for writer, values in zip(writers, slot_values, strict=True):
+                writer.write(name, values)
+    with open_own(master_path(masters, plan.version), shapes) as tensors:
+        manifest = publish(states, plan.version, tensors, sealed, federation, created=created)
+    progress(1.0)
+    return MergeResult(manifest, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]))
+
+
+def publish(
+    states: FrameStore,
+    version: int,
+    tensors: Mapping[str, F32Array],
+    sealed: SealedPlan,
+    federation: FederationConfig,
+    *,
+    created: float | None = None,
+) -> Manifest:
+    """Seal the published state of a version, in the downlink's codec, and return its manifest.
+
+    The transfer id is the head of the file's SHA-256, so that equal states have equal ids. Errors as `merge`.
+    """
+    codec = federation.codec.down
+    frames = FrameWriter(
+        encode_file(tensors, codec, _metadata(version, sealed, federation, "state")),
+        group=group_size(codec),
+        slice_size=federation.codec.slice_kib * 1024,
+    )
+
+    def build(summary: FileSummary) -> Manifest:
+        return Manifest(
+            transfer_id=summary.file_sha256[:32],
+            federation=federation.federation.name,
+            fingerprint=sealed.fingerprint,
+            codec=codec,
+            group=cast("Literal[1, 2, 4]", summary.group),
+            slice_size=summary.slice_size,
+            file_size=summary.file_size,
+            file_sha256=summary.file_sha256,
+            frame_lengths=summary.frame_lengths,
+            frame_hashes=summary.frame_hashes,
+            created=time.time() if created is None else created,
+            facts=StateFacts(version=version),
+        )
+
+    return states.seal(frames, build).manifest
+
+
+def _metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
+    return {
+        "mailboat.federation": federation.federation.name,
+        "mailboat.fingerprint": sealed.fingerprint,
+        "mailboat.kind": kind,
+        "mailboat.version": str(version),
+    }
+
+
+def _source(planned: PlannedContribution, plan: MergePlan, updates: FrameStore, states: FrameStore) -> _Source:
+    base = _stored(states, planned.base_state_id) if plan.mode == "fedasync" else None
+    return _Source(planned, _stored(updates, planned.update_id), base)
+
+
+def _stored(store: FrameStore, transfer_id: str) -> Stored:
+    found = store.get(transfer_id)
+    if found is None:
+        raise CorruptError(
+            f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
+            hint="restore the folder from a backup",
+        )
+    return found
+
+
+def _sums(
+    sources: Sequence[_Source], shapes: Mapping[str, Shape], progress: Progress
+) -> Iterator[tuple[str, tuple[float, F32Array]]]:
+    """Yield (name, (total denominator, weighted sum)) of each tensor, by name; the total is 0 where nobody holds it."""
+    totals = dict.fromkeys(shapes, 0.0)
+    for source in sources:
+        for name in _reader(source.update).shapes:
+            totals[name] += source.planned.denominator
+    steps, done = [*blocks(shapes, BLOCK_BYTES)], 0
+    for block in steps:
+        sums: dict[str, F32Array] = {name: np.zeros(shapes[name], dtype=np.float32) for name in block}
+        for source in sources:
+            _add(source, totals, sums)
+            done += 1
+            progress(0.9 * done / (len(steps) * len(sources)))
+        for name in block:
+            yield name, (totals[name], sums.pop(name))
+
+
+def _add(source: _Source, totals: Mapping[str, float], sums: Mapping[str, F32Array]) -> None:
+    update = _reader(source.update)
+    base = None if source.base is None else _reader(source.base)
+    for name in update.shapes.keys() & sums.keys():
+        weight = source.planned.numerator / totals[name]
+        update.add_tensor(name, weight, sums[name])
+        if base is not None:
+            base.add_tensor(name, weight, sums[name])
+
+
+def _reader(stored: Stored) -> TensorReader:
+    # Each frame is compared with its hash: what was accepted, and nothing that the disk made of it, is merged.
+    return TensorReader(stored.manifest, stored.read_frame, verify=False)
+
+
+def _step(
+    plan: MergePlan, federation: FederationConfig, master: F32Array, summed: F32Array, slots: Sequence[F32Array]
+) -> None:
+    # An overflow is found when the state is published, and told as such.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if plan.mode == "fedasync":
+            (only,) = plan.contributions
+            np.multiply(master, np.float32(1 - only.numerator), out=master)
+            np.add(master, summed, out=master)
+        else:
+            server_step(federation.aggregation.server, master, summed, slots)
+
+
+def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:
+    """Cut the names, in order, into runs whose float32 tensors have at most `limit` bytes, or into single ones."""
+    block: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        own = 4 * int(np.prod(shape, dtype=np.int64))
+        if block and size + own > limit:
+            yield block
+            block, size = [], 0
+        block.append(name)
+        size += own
+    if block:
+        yield block
