@@ -66,8 +66,10 @@ def merge(
     """Make master, slots and published state of `plan.version` durable; nothing of the version before it changes.
 
     `masters` is the folder of masters; `created` (unix seconds, by default now) goes into the manifest, for people. May
-    be repeated: the same plan gives the same files, another one replaces the master. CorruptError when a file of ours is gone or
-    changed, UnavailableError when the disk is full, RefusedError(rule='non-finite') when the new master has overflowed.
+    be repeated: the same plan gives the same files, another one replaces the master.
+
+    CorruptError when a file of ours is gone or changed, UnavailableError when the disk is full, and
+    RefusedError(rule='non-finite') when the new master has overflowed.
     """
     sources = [_source(each, plan, updates, states) for each in plan.contributions]
     shapes = dict(sorted(sealed.tensors.items()))
@@ -185,7 +187,9 @@ def _sums(
 def _add(source: _Source, totals: Mapping[str, float], sums: Mapping[str, F32Array]) -> None:
     update = _reader(source.update)
     base = None if source.base is None else _reader(source.base)
-    for name in update.shapes.keys() & sums.keys():
+    for name in sums:
+        if name not in update.shapes:
+            continue
         weight = source.planned.numerator / totals[name]
         update.add_tensor(name, weight, sums[name])
         if base is not None:
