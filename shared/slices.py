@@ -4,7 +4,9 @@
     frame   one zstd frame, its content size declared, without checksum, dictionary or anything behind it
 
 Slices are independent, so frames may arrive in any order and be repeated. Grouping is what makes float data smaller:
-exponents stand together and compress, mantissas do not and are stored; source: ZipNN (arXiv 2411.05239).
+exponents stand together and compress, mantissas do not and are stored; source: ZipNN (arXiv 2411.05239). Each group
+ends a zstd block, so that it gets statistics of its own: without that, slices whose groups are no multiple of zstd's
+128 KiB blocks lose most of the gain (bf16, slices of 128 KiB: 78 % of the bytes instead of 69 %; and slower to expand).
 
 The hash of frames and file is SHA-256. Measured on one core of an AMD EPYC with SHA instructions, slices of 512 KiB:
 SHA-256 1.6 GB/s, BLAKE3 3.5, BLAKE2b 0.8. On the way from float32 to hashed frames that is 20-35 % of the time, which
@@ -71,8 +73,15 @@ def compress_slice(raw: ByteArray | memoryview | bytes, group: int, level: int =
     """
     data = np.frombuffer(raw, dtype=np.uint8)
     assert 0 < data.size <= MAX_SLICE_BYTES
-    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
-    frame = compressor.compress(_grouped(data, group).data)
+    stream = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False).compressobj(data.size)
+    grouped = _grouped(data, group)
+    width = data.size // group
+    pieces = []
+    for plane in range(group - 1):
+        pieces += [stream.compress(grouped[plane * width : (plane + 1) * width].data)]
+        pieces += [stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    pieces += [stream.compress(grouped[(group - 1) * width :].data), stream.flush()]
+    frame = b"".join(pieces)
     assert len(frame) <= min(data.size + data.size // 256 + 64, MAX_FRAME_BYTES)
     return frame
 
