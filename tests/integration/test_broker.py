@@ -26,7 +26,7 @@ from tests.helpers import run_async
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-USERS = ("coordinator", "site-a", "site-b")
+USERS = ("coordinator", "site-1", "site-2")
 KINDS = [
     pytest.param(
         "mosquitto",
@@ -208,8 +208,8 @@ def test_the_hardened_broker_asks_for_a_password(hardened: int, protocol: aiomqt
     async def scenario() -> list[bool]:
         return [
             await enters(),
-            await enters(user="site-a", password="wrong"),
-            await enters(user="site-a"),
+            await enters(user="site-1", password="wrong"),
+            await enters(user="site-1"),
         ]
 
     assert run_async(scenario()) == [False, False, True]
@@ -217,7 +217,7 @@ def test_the_hardened_broker_asks_for_a_password(hardened: int, protocol: aiomqt
 
 @needs_mosquitto
 def test_each_speaks_and_hears_only_what_is_his(hardened: int) -> None:
-    """For each channel of site A: who can write it and who can read it is exactly what the topic table says."""
+    """For each channel of site 1: who can write it and who can read it is exactly what the topic table says."""
     heard = run_async(everybody_writes_everything(hardened))
     for reader in USERS:
         expected = {
@@ -230,20 +230,20 @@ def test_each_speaks_and_hears_only_what_is_his(hardened: int) -> None:
 
 
 def holds(channel: Channel, access: str, user: str) -> bool:
-    """Whether this user has this access to this channel of site A, by the table."""
+    """Whether this user has this access to this channel of site 1, by the table."""
     role = channel.writer if access == "write" else channel.reader
     if access == "read" and not channel.per_site:
         return True  # shared channels are for everybody who is in
-    return user == ("coordinator" if role == "coordinator" else "site-a")
+    return user == ("coordinator" if role == "coordinator" else "site-1")
 
 
 async def everybody_writes_everything(port: int) -> dict[str, set[tuple[str, str]]]:
-    """What each user hears, as (channel, writer), when every user writes to every channel of site A.
+    """What each user hears, as (channel, writer), when every user writes to every channel of site 1.
 
     Each publish is acknowledged before the next, and a last message on a channel that the reader surely hears marks
     the end: what has not come by then was withheld.
     """
-    topics = {topic("local", channel, "site-a" if channel.per_site else None): channel for channel in Channel}
+    topics = {topic("local", channel, "site-1" if channel.per_site else None): channel for channel in Channel}
     heard: dict[str, set[tuple[str, str]]] = {user: set() for user in USERS}
     async with contextlib.AsyncExitStack() as stack:
         clients = {user: await stack.enter_async_context(client(port, user)) for user in USERS}
@@ -270,10 +270,10 @@ def test_a_site_cannot_leave_a_retained_message_for_others(hardened: int) -> Non
 
     async def scenario() -> bytes:
         announce = topic("local", Channel.ANNOUNCE)
-        async with client(hardened, "coordinator") as coordinator, client(hardened, "site-b") as intruder:
+        async with client(hardened, "coordinator") as coordinator, client(hardened, "site-2") as intruder:
             await coordinator.publish(announce, b"true", qos=1, retain=True)
             await intruder.publish(announce, b"forged", qos=1, retain=True)
-        async with client(hardened, "site-a") as site:
+        async with client(hardened, "site-1") as site:
             await site.subscribe(announce, qos=1)
             message = await anext(site.messages)
         assert isinstance(message.payload, bytes)
@@ -298,14 +298,14 @@ def test_a_last_will_keeps_to_the_rules(hardened: int) -> None:
     async def scenario() -> str:
         async with client(hardened, "coordinator") as coordinator:
             await coordinator.subscribe(topic("local", Channel.PRESENCE, "+"), qos=1)
-            await dies_with("site-b", topic("local", Channel.PRESENCE, "site-a"))
-            await dies_with("site-a", topic("local", Channel.PRESENCE, "site-a"))
-            await dies_with("site-b", topic("local", Channel.PRESENCE, "site-b"))
+            await dies_with("site-2", topic("local", Channel.PRESENCE, "site-1"))
+            await dies_with("site-1", topic("local", Channel.PRESENCE, "site-1"))
+            await dies_with("site-2", topic("local", Channel.PRESENCE, "site-2"))
             first = await anext(coordinator.messages)
             second = await anext(coordinator.messages)
         return f"{first.topic} {second.topic}"
 
     assert (
         run_async(scenario())
-        == f"{topic('local', Channel.PRESENCE, 'site-a')} {topic('local', Channel.PRESENCE, 'site-b')}"
+        == f"{topic('local', Channel.PRESENCE, 'site-1')} {topic('local', Channel.PRESENCE, 'site-2')}"
     )
