@@ -228,6 +228,8 @@ class Core:
             self._refuse_double(name, hello.session, out)
         elif claim is Claim.WELCOME:
             self._welcome(name, hello.session, now, out)
+            if (hello.heard, hello.heard_final) != (self.states[self.version].transfer_id, self.finished):
+                out.to(name, self.announcement())
             if other is not None:
                 self._refuse_double(name, other, out)
 

@@ -32,6 +32,10 @@ ABANDON_BELOW = 0.5
 """A pull is given up for a newer version while less than this share of it is here."""
 
 
+IDLE_HELLO_S = 30.0
+"""An idle site says hello this often: 300 bytes, in case the broker lost an announcement."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who this site is and which federation it thinks it is in."""
@@ -90,6 +94,7 @@ class Session:
         self.push: Push | None = None
         self._boot: str | None = None
         self._hello_patience = self._patience()
+        self._idle_patience = Patience(IDLE_HELLO_S, IDLE_HELLO_S)
 
     def _patience(self) -> Patience:
         return Patience(self.link.stall_s, self.link.backoff_cap_s)
@@ -155,7 +160,7 @@ class Session:
     # -- link ---
 
     def _greet(self, wall: float, out: d.Decision) -> None:
-        me = self.identity
+        me, heard = self.identity, self.announced
         self.welcome = False
         out.sends.append(
             Hello(
@@ -166,6 +171,8 @@ class Session:
                 frozen_sha256=me.frozen_sha256,
                 software=me.software,
                 clock=wall,
+                heard=heard.manifest.transfer_id if heard else None,
+                heard_final=heard is not None and heard.final,
             )
         )
 
@@ -352,3 +359,8 @@ class Session:
             out.sends.append(Offer(manifest=self.push.manifest))
         if self.pull is not None and self.pull.patience.spent(now):
             self._want(now, out, restart=True)
+        # With nothing to do but wait for an announcement, make sure that none was lost.
+        if self.phase != "waiting":
+            self._idle_patience.moved(now)
+        elif self._idle_patience.spent(now):
+            self._greet(wall, out)

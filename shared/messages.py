@@ -52,6 +52,9 @@ class Hello(Message):
     frozen_sha256: Sha256Hex
     software: Text
     clock: NonNegative
+    heard: TransferId | None = None
+    """State of the last announcement that reached us; the coordinator repeats to us alone what we missed."""
+    heard_final: bool = False
 
 
 class Probe(Message):

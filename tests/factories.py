@@ -1,0 +1,79 @@
+"""Valid values with few words, for tests that are about something else."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from shared.config import FederationConfig, parse_config
+from shared.manifest import Manifest, StateFacts, UpdateFacts
+from shared.plan import SealedPlan
+
+SLICE = 4096
+
+
+def digest(text: str) -> str:
+    """A SHA-256 in hex that stands for whatever `text` names."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_federation(**sections: dict[str, Any]) -> FederationConfig:
+    """A federation named `ward` with small slices; keyword arguments replace or extend its sections."""
+    base: dict[str, dict[str, Any]] = {
+        "federation": {"name": "ward", "versions": 3},
+        "model": {"base": "unused"},
+        "codec": {"slice_kib": SLICE // 1024, "up": "f32", "down": "f32"},
+    }
+    merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
+    return parse_config(merged, FederationConfig, "test")
+
+
+def make_plan(federation: FederationConfig) -> SealedPlan:
+    """A plan of one tensor of 100,000 parameters."""
+    return SealedPlan(
+        architecture="Toy",
+        depth=4,
+        layers=(3,),
+        tensors={"w": (100_000,)},
+        trained_parameters=100_000,
+        total_parameters=400_000,
+        config_sha256=federation.config_sha256,
+        frozen_sha256=digest("frozen"),
+        labels=federation.task.labels,
+    )
+
+
+def make_state(plan: SealedPlan, version: int, *, frames: int = 5, salt: str = "") -> Manifest:
+    """The manifest of a published state."""
+    file_sha256 = digest(f"state {version}{salt}")
+    return _make(plan, file_sha256[:32], file_sha256, frames, StateFacts(version=version))
+
+
+def make_update(
+    plan: SealedPlan, site: str, base: Manifest, *, update_id: str | None = None, frames: int = 5, examples: int = 10
+) -> Manifest:
+    """The manifest of an update that starts from the state `base`."""
+    transfer_id = update_id or digest(f"{site} {base.transfer_id}")[:32]
+    facts = UpdateFacts(
+        site=site, base_version=base.state.version, base_sha256=base.file_sha256, examples=examples, metrics={}
+    )
+    return _make(plan, transfer_id, digest(f"update {transfer_id}"), frames, facts)
+
+
+def _make(
+    plan: SealedPlan, transfer_id: str, file_sha256: str, frames: int, facts: StateFacts | UpdateFacts
+) -> Manifest:
+    return Manifest(
+        transfer_id=transfer_id,
+        federation="ward",
+        fingerprint=plan.fingerprint,
+        codec="f32",
+        group=4,
+        slice_size=SLICE,
+        file_size=SLICE * frames,
+        file_sha256=file_sha256,
+        frame_lengths=(SLICE - 100,) * frames,
+        frame_hashes=b"".join(hashlib.sha256(bytes([index % 251])).digest() for index in range(frames)),
+        created=0.0,
+        facts=facts,
+    )
