@@ -152,7 +152,7 @@ class Connection(aiomqtt.Client):
         size = self._packet_bytes(publication)
         if size > self._packet_max:
             raise RefusedError(
-                f"a message of {size} bytes for {publication.topic}: broker {self.broker} takes {self._packet_max} at most",
+                f"a packet of {size} bytes for {publication.topic}, broker {self.broker} takes {self._packet_max} at most",
                 rule="packet-too-large",
                 hint="lower codec.slice_kib, or raise the broker's limit (Mosquitto: max_packet_size)",
             )
