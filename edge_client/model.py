@@ -76,7 +76,8 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     folder = local_folder(source, federation.model.revision)
     family = layers.family_of(read_config(folder)["model_type"], str(folder))
     task = NerTask(federation.task.labels)
-    with _quiet():
+    # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
+    with _quiet(), torch.random.fork_rng(devices=[]):
         tokenizer = _load_tokenizer(folder)
         model = _load_weights(folder, family, task.classes, federation.federation.seed)
     parameters = dict(model.named_parameters())

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModel,
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from edge_client.data import Entity, Note, Sentence
 from shared.config import FederationConfig
@@ -87,34 +78,28 @@ def save_model(folder: Path, model_type: str, *, depth: int = DEPTH) -> Path:
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        AutoModel.from_config(_config(model_type, len(tokenizer), depth)).save_pretrained(folder)
+        model = AutoModel.from_config(_config(model_type, len(tokenizer), depth))  # type: ignore[no-untyped-call]
+        model.save_pretrained(folder)
     return folder
 
 
-def _config(model_type: str, vocabulary: int, depth: int) -> PreTrainedConfig:
-    common = {"vocab_size": vocabulary, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    size = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-    }
-    grouped = {"num_key_value_heads": 1}
-    match model_type:
-        case "bert":
-            return BertConfig(**{**common, "pad_token_id": 0}, **size)
-        case "gpt2":
-            return GPT2Config(**common, n_embd=WIDTH, n_layer=depth, n_head=2, n_positions=64)
-        case "llama":
-            return LlamaConfig(**common, **size, **grouped)
-        case "mistral":
-            return MistralConfig(**common, **size, **grouped)
-        case "qwen2":
-            return Qwen2Config(**common, **size, **grouped)
-        case "qwen3":
-            return Qwen3Config(**common, **size, **grouped, head_dim=WIDTH // 2)
-    raise AssertionError(model_type)
+def _config(model_type: str, vocabulary: int, depth: int) -> Any:
+    no_specials = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if model_type == "gpt2":
+        size: dict[str, Any] = {"n_embd": WIDTH, "n_layer": depth, "n_head": 2, "n_positions": 64}
+    else:
+        size = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+        }
+    if model_type in {"llama", "mistral", "qwen2", "qwen3"}:
+        size["num_key_value_heads"] = 1
+    if model_type == "qwen3":
+        size["head_dim"] = WIDTH // 2
+    return AutoConfig.for_model(model_type, vocab_size=vocabulary, **no_specials, **size)
 
 
 def _corpus() -> list[str]:
@@ -131,7 +116,7 @@ def _wordpiece() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     )
 
@@ -147,4 +132,4 @@ def _byte_level() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")  # type: ignore[no-untyped-call]

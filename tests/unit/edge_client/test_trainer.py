@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edge_client.data import Note, Sentence
+from edge_client.model import LoadedModel, load_model, read_trainable
+from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, round_seed, train
+from shared.errors import RefusedError
+from tests.unit.edge_client import tiny
+
+FEDERATION = tiny.federation()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny model of each type."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("models")
+    return {model_type: tiny.save_model(root / model_type, model_type) for model_type in tiny.MODEL_TYPES}
+
+
+@pytest.fixture
+def llama(folders: dict[str, Path]) -> LoadedModel:
+    """A tiny LLaMA that the test may change."""
+    return load_model(folders["llama"], FEDERATION)
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+def test_training_changes_the_trainable_tensors_alone(folders: dict[str, Path], model_type: str) -> None:
+    """After an update every trainable tensor has moved by its delta, and everything else is as it was."""
+    loaded = load_model(folders[model_type], FEDERATION)
+    before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
+    state = read_trainable(loaded)
+    result = train(
+        loaded, state, make_dataset(loaded, tiny.notes(2), batch_size=2, seed=0), FEDERATION.training, seed=1
+    )
+    after = dict(loaded.model.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(loaded.trainable)
+    assert list(result.delta) == sorted(loaded.trainable)
+    for name, delta in result.delta.items():
+        assert delta.dtype == np.float32
+        np.testing.assert_array_equal(delta, after[name].detach().numpy() - state[name])
+
+
+def test_the_same_arguments_give_the_same_bits(llama: LoadedModel) -> None:
+    """An update can be computed again bit for bit, whatever ran before it; another seed gives another one."""
+    state, data = read_trainable(llama), make_dataset(llama, tiny.notes(), batch_size=4, seed=0)
+    first = train(llama, state, data, FEDERATION.training, seed=1)
+    torch.rand(5)
+    other = train(llama, state, data, FEDERATION.training, seed=2)
+    again = train(llama, state, data, FEDERATION.training, seed=1)
+    assert all(np.array_equal(delta, again.delta[name]) for name, delta in first.delta.items())
+    assert any(not np.array_equal(delta, other.delta[name]) for name, delta in first.delta.items())
+
+
+def test_training_leaves_the_global_generator_alone(llama: LoadedModel) -> None:
+    """A caller's own random numbers do not depend on whether an update was trained in between."""
+    data = make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(llama, read_trainable(llama), data, FEDERATION.training, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_learns(llama: LoadedModel) -> None:
+    """Twelve epochs over notes whose words tell their labels lift held-out strict F1 far above the start."""
+    data = make_dataset(llama, tiny.notes(16), batch_size=8, seed=0)
+    held_out = make_dataset(llama, tiny.notes(4, seed=1), batch_size=8, seed=0)
+    start = evaluate(llama, held_out)
+    section = FEDERATION.training.model_copy(update={"epochs": 12, "lr": 1e-2})
+    result = train(llama, read_trainable(llama), data, section, seed=1)
+    end = evaluate(llama, held_out)
+    assert start.strict_f1 < 0.3
+    assert end.strict_f1 > 0.6
+    assert end.lenient_f1 >= end.strict_f1
+    assert result.metrics["loss"] < 0.5
+
+
+def test_what_an_update_says_of_itself(llama: LoadedModel) -> None:
+    """Examples are lines with words; steps are batches times epochs; progress rises to 1."""
+    data = make_dataset(llama, tiny.notes(6, lines=5), batch_size=4, seed=0)
+    seen: list[tuple[float, float]] = []
+    section = FEDERATION.training.model_copy(update={"epochs": 2})
+    result = train(llama, read_trainable(llama), data, section, seed=1, progress=lambda *step: seen.append(step))
+    steps = 2 * len(data.prepared.batches)
+    assert result.examples == 30
+    assert result.metrics["steps"] == steps == len(seen)
+    assert [share for share, _ in seen] == pytest.approx([(index + 1) / steps for index in range(steps)])
+    assert result.metrics["loss"] == pytest.approx(np.mean([loss for _, loss in seen[steps // 2 :]]))
+    assert result.metrics["seconds"] > 0
+
+
+def test_a_diverging_run_is_refused(llama: LoadedModel) -> None:
+    """A loss that is no longer finite stops the update with a hint about the learning rate."""
+    data = make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)
+    state = read_trainable(llama)
+    state["score.bias"][0] = np.inf
+    with pytest.raises(RefusedError) as caught:
+        train(llama, state, data, FEDERATION.training, seed=1)
+    assert caught.value.rule == "diverged"
+    assert "training.lr" in caught.value.hint
+
+
+def test_notes_without_words_cannot_be_trained_on(llama: LoadedModel) -> None:
+    """A data set without a single word is refused, not merged with weight 0."""
+    data = make_dataset(llama, [Note("empty", (Sentence((), ()),))], batch_size=4, seed=0)
+    with pytest.raises(RefusedError) as caught:
+        train(llama, read_trainable(llama), data, FEDERATION.training, seed=1)
+    assert caught.value.rule == "note-missing"
+
+
+def test_batches_hold_windows_of_like_length(llama: LoadedModel) -> None:
+    """Sorting by length leaves little padding, and each window is in one batch."""
+    data = make_dataset(llama, tiny.notes(20, lines=3), batch_size=4, seed=0)
+    windows = [window for batch in data.prepared.batches for window in batch.windows]
+    tokens = sum(len(window.ids) for window in windows)
+    assert tokens / sum(batch.ids.numel() for batch in data.prepared.batches) > 0.9
+    units = np.concatenate([window.units for window in windows])
+    assert sorted(units.tolist()) == list(range(llama.task.units(data.notes)))
+
+
+def test_the_rate_rises_then_falls() -> None:
+    """The rate starts above 0, peaks after the warm-up, and ends near its final share."""
+    rates = [_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(FINAL_RATE, abs=0.02)
+    assert all(0 < rate <= 1 for rate in rates)
+    assert [_rate(step, 1, 0.0) for step in range(2)] == pytest.approx([1.0, FINAL_RATE])
+
+
+def test_the_seed_of_a_round() -> None:
+    """Seed, site and version each change the seed of an update; nothing else does."""
+    seeds = {round_seed(*of) for of in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2))}
+    assert len(seeds) == 4
+    assert round_seed(0, "a", 1) in seeds
+    assert all(0 <= seed < 2**63 for seed in seeds)
