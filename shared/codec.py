@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from shared.tensorfile import (
 )
 
 Codec = CodecName
+Group = Literal[1, 2, 4]
+"""Bytes of one element, by which a slice is grouped."""
+
 PartSpec = tuple[str, DType, Shape]
 Part = tuple[str, DType, NDArray[Any]]
 
@@ -63,13 +66,13 @@ class _Scheme:
     `add(parts, weight, out)` adds weight x decoded to `out`, or, with weight None, writes decoded to it.
     """
 
-    group: int
+    group: Group
     layout: Callable[[str, Shape], list[PartSpec]]
     encode: Callable[[F32Array], list[NDArray[Any]]]
     add: Callable[[Sequence[NDArray[Any]], np.float32 | None, F32Array], None]
 
 
-def group_size(codec: Codec) -> int:
+def group_size(codec: Codec) -> Group:
     """Width in bytes by which slices of this codec are byte-grouped before zstd: the size of its values."""
     return _SCHEMES[codec].group
 

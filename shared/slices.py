@@ -31,7 +31,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from shared.codec import Codec, encode_file, group_size
+from shared.codec import Codec, Group, encode_file, group_size
 from shared.errors import RefusedError
 from shared.manifest import DEFAULT_SLICE_BYTES, MAX_FRAME_BYTES, MAX_SLICE_BYTES
 from shared.tensorfile import F32Array
@@ -59,7 +59,7 @@ class FileSummary:
     """What a manifest says of a file and its frames: sizes in bytes; `frame_hashes` is 32 bytes a frame, in order."""
 
     slice_size: int
-    group: int
+    group: Group
     file_size: int
     file_sha256: str
     frame_lengths: tuple[int, ...]
@@ -151,7 +151,7 @@ class FrameWriter:
         self,
         chunks: Iterable[bytes | memoryview],
         *,
-        group: int,
+        group: Group,
         slice_size: int = DEFAULT_SLICE_BYTES,
         level: int = LEVEL,
     ) -> None:

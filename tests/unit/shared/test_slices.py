@@ -13,13 +13,13 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.codec import Codec, encode_file
+from shared.codec import Codec, Group, encode_file
 from shared.errors import RefusedError
 from shared.manifest import MAX_FRAME_BYTES, MAX_SLICE_BYTES
 from shared.slices import FrameWriter, compress_slice, cut, expand_frame, expand_into, make_transfer_frames
 from shared.tensorfile import f32_to_bf16
 
-GROUPS = st.sampled_from([1, 2, 4])
+GROUPS: st.SearchStrategy[Group] = st.sampled_from([1, 2, 4])
 groups = pytest.mark.parametrize("group", [1, 2, 4])
 
 
@@ -167,7 +167,7 @@ def test_cutting_keeps_every_byte(chunks: list[bytes], size: int) -> None:
 
 
 @given(chunks=st.lists(st.binary(max_size=60)), group=GROUPS)
-def test_frames_and_summary_describe_the_file(chunks: list[bytes], group: int) -> None:
+def test_frames_and_summary_describe_the_file(chunks: list[bytes], group: Group) -> None:
     """Frames expand to the file, and the summary holds the true sizes and hashes of frames and file."""
     writer = FrameWriter(chunks, group=group, slice_size=16)
     frames = list(writer)
