@@ -1,0 +1,32 @@
+"""What the demonstration learns with, in one place; found by trying on the shipped model and the synthetic notes."""
+
+from __future__ import annotations
+
+from shared.config import TrainingSection
+
+SITES = 4
+NOTES = 60
+"""Training notes of each site: few enough that one site alone falls short, enough that four together do not."""
+HELDOUT_NOTES = 100
+"""Notes on which every F1 of the final table is computed, drawn from all sites in turn; nobody trains on them."""
+ALPHA = 1.0
+"""Dirichlet concentration of the label mix over the sites: smaller is more skewed."""
+ROUNDS = 8
+"""Local trainings of each site, whatever the mode: the sync run publishes this many versions."""
+LAYERS = "6"
+SEED = 0
+
+TRAINING = TrainingSection(epochs=1, batch_size=8, lr=2e-3)
+
+HOLDOUT = 0.1
+"""Share of a site's own notes on which it reports its local F1."""
+SLICE_KIB = 128
+"""Raw bytes per chunk: small, so that a transfer that is cut has something to resume."""
+STALL_S = 3.0
+"""Everything is on one machine; what is silent for this long is asked for again."""
+ROUND_DEADLINE_S = 60.0
+"""A sync round that has its quorum closes after this long without the others."""
+RUN_DEADLINE_S = 1800.0
+"""The run is given up after this long; with the shipped model it needs about a tenth of it."""
+STALLED_S = 240.0
+"""The run is given up when nothing at all has moved for this long."""

@@ -1,0 +1,286 @@
+"""From the options of a demonstration to the configuration of its processes, without starting anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from mailboat.demo import defaults
+from mailboat.demo.toml import to_toml
+from shared.config import (
+    AggregationSection,
+    BrokerSection,
+    CodecName,
+    CodecSection,
+    CoordinatorConfig,
+    DataSection,
+    FederationConfig,
+    FederationSection,
+    LayersSection,
+    LinkSection,
+    Mode,
+    ModelSection,
+    SiteConfig,
+    StalenessKind,
+    StalenessSection,
+)
+from shared.errors import ConfigError
+
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "base-llama-16"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What the person asked for."""
+
+    workdir: Path
+    sites: int = defaults.SITES
+    absent: int = 0
+    """So many sites belong to the federation and are never started."""
+    versions: int | None = None
+    """Versions to publish; None for as many as make `ROUNDS` local trainings of each site."""
+    mode: Mode = "sync"
+    staleness: StalenessKind = "polynomial"
+    broker: str = "auto"
+    """auto, mosquitto, amqtt, or the URL of a broker that runs already."""
+    model: str | None = None
+    layers: str = defaults.LAYERS
+    codec: CodecName = "bf16"
+    alpha: float = defaults.ALPHA
+    notes: int = defaults.NOTES
+    flaky: bool = False
+    seed: int = defaults.SEED
+    baselines: bool = True
+    deadline_s: float = defaults.RUN_DEADLINE_S
+
+    def check(self) -> None:
+        """Raise ConfigError for options that cannot be carried out together."""
+        if self.sites < 1:
+            raise ConfigError(f"--sites {self.sites} is too few", hint="give at least 1")
+        if self.absent >= self.sites:
+            raise ConfigError(
+                f"--absent {self.absent} leaves none of {self.sites} sites to start",
+                hint="leave at least one site present",
+            )
+        if self.broker not in {"auto", "mosquitto", "amqtt"} and not self.broker.startswith("mqtt://"):
+            raise ConfigError(
+                f"--broker {self.broker} is not known", hint="use auto, mosquitto, amqtt or mqtt://host:port"
+            )
+        if self.workdir.exists() and (not self.workdir.is_dir() or any(self.workdir.iterdir())):
+            raise ConfigError(f"--workdir {self.workdir} is not empty", hint="name a new folder, or remove the old one")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in the working folder."""
+
+    root: Path
+
+    @property
+    def notes(self) -> Path:
+        """Synthetic notes, a folder for each site."""
+        return self.root / "notes"
+
+    @property
+    def heldout(self) -> Path:
+        """The notes on which everybody is scored."""
+        return self.notes / "heldout"
+
+    @property
+    def pooled(self) -> Path:
+        """The training notes of all sites together: what centralized training sees, and a federation never has."""
+        return self.root / "pooled"
+
+    @property
+    def logs(self) -> Path:
+        """One file for each process."""
+        return self.root / "logs"
+
+    @property
+    def federation(self) -> Path:
+        """What all must agree on."""
+        return self.root / "federation.toml"
+
+    @property
+    def coordinator(self) -> Path:
+        """Configuration of the coordinator."""
+        return self.root / "coordinator.toml"
+
+    @property
+    def storage(self) -> Path:
+        """What the coordinator keeps: journal, states, status."""
+        return self.root / "coordinator"
+
+    @property
+    def full(self) -> Path:
+        """The same federation with every parameter trained, of which one transfer is measured."""
+        return self.root / "full-model"
+
+    @property
+    def scratch(self) -> Path:
+        """Files on their way to and from the workers."""
+        return self.root / "scratch"
+
+    @property
+    def export(self) -> Path:
+        """The model that came out, as transformers loads it."""
+        return self.root / "model"
+
+    @property
+    def plot(self) -> Path:
+        """The curves."""
+        return self.root / "curves.png"
+
+    def site(self, name: str) -> Path:
+        """Configuration of one site."""
+        return self.root / f"{name}.toml"
+
+    def log(self, name: str) -> Path:
+        """What a process said."""
+        return self.logs / f"{name}.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When rounds close, and how many there are."""
+
+    versions: int
+    quorum: int
+    buffer: int
+
+    def rounds(self, mode: Mode, sites: int) -> int:
+        """Local trainings that one site does in a run of this length, on average, rounded up; at least 1."""
+        updates = self.versions * {"sync": sites, "fedbuff": self.buffer, "fedasync": 1}[mode]
+        return -(-updates // sites)
+
+
+def schedule(options: DemoOptions) -> Schedule:
+    """Return closing rules under which each mode does about the same local work: `ROUNDS` trainings of each site.
+
+    Sync merges all sites into a version, FedBuff half of them, FedAsync one; so these publish more versions.
+    """
+    started = options.sites - options.absent
+    buffer = min(started, max(2, options.sites // 2))
+    updates = defaults.ROUNDS * started
+    versions = {"sync": defaults.ROUNDS, "fedbuff": -(-updates // buffer), "fedasync": updates}[options.mode]
+    return Schedule(
+        versions=versions if options.versions is None else options.versions,
+        quorum=max(1, min(options.sites - 1, started)),
+        buffer=buffer,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A demonstration that could start now."""
+
+    options: DemoOptions
+    layout: Layout
+    federation: FederationConfig
+    schedule: Schedule
+    started: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites of the federation, those never started too."""
+        return self.started + self.absent
+
+    @property
+    def rounds(self) -> int:
+        """Local trainings of one site in all, which the baselines get too."""
+        return self.schedule.rounds(self.options.mode, len(self.started))
+
+
+def make_plan(options: DemoOptions, *, name: str | None = None) -> Plan:
+    """Return the plan for `options`; ConfigError when they contradict each other or name a broken value.
+
+    `name` of the federation: drawn when None, so that what an earlier run left retained at a shared broker is not ours.
+    """
+    options.check()
+    options = dataclasses.replace(options, workdir=options.workdir.absolute())
+    names = tuple(f"site-{number}" for number in range(1, options.sites + 1))
+    present = options.sites - options.absent
+    rules = schedule(options)
+    return Plan(
+        options=options,
+        layout=Layout(options.workdir),
+        federation=_federation(options, rules, names, name or f"demo-{secrets.token_hex(3)}"),
+        schedule=rules,
+        started=names[:present],
+        absent=names[present:],
+    )
+
+
+def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], name: str) -> FederationConfig:
+    return FederationConfig(
+        federation=FederationSection(name=name, versions=rules.versions, seed=options.seed, sites=names),
+        model=ModelSection(base=model_source(options.model)),
+        layers=LayersSection(plan=options.layers),
+        codec=codec_section(options.codec),
+        aggregation=AggregationSection(
+            mode=options.mode,
+            quorum=rules.quorum,
+            buffer=rules.buffer,
+            deadline_s=defaults.ROUND_DEADLINE_S,
+            staleness=StalenessSection(kind=options.staleness),
+        ),
+        training=defaults.TRAINING,
+    )
+
+
+def model_source(given: str | None) -> str:
+    """Return the shipped model's folder, the absolute path of a folder that is there, or `given` as a hub id."""
+    if given is None:
+        return str(SHIPPED_MODEL)
+    folder = Path(given).expanduser()
+    return str(folder.absolute()) if folder.exists() else given
+
+
+def codec_section(codec: CodecName) -> CodecSection:
+    """Return both directions: int8 is for deltas alone, a state that everybody starts from goes as bf16."""
+    return CodecSection(up=codec, down="bf16" if codec == "int8" else codec, slice_kib=defaults.SLICE_KIB)
+
+
+def coordinator_config(plan: Plan, broker_url: str) -> CoordinatorConfig:
+    """Return the coordinator's own configuration; it stays until it is told to leave, so that every site is served."""
+    return CoordinatorConfig(
+        federation=plan.layout.federation,
+        storage=plan.layout.storage,
+        broker=BrokerSection(url=broker_url),
+        link=LinkSection(stall_s=defaults.STALL_S),
+    )
+
+
+def site_config(plan: Plan, name: str, broker_url: str) -> SiteConfig:
+    """Return one site's own configuration: one torch thread, because all sites share this machine."""
+    return SiteConfig(
+        name=name,
+        federation=plan.layout.federation,
+        storage=plan.layout.root / name,
+        data=DataSection(notes=plan.layout.notes / name, holdout=defaults.HOLDOUT),
+        broker=BrokerSection(url=broker_url),
+        link=LinkSection(stall_s=defaults.STALL_S),
+        threads=1,
+    )
+
+
+def write_federation(plan: Plan) -> None:
+    """Write `federation.toml`, and that of the full-model comparison with every parameter trained."""
+    plan.layout.federation.write_text(to_toml(plan.federation), encoding="utf-8")
+    full = plan.federation.model_copy(
+        update={"layers": LayersSection(plan="all"), "codec": CodecSection(up="f32", down="f32")}
+    )
+    plan.layout.full.mkdir()
+    (plan.layout.full / "federation.toml").write_text(to_toml(full), encoding="utf-8")
+    measured = CoordinatorConfig(federation=plan.layout.full / "federation.toml", storage=plan.layout.full / "storage")
+    (plan.layout.full / "coordinator.toml").write_text(to_toml(measured), encoding="utf-8")
+
+
+def write_processes(plan: Plan, broker_url: str, site_urls: dict[str, str]) -> None:
+    """Write the configuration of the coordinator and of each site that will be started."""
+    plan.layout.coordinator.write_text(to_toml(coordinator_config(plan, broker_url)), encoding="utf-8")
+    for name in plan.started:
+        plan.layout.site(name).write_text(to_toml(site_config(plan, name, site_urls[name])), encoding="utf-8")

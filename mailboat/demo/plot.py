@@ -1,0 +1,73 @@
+"""The curves of a demonstration as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mailboat.demo.report import Result
+from mailboat.demo.screen import points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STRICT, LENIENT, CENTRAL, ALONE, FULL = "#1b6ca8", "#8fc1e3", "#2e7d32", "#c77700", "#9e9e9e"
+MEGA = 1e6
+
+
+def draw(result: Result, path: Path) -> None:
+    """Write the picture: F1 per version beside the baselines, and the bytes beside full-model FedAvg."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, bars = figure.subplots(1, 2, width_ratios=(2.2, 1))
+    _curves(curves, result)
+    _bars(bars, result)
+    figure.suptitle(
+        f"Mailboat: {len(result.facts.processes)} sites, {result.mode}, layers "
+        f"{', '.join(map(str, result.layers))} trained, codec {result.codec}",
+        fontsize=11,
+    )
+    figure.savefig(path)
+
+
+def _curves(axes: Axes, result: Result) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    versions = sorted(result.facts.scores)
+    scores = [result.facts.scores[version] for version in versions]
+    axes.plot(versions, [100 * score.strict_f1 for score in scores], "o-", color=STRICT, label="federated, strict")
+    axes.plot(versions, [100 * score.lenient_f1 for score in scores], "o-", color=LENIENT, label="federated, lenient")
+    if result.centralized is not None:
+        level = 100 * result.centralized.strict_f1
+        axes.axhline(level, color=CENTRAL, linestyle="--", label=f"centralized, strict ({level:.1f})")
+    best = result.best_alone
+    for site, score in result.local_only.items():
+        is_best = best is not None and site == best[0]
+        label = f"best single site alone, strict ({points(score.strict_f1)})" if is_best else None
+        axes.axhline(
+            100 * score.strict_f1,
+            color=ALONE,
+            linestyle="--" if is_best else ":",
+            alpha=1 if is_best else 0.6,
+            label=label,
+        )
+    axes.set_xlabel("version")
+    axes.set_ylabel("F1 on the pooled held-out notes, %")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def _bars(axes: Axes, result: Result) -> None:
+    wire = result.wire
+    axes.bar(["Mailboat"], [wire.up / MEGA], color=STRICT, label="up")
+    axes.bar(["Mailboat"], [wire.down / MEGA], bottom=[wire.up / MEGA], color=LENIENT, label="down")
+    axes.bar(["full-model\nFedAvg"], [wire.full_fedavg / MEGA], color=FULL, label="measured transfer x count")
+    axes.set_ylabel("MB on the wire, all sites")
+    axes.set_title(f"{wire.saving:.1%} fewer bytes", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25, axis="y")

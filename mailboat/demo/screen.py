@@ -1,0 +1,203 @@
+"""What a demonstration shows: facts in, a plain `Screen` or lines of text out. How it looks is decided in `live`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coordinator.records import Contribution
+from coordinator.status import SiteStatus
+from mailboat.demo.facts import Facts, Score
+
+NEWS_LINES = 8
+LOCAL_F1 = "strict_f1"
+"""The site's own metric of that name."""
+Tone = str
+"""A colour for rich: says at a glance whether a site works, waits, or is in trouble."""
+
+_TONES: dict[str, Tone] = {
+    "training": "green",
+    "uploading": "cyan",
+    "pulling": "cyan",
+    "done": "bold green",
+    "no link": "red",
+    "killed": "bold red",
+    "never started": "dim",
+}
+_WITH_PROGRESS = {"training"}
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """One site's line; texts as they are shown."""
+
+    name: str
+    state: str
+    tone: Tone
+    version: str
+    last_update: str
+    up: str
+    down: str
+    reconnects: str
+    f1: str
+    """On notes of its own that the site holds back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Everything that is on the screen at one moment."""
+
+    headline: str
+    version: int
+    target: int
+    elapsed: str
+    rows: tuple[SiteRow, ...]
+    scores: tuple[tuple[int, Score], ...]
+    """By version, ascending."""
+    news: tuple[str, ...]
+
+
+def build(facts: Facts, *, headline: str, target: int, news: tuple[str, ...], elapsed_s: float) -> Screen:
+    """Return the screen for these facts; `headline` says which part of the demonstration goes on."""
+    return Screen(
+        headline=headline,
+        version=facts.version,
+        target=target,
+        elapsed=clock(elapsed_s),
+        rows=tuple(_row(facts, name) for name in facts.processes),
+        scores=tuple(sorted(facts.scores.items())),
+        news=news[-NEWS_LINES:],
+    )
+
+
+def _row(facts: Facts, name: str) -> SiteRow:
+    status = facts.site(name)
+    state = site_state(facts, name)
+    traffic = facts.traffic.get(name)
+    last = _last_contribution(facts, name)
+    shown = f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
+    return SiteRow(
+        name=name,
+        state=shown,
+        tone=_TONES.get(state, "yellow"),
+        version=_dash(status.version if status else None),
+        last_update=_lateness(*last) if last else "-",
+        up=size(traffic.up.total) if traffic else "-",
+        down=size(traffic.down.total) if traffic else "-",
+        reconnects=_dash(status.reconnects if status else None),
+        f1=_points(status, LOCAL_F1),
+    )
+
+
+def site_state(facts: Facts, name: str) -> str:
+    """Return in a word or two what a site is doing."""
+    process, status = facts.processes[name], facts.site(name)
+    if process == "absent":
+        return "never started"
+    if process == "killed":
+        return "killed"
+    if process == "ended":
+        return "done"
+    if status is None or status.phase is None:
+        return "starting"
+    return status.phase if status.present or status.phase == "done" else "no link"
+
+
+def _last_contribution(facts: Facts, name: str) -> tuple[int, Contribution] | None:
+    """The newest version that this site had a part in, and that part."""
+    for version in reversed(facts.versions):
+        for part in version.contributions:
+            if part.site == name:
+                return version.version, part
+    return None
+
+
+def _lateness(version: int, part: Contribution) -> str:
+    return f"in v{version}, {_late(part.staleness)}"
+
+
+def _late(staleness: int) -> str:
+    return "on time" if staleness == 0 else f"{staleness} late"
+
+
+def _dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _points(status: SiteStatus | None, metric: str) -> str:
+    value = status.metrics.get(metric) if status else None
+    return "-" if value is None else points(value)
+
+
+# -- words for numbers ---
+
+
+def clock(seconds: float) -> str:
+    """2:05 for 125 seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def size(count: int) -> str:
+    """Bytes for people, decimal units: 1.25 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{count} B" if unit == "B" else f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def points(f1: float) -> str:
+    """An F1 as it is usually given: 61.2 for 0.612."""
+    return f"{100 * f1:.1f}"
+
+
+# -- one line per event ---
+
+
+def narrate(before: Facts, after: Facts) -> tuple[str, ...]:
+    """Return a line for each thing that happened between two moments, in the order in which it matters."""
+    return (
+        *_site_lines(before, after),
+        *_update_lines(before, after),
+        *_version_lines(before, after),
+        *_score_lines(before, after),
+    )
+
+
+def _site_lines(before: Facts, after: Facts) -> Iterator[str]:
+    for name, process in after.processes.items():
+        if process == "absent":
+            continue
+        was, now = before.site(name), after.site(name)
+        present_before, present_now = bool(was and was.present), bool(now and now.present)
+        if present_now and not present_before:
+            yield f"{name}: connected" if was is None or was.seen_at == 0 else f"{name}: connected again"
+        elif present_before and not present_now and not after.finished:
+            yield f"{name}: lost its link"
+
+
+def _update_lines(before: Facts, after: Facts) -> Iterator[str]:
+    for update in after.accepted[len(before.accepted) :]:
+        yield f"{update.site}: update on version {update.base_version} is durable ({update.examples} examples)"
+    for refused in after.rejected[len(before.rejected) :]:
+        yield f"{refused.site}: update refused, rule {refused.rule}"
+
+
+def _version_lines(before: Facts, after: Facts) -> Iterator[str]:
+    for version in after.versions[len(before.versions) :]:
+        parts = ", ".join(
+            part.site if part.staleness == 0 else f"{part.site} ({_late(part.staleness)})"
+            for part in version.contributions
+        )
+        yield f"version {version.version} published: {parts}"
+    if after.finished and not before.finished:
+        yield f"the run is complete at version {after.version}"
+
+
+def _score_lines(before: Facts, after: Facts) -> Iterator[str]:
+    for version in sorted(after.scores.keys() - before.scores.keys()):
+        score = after.scores[version]
+        name = "base model" if version == 0 else f"version {version}"
+        yield f"{name}: strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)} on the held-out notes"

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mailboat.demo.plan import (
+    SHIPPED_MODEL,
+    DemoOptions,
+    Plan,
+    coordinator_config,
+    make_plan,
+    model_source,
+    schedule,
+    site_config,
+    write_federation,
+    write_processes,
+)
+from mailboat.demo.toml import to_toml
+from shared.config import CoordinatorConfig, FederationConfig, Mode, SiteConfig, load_config
+from shared.errors import ConfigError
+
+BROKER = "mqtt://127.0.0.1:4711"
+
+
+def plan_for(tmp_path: Path, **options: object) -> Plan:
+    """A plan in a folder that does not exist yet."""
+    return make_plan(DemoOptions(workdir=tmp_path / "run", **options), name="demo-test")  # type: ignore[arg-type]
+
+
+def test_the_files_say_what_the_plan_says(tmp_path: Path) -> None:
+    """Each written file loads as the very configuration it was written from."""
+    plan = plan_for(
+        tmp_path, mode="fedbuff", staleness="hinge", codec="int8", layers="10,11,15", model="org/some-model"
+    )
+    plan.layout.root.mkdir()
+    write_federation(plan)
+    write_processes(plan, BROKER, dict.fromkeys(plan.started, BROKER))
+    assert load_config(plan.layout.federation, FederationConfig) == plan.federation
+    assert load_config(plan.layout.coordinator, CoordinatorConfig) == coordinator_config(plan, BROKER)
+    for name in plan.started:
+        assert load_config(plan.layout.site(name), SiteConfig) == site_config(plan, name, BROKER)
+
+
+def test_the_comparison_trains_every_parameter_of_the_same_federation(tmp_path: Path) -> None:
+    """The full-model configuration differs in layers and codec alone."""
+    plan = plan_for(tmp_path)
+    plan.layout.root.mkdir()
+    write_federation(plan)
+    full = load_config(plan.layout.full / "federation.toml", FederationConfig)
+    assert (full.layers.plan, full.codec.up, full.codec.down) == ("all", "f32", "f32")
+    assert full.model_copy(update={"layers": plan.federation.layers, "codec": plan.federation.codec}) == plan.federation
+
+
+def test_text_with_quotes_and_backslashes_survives_toml(tmp_path: Path) -> None:
+    """A path may hold anything."""
+    config = CoordinatorConfig(federation=Path('/a "b"\\c\x7f/é.toml'), storage=Path("/s"))
+    (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.toml", CoordinatorConfig) == config
+
+
+@pytest.mark.parametrize("sites", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("mode", ["sync", "fedbuff", "fedasync"])
+def test_every_mode_does_about_the_same_work(tmp_path: Path, mode: Mode, sites: int) -> None:
+    """The default number of versions gives each site the same number of local trainings, plus at most one."""
+    plan = plan_for(tmp_path, mode=mode, sites=sites)
+    assert plan.rounds in {8, 9}
+    assert plan.schedule.buffer <= sites
+
+
+@pytest.mark.parametrize(
+    ("sites", "absent", "quorum", "buffer"), [(4, 0, 3, 2), (4, 1, 3, 2), (4, 2, 2, 2), (1, 0, 1, 1)]
+)
+def test_rounds_never_wait_for_more_sites_than_there_are(
+    tmp_path: Path, sites: int, absent: int, quorum: int, buffer: int
+) -> None:
+    """Quorum and buffer can be filled by the sites that are started."""
+    found = schedule(DemoOptions(workdir=tmp_path, sites=sites, absent=absent))
+    assert (found.quorum, found.buffer) == (quorum, buffer)
+
+
+def test_versions_that_were_asked_for_are_taken_literally(tmp_path: Path) -> None:
+    """A number given is the number of versions, in every mode."""
+    assert plan_for(tmp_path, mode="fedasync", versions=5).federation.federation.versions == 5
+
+
+def test_absent_sites_belong_to_the_federation(tmp_path: Path) -> None:
+    """Who is never started is on the list all the same, and comes last."""
+    plan = plan_for(tmp_path, absent=1)
+    assert plan.federation.federation.sites == ("site-1", "site-2", "site-3", "site-4")
+    assert (plan.started, plan.absent) == (("site-1", "site-2", "site-3"), ("site-4",))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"absent": 4}, "--absent 4"),
+        ({"broker": "http://x"}, "--broker http://x"),
+        ({"sites": 0}, "--sites 0"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, options: dict[str, object], named: str) -> None:
+    """The message names the option."""
+    with pytest.raises(ConfigError, match=named):
+        plan_for(tmp_path, **options)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    """A demonstration never writes among other files."""
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        make_plan(DemoOptions(workdir=tmp_path))
+
+
+def test_two_plans_never_share_a_federation(tmp_path: Path) -> None:
+    """Each run draws a name, so that nothing retained at a shared broker is taken for its own."""
+    names = {make_plan(DemoOptions(workdir=tmp_path / "run")).federation.federation.name for _ in range(8)}
+    assert len(names) == 8
+
+
+def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is there is named absolutely; anything else is passed on as an id."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model_source("model") == str(tmp_path / "model")
+    assert model_source("org/name") == "org/name"
+    assert model_source(None) == str(SHIPPED_MODEL)
