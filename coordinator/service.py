@@ -20,6 +20,9 @@ from coordinator import decisions as d
 from coordinator.core import Core, Instant
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
+from coordinator.masters import check_files, prune_masters
+from coordinator.optimizers import SLOTS
+from coordinator.records import Opened, VersionCommitted
 from coordinator.status import live_status
 from shared import durable
 from shared.audit import AuditLog
@@ -100,8 +103,11 @@ class Service:
         """Recover, then serve until Stop."""
         for store in (self.updates, self.states):
             store.recover()
+        newest: Opened | VersionCommitted | None = None
         for record in self.journal.replay():
             self.core.apply(record)
+            newest = record if isinstance(record, Opened | VersionCommitted) else newest
+        await asyncio.to_thread(self._check_masters, newest)
         log.info("recovered", version=self.core.version, pending=len(self.core.pending), updates=len(self.core.known))
         with first_error():
             await self._serve()
@@ -116,6 +122,14 @@ class Service:
             await self._decide()
             for helper in helpers:
                 helper.cancel()
+
+    def _check_masters(self, newest: Opened | VersionCommitted | None) -> None:
+        """Prove that the master on disk is the one that the journal speaks of, before anything is built on it."""
+        if isinstance(newest, VersionCommitted):
+            slots = SLOTS[self.federation.aggregation.server.optimizer]
+            check_files(self.masters, newest.version, slots, newest.master_sha256, newest.optimizer_sha256)
+        elif newest is not None:
+            check_files(self.masters, 0, (), newest.master_sha256, None)
 
     # -- in ---
 
@@ -239,6 +253,8 @@ class Service:
         result = await asyncio.to_thread(
             aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
         )
+        # The one before stays until the new one is in the journal; version 0 stays for replays.
+        await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
         log.info(
             "merged",
             version=job.plan.version,

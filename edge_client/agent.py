@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Coroutine
-from importlib.metadata import version
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import structlog
 from safetensors.numpy import load_file
@@ -21,11 +20,10 @@ from safetensors.numpy import load_file
 from edge_client import decisions as d
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
-from edge_client.worker_client import WorkerClient
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
-from shared.ids import new_session_id, new_update_id
+from shared.ids import new_update_id
 from shared.link import Connected, Disconnected, Link, LinkDownError, LinkOptions, Packet, Publication
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Message, Presence, Receipt, Status, UnknownMessageError, decode, encode, parse_chunk
@@ -42,27 +40,28 @@ STATUS_S = 1.0
 log = structlog.get_logger("site")
 
 
-async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
-    """Take part in one federation until its run is complete; cancelling ends it in good order.
+class TrainedUpdate(Protocol):
+    """What training reports besides the delta's file."""
 
-    Raises RefusedError when the coordinator or the data refuse us, ConfigError for what this machine's files get
-    wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
-    """
-    durable.make_folder(config.storage)
-    outbox = Outbox(config.storage)
-    worker = WorkerClient(config, federation)
-    async with worker:
-        loaded = await worker.load()
-        log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
-        identity = Identity(
-            site=config.name,
-            session=new_session_id(),
-            fingerprint=loaded.plan.fingerprint,
-            config_sha256=loaded.plan.config_sha256,
-            frozen_sha256=loaded.plan.frozen_sha256,
-            software=f"mailboat {version('mailboat')}",
-        )
-        await Agent(config, federation, identity, outbox, worker).run()
+    @property
+    def examples(self) -> int:
+        """How many examples the delta was trained on."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers only."""
+
+
+class Trainer(Protocol):
+    """Whoever turns a state into a delta; the worker process in a real run."""
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> TrainedUpdate:
+        """Train on the state in file `state` and write the delta to file `delta`, both plain safetensors.
+
+        The delta is float32. `on_progress(share, loss)` is called now and then.
+        """
 
 
 class Agent:
@@ -74,7 +73,7 @@ class Agent:
         federation: FederationConfig,
         identity: Identity,
         outbox: Outbox,
-        worker: WorkerClient,
+        worker: Trainer,
     ) -> None:
         self.config = config
         self.federation = federation

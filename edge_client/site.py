@@ -1,0 +1,40 @@
+"""A site from its two configuration files to the end of its run: the worker, the identity, the agent."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import structlog
+
+from edge_client.agent import Agent
+from edge_client.outbox import Outbox
+from edge_client.session import Identity
+from edge_client.worker_client import WorkerClient
+from shared import durable
+from shared.config import FederationConfig, SiteConfig
+from shared.ids import new_session_id
+
+log = structlog.get_logger("site")
+
+
+async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
+    """Take part in one federation until its run is complete; cancelling ends it in good order.
+
+    Raises RefusedError when the coordinator or the data refuse us, ConfigError for what this machine's files get
+    wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
+    """
+    durable.make_folder(config.storage)
+    outbox = Outbox(config.storage)
+    worker = WorkerClient(config, federation)
+    async with worker:
+        loaded = await worker.load()
+        log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
+        identity = Identity(
+            site=config.name,
+            session=new_session_id(),
+            fingerprint=loaded.plan.fingerprint,
+            config_sha256=loaded.plan.config_sha256,
+            frozen_sha256=loaded.plan.frozen_sha256,
+            software=f"mailboat {version('mailboat')}",
+        )
+        await Agent(config, federation, identity, outbox, worker).run()

@@ -1,0 +1,110 @@
+"""Whole runs over a real Mosquitto with real disks, in one process and as processes that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coordinator.journal import Journal
+from coordinator.records import Finished, Record, VersionCommitted
+from shared.errors import RefusedError
+from tests.helpers import run_async
+from tests.toys import INITIAL, toy_coordinator, toy_site, write_toy
+
+
+def _records(root: Path) -> list[Record]:
+    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+        return list(journal.replay())
+
+
+def _versions(root: Path) -> list[VersionCommitted]:
+    return [record for record in _records(root) if isinstance(record, VersionCommitted)]
+
+
+@pytest.mark.parametrize("mode", ["sync", "fedbuff", "fedasync"])
+def test_three_sites_reach_the_last_version(mode: str, tmp_path: Path, mosquitto_url: str) -> None:
+    """In every mode the run ends for all, each update counts once, and the arithmetic is right."""
+    write_toy(tmp_path, mosquitto_url, sites=3, versions=4, mode=mode, quorum=3)
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            for number in (1, 2, 3):
+                group.create_task(toy_site(tmp_path / f"site-{number}.toml"))
+
+    run_async(everybody(), timeout_s=60)
+    versions = _versions(tmp_path)
+    assert [version.version for version in versions] == [1, 2, 3, 4]
+    counted = [part.update_id for version in versions for part in version.contributions]
+    assert len(counted) == len(set(counted))
+    assert sum(isinstance(record, Finished) for record in _records(tmp_path)) == 1
+    if mode == "sync":
+        master = load_file(tmp_path / "coordinator" / "masters" / "v00000004.safetensors")
+        for values in master.values():
+            np.testing.assert_allclose(values, INITIAL + 4.0)
+
+
+def test_two_processes_under_one_name_the_second_is_refused(tmp_path: Path, mosquitto_url: str) -> None:
+    """The site that came second is refused under the rule duplicate-site, and the first goes on to the end."""
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=6)
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            group.create_task(toy_site(tmp_path / "site-1.toml", seconds=1.0))
+            await asyncio.sleep(1.0)  # the second must really be second
+            twin = (tmp_path / "site-1.toml").read_text().replace('storage = "site-1"', 'storage = "twin"')
+            (tmp_path / "twin.toml").write_text(twin)
+            with pytest.raises(RefusedError, match="site-1") as refused:
+                await toy_site(tmp_path / "twin.toml", seconds=1.0)
+            assert refused.value.rule == "duplicate-site"
+
+    run_async(everybody(), timeout_s=60)
+    assert len(_versions(tmp_path)) == 6
+
+
+def test_kill_9_of_site_and_coordinator_in_mid_upload(tmp_path: Path, mosquitto_url: str) -> None:
+    """Killed while an update is half there, both come back: the run ends, nothing is lost, nothing counts twice."""
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=3, parameters=4_000_000, quorum=2)
+    env = {**os.environ, "TOY_SECONDS": "0.3"}
+
+    def start(role: str, name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.toys", role, str(tmp_path / f"{name}.toml")]
+        return subprocess.Popen(command, env=env, cwd=Path(__file__).parents[2])
+
+    def wait_for(pattern: str) -> None:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob(pattern)):
+            assert time.monotonic() < deadline, f"{pattern} never appeared"
+            time.sleep(0.002)
+
+    running = {"coordinator": start("coordinator", "coordinator")}
+    running |= {name: start("site", name) for name in ("site-1", "site-2")}
+    try:
+        wait_for("coordinator/updates/*.part.manifest")
+        for name, role in (("site-1", "site"), ("coordinator", "coordinator")):
+            running[name].send_signal(signal.SIGKILL)
+            running[name].wait()
+            running[name] = start(role, name)
+        for process in running.values():
+            assert process.wait(timeout=60) == 0
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    versions = _versions(tmp_path)
+    assert [version.version for version in versions] == [1, 2, 3]
+    counted = [part.update_id for version in versions for part in version.contributions]
+    assert len(counted) == len(set(counted))
+    sealed = {path.stem for number in (1, 2) for path in (tmp_path / f"site-{number}" / "receipts").glob("*.json")}
+    assert set(counted) <= sealed
+    assert not [left for number in (1, 2) for left in (tmp_path / f"site-{number}" / "outbox").iterdir()]

@@ -1,0 +1,149 @@
+"""A federation without a language model: real coordinator, real site agent, real broker and disks, toy trainer.
+
+The toy adds a known constant to every tensor, so that a test can work out each version by hand. Both ends can run as
+processes of their own (`python -m tests.toys coordinator|site CONFIG`), to be killed at will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from coordinator.service import run_coordinator
+from edge_client.agent import Agent
+from edge_client.outbox import Outbox
+from edge_client.session import Identity
+from shared import durable
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+from shared.errors import MailboatError
+from shared.ids import new_session_id
+from shared.plan import SealedPlan, load_plan
+
+INITIAL = 1.0
+"""Every value of version 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToyTrained:
+    """What the toy reports."""
+
+    examples: int
+    metrics: dict[str, float]
+
+
+class ToyTrainer:
+    """Adds `step` to every value, after `seconds`."""
+
+    def __init__(self, *, step: float, seconds: float, examples: int) -> None:
+        self.step = step
+        self.seconds = seconds
+        self.examples = examples
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """Write a delta of `step` everywhere."""
+        await asyncio.sleep(self.seconds)
+        on_progress(1.0, 0.0)
+        tensors = load_file(state)
+        save_file({name: np.full(value.shape, self.step, np.float32) for name, value in tensors.items()}, delta)
+        return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
+
+
+def toy_plan(federation: FederationConfig, parameters: int) -> SealedPlan:
+    """A plan of two tensors that have `parameters` values in all."""
+    return SealedPlan(
+        architecture="Toy",
+        depth=2,
+        layers=(1,),
+        tensors={"a.weight": (parameters // 2,), "b.weight": (parameters - parameters // 2,)},
+        trained_parameters=parameters,
+        total_parameters=2 * parameters,
+        config_sha256=federation.config_sha256,
+        frozen_sha256="0" * 64,
+        labels=federation.task.labels,
+    )
+
+
+def write_toy(
+    root: Path,
+    url: str,
+    *,
+    sites: int,
+    versions: int,
+    parameters: int = 100_000,
+    mode: str = "sync",
+    quorum: int = 1,
+    slice_kib: int = 64,
+    extra: str = "",
+) -> None:
+    """Write all configuration files, the sealed plan and version 0 below `root`."""
+    (root / "federation.toml").write_text(
+        f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
+        f'[codec]\nup = "f32"\ndown = "f32"\nslice_kib = {slice_kib}\n'
+        f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
+    )
+    link = "[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
+    broker = f'[broker]\nurl = "{url}"\n'
+    (root / "coordinator.toml").write_text(
+        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{broker}{link}'
+    )
+    for number in range(1, sites + 1):
+        (root / f"site-{number}.toml").write_text(
+            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n{broker}{link}'
+            f'[data]\nnotes = "none"\n'
+        )
+    federation = load_config(root / "federation.toml", FederationConfig)
+    plan = toy_plan(federation, parameters)
+    storage = root / "coordinator"
+    storage.mkdir()
+    (storage / "plan.json").write_text(plan.model_dump_json())
+    initial = {name: np.full(shape, INITIAL, np.float32) for name, shape in plan.tensors.items()}
+    save_file(initial, storage / "initial.safetensors")
+
+
+async def toy_coordinator(path: Path) -> None:
+    """What `mailboat coordinator run` does after sealing."""
+    config = load_config(path, CoordinatorConfig)
+    federation = load_config(config.federation, FederationConfig)
+    plan = load_plan(config.storage / "plan.json", federation)
+    await run_coordinator(config, federation, plan, config.storage / "initial.safetensors")
+
+
+async def toy_site(path: Path, *, step: float = 1.0, seconds: float = 0.05, examples: int = 10) -> None:
+    """What `mailboat site run` does after loading the model."""
+    config = load_config(path, SiteConfig)
+    federation = load_config(config.federation, FederationConfig)
+    plan = load_plan(config.federation.parent / "coordinator" / "plan.json", federation)
+    durable.make_folder(config.storage)
+    identity = Identity(
+        site=config.name,
+        session=new_session_id(),
+        fingerprint=plan.fingerprint,
+        config_sha256=plan.config_sha256,
+        frozen_sha256=plan.frozen_sha256,
+        software="toy",
+    )
+    trainer = ToyTrainer(step=step, seconds=seconds, examples=examples)
+    await Agent(config, federation, identity, Outbox(config.storage), trainer).run()
+
+
+def main(role: str, path: str) -> None:
+    """Run one end until it is done; exits with the error's own code."""
+    seconds = float(os.environ.get("TOY_SECONDS", "0.05"))
+    try:
+        asyncio.run(toy_coordinator(Path(path)) if role == "coordinator" else toy_site(Path(path), seconds=seconds))
+    except MailboatError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
