@@ -16,15 +16,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 
 from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
-from coordinator.merging import MergePlan, MergeResult, PlannedContribution
+from coordinator.merging import MergePlan, MergeResult
 from coordinator.optimizers import SLOTS, server_step
 from shared.codec import encode_file, group_size
 from shared.config import FederationConfig
@@ -33,7 +31,7 @@ from shared.manifest import Manifest, StateFacts
 from shared.plan import SealedPlan
 from shared.reader import TensorReader
 from shared.slices import FileSummary, FrameWriter
-from shared.store import FrameStore, Stored
+from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -41,15 +39,6 @@ BLOCK_BYTES = 64 * 1024 * 1024
 
 Progress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1; from the thread that merges."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """One update of the round, and for fedasync the published state that it started from."""
-
-    planned: PlannedContribution
-    update: Stored
-    base: Stored | None
 
 
 def merge(
@@ -71,7 +60,6 @@ def merge(
     CorruptError when a file of ours is gone or changed, UnavailableError when the disk is full, and
     RefusedError(rule='non-finite') when the new master has overflowed.
     """
-    sources = [_source(each, plan, updates, states) for each in plan.contributions]
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
     metadata = partial(_metadata, plan.version, sealed, federation)
@@ -88,7 +76,7 @@ def merge(
             for slot in slots
         ]
         new_master = files.enter_context(writing(master_path(masters, plan.version), shapes, metadata("master")))
-        for name, (total, summed) in _sums(sources, shapes, progress):
+        for name, (total, summed) in _sums(plan, updates, states, shapes, progress):
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
             if total > 0:
@@ -128,7 +116,7 @@ def publish(
             federation=federation.federation.name,
             fingerprint=sealed.fingerprint,
             codec=codec,
-            group=cast("Literal[1, 2, 4]", summary.group),
+            group=group_size(codec),
             slice_size=summary.slice_size,
             file_size=summary.file_size,
             file_sha256=summary.file_sha256,
@@ -150,55 +138,52 @@ def _metadata(version: int, sealed: SealedPlan, federation: FederationConfig, ki
     }
 
 
-def _source(planned: PlannedContribution, plan: MergePlan, updates: FrameStore, states: FrameStore) -> _Source:
-    base = _stored(states, planned.base_state_id) if plan.mode == "fedasync" else None
-    return _Source(planned, _stored(updates, planned.update_id), base)
+def _sums(
+    plan: MergePlan, updates: FrameStore, states: FrameStore, shapes: Mapping[str, Shape], progress: Progress
+) -> Iterator[tuple[str, tuple[float, F32Array]]]:
+    """Yield (name, (total denominator, weighted sum)) of each tensor, by name; the total is 0 where nobody holds it."""
+    totals = dict.fromkeys(shapes, 0.0)
+    for part in plan.contributions:
+        for name in _reader(updates, part.update_id).shapes:
+            totals[name] += part.denominator
+    steps, done = [*blocks(shapes, BLOCK_BYTES)], 0
+    for block in steps:
+        sums: dict[str, F32Array] = {name: np.zeros(shapes[name], dtype=np.float32) for name in block}
+        for part in plan.contributions:
+            base = _reader(states, part.base_state_id) if plan.mode == "fedasync" else None
+            _add(part.numerator, _reader(updates, part.update_id), base, totals, sums)
+            done += 1
+            progress(0.9 * done / (len(steps) * len(plan.contributions)))
+        for name in block:
+            yield name, (totals[name], sums.pop(name))
 
 
-def _stored(store: FrameStore, transfer_id: str) -> Stored:
+def _add(
+    numerator: float,
+    update: TensorReader,
+    base: TensorReader | None,
+    totals: Mapping[str, float],
+    sums: Mapping[str, F32Array],
+) -> None:
+    for name in sums:
+        if name not in update.shapes:
+            continue
+        weight = numerator / totals[name]
+        update.add_tensor(name, weight, sums[name])
+        if base is not None:
+            base.add_tensor(name, weight, sums[name])
+
+
+def _reader(store: FrameStore, transfer_id: str) -> TensorReader:
+    """Open a transfer; its manifest, too, is in memory only while it is read."""
     found = store.get(transfer_id)
     if found is None:
         raise CorruptError(
             f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
             hint="restore the folder from a backup",
         )
-    return found
-
-
-def _sums(
-    sources: Sequence[_Source], shapes: Mapping[str, Shape], progress: Progress
-) -> Iterator[tuple[str, tuple[float, F32Array]]]:
-    """Yield (name, (total denominator, weighted sum)) of each tensor, by name; the total is 0 where nobody holds it."""
-    totals = dict.fromkeys(shapes, 0.0)
-    for source in sources:
-        for name in _reader(source.update).shapes:
-            totals[name] += source.planned.denominator
-    steps, done = [*blocks(shapes, BLOCK_BYTES)], 0
-    for block in steps:
-        sums: dict[str, F32Array] = {name: np.zeros(shapes[name], dtype=np.float32) for name in block}
-        for source in sources:
-            _add(source, totals, sums)
-            done += 1
-            progress(0.9 * done / (len(steps) * len(sources)))
-        for name in block:
-            yield name, (totals[name], sums.pop(name))
-
-
-def _add(source: _Source, totals: Mapping[str, float], sums: Mapping[str, F32Array]) -> None:
-    update = _reader(source.update)
-    base = None if source.base is None else _reader(source.base)
-    for name in sums:
-        if name not in update.shapes:
-            continue
-        weight = source.planned.numerator / totals[name]
-        update.add_tensor(name, weight, sums[name])
-        if base is not None:
-            base.add_tensor(name, weight, sums[name])
-
-
-def _reader(stored: Stored) -> TensorReader:
     # Each frame is compared with its hash: what was accepted, and nothing that the disk made of it, is merged.
-    return TensorReader(stored.manifest, stored.read_frame, verify=False)
+    return TensorReader(found.manifest, found.read_frame, verify=False)
 
 
 def _step(

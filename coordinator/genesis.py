@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from coordinator.aggregate import publish
 from coordinator.masters import TensorFile, master_path, writing
 from coordinator.records import Opened
@@ -39,7 +37,10 @@ def open_run(
         with writing(master_path(masters, 0), plan.tensors, metadata) as writer:
             for name in sorted(tensors):
                 writer.write(name, tensors[name])
-        state = publish(FrameStore(states), 0, tensors, plan, federation, created=created)
+        try:
+            state = publish(FrameStore(states), 0, tensors, plan, federation, created=created)
+        except RefusedError as error:
+            raise ConfigError(f"{initial}: {error.message}", hint=_HINT) from None
     return Opened(
         fingerprint=plan.fingerprint,
         config_sha256=plan.config_sha256,
@@ -72,5 +73,3 @@ def _compare(path: Path, tensors: TensorFile, plan: SealedPlan) -> None:
     for name, shape in plan.tensors.items():
         if found[name] != shape:
             raise ConfigError(f"{path}: {name} has shape {found[name]}, the plan says {shape}", hint=_HINT)
-        if not np.isfinite(tensors[name]).all():
-            raise ConfigError(f"{path}: {name} holds NaN or infinity", hint=_HINT)

@@ -190,7 +190,7 @@ def file_sha256(path: Path) -> str:
 def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:
     """Delete masters and slots of all versions but 0 and those in `keep`; return the names deleted.
 
-    Leftovers of a crash go too, so call it while nothing is being merged. Version 0 stays for ever: with it and the kept
+    Leftovers of a crash go too: call it while nothing is being merged. Version 0 stays for ever: with it and the kept
     updates every version can be computed again.
     """
     durable.remove_temporaries(folder)

@@ -1,0 +1,157 @@
+"""A coordinator's folder with a few small tensors, for tests that merge, admit or replay: real files, no broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from coordinator import admission
+from coordinator.aggregate import merge
+from coordinator.genesis import open_run
+from coordinator.masters import TensorFile, master_path
+from coordinator.merging import MergePlan, MergeResult, plan_merge
+from coordinator.records import Accepted, Opened
+from shared.codec import group_size
+from shared.config import AggregationSection, CodecSection, FederationConfig, FederationSection, ModelSection
+from shared.manifest import Manifest, UpdateFacts, manifest_from_bytes
+from shared.plan import SealedPlan
+from shared.slices import FileSummary, FrameWriter, make_transfer_frames
+from shared.store import FrameStore, Stored
+from shared.tensorfile import F32Array
+
+Tensors = Mapping[str, Any]
+
+
+def arrays(tensors: Tensors) -> dict[str, F32Array]:
+    """The same as float32 arrays."""
+    return {name: np.asarray(values, dtype=np.float32) for name, values in tensors.items()}
+
+
+def sealed_plan(shapes: Mapping[str, tuple[int, ...]], federation: FederationConfig) -> SealedPlan:
+    """A plan that trains exactly these tensors."""
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    return SealedPlan(
+        architecture="LlamaForTokenClassification",
+        depth=16,
+        layers=(15,),
+        tensors=dict(sorted(shapes.items())),
+        trained_parameters=count,
+        total_parameters=10 * count,
+        config_sha256=federation.config_sha256,
+        frozen_sha256="f0" * 32,
+        labels=("problem",),
+    )
+
+
+class SmallRun:
+    """A run that was just opened at version 0 with the given tensors; codec f32 both ways unless told otherwise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        initial: Tensors,
+        *,
+        aggregation: AggregationSection | None = None,
+        codec: CodecSection | None = None,
+    ) -> None:
+        tensors = arrays(initial)
+        self.folder = folder
+        self.federation = FederationConfig(
+            federation=FederationSection(name="north"),
+            model=ModelSection(base="/models/base"),
+            codec=codec or CodecSection(up="f32", down="f32", slice_kib=4),
+            aggregation=aggregation or AggregationSection(),
+        )
+        self.plan = sealed_plan({name: values.shape for name, values in tensors.items()}, self.federation)
+        folder.mkdir(exist_ok=True, parents=True)
+        initial_path = folder / "initial.safetensors"
+        save_file(tensors, initial_path)
+        self.updates = FrameStore(folder / "updates")
+        self.states = FrameStore(folder / "states")
+        self.masters = folder / "masters"
+        self.opened: Opened = open_run(folder, self.federation, self.plan, initial_path, created=1.0)
+        self.state_manifests = [manifest_from_bytes(self.opened.state)]
+
+    def update(self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1) -> Accepted:
+        """Seal, verify and accept one update of a site."""
+        return self.accept(self.seal(site, delta, base=base, examples=examples))
+
+    def seal(self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1) -> Stored:
+        """Seal one update as a site would; its id is made of site and base version."""
+        frames = make_transfer_frames(
+            arrays(delta), self.federation.codec.up, {}, self.federation.codec.slice_kib * 1024
+        )
+        return self.seal_frames(frames, site, base=base, examples=examples)
+
+    def seal_frames(self, frames: FrameWriter, site: str, *, base: int = 0, examples: int = 1) -> Stored:
+        """Seal whatever bytes a site could send."""
+
+        def build(summary: FileSummary) -> Manifest:
+            return Manifest(
+                transfer_id=f"{site}-{base}".encode().hex().ljust(32, "0")[:32],
+                federation="north",
+                fingerprint=self.plan.fingerprint,
+                codec=self.federation.codec.up,
+                group=group_size(self.federation.codec.up),
+                slice_size=summary.slice_size,
+                file_size=summary.file_size,
+                file_sha256=summary.file_sha256,
+                frame_lengths=summary.frame_lengths,
+                frame_hashes=summary.frame_hashes,
+                created=2.0,
+                facts=UpdateFacts(
+                    site=site,
+                    base_version=base,
+                    base_sha256=self.state_manifests[base].file_sha256,
+                    examples=examples,
+                    metrics={},
+                ),
+            )
+
+        return self.updates.seal(frames, build)
+
+    def accept(self, stored: Stored) -> Accepted:
+        """Verify a sealed update and return the record of its acceptance."""
+        admitted = admission.verify(stored, self.plan)
+        facts = stored.manifest.update
+        return Accepted(
+            update_id=stored.manifest.transfer_id,
+            site=facts.site,
+            base_version=facts.base_version,
+            examples=facts.examples,
+            manifest_sha256=stored.manifest.digest,
+            file_sha256=stored.manifest.file_sha256,
+            norm=admitted.norm,
+            at=3.0,
+        )
+
+    def planned(self, accepted: Iterable[Accepted]) -> MergePlan:
+        """The plan of the next version."""
+        ids = {version: manifest.transfer_id for version, manifest in enumerate(self.state_manifests)}
+        return plan_merge(len(self.state_manifests), [*accepted], self.federation.aggregation, ids)
+
+    def merge(self, *accepted: Accepted) -> MergeResult:
+        """Make the next version."""
+        result = self.run_plan(self.planned(accepted))
+        self.state_manifests.append(result.state)
+        return result
+
+    def run_plan(self, plan: MergePlan, **options: Any) -> MergeResult:
+        """Merge by a plan, whatever version it makes."""
+        return merge(plan, self.updates, self.states, self.masters, self.plan, self.federation, created=4.0, **options)
+
+    def master(self, version: int) -> dict[str, list[Any]]:
+        """The master of a version as lists."""
+        with TensorFile(master_path(self.masters, version)) as tensors:
+            return {name: values.tolist() for name, values in tensors.items()}
+
+    def published(self, version: int) -> dict[str, F32Array]:
+        """The published state of a version, decoded."""
+        stored = self.states.get(self.state_manifests[version].transfer_id)
+        assert stored is not None
+        with stored.open_tensors(verify=True) as reader:
+            return dict(reader.tensors())
