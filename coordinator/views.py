@@ -1,0 +1,214 @@
+"""Read-only views of a run, for people and scripts: versions, the life of an update, what each site gave.
+
+Everything follows from the journal's records, and nothing is kept; `load_run` may be called while a coordinator writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from coordinator.journal import Journal
+from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from shared.errors import ConfigError
+from shared.manifest import Manifest, manifest_from_bytes
+
+Fate = Literal["waiting", "merged", "rejected", "dropped"]
+
+JOURNAL = "journal.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionView:
+    """A published version; version 0 has no contributions."""
+
+    version: int
+    at: float
+    """Unix seconds."""
+    state: Manifest
+    master_sha256: str
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLife:
+    """What the coordinator knows of one update; None where it did not come to that."""
+
+    update_id: str
+    site: str
+    manifest_sha256: str
+    decided_at: float
+    """Unix seconds when it was accepted or rejected."""
+    fate: Fate
+    base_version: int | None = None
+    examples: int | None = None
+    norm: float | None = None
+    """Global L2 norm of the delta."""
+    file_sha256: str | None = None
+    rule: str | None = None
+    """Why it was rejected or dropped."""
+    detail: str = ""
+    settled_at: float | None = None
+    """Unix seconds when it was merged or dropped."""
+    version: int | None = None
+    """The version it was merged into."""
+    staleness: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSummary:
+    """What one site gave, in counts of updates."""
+
+    site: str
+    waiting: int
+    merged: int
+    rejected: int
+    dropped: int
+    examples: int
+    """Sum over the updates merged; a note counts once for each of them."""
+    last_at: float
+    """Unix seconds of the last decision about one of its updates."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run as its journal tells it."""
+
+    opened: Opened
+    versions: tuple[VersionView, ...]
+    """Ascending, from version 0 on, without gaps."""
+    updates: Mapping[str, UpdateLife]
+    """By update id, in the order in which they were decided."""
+    finished_at: float | None
+
+    @property
+    def current(self) -> VersionView:
+        """The newest version."""
+        return self.versions[-1]
+
+
+def load_run(storage: Path) -> RunView:
+    """Read and verify the journal in a coordinator's storage folder.
+
+    Raises ConfigError when there is none or the run has not begun, CorruptError when its hash chain is broken.
+    """
+    path = storage / JOURNAL
+    with Journal.open_read(path) as journal:
+        return read_run(journal.replay(), str(path))
+
+
+def read_run(records: Iterable[Record], where: str) -> RunView:
+    """Return the view of `records`, given in order; ConfigError names `where` when there are none."""
+    opened: Opened | None = None
+    versions: list[VersionView] = []
+    updates: dict[str, UpdateLife] = {}
+    finished_at: float | None = None
+    for record in records:
+        match record:
+            case Opened():
+                opened = record
+                state = manifest_from_bytes(record.state)
+                versions.append(VersionView(0, state.created, state, record.master_sha256, ()))
+            case Accepted() | Rejected():
+                updates[record.update_id] = _born(record)
+            case Dropped():
+                life = updates[record.update_id]
+                updates[record.update_id] = replace(life, fate="dropped", rule=record.rule, settled_at=record.at)
+            case VersionCommitted():
+                versions.append(_version(record))
+                for part in record.contributions:
+                    updates[part.update_id] = _merged(updates[part.update_id], part, record)
+            case Finished():
+                finished_at = record.at
+    if opened is None:
+        raise ConfigError(f"{where}: the run has not begun", hint="start it with: mailboat coordinator run")
+    return RunView(opened, tuple(versions), updates, finished_at)
+
+
+def find_version(run: RunView, version: int | None) -> VersionView:
+    """Return a version, the newest for None; ConfigError says which there are."""
+    if version is None:
+        return run.current
+    if not 0 <= version < len(run.versions):
+        raise ConfigError(
+            f"there is no version {version}", hint=f"versions 0 to {run.current.version} have been published"
+        )
+    return run.versions[version]
+
+
+def find_update(run: RunView, prefix: str) -> UpdateLife:
+    """Return the one update whose id starts with `prefix`; ConfigError when none or several do."""
+    found = [life for update_id, life in run.updates.items() if update_id.startswith(prefix.lower())]
+    if not found:
+        raise ConfigError(
+            f"no update with an id that starts with {prefix!r} has been accepted or rejected",
+            hint="`mailboat audit tail` lists them; one that is still on its way is not there yet",
+        )
+    if len(found) > 1:
+        ids = ", ".join(life.update_id[: len(prefix) + 4] for life in found[:5])
+        raise ConfigError(f"{len(found)} updates start with {prefix!r}: {ids}", hint="give more of its digits")
+    return found[0]
+
+
+def summarise_sites(run: RunView) -> tuple[SiteSummary, ...]:
+    """Return a summary for each site that sent an update, by name."""
+    by_site: dict[str, list[UpdateLife]] = {}
+    for life in run.updates.values():
+        by_site.setdefault(life.site, []).append(life)
+    return tuple(_summary(site, by_site[site]) for site in sorted(by_site))
+
+
+def _born(record: Accepted | Rejected) -> UpdateLife:
+    if isinstance(record, Rejected):
+        return UpdateLife(
+            update_id=record.update_id,
+            site=record.site,
+            manifest_sha256=record.manifest_sha256,
+            decided_at=record.at,
+            fate="rejected",
+            rule=record.rule,
+            detail=record.detail,
+        )
+    return UpdateLife(
+        update_id=record.update_id,
+        site=record.site,
+        manifest_sha256=record.manifest_sha256,
+        decided_at=record.at,
+        fate="waiting",
+        base_version=record.base_version,
+        examples=record.examples,
+        norm=record.norm,
+        file_sha256=record.file_sha256,
+    )
+
+
+def _merged(life: UpdateLife, part: Contribution, record: VersionCommitted) -> UpdateLife:
+    return replace(
+        life,
+        fate="merged",
+        settled_at=record.at,
+        version=record.version,
+        staleness=part.staleness,
+        weight=part.weight,
+    )
+
+
+def _version(record: VersionCommitted) -> VersionView:
+    state = manifest_from_bytes(record.state)
+    return VersionView(record.version, record.at, state, record.master_sha256, record.contributions)
+
+
+def _summary(site: str, lives: Sequence[UpdateLife]) -> SiteSummary:
+    fates = [life.fate for life in lives]
+    return SiteSummary(
+        site=site,
+        waiting=fates.count("waiting"),
+        merged=fates.count("merged"),
+        rejected=fates.count("rejected"),
+        dropped=fates.count("dropped"),
+        examples=sum(life.examples or 0 for life in lives if life.fate == "merged"),
+        last_at=max(max(life.decided_at, life.settled_at or 0.0) for life in lives),
+    )

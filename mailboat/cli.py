@@ -1,0 +1,78 @@
+"""The command line: which commands there are. What they do stands in `mailboat/commands`, one file a group.
+
+Those files import the parts that they drive when a command is called, so that `mailboat --help` waits for none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from mailboat import console
+from mailboat.commands import audit, broker, coordinator, data, doctor, export, init, site, status
+
+_WHAT = """Fine-tune one language model in several hospitals, over an ordinary MQTT broker.
+
+The notes never leave a hospital; what travels is the change of the trained layers.
+"""
+_START = "First steps: `mailboat demo` shows everything on one machine; `mailboat init DIR` begins a federation."
+
+_ORDER = ["demo", "init", "data", "broker", "coordinator", "site", "status", "audit", "export", "evaluate", "doctor"]
+
+
+class _Commands(TyperGroup):
+    """The commands in the order in which a newcomer meets them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
+app = typer.Typer(
+    name="mailboat",
+    cls=_Commands,
+    help=_WHAT,
+    epilog=_START,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: half the start-up time, and it can be piped
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mailboat {version('mailboat')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune one language model in several hospitals, over an ordinary MQTT broker."""
+
+
+app.command("init", short_help="Write the configuration files of a federation.")(init.init)
+app.add_typer(data.app, name="data", short_help="Write synthetic notes to try things with.")
+app.add_typer(broker.app, name="broker", short_help="Run a broker on this machine; write access rules.")
+app.add_typer(coordinator.app, name="coordinator", short_help="Run the side that merges.")
+app.add_typer(site.app, name="site", short_help="Run one hospital's part.")
+app.command("status", short_help="Say where the run stands.")(status.status)
+app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by line.")
+app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)
+app.command("evaluate", short_help="Measure a model on annotated notes.")(export.evaluate)
+app.command("doctor", short_help="Check this machine, and say what to do.")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line and end the process with the status that `mailboat.console` lists."""
+    sys.exit(console.run(lambda: app(prog_name="mailboat")))

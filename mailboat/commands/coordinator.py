@@ -1,0 +1,87 @@
+"""`mailboat coordinator`: the side that merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mailboat import console, foreground
+
+if TYPE_CHECKING:
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.plan import SealedPlan
+
+app = typer.Typer(help="The side that takes in the sites' updates and makes new versions.", no_args_is_help=True)
+
+_CONFIG = typer.Option("--config", "-c", help="The coordinator's configuration file.")
+_DEFAULT = Path("coordinator.toml")
+
+
+@app.command()
+def seal(
+    *,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not tell the plan.")] = False,
+) -> None:
+    """Resolve federation.toml against the base model: which tensors are trained, and from which values.
+
+    Writes plan.json and initial.safetensors to the storage folder. `coordinator run` does this by itself where PyTorch
+    is installed; a coordinator without it is given the two files.
+    """
+    from mailboat.sealing import seal as seal_here
+
+    coordinator, federation = _load(config)
+    plan = seal_here(coordinator.storage, federation)
+    if not quiet:
+        _tell_plan(plan, federation)
+
+
+@app.command("run")
+def run_command(
+    *,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+    give_up_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="Give up when the broker is not reached in this many seconds; else never."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell every step.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write the log as JSON lines, also on a terminal.")
+    ] = False,
+) -> None:
+    """Coordinate a federation: take in updates, merge them, publish versions, until Ctrl-C or the run is complete.
+
+    Everything it has promised is on disk: stopping it, or pulling the plug, and starting it again loses nothing. Ended
+    by Ctrl-C it returns 130, by SIGTERM 0.
+    """
+    from coordinator.service import run_coordinator
+    from mailboat.reach import until_done
+    from mailboat.sealing import INITIAL, load_for, seal_elsewhere
+    from shared import logs
+
+    coordinator, federation = _load(config)
+    logs.configure(verbose=verbose, as_json=True if log_json else None)
+    logs.bind(federation=federation.federation.name)
+    plan = load_for(coordinator, federation)
+    if plan is None:
+        console.say(f"resolving the layer plan against {federation.model.base} (some seconds)")
+        plan = seal_elsewhere(config, coordinator.storage, federation)
+    _tell_plan(plan, federation)
+    job = run_coordinator(coordinator, federation, plan, coordinator.storage / INITIAL)
+    foreground.run(until_done(job, coordinator.broker, give_up_s=give_up_s))
+
+
+def _load(config: Path) -> tuple[CoordinatorConfig, FederationConfig]:
+    from shared.config import CoordinatorConfig, FederationConfig, load_config
+
+    coordinator = load_config(config, CoordinatorConfig)
+    return coordinator, load_config(coordinator.federation, FederationConfig)
+
+
+def _tell_plan(plan: SealedPlan, federation: FederationConfig) -> None:
+    from mailboat.sealing import describe
+
+    for line in describe(plan, federation):
+        console.say(line)

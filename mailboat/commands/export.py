@@ -1,0 +1,87 @@
+"""`mailboat export` and `mailboat evaluate`: a version as a model, and how good a model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mailboat import console
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shared.config import FederationConfig
+
+_CONFIG = typer.Option("--config", "-c", help="The coordinator's configuration file.")
+_DEFAULT = Path("coordinator.toml")
+
+
+def export(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")],
+    version: Annotated[int | None, typer.Option(help="Which version; the newest when not given.")] = None,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+) -> None:
+    """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained."""
+    from coordinator.views import find_version, load_run
+    from mailboat import modelling
+    from shared.config import CoordinatorConfig, load_config
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
+    coordinator = load_config(config, CoordinatorConfig)
+    federation = _federation(coordinator.federation)
+    chosen = find_version(load_run(coordinator.storage), version)
+    modelling.export_version(coordinator.storage, federation, chosen.state, out)
+    console.say(f"version {chosen.version} (state {chosen.state.file_sha256[:12]}) written to {out}")
+
+
+def evaluate(
+    *,
+    notes: Annotated[Path, typer.Option(help="Annotated notes to compare with.")],
+    version: Annotated[
+        int | None, typer.Option(help="A version of this federation; the newest when not given.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model's folder instead, such as `mailboat export` writes.")
+    ] = None,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+    federation_file: Annotated[
+        Path | None,
+        typer.Option("--federation", help="With --model: federation.toml, when there is no coordinator.toml."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out notes that cannot be read, and count them.")
+    ] = (False),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare a model's findings with annotated notes: strict F1 (exact spans) and lenient F1 (overlapping spans)."""
+    from coordinator.views import find_version, load_run
+    from mailboat import modelling
+    from shared.config import CoordinatorConfig, load_config
+
+    if model is not None and version is not None:
+        raise ConfigError("--version and --model were both given", hint="give one of them")
+    if model is not None:
+        path = federation_file or load_config(config, CoordinatorConfig).federation
+        measured = modelling.score_model(model, _federation(path), notes, skip_bad=skip_bad)
+        subject = str(model)
+    else:
+        coordinator = load_config(config, CoordinatorConfig)
+        chosen = find_version(load_run(coordinator.storage), version)
+        measured = modelling.score_version(
+            coordinator.storage, _federation(coordinator.federation), chosen.state, notes, skip_bad=skip_bad
+        )
+        subject = f"version {chosen.version}"
+    if as_json:
+        console.print_json({"model": subject, **measured.plain()})
+        return
+    for line in measured.lines(subject):
+        console.result().print(line, markup=False)
+
+
+def _federation(path: Path) -> FederationConfig:
+    from shared.config import FederationConfig, load_config
+
+    return load_config(path, FederationConfig)

@@ -1,0 +1,42 @@
+"""`mailboat site`: one hospital's part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mailboat import foreground
+
+app = typer.Typer(help="One hospital's part: train on local notes, send updates.", no_args_is_help=True)
+
+
+@app.command("run")
+def run_command(
+    *,
+    config: Annotated[Path, typer.Option("--config", "-c", help="The site's configuration file.")] = Path("site.toml"),
+    give_up_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="Give up when the broker is not reached in this many seconds; else never."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell every step.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write the log as JSON lines, also on a terminal.")
+    ] = False,
+) -> None:
+    """Take part in a federation until its run is complete, or until Ctrl-C.
+
+    Only outgoing connections to the broker are made. When the network fails, training goes on and finished updates wait
+    on disk; stopping and starting again loses nothing. Ended by Ctrl-C it returns 130, by SIGTERM 0.
+    """
+    from edge_client.agent import run_site
+    from mailboat.reach import until_done
+    from shared import logs
+    from shared.config import FederationConfig, SiteConfig, load_config
+
+    site = load_config(config, SiteConfig)
+    federation = load_config(site.federation, FederationConfig)
+    logs.configure(verbose=verbose, as_json=True if log_json else None)
+    logs.bind(federation=federation.federation.name, site=site.name)
+    foreground.run(until_done(run_site(site, federation), site.broker, give_up_s=give_up_s))

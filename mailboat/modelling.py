@@ -1,0 +1,100 @@
+"""What commands do with a model: write a version out, and score one. PyTorch is loaded in here, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.config import FederationConfig
+from shared.errors import ConfigError, CorruptError
+from shared.manifest import Manifest
+from shared.store import FrameStore
+
+if TYPE_CHECKING:
+    from edge_client.model import LoadedModel
+    from edge_client.tasks import Scores
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Scores of one model on one set of notes."""
+
+    notes: int
+    skipped: int
+    scores: Scores
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able values."""
+        labels = {name: dataclasses.asdict(score) for name, score in self.scores.labels.items()}
+        return {
+            "notes": self.notes,
+            "skipped": self.skipped,
+            "strict_f1": self.scores.strict_f1,
+            "lenient_f1": self.scores.lenient_f1,
+            "labels": labels,
+        }
+
+    def lines(self, subject: str) -> Iterator[str]:
+        """Lines for people, in percent."""
+        skipped = f", {self.skipped} left out as unreadable" if self.skipped else ""
+        yield f"{subject} on {self.notes} notes{skipped}"
+        yield f"{'':12s} strict F1  lenient F1"
+        for name, score in (("all labels", self.scores), *self.scores.labels.items()):
+            yield f"{name:12s} {100 * score.strict_f1:9.2f}  {100 * score.lenient_f1:10.2f}"
+
+
+def export_version(storage: Path, federation: FederationConfig, state: Manifest, out: Path) -> None:
+    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout."""
+    from edge_client.model import export
+
+    export(_with_state(storage, federation, state), out)
+
+
+def score_version(
+    storage: Path, federation: FederationConfig, state: Manifest, notes: Path, *, skip_bad: bool
+) -> Measured:
+    """Score a published state on the notes under `notes`."""
+    return _score(_with_state(storage, federation, state), federation, notes, skip_bad=skip_bad)
+
+
+def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
+    """Score the model in `folder` on the notes under `notes`."""
+    return _score(_load(folder, federation), federation, notes, skip_bad=skip_bad)
+
+
+def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
+    try:
+        from edge_client.model import load_model
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the package {error.name} is not installed here", hint="pip install 'mailboat[edge]'"
+        ) from None
+    return load_model(source, federation)
+
+
+def _with_state(storage: Path, federation: FederationConfig, state: Manifest) -> LoadedModel:
+    loaded = _load(federation.model.base, federation)
+    from edge_client.model import apply_state
+
+    stored = FrameStore(storage / "states").get(state.transfer_id)
+    if stored is None:
+        raise CorruptError(
+            f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
+        )
+    with stored.open_tensors(verify=True) as reader:
+        apply_state(loaded, dict(reader.tensors()))
+    return loaded
+
+
+def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
+    from edge_client.data.load import load_notes
+    from edge_client.trainer import evaluate, make_dataset
+
+    found = load_notes(notes, labels=federation.task.labels, skip_bad=skip_bad)
+    dataset = make_dataset(loaded, found.notes, batch_size=_BATCH, seed=federation.federation.seed)
+    return Measured(len(found.notes), found.skipped, evaluate(loaded, dataset))

@@ -1,0 +1,69 @@
+"""Logs: short lines on a terminal, one JSON object a line otherwise; always on standard error.
+
+A process calls `configure` once, first thing, and binds its ids (`bind`); every line written afterwards carries them,
+whichever part of the code writes it. Lines name ids, counts and rules; never what a note holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+
+def configure(*, verbose: bool = False, as_json: bool | None = None, stream: TextIO | None = None) -> None:
+    """Send all logs of this process to `stream` (standard error), from level info, or debug when `verbose`.
+
+    `as_json` None decides by the stream: JSON unless it is a terminal.
+    """
+    file = stream or sys.stderr
+    lines_for_people = file.isatty() if as_json is None else not as_json
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            _add_part,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if lines_for_people else "iso", utc=not lines_for_people),
+            _for_people(colours=file.isatty()) if lines_for_people else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+        logger_factory=_Factory(file),
+        cache_logger_on_first_use=True,
+    )
+
+
+def bind(**ids: str) -> None:
+    """Add these ids to every line that this task, and what it starts, writes from now on."""
+    structlog.contextvars.bind_contextvars(**ids)
+
+
+class _Part(structlog.WriteLogger):
+    """A writer that knows which part of the program it belongs to."""
+
+    def __init__(self, file: TextIO, name: str) -> None:
+        super().__init__(file)
+        self.name = name
+
+
+class _Factory:
+    """Makes the writer behind `structlog.get_logger(name)`."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __call__(self, name: str = "mailboat") -> _Part:
+        return _Part(self._file, name)
+
+
+def _add_part(logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["part"] = logger.name
+    return event
+
+
+def _for_people(*, colours: bool) -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=colours, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+    )
