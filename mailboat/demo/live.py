@@ -139,9 +139,11 @@ def _progress(screen: Screen) -> RenderableType:
 
 
 def _site_table(screen: Screen) -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("site", "state", "has", "last update", "F1 there", "up", "down", "reconnects"):
-        table.add_column(title, justify="right" if title in {"F1 there", "up", "down", "reconnects"} else "left")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for title in ("site", "state", "has", "merged in"):
+        table.add_column(title, no_wrap=True)
+    for title in ("local F1", "up", "down", "drops"):
+        table.add_column(title, no_wrap=True, justify="right")
     for row in screen.rows:
         state = Text(row.state, style=row.tone)
         table.add_row(row.name, state, row.version, row.last_update, row.f1, row.up, row.down, row.reconnects)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mailboat.demo.report import Result
-from mailboat.demo.screen import points
+from mailboat.demo.screen import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,9 @@ def draw(result: Result, path: Path) -> None:
     curves, bars = figure.subplots(1, 2, width_ratios=(2.2, 1))
     _curves(curves, result)
     _bars(bars, result)
+    started = sum(state != "absent" for state in result.facts.processes.values())
     figure.suptitle(
-        f"Mailboat: {len(result.facts.processes)} sites, {result.mode}, layers "
+        f"Mailboat: {started} sites, {result.mode}, layers "
         f"{', '.join(map(str, result.layers))} trained, codec {result.codec}",
         fontsize=11,
     )
@@ -43,17 +44,7 @@ def _curves(axes: Axes, result: Result) -> None:
     if result.centralized is not None:
         level = 100 * result.centralized.strict_f1
         axes.axhline(level, color=CENTRAL, linestyle="--", label=f"centralized, strict ({level:.1f})")
-    best = result.best_alone
-    for site, score in result.local_only.items():
-        is_best = best is not None and site == best[0]
-        label = f"best single site alone, strict ({points(score.strict_f1)})" if is_best else None
-        axes.axhline(
-            100 * score.strict_f1,
-            color=ALONE,
-            linestyle="--" if is_best else ":",
-            alpha=1 if is_best else 0.6,
-            label=label,
-        )
+    _alone(axes, result)
     axes.set_xlabel("version")
     axes.set_ylabel("F1 on the pooled held-out notes, %")
     axes.set_ylim(bottom=0)
@@ -62,12 +53,28 @@ def _curves(axes: Axes, result: Result) -> None:
     axes.legend(loc="lower right", fontsize=8)
 
 
+def _alone(axes: Axes, result: Result) -> None:
+    best = result.best_alone
+    others_named = False
+    for site, score in sorted(result.local_only.items()):
+        level = 100 * score.strict_f1
+        if best is not None and site == best[0]:
+            axes.axhline(level, color=ALONE, linestyle="--", label=f"best single site alone, strict ({level:.1f})")
+            continue
+        axes.axhline(level, color=ALONE, linestyle=":", alpha=0.6, label=None if others_named else "other sites alone")
+        others_named = True
+
+
 def _bars(axes: Axes, result: Result) -> None:
     wire = result.wire
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.25, axis="y")
     axes.bar(["Mailboat"], [wire.up / MEGA], color=STRICT, label="up")
-    axes.bar(["Mailboat"], [wire.down / MEGA], bottom=[wire.up / MEGA], color=LENIENT, label="down")
-    axes.bar(["full-model\nFedAvg"], [wire.full_fedavg / MEGA], color=FULL, label="measured transfer x count")
+    ours = axes.bar(["Mailboat"], [wire.down / MEGA], bottom=[wire.up / MEGA], color=LENIENT, label="down")
+    theirs = axes.bar(["full-model\nFedAvg"], [wire.full_fedavg / MEGA], color=FULL)
+    axes.bar_label(ours, [size(wire.up + wire.down)])
+    axes.bar_label(theirs, [size(wire.full_fedavg)])
     axes.set_ylabel("MB on the wire, all sites")
     axes.set_title(f"{wire.saving:.1%} fewer bytes", fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.25, axis="y")
+    axes.margins(y=0.12)
+    axes.legend(loc="upper left", fontsize=8)

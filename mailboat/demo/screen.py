@@ -113,11 +113,11 @@ def _last_contribution(facts: Facts, name: str) -> tuple[int, Contribution] | No
 
 
 def _lateness(version: int, part: Contribution) -> str:
-    return f"in v{version}, {_late(part.staleness)}"
+    return f"v{version}, {_late(part.staleness)}"
 
 
 def _late(staleness: int) -> str:
-    return "on time" if staleness == 0 else f"{staleness} late"
+    return "fresh" if staleness == 0 else f"{staleness} late"
 
 
 def _dash(value: int | None) -> str:
