@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from shared.manifest import Manifest
 from shared.slices import FrameWriter
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
-from tests.unit.shared.forgetful_disk import ForgetfulDisk, Image
+from tests.unit.shared.forgetful_disk import ForgetfulDisk
 from tests.unit.shared.transfers import ID, manifest_builder, tensors_of, transfer_of, with_frames, writer_of
 
 MANIFEST, FRAMES = transfer_of(tensors_of())
@@ -364,25 +364,38 @@ def test_several_transfers_stand_side_by_side(store: FrameStore) -> None:
 # -- crashes ----------------------------------------------------------------------------------------------------------
 
 
-def crashes_of_receiving(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Image]:
-    """All crashes of a transfer that arrives in three rounds; a round that is synced is promised, and so is the end."""
-    store = FrameStore(root)
-    with monkeypatch.context() as patch:
-        disk = ForgetfulDisk(root, patch)
-        with store.open_partial(MANIFEST) as partial:
-            for start in range(3):
-                for index in range(start, MANIFEST.frames, 3):
-                    partial.write(index, FRAMES[index])
-                disk.promise = partial.sync().hex()
-            partial.finish()
-            disk.promise = "whole"
-        disk.close()
-    yield from disk.images
+def in_three_rounds(store: FrameStore, disk: ForgetfulDisk) -> None:
+    """Receive in rounds; each one that is synced is promised."""
+    with store.open_partial(MANIFEST) as partial:
+        for start in range(3):
+            for index in range(start, MANIFEST.frames, 3):
+                partial.write(index, FRAMES[index])
+            disk.promise = partial.sync().hex()
+        partial.finish()
 
 
-def test_no_crash_while_receiving_loses_a_promised_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def after_a_kill(store: FrameStore, disk: ForgetfulDisk) -> None:
+    """Receive some frames and be killed before any sync, resume, promise what is found there, and finish."""
+    receive(store, [0, 2, 3]).close()
+    with store.open_partial(MANIFEST) as partial:
+        disk.promise = partial.have.to_bytes().hex()
+        for index in list(partial.have.missing()):
+            partial.write(index, FRAMES[index])
+        partial.finish()
+
+
+@pytest.mark.parametrize("scenario", [in_three_rounds, after_a_kill])
+def test_no_crash_while_receiving_loses_a_promised_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: Callable[[FrameStore, ForgetfulDisk], None]
+) -> None:
     """After a kill or a power loss at each step, promised frames are there, and the transfer can be completed."""
-    images = list(crashes_of_receiving(tmp_path / "store", monkeypatch))
+    store = FrameStore(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        disk = ForgetfulDisk(store.root, patch)
+        scenario(store, disk)
+        disk.promise = "whole"
+        disk.close()
+    images = list(disk.images)
     assert {image.promise for image in images} >= {"", "whole"}
     assert {image.before for image in images} >= {"pwrite", "fsync", "rename", "posix_fallocate", "the end"}
     for number, image in enumerate(images):
