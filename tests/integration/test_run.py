@@ -74,7 +74,7 @@ def test_two_processes_under_one_name_the_second_is_refused(tmp_path: Path, mosq
 
 def test_kill_9_of_site_and_coordinator_in_mid_upload(tmp_path: Path, mosquitto_url: str) -> None:
     """Killed while an update is half there, both come back: the run ends, nothing is lost, nothing counts twice."""
-    write_toy(tmp_path, mosquitto_url, sites=2, versions=3, parameters=4_000_000, quorum=2)
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=3, parameters=1_500_000, quorum=2)
     env = {**os.environ, "TOY_SECONDS": "0.3"}
 
     def start(role: str, name: str) -> subprocess.Popen[bytes]:

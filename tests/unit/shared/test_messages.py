@@ -1,0 +1,168 @@
+"""Control messages and data packets: golden bytes, round trips, and a named rule for whatever else comes."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import RefusedError
+from shared.messages import (
+    CHUNK_HEADER_BYTES,
+    MAX_CONTROL_BYTES,
+    Announce,
+    Hello,
+    Message,
+    Offer,
+    Presence,
+    Probe,
+    Receipt,
+    Refused,
+    Status,
+    UnknownMessageError,
+    Want,
+    Welcome,
+    chunk_header,
+    decode,
+    encode,
+    open_envelope,
+    parse_chunk,
+)
+from tests.factories import digest, make_federation, make_plan, make_state, make_update
+
+PLAN = make_plan(make_federation())
+STATE = make_state(PLAN, 0)
+SESSION = "0123456789abcdef"
+ID = "0" * 31 + "1"
+
+EXAMPLES: list[Message] = [
+    Hello(
+        site="north",
+        session=SESSION,
+        fingerprint=digest("f"),
+        config_sha256=digest("c"),
+        frozen_sha256=digest("w"),
+        software="mailboat 0.1",
+        clock=1.5,
+        heard=ID,
+        heard_final=False,
+    ),
+    Probe(session=SESSION),
+    Welcome(session=SESSION, boot=SESSION, clock=2.5),
+    Refused(session=SESSION, rule="other-config", detail="federation.toml differs"),
+    Offer(manifest=make_update(PLAN, "north", STATE, update_id=ID)),
+    Want(transfer_id=ID, have=b"\x05", window=16, restart=True),
+    Receipt(update_id=ID, manifest_sha256=digest("m"), outcome="merged", version=3, staleness=1, weight=0.25),
+    Status(site="north", session=SESSION, phase="training", version=2, progress=0.5, metrics={"loss": 0.25}),
+    Announce(
+        boot=SESSION,
+        fingerprint=digest("f"),
+        config_sha256=digest("c"),
+        frozen_sha256=digest("w"),
+        manifest=STATE,
+        final=False,
+        target=3,
+    ),
+    Presence(site="north", session=SESSION, online=True),
+]
+GOLDEN = Path(__file__).parents[2] / "golden" / "messages"
+
+
+def _body(message: Message) -> dict[str, object]:
+    body: dict[str, object] = msgpack.unpackb(open_envelope(encode(message)).body)
+    return body
+
+
+def _sealed(body: object) -> bytes:
+    packed: bytes = msgpack.packb({"b": msgpack.packb(body), "k": "", "s": b""})
+    return packed
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
+def test_the_bytes_of_each_message_are_the_published_ones(message: Message) -> None:
+    """A change of the wire format must be meant: these files are read by releases that are out there."""
+    assert encode(message) == (GOLDEN / f"{message.kind}.msgpack").read_bytes()
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
+def test_a_message_survives_the_wire(message: Message) -> None:
+    """Decoding what was encoded gives an equal message."""
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
+def test_an_unknown_field_is_refused(message: Message) -> None:
+    """A known type with a field that this release does not know breaks a rule; nothing is guessed."""
+    with pytest.raises(RefusedError) as refused:
+        decode(_sealed({**_body(message), "extra": 1}))
+    assert refused.value.rule == "bad-message"
+
+
+def test_an_unknown_type_is_told_apart() -> None:
+    """A newer peer may say new things; the caller skips them."""
+    with pytest.raises(UnknownMessageError):
+        decode(_sealed({"v": 1, "t": "telepathy"}))
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (b"", "bad-envelope"),
+        (b"\xc1", "bad-envelope"),
+        (msgpack.packb([1, 2]), "bad-envelope"),
+        (msgpack.packb({"b": b"", "k": ""}), "bad-envelope"),
+        (msgpack.packb({"b": "text", "k": "", "s": b""}), "bad-envelope"),
+        (b"x" * (MAX_CONTROL_BYTES + 1), "bad-envelope"),
+        (_sealed([1]), "bad-message"),
+        (_sealed({"v": 2, "t": "probe", "session": SESSION}), "bad-schema-version"),
+        (_sealed({"v": 1, "t": "probe", "session": "../../etc"}), "bad-message"),
+        (_sealed({"v": 1, "t": "probe", "session": SESSION + "\n"}), "bad-message"),
+        (_sealed({"v": 1, "t": "offer", "manifest": {"kind": "x"}}), "bad-manifest"),
+        (_sealed({"v": 1, "t": "want", "transfer_id": ID, "have": b"", "window": -1}), "bad-message"),
+        (_sealed({"v": 1, "t": "presence", "site": "A B", "session": SESSION, "online": True}), "bad-message"),
+    ],
+)
+def test_what_is_not_a_message_breaks_a_named_rule(data: bytes, rule: str) -> None:
+    """Each kind of nonsense has its rule, and the error never repeats the bytes."""
+    with pytest.raises(RefusedError) as refused:
+        decode(data)
+    assert refused.value.rule == rule
+    assert "etc" not in str(refused.value)
+
+
+@given(st.binary(max_size=400))
+def test_no_bytes_crash_the_decoder(data: bytes) -> None:
+    """Whatever comes is a message or a RefusedError."""
+    with contextlib.suppress(RefusedError):
+        decode(data)
+
+
+def test_a_chunk_survives_the_wire_without_a_copy() -> None:
+    """Header and frame come apart as they went together; the frame is a view of the packet."""
+    packet = chunk_header(ID, 7, 3) + b"abc"
+    chunk = parse_chunk(packet)
+    assert (chunk.transfer_id, chunk.index, bytes(chunk.frame)) == (ID, 7, b"abc")
+    assert chunk.frame.obj is packet
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        chunk_header(ID, 0, 3)[: CHUNK_HEADER_BYTES - 1],
+        chunk_header(ID, 0, 3) + b"ab",
+        chunk_header(ID, 0, 3) + b"abcd",
+        b"XX" + chunk_header(ID, 0, 0)[2:],
+        b"MB\x02" + chunk_header(ID, 0, 0)[3:],
+        b"MB\x01\x01" + chunk_header(ID, 0, 0)[4:],
+    ],
+)
+def test_what_is_not_a_chunk_is_refused(packet: bytes) -> None:
+    """Wrong magic, version, padding or length: one rule."""
+    with pytest.raises(RefusedError) as refused:
+        parse_chunk(packet)
+    assert refused.value.rule == "bad-chunk"
