@@ -54,6 +54,13 @@ def seal(storage: Path, federation: FederationConfig) -> SealedPlan:
     return plan
 
 
+def resolve(federation: FederationConfig, source: str | Path) -> SealedPlan:
+    """Return the plan of `federation` over the model `source`, writing nothing; ModuleNotFoundError without PyTorch."""
+    from edge_client.model import seal_plan
+
+    return seal_plan(federation, source)[0]
+
+
 def seal_elsewhere(config: Path, storage: Path, federation: FederationConfig) -> SealedPlan:
     """Seal in a process of its own and return the plan: PyTorch must not stay in the coordinator's memory.
 

@@ -30,7 +30,7 @@ def run_command(
     Only outgoing connections to the broker are made. When the network fails, training goes on and finished updates wait
     on disk; stopping and starting again loses nothing. Ended by Ctrl-C it returns 130, by SIGTERM 0.
     """
-    from edge_client.agent import run_site
+    from edge_client.site import run_site
     from mailboat.reach import until_done
     from shared import logs
     from shared.config import FederationConfig, SiteConfig, load_config
