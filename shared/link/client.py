@@ -35,8 +35,6 @@ from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
 
 MAX_INFLIGHT = 20
 """Publications handed to the library and not acknowledged; a broker may ask for fewer (Receive Maximum)."""
-MAX_PACKET_BYTES = 1_048_576
-"""Largest packet we ask an MQTT 5 broker to send; those of this project stay under 1,000,000 bytes."""
 CLOSE_S = 1.0
 """Longest wait for a DISCONNECT to leave."""
 
@@ -84,7 +82,6 @@ class Connection(aiomqtt.Client):
             keepalive=options.link.keepalive_s,
             will=None if will is None else aiomqtt.Will(will.topic, will.payload, 1, will.retain),
             max_inflight_messages=MAX_INFLIGHT,
-            properties=_connect_properties() if modern else None,
             logger=_QUIET,
         )
         self.broker = broker
@@ -152,7 +149,7 @@ class Connection(aiomqtt.Client):
         size = self._packet_bytes(publication)
         if size > self._packet_max:
             raise RefusedError(
-                f"a packet of {size} bytes for {publication.topic}, broker {self.broker} takes {self._packet_max} at most",
+                f"{publication.topic}: a packet of {size} bytes, broker {self.broker} takes {self._packet_max}",
                 rule="packet-too-large",
                 hint="lower codec.slice_kib, or raise the broker's limit (Mosquitto: max_packet_size)",
             )
@@ -285,9 +282,3 @@ class Connection(aiomqtt.Client):
         self._slots.release()
         if not answer.done():
             answer.set_result(reason_code)
-
-
-def _connect_properties() -> Properties:
-    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.MaximumPacketSize = MAX_PACKET_BYTES
-    return properties

@@ -35,8 +35,8 @@ class WatchedTlsSocket(ssl.SSLSocket):
 async def dial(endpoint: Endpoint, tls: ssl.SSLContext | None, *, dead_after_s: float) -> socket.socket:
     """A connected non-blocking socket, after the TLS handshake where the endpoint wants one.
 
-    `dead_after_s`: how long the peer's machine may leave bytes or probes unanswered before the kernel drops the
-    connection. Raises OSError, of which ssl.SSLError is one; the caller sets the deadline.
+    `dead_after_s`: how long nothing may come from the peer before the kernel asks whether it is there; as long again
+    without an answer ends the connection. Raises OSError, of which ssl.SSLError is one; the caller sets the deadline.
     """
     loop = asyncio.get_running_loop()
     failure: OSError | None = None
@@ -61,13 +61,13 @@ async def dial(endpoint: Endpoint, tls: ssl.SSLContext | None, *, dead_after_s: 
 def _tune(raw: socket.socket, dead_after_s: float) -> None:
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Linux has all of these; elsewhere MQTT's keepalive, which is slower, finds a dead peer alone.
+    # Where these are missing MQTT's keepalive, which is slower, finds a dead peer alone. Not TCP_USER_TIMEOUT: it also
+    # ends a connection whose peer is alive and reads slowly.
     seconds = max(1, round(dead_after_s))
     for name, value in (
         ("TCP_KEEPIDLE", seconds),
         ("TCP_KEEPINTVL", max(1, round(dead_after_s / KEEPALIVE_PROBES))),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", round(dead_after_s * 1000)),
     ):
         if hasattr(socket, name):
             raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -38,6 +38,8 @@ from shared.link.model import Connected, Disconnected, Event, LinkDownError, Lin
 
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
+FIRST_ANSWER_S = 1.0
+"""Shortest wait for the answer to a first CONNECT in MQTT 5, before 3.1.1 is tried."""
 PROTOCOL_NAMES = {ProtocolVersion.V5: "5", ProtocolVersion.V311: "3.1.1"}
 
 _log = structlog.get_logger("link")
@@ -186,8 +188,11 @@ class Link:
                 raise fatal from None
             raise _FailedError(f"the broker refuses: {refused}", answered=True) from None
         except HungUpError as hung_up:
-            # Perhaps a broker that does not know MQTT 5 and does not say so; or just the network.
-            self._doubtful.symmetric_difference_update({endpoint})
+            if endpoint not in self._spoken and protocol is ProtocolVersion.V5:
+                # Perhaps a broker that does not know MQTT 5 and cannot say so; or just the network.
+                self._doubtful.add(endpoint)
+                return await self._attempt(endpoint, state)
+            self._doubtful.discard(endpoint)
             raise _FailedError(str(hung_up), answered=False) from None
         except ssl.SSLError as error:
             if unfit := refusals.tls_refusal(error, str(endpoint)):
@@ -196,9 +201,7 @@ class Link:
         except (LinkDownError, MqttError, OSError) as error:
             raise _FailedError(_text(error), answered=False) from None
         self._usual_s = time.monotonic() - started
-        self._doubtful.discard(endpoint)
-        if protocol is ProtocolVersion.V5:
-            self._spoken[endpoint] = protocol
+        self._spoken[endpoint] = protocol
         return connection
 
     def _protocol(self, endpoint: Endpoint) -> ProtocolVersion:
@@ -206,12 +209,21 @@ class Link:
         return self._spoken.get(endpoint, guess)
 
     async def _set_up(self, endpoint: Endpoint, protocol: ProtocolVersion) -> Connection:
-        self._held = []
+        self._held, started = [], time.monotonic()
         sock = await dial(endpoint, self._tls if endpoint.tls else None, dead_after_s=self.options.link.stall_s)
         connection = Connection(self._shared, sock, broker=str(endpoint), protocol=protocol)
+        # A broker that knows only 3.1.1 takes properties for a will, or for a name, and waits for the rest of it.
+        unsure = endpoint not in self._spoken and protocol is ProtocolVersion.V5
+        answer_s = max(FIRST_ANSWER_S, 10 * (time.monotonic() - started)) if unsure else None
         with contextlib.ExitStack() as unless_done:
             unless_done.callback(connection.abandon, "not set up")
-            await connection.open()
+            try:
+                async with asyncio.timeout(answer_s) as first_answer:
+                    await connection.open()
+            except TimeoutError:
+                if first_answer.expired():
+                    raise HungUpError(f"the broker did not answer within {answer_s:.1f} s") from None
+                raise
             await connection.subscribe_all(self.options.subscriptions)
             for publication in self.options.hello:
                 await connection.post(publication)
@@ -243,7 +255,7 @@ class Link:
         return backoff.dropped(state, now=now, lasted_s=now - since, taken_over=connection.taken_over)
 
     async def _watch(self, connection: Connection) -> str:
-        """Return why the connection ended; cut it when a message is unacknowledged and nothing moves.
+        """Return why the connection ended; cut it when the peer owes an answer and nothing moves.
 
         A peer that vanished without a word would otherwise be noticed only by MQTT's keepalive, a minute later.
         """
@@ -253,7 +265,7 @@ class Link:
         try:
             while not (await asyncio.wait([ending], timeout=section.stall_s / 5))[0]:
                 before, signs = signs, connection.signs_of_life()
-                if signs != before or not connection.awaits_ack:
+                if signs != before or not (connection.awaits_ack or signs[1]):
                     moved_at = time.monotonic()
                     self._stalls = 0 if signs[0] != before[0] else self._stalls
                     continue
@@ -262,9 +274,7 @@ class Link:
                 )
                 if time.monotonic() - moved_at >= patience_s:
                     self._stalls += 1
-                    connection.abandon(
-                        f"nothing moved for {patience_s:g} s while a message waited for its acknowledgement"
-                    )
+                    connection.abandon(f"nothing moved for {patience_s:g} s while the broker owed an acknowledgement")
             return ending.result()
         finally:
             ending.cancel()

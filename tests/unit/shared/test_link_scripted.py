@@ -21,6 +21,8 @@ CONNACK_311 = b"\x20\x02\x00\x00"
 REFUSE_5 = b"\x20\x02\x00\x01"
 """What amqtt and other brokers of 3.1.1 say to a CONNECT of MQTT 5."""
 HANG_UP = b""
+NO_ANSWER = b"\x20"
+"""The beginning of a CONNACK that never ends."""
 
 
 @dataclass
@@ -149,6 +151,12 @@ class TestProtocol:
         [event] = talk(script, 1)
         assert getattr(event, "protocol", "") == "3.1.1"
         assert script.levels == [5, 4]
+
+    def test_a_broker_that_is_silent_on_five(self) -> None:
+        """A broker that leaves MQTT 5 without an answer, as amqtt does when there is a will, is tried with 3.1.1."""
+        script = Script(lambda level: NO_ANSWER if level == 5 else CONNACK_311)
+        [event] = talk(script, 1)
+        assert getattr(event, "protocol", "") == "3.1.1"
 
     def test_hanging_up_once_proves_nothing(self) -> None:
         """When the network cut the first attempt, a later connection speaks MQTT 5 again."""
