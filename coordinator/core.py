@@ -2,8 +2,8 @@
 
 Theory of operation
 -------------------
-State is of two kinds. *Durable* state (which version is current, what became of each update) changes only in `apply`,
-from records; replaying the journal through `apply` gives it back. *Volatile* state (who is present, which chunks are
+State is of two kinds. *Durable* state (which version is current, what became of each update) is the ledger's and changes
+only by records; replaying the journal through `apply` gives it back. *Volatile* state (who is present, which chunks are
 on their way) is lost with the process and built anew from what sites say after they see our announcement.
 
 An update's life here:
@@ -22,21 +22,21 @@ from typing import assert_never
 
 from coordinator import decisions as d
 from coordinator.downlink import Downlink
+from coordinator.ledger import Ledger
 from coordinator.merging import plan_merge
 from coordinator.offers import check_offer
-from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import Accepted, Dropped, Finished, Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView, updates_to_merge
 from coordinator.sites import Claim, Sites
 from coordinator.uploads import Uploads
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
-from shared.manifest import Manifest, manifest_from_bytes
+from shared.manifest import Manifest
 from shared.messages import (
     Announce,
     Hello,
     Message,
     Offer,
-    Outcome,
     Presence,
     Probe,
     Receipt,
@@ -62,20 +62,6 @@ class Instant:
     wall: float
 
 
-@dataclass(slots=True)
-class Known:
-    """What became of one update; about 300 bytes, kept for the life of the run so that nothing counts twice."""
-
-    site: str
-    manifest_sha256: str
-    outcome: Outcome
-    rule: str | None = None
-    detail: str = ""
-    version: int | None = None
-    staleness: int | None = None
-    weight: float | None = None
-
-
 class Core:
     """See the module's docstring; `boot` is this process's session id."""
 
@@ -94,13 +80,8 @@ class Core:
         self.settle_s = link.stall_s
         self.exit_when_done = config.exit_when_done
         idle_s = IDLE_STALLS * link.stall_s
-        # durable
-        self.version = -1
-        self.states: dict[int, Manifest] = {}
-        self.known: dict[str, Known] = {}
-        self.pending: list[Accepted] = []
-        self.finished = False
-        # volatile
+        self.ledger = Ledger()
+        # What follows is lost with the process.
         self.sites = Sites(probe_s=link.stall_s)
         self.uploads = Uploads(budget_bytes=config.credit_mib << 20, window=link.window, idle_s=idle_s)
         self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
@@ -108,47 +89,13 @@ class Core:
         self._round_opened = 0.0
         self.merging = False
 
-    # -- durable state ---
-
     def apply(self, record: Record) -> None:
-        """Take one fact; the only place where durable state changes."""
-        match record:
-            case Opened():
-                self.version = 0
-                self.states[0] = manifest_from_bytes(record.state)
-            case Accepted():
-                self.pending.append(record)
-                self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
-            case Rejected():
-                self.known[record.update_id] = Known(
-                    record.site, record.manifest_sha256, "rejected", record.rule, record.detail
-                )
-            case Dropped():
-                self.pending = [update for update in self.pending if update.update_id != record.update_id]
-                known = self.known[record.update_id]
-                known.outcome, known.rule = "dropped", record.rule
-            case VersionCommitted():
-                self._apply_version(record)
-            case Finished():
-                self.finished = True
-            case _:
-                assert_never(record)
-
-    def _apply_version(self, record: VersionCommitted) -> None:
-        assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
-        self.version = record.version
-        self.states[record.version] = manifest_from_bytes(record.state)
-        merged = {part.update_id for part in record.contributions}
-        self.pending = [update for update in self.pending if update.update_id not in merged]
-        for part in record.contributions:
-            known = self.known[part.update_id]
-            assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
-            known.outcome, known.version = "merged", record.version
-            known.staleness, known.weight = part.staleness, part.weight
+        """Take one fact from the journal: recovery is this, for each record in order."""
+        self.ledger.apply(record)
 
     def _record(self, out: d.Decision, record: Record) -> None:
         out.records.append(record)
-        self.apply(record)
+        self.ledger.apply(record)
 
     # -- events ---
 
@@ -188,8 +135,8 @@ class Core:
             fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
-            manifest=self.states[self.version],
-            final=self.finished,
+            manifest=self.ledger.state,
+            final=self.ledger.finished,
             target=self.federation.federation.versions,
         )
 
@@ -228,7 +175,7 @@ class Core:
             self._refuse_double(name, hello.session, out)
         elif claim is Claim.WELCOME:
             self._welcome(name, hello.session, now, out)
-            if (hello.heard, hello.heard_final) != (self.states[self.version].transfer_id, self.finished):
+            if (hello.heard, hello.heard_final) != (self.ledger.state.transfer_id, self.ledger.finished):
                 out.to(name, self.announcement())
             if other is not None:
                 self._refuse_double(name, other, out)
@@ -267,10 +214,10 @@ class Core:
     # -- updates ---
 
     def _offer(self, name: str, manifest: Manifest, now: Instant, out: d.Decision) -> None:
-        known = self.known.get(manifest.transfer_id)
+        known = self.ledger.known.get(manifest.transfer_id)
         if known is not None:
             same = known.manifest_sha256 == manifest.digest
-            out.to(name, self._receipt(manifest.transfer_id) if same else _reused(manifest))
+            out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _reused(manifest))
             return
         refusal = self._refusal(name, manifest)
         if refusal is not None:
@@ -284,13 +231,13 @@ class Core:
         except RefusedError as refusal:
             return refusal
         facts = manifest.update
-        base = self.states.get(facts.base_version)
+        base = self.ledger.states.get(facts.base_version)
         if base is None or base.file_sha256 != facts.base_sha256:
             return RefusedError(f"version {facts.base_version} of that digest was never published", rule="base-unknown")
-        if self.finished:
-            return RefusedError(f"the run was complete at version {self.version}", rule="run-complete")
+        if self.ledger.finished:
+            return RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
         limit = self.federation.aggregation.staleness.limit
-        if self.version - facts.base_version > limit:
+        if self.ledger.version - facts.base_version > limit:
             return RefusedError(f"more than {limit} versions late", rule="too-stale")
         return None
 
@@ -299,15 +246,15 @@ class Core:
             out,
             Rejected(manifest.transfer_id, name, manifest.digest, why.rule, why.message[:500], now.wall),
         )
-        out.to(name, self._receipt(manifest.transfer_id))
+        out.to(name, self.ledger.receipt(manifest.transfer_id))
 
     def _verified(self, event: d.Verified, now: Instant, out: d.Decision) -> None:
         upload = self.uploads.settle(event.update_id, now.mono, out)
-        if upload is None or event.update_id in self.known:
+        if upload is None or event.update_id in self.ledger.known:
             return
         manifest, facts = upload.manifest, upload.manifest.update
-        if self.finished:
-            why = RefusedError(f"the run was complete at version {self.version}", rule="run-complete")
+        if self.ledger.finished:
+            why = RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
             self._reject(upload.site, manifest, why, now, out)
             out.jobs.append(d.Discard(event.update_id))
             return
@@ -324,43 +271,30 @@ class Core:
                 at=now.wall,
             ),
         )
-        out.to(upload.site, self._receipt(event.update_id))
+        out.to(upload.site, self.ledger.receipt(event.update_id))
 
     def _verify_failed(self, event: d.VerifyFailed, now: Instant, out: d.Decision) -> None:
         upload = self.uploads.settle(event.update_id, now.mono, out)
-        if upload is None or event.update_id in self.known:
+        if upload is None or event.update_id in self.ledger.known:
             return
         self._reject(upload.site, upload.manifest, RefusedError(event.detail, rule=event.rule), now, out)
         out.jobs.append(d.Discard(event.update_id))
 
-    def _receipt(self, update_id: str) -> Receipt:
-        known = self.known[update_id]
-        return Receipt(
-            update_id=update_id,
-            manifest_sha256=known.manifest_sha256,
-            outcome=known.outcome,
-            rule=known.rule,
-            detail=known.detail,
-            version=known.version,
-            staleness=known.staleness,
-            weight=known.weight,
-        )
-
     # -- states and rounds ---
 
     def _want(self, name: str, want: Want, now: Instant, out: d.Decision) -> None:
-        for manifest in reversed(self.states.values()):  # the newest is asked for most
+        for manifest in reversed(self.ledger.states.values()):  # the newest is asked for most
             if manifest.transfer_id == want.transfer_id:
                 self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
                 return
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
-        if self.merging or self.finished or self._started is None:
+        if self.merging or self.ledger.finished or self._started is None:
             return
         view = RoundView(
-            version=self.version,
-            pending=self.pending,
+            version=self.ledger.version,
+            pending=self.ledger.pending,
             present=self.sites.present,
             open_s=now.mono - self._round_opened,
             settled=now.mono - self._started >= self.settle_s,
@@ -369,8 +303,8 @@ class Core:
         count = updates_to_merge(view, section)
         if count:
             self.merging = True
-            ids = {version: manifest.transfer_id for version, manifest in self.states.items()}
-            out.jobs.append(d.Merge(plan_merge(self.version + 1, self.pending[:count], section, ids)))
+            ids = {version: manifest.transfer_id for version, manifest in self.ledger.states.items()}
+            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, self.ledger.pending[:count], section, ids)))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
         assert self.merging
@@ -388,14 +322,14 @@ class Core:
                 at=now.wall,
             ),
         )
-        if self.version >= self.federation.federation.versions:
-            for update in list(self.pending):
+        if self.ledger.version >= self.federation.federation.versions:
+            for update in list(self.ledger.pending):
                 self._record(out, Dropped(update.update_id, "run-complete", now.wall))
-                out.to(update.site, self._receipt(update.update_id))
-            self._record(out, Finished(self.version, now.wall))
+                out.to(update.site, self.ledger.receipt(update.update_id))
+            self._record(out, Finished(self.ledger.version, now.wall))
         out.sends.append(d.Send(None, self.announcement()))
         for part in contributions:
-            out.to(part.site, self._receipt(part.update_id))
+            out.to(part.site, self.ledger.receipt(part.update_id))
 
     def _tick(self, now: Instant, out: d.Decision) -> None:
         for name, session in self.sites.silent(now.mono):
@@ -403,7 +337,7 @@ class Core:
         self.uploads.tick(now.mono, out)
         self.downlink.tick(now.mono, out)
         lingered = now.mono - self._round_opened >= self.settle_s
-        if self.finished and self.exit_when_done and lingered and not self.sites.present:
+        if self.ledger.finished and self.exit_when_done and lingered and not self.sites.present:
             out.jobs.append(d.Stop())
 
 

@@ -108,7 +108,12 @@ class Service:
             self.core.apply(record)
             newest = record if isinstance(record, Opened | VersionCommitted) else newest
         await asyncio.to_thread(self._check_masters, newest)
-        log.info("recovered", version=self.core.version, pending=len(self.core.pending), updates=len(self.core.known))
+        log.info(
+            "recovered",
+            version=self.core.ledger.version,
+            pending=len(self.core.ledger.pending),
+            updates=len(self.core.ledger.known),
+        )
         with first_error():
             await self._serve()
         self._save_status()
@@ -188,7 +193,7 @@ class Service:
                 self._tasks.create_task(self._send(send))
             for job in decision.jobs:
                 if isinstance(job, d.Stop):
-                    log.info("complete", version=self.core.version)
+                    log.info("complete", version=self.core.ledger.version)
                     return
                 self._start(job)
 

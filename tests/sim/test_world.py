@@ -31,7 +31,7 @@ def test_a_perfect_world_ends_with_every_update_merged_or_answered(mode: Mode) -
     world = _run(mode, 1, Faults())
     assert world.done
     assert world.core is not None
-    assert world.core.version == 6
+    assert world.core.ledger.version == 6
     for host in world.hosts.values():
         assert set(host.receipts) == set(host.sealed)
         assert host.left is not None

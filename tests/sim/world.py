@@ -327,7 +327,7 @@ class World:
             assert core.uploads.reserved <= core.uploads.budget_bytes
             for host in self.hosts.values():
                 for update_id in host.receipts:
-                    assert update_id in core.known, "a receipted update is unknown to the coordinator"
+                    assert update_id in core.ledger.known, "a receipted update is unknown to the coordinator"
             twin = Core(
                 self.federation,
                 self.plan,
@@ -336,4 +336,8 @@ class World:
             )
             for record in self.journal:
                 twin.apply(record)
-            assert (twin.version, twin.known, twin.pending) == (core.version, core.known, core.pending)
+            assert (twin.ledger.version, twin.ledger.known, twin.ledger.pending) == (
+                core.ledger.version,
+                core.ledger.known,
+                core.ledger.pending,
+            )

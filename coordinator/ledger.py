@@ -1,0 +1,98 @@
+"""The durable state of a run: a fold over the journal's records, and nothing else.
+
+Which version is current, which updates wait to be merged, and what became of every update there ever was. Recovery is
+applying the journal from its first record; the result is the state before the crash, because nothing else changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.messages import Outcome, Receipt
+
+
+@dataclass(slots=True)
+class Known:
+    """What became of one update; about 300 bytes, kept for the life of the run so that nothing counts twice."""
+
+    site: str
+    manifest_sha256: str
+    outcome: Outcome
+    rule: str | None = None
+    detail: str = ""
+    version: int | None = None
+    staleness: int | None = None
+    weight: float | None = None
+
+
+class Ledger:
+    """See the module's docstring; `version` is -1 until the run was opened."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self.states: dict[int, Manifest] = {}
+        """Published state of each version."""
+        self.known: dict[str, Known] = {}
+        self.pending: list[Accepted] = []
+        """Accepted and not yet merged, in acceptance order."""
+        self.finished = False
+
+    @property
+    def state(self) -> Manifest:
+        """The current version's published state."""
+        return self.states[self.version]
+
+    def apply(self, record: Record) -> None:
+        """Take one fact; asserts that it follows from those before it."""
+        match record:
+            case Opened():
+                self.version = 0
+                self.states[0] = manifest_from_bytes(record.state)
+            case Accepted():
+                assert record.update_id not in self.known, f"update {record.update_id} was decided before"
+                self.pending.append(record)
+                self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
+            case Rejected():
+                assert record.update_id not in self.known, f"update {record.update_id} was decided before"
+                self.known[record.update_id] = Known(
+                    record.site, record.manifest_sha256, "rejected", record.rule, record.detail
+                )
+            case Dropped():
+                self.pending = [update for update in self.pending if update.update_id != record.update_id]
+                known = self.known[record.update_id]
+                known.outcome, known.rule = "dropped", record.rule
+            case VersionCommitted():
+                self._apply_version(record)
+            case Finished():
+                self.finished = True
+            case _:
+                assert_never(record)
+
+    def _apply_version(self, record: VersionCommitted) -> None:
+        assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
+        self.version = record.version
+        self.states[record.version] = manifest_from_bytes(record.state)
+        merged = {part.update_id for part in record.contributions}
+        self.pending = [update for update in self.pending if update.update_id not in merged]
+        for part in record.contributions:
+            known = self.known[part.update_id]
+            assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
+            known.outcome, known.version = "merged", record.version
+            known.staleness, known.weight = part.staleness, part.weight
+
+    def receipt(self, update_id: str) -> Receipt:
+        """What a site is told of its update; KeyError for one that was never decided."""
+        known = self.known[update_id]
+        return Receipt(
+            update_id=update_id,
+            manifest_sha256=known.manifest_sha256,
+            outcome=known.outcome,
+            rule=known.rule,
+            detail=known.detail,
+            version=known.version,
+            staleness=known.staleness,
+            weight=known.weight,
+        )
