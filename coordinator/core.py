@@ -2,9 +2,9 @@
 
 Theory of operation
 -------------------
-State is of two kinds. *Durable* state (which version is current, what became of each update) is the ledger's and changes
-only by records; replaying the journal through `apply` gives it back. *Volatile* state (who is present, which chunks are
-on their way) is lost with the process and built anew from what sites say after they see our announcement.
+State is of two kinds. *Durable* state (which version is current, what became of each update) is the ledger's, and only
+records change it; replaying the journal through `apply` gives it back. *Volatile* state (who is present, which chunks
+are on their way) is lost with the process and built anew from what sites say after they see our announcement.
 
 An update's life here:
 
