@@ -53,6 +53,7 @@ class JournalReader:
         self._lock = threading.Lock()
         with self._named():
             self._db = _connect(f"{path.resolve().as_uri()}?mode=ro")
+        with self._closed_on_error(), self._named():
             self._check_schema()
 
     def rows(self, after: int = 0, limit: int | None = None) -> Iterator[Row]:
@@ -121,6 +122,14 @@ class JournalReader:
             )
 
     @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._db.close()
+            raise
+
+    @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         """Turn SQLite's errors into ours, with the file's name."""
         try:
@@ -186,6 +195,7 @@ class Journal(JournalReader):
         self._lock = threading.Lock()
         with self._named():
             self._db = _connect(f"{path.resolve().as_uri()}?mode=rwc")
+        with self._closed_on_error(), self._named():
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             if self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from coordinator.journal import PAGE_ROWS, Journal
@@ -190,15 +191,32 @@ def test_a_changed_row_is_found_and_located(tmp_path: Path, change: str) -> None
         replayed(tmp_path / "j")
 
 
-def test_a_wellformed_row_that_is_no_record_is_located(tmp_path: Path) -> None:
-    """A row that keeps the chain but holds no record is corrupt, by its number."""
+@pytest.mark.parametrize(
+    ("body", "family", "named"),
+    [
+        (b"\x80", CorruptError, "row 2: a journal record of unknown kind"),
+        (msgpack.packb({"v": 2, "t": "finished"}), RefusedError, "row 2: a journal record of schema version 2"),
+    ],
+    ids=["no record", "newer"],
+)
+def test_a_chained_row_that_is_no_record_of_ours_is_located(
+    tmp_path: Path, body: bytes, family: type[Exception], named: str
+) -> None:
+    """A row that keeps the chain but holds no record, or one of a later release, is told by its number."""
     filled(tmp_path / "j", 1)
     with Journal.open_read(tmp_path / "j") as reader:
         (last,) = reader.rows()
-    row = linked(last.hash, 2, 1.0, "finished", b"\x80")
+    row = linked(last.hash, 2, 1.0, "finished", body)
     sql(tmp_path / "j", "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", 2, 1.0, row.kind, row.body, row.prev, row.hash)
-    with pytest.raises(CorruptError, match="row 2: a journal record of unknown kind"):
+    with pytest.raises(family, match=named):
         replayed(tmp_path / "j")
+
+
+def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
+    """The message names the folder."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match="file cannot be written"):
+        Journal(tmp_path / "file" / "journal.sqlite")
 
 
 @pytest.mark.parametrize("opener", [Journal, Journal.open_read], ids=["writer", "reader"])
