@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from broker import tether
-from shared.errors import MailboatError, RefusedError, UnavailableError
+from shared.errors import ConfigError, MailboatError, RefusedError, UnavailableError
 
 STOP_S = 10.0
 """Grace between SIGTERM and SIGKILL: time to close a journal and an outbox in good order."""
@@ -23,6 +23,9 @@ TAIL_BYTES = 16_384
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 """Several trainers share this machine: each on one core is quicker than all on all."""
+
+ERROR, ADVICE = "error: ", "try: "
+"""How `mailboat.console` begins the line that says what went wrong, and the one that says what to do."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -46,10 +49,12 @@ class Child:
         if self.killed or not self.status:
             return None
         how = f"was ended by {signal_name(-self.status)}" if self.status < 0 else f"ended with status {self.status}"
-        said = last_error(tail(self.log))
+        said, advice = last_error(tail(self.log))
         message = f"{self.name} {how}: {said}" if said else f"{self.name} {how} without a word"
-        hint = f"its log is {self.log}"
-        if self.status in {2, 3}:
+        hint = f"{advice}; its log is {self.log}" if advice else f"its log is {self.log}"
+        if self.status == ConfigError.exit_code:
+            return ConfigError(message, hint=hint)
+        if self.status == RefusedError.exit_code:
             return RefusedError(message, rule="process-failed", hint=hint)
         return UnavailableError(message, hint=hint)
 
@@ -96,17 +101,10 @@ class Children:
         self._children[name] = child
         return child
 
-    async def run(self, name: str, *arguments: str, timeout_s: float) -> None:
-        """Start a command and wait for its end; raises as `Child.failure` says, or UnavailableError after the time."""
+    async def run(self, name: str, *arguments: str) -> None:
+        """Start a command and wait for its end; raises what `Child.failure` says."""
         child = await self.start(name, *arguments)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await child.process.wait()
-        except TimeoutError:
-            await self.stop(name)
-            raise UnavailableError(
-                f"{name} took longer than {timeout_s:.0f} s", hint=f"its log is {child.log}"
-            ) from None
+        await child.process.wait()
         if failure := child.failure():
             raise failure
 
@@ -158,11 +156,17 @@ def tail(log: Path) -> str:
         return stream.read().decode("utf-8", "replace")
 
 
-def last_error(text: str) -> str:
-    """Return the line of a log that says best why the process ended: its last error, else its last line."""
+def last_error(text: str) -> tuple[str, str]:
+    """Return the line of a log that says best why the process ended, and the advice that came with it, if any.
+
+    That line is the last error, or the last line where there is none.
+    """
     lines = [line for raw in text.splitlines() if (line := _plain(raw))]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [""])[-1]
+    errors = [index for index, line in enumerate(lines) if line.startswith(ERROR)]
+    if not errors:
+        return (lines or [""])[-1], ""
+    after = lines[errors[-1] + 1] if errors[-1] + 1 < len(lines) else ""
+    return lines[errors[-1]].removeprefix(ERROR), after.removeprefix(ADVICE) if after.startswith(ADVICE) else ""
 
 
 def _plain(raw: str) -> str:
@@ -176,4 +180,4 @@ def _plain(raw: str) -> str:
         return line
     if not isinstance(entry, dict) or "event" not in entry:
         return line
-    return f"error: {entry['event']}" if entry.get("level") in {"error", "critical"} else str(entry["event"])
+    return f"{ERROR}{entry['event']}" if entry.get("level") in {"error", "critical"} else str(entry["event"])

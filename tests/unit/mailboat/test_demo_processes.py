@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mailboat.demo.processes import Child, Children, last_error
-from shared.errors import RefusedError, UnavailableError
+from shared.errors import ConfigError, UnavailableError
 from tests.helpers import run_async
 
 
@@ -32,7 +32,13 @@ from tests.helpers import run_async
 )
 def test_the_line_that_says_why(log: str, line: str) -> None:
     """The last error wins over what was said later; without one it is the last line."""
-    assert last_error(log) == line
+    assert last_error(log)[0] == line
+
+
+def test_advice_is_kept_with_its_error() -> None:
+    """What the process told to do is passed on, and only that of the last error."""
+    assert last_error("error: a\n  try: x\nerror: b\n  try: y\n") == ("b", "y")
+    assert last_error("error: a\n  try: x\nerror: b\n") == ("b", "")
 
 
 async def failing(folder: Path, *arguments: str) -> Child:
@@ -47,7 +53,7 @@ def test_a_process_that_refuses_says_why(tmp_path: Path) -> None:
     """Name, status, its last words and the log stand in the error; the family follows its status."""
     child = run_async(failing(tmp_path, "no-such-command"))
     error = child.failure()
-    assert isinstance(error, RefusedError)
+    assert isinstance(error, ConfigError)
     assert error.message.startswith("it ended with status 2: ")
     assert str(child.log) in error.hint
 
@@ -55,17 +61,6 @@ def test_a_process_that_refuses_says_why(tmp_path: Path) -> None:
 def test_a_process_that_ends_well_is_no_failure(tmp_path: Path) -> None:
     """Status 0 is silence."""
     assert run_async(failing(tmp_path, "--version")).failure() is None
-
-
-def test_a_command_that_hangs_is_given_up(tmp_path: Path) -> None:
-    """Past its time the process is ended and the person told."""
-
-    async def hang() -> None:
-        async with Children(tmp_path / "logs", tmp_path) as children:
-            await children.run("slow", "broker", "run", "--port", "1", timeout_s=0.2)
-
-    with pytest.raises(UnavailableError, match="slow took longer than 0 s"):
-        run_async(hang())
 
 
 def test_what_was_killed_by_somebody_else_is_named(tmp_path: Path, free_port: int) -> None:

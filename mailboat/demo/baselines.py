@@ -1,0 +1,104 @@
+"""What there would be without a federation: each site trained alone, and all notes in one place.
+
+The same trainer, model, layers and settings, from the same version 0, and as many epochs in all as a site of the
+federation has trained. Only the schedule differs: one training from end to end, with one rise and fall of the learning
+rate and one optimizer, which is how anybody would train alone. Notes that a site holds back for its local F1 are held
+back here too, so that everybody has trained on equally many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from edge_client.worker_client import WorkerClient
+from mailboat.demo import defaults
+from mailboat.demo.facts import Score
+from mailboat.demo.plan import Layout, Plan
+from mailboat.demo.scoring import score
+from mailboat.sealing import INITIAL
+from shared.config import DataSection, FederationConfig, SiteConfig
+from shared.tasks import first_error
+
+POOLED = "pooled"
+LANES_MAX = 2
+"""Trainings side by side; each takes one core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """Scores on the held-out notes."""
+
+    local_only: dict[str, Score]
+    centralized: Score
+
+
+def baseline_federation(plan: Plan) -> FederationConfig:
+    """Return the federation with all local epochs of the run in one training."""
+    training = plan.federation.training
+    whole = training.model_copy(update={"epochs": training.epochs * plan.rounds})
+    return plan.federation.model_copy(update={"training": whole})
+
+
+@asynccontextmanager
+async def baseline_worker(plan: Plan, name: str, notes: Path) -> AsyncIterator[WorkerClient]:
+    """A worker that would train on `notes` with all epochs at once."""
+    config = SiteConfig(
+        name=name,
+        federation=plan.layout.federation,
+        storage=plan.layout.scratch / name,
+        data=DataSection(notes=notes, holdout=defaults.HOLDOUT),
+        threads=1,
+    )
+    async with WorkerClient(config, baseline_federation(plan)) as worker:
+        yield worker
+
+
+async def run_baselines(plan: Plan, say: Callable[[str], None]) -> Baselines:
+    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two."""
+    pool(plan.layout, plan.started)
+    scores: dict[str, Score] = {}
+    waiting = [POOLED, *plan.started]
+
+    async def lane() -> None:
+        while waiting:
+            name = waiting.pop(0)
+            notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
+            async with baseline_worker(plan, name, notes) as worker:
+                scores[name] = await _train_and_score(plan.layout, name, worker)
+            what = "centralized" if name == POOLED else f"{name} alone"
+            say(f"{what}: strict F1 {100 * scores[name].strict_f1:.1f}, lenient {100 * scores[name].lenient_f1:.1f}")
+
+    with first_error():
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(LANES_MAX, os.cpu_count() or 1)):
+                tasks.create_task(lane())
+    return Baselines({name: scores[name] for name in plan.started}, scores[POOLED])
+
+
+async def _train_and_score(layout: Layout, name: str, worker: WorkerClient) -> Score:
+    initial = layout.storage / INITIAL
+    delta, trained = (layout.scratch / f"{name}.{kind}.safetensors" for kind in ("delta", "trained"))
+    await worker.train(initial, 0, delta)
+    await asyncio.to_thread(add, initial, delta, trained)
+    return await score(worker, trained, layout.heldout)
+
+
+def add(initial: Path, delta: Path, out: Path) -> None:
+    """Write the sum of two float32 safetensors files of the same tensors."""
+    start, change = load_file(initial), load_file(delta)
+    save_file({name: np.add(start[name], change[name]) for name in start}, out)
+
+
+def pool(layout: Layout, sites: tuple[str, ...]) -> None:
+    """Copy the training notes of these sites into one folder; their names differ, so none is lost."""
+    for site in sites:
+        shutil.copytree(layout.notes / site, layout.pooled, dirs_exist_ok=True)
