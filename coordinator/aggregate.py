@@ -62,7 +62,7 @@ def merge(
     """
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
-    metadata = partial(_metadata, plan.version, sealed, federation)
+    metadata = partial(file_metadata, plan.version, sealed, federation)
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
         # Without slot files, as at version 0, the slots are zero.
@@ -105,7 +105,7 @@ def publish(
     """
     codec = federation.codec.down
     frames = FrameWriter(
-        encode_file(tensors, codec, _metadata(version, sealed, federation, "state")),
+        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state")),
         group=group_size(codec),
         slice_size=federation.codec.slice_kib * 1024,
     )
@@ -129,7 +129,8 @@ def publish(
     return states.seal(frames, build).manifest
 
 
-def _metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
+def file_metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
+    """What a file of ours says of itself in its header; `kind` is state, master, or the name of a slot."""
     return {
         "mailboat.federation": federation.federation.name,
         "mailboat.fingerprint": sealed.fingerprint,

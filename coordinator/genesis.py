@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coordinator.aggregate import publish
+from coordinator.aggregate import file_metadata, publish
 from coordinator.masters import TensorFile, master_path, writing
 from coordinator.records import Opened
 from shared import durable
@@ -28,12 +28,7 @@ def open_run(
     masters, states = folder / "masters", folder / "states"
     durable.make_folder(masters)
     with _checked(initial, plan) as tensors:
-        metadata = {
-            "mailboat.federation": federation.federation.name,
-            "mailboat.fingerprint": plan.fingerprint,
-            "mailboat.kind": "master",
-            "mailboat.version": "0",
-        }
+        metadata = file_metadata(0, plan, federation, "master")
         with writing(master_path(masters, 0), plan.tensors, metadata) as writer:
             for name in sorted(tensors):
                 writer.write(name, tensors[name])
