@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -337,6 +337,7 @@ def test_memory_does_not_grow_with_updates(tmp_path: Path) -> None:
     assert peaks[1] < 3 * 4 * 4 * size
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 200))
 def test_blocks_keep_order_and_bound(sizes: list[int], limit: int) -> None:
     """Blocks are the names in order; each fits the limit or is one tensor; none could take its neighbour's first."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.merging import MergePlan, plan_merge
@@ -66,6 +66,7 @@ def test_recorded_contributions_keep_the_order_of_acceptance() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 10**9)), min_size=1, max_size=20), st.floats(0, 1))
 def test_weights_sum_to_one_at_most(updates: list[tuple[int, int]], power: float) -> None:
     """Without lateness the weights sum to 1, with it to less; none is negative."""

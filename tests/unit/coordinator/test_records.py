@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import records
@@ -64,6 +64,7 @@ idents = st.text("abcxyz019_-", min_size=1, max_size=64)
 contributions = st.builds(Contribution, hexes, idents, counts, counts, reals)
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.builds(Accepted, hexes, idents, counts, counts, st.just("00" * 32), st.just("ff" * 32), reals, reals),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.staleness import constant, hinge, polynomial, staleness_weight
@@ -60,6 +60,7 @@ def test_the_section_chooses_function_and_parameters(section: StalenessSection, 
     assert staleness_weight(section, tau) == expected
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SECTIONS), st.integers(0, 10_000))
 def test_every_function_starts_at_one_and_never_rises(section: StalenessSection, tau: int) -> None:
     """s(0) = 1 and 0 < s(tau + 1) <= s(tau)."""
