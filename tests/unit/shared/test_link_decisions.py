@@ -13,8 +13,8 @@ from shared.config import BrokerSection
 from shared.errors import ConfigError, MailboatError, RefusedError
 from shared.link import Counters, backoff, endpoints, refusals
 from shared.link.backoff import Backoff
-from shared.link.counters import publish_packet_bytes, varint_bytes
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
+from shared.link.packets import MalformedPublishError, Publish, parse_publish, publish_packet_bytes, varint_bytes
 
 
 def after_failures(count: int, *, answered: bool) -> Backoff:
@@ -79,6 +79,54 @@ class TestBackoff:
         """A slow link is not cut for ever: the patience doubles up to the keepalive."""
         patience = [backoff.stall_patience_s(stalls=n, stall_s=5.0, keepalive_s=30.0) for n in (0, 1, 2, 3, 999)]
         assert patience == [5.0, 10.0, 20.0, 30.0, 30.0]
+
+
+class TestPackets:
+    @given(
+        topic=st.binary(max_size=300),
+        payload=st.binary(max_size=300),
+        packet_id=st.none() | st.integers(1, 65535),
+        retained=st.booleans(),
+        modern=st.booleans(),
+        properties=st.binary(max_size=200),
+    )
+    def test_what_is_written_is_read(
+        self, topic: bytes, payload: bytes, packet_id: int | None, retained: bool, modern: bool, properties: bytes
+    ) -> None:
+        """Every packet is read as it was written, properties passed over, and its length is the computed one."""
+        first = 0x30 | (0 if packet_id is None else 2) | retained
+        length = bytes([len(properties) & 127 | 128, len(properties) >> 7]) if len(properties) > 127 else b""
+        prefix = (length or bytes([len(properties)])) + properties if modern else b""
+        identified = b"" if packet_id is None else packet_id.to_bytes(2, "big")
+        body = len(topic).to_bytes(2, "big") + topic + identified + prefix + payload
+        assert parse_publish(first, bytearray(body), modern=modern) == Publish(topic, payload, retained, packet_id)
+        size = publish_packet_bytes(topic=len(topic), payload=len(payload), qos=first >> 1 & 1, properties=len(prefix))
+        assert size == 1 + varint_bytes(len(body)) + len(body)
+
+    @given(st.integers(0, 255), st.binary(max_size=40), st.booleans())
+    def test_no_bytes_do_harm(self, first: int, body: bytes, modern: bool) -> None:
+        """Arbitrary bytes are either a packet or malformed, and nothing else happens."""
+        try:
+            parse_publish(first, body, modern=modern)
+        except MalformedPublishError:
+            return
+        assert first >> 1 & 3 < 2
+
+    @pytest.mark.parametrize(
+        ("first", "body"),
+        [
+            (0x34, b"\x00\x01t\x00\x01\x00"),
+            (0x32, b"\x00\x01t\x00"),
+            (0x30, b"\x00\x05t"),
+            (0x30, b"\x00\x01t\x05ab"),
+            (0x30, b"\x00\x01t\xff\xff\xff\xff\x01"),
+            (0x30, b""),
+        ],
+    )
+    def test_malformed(self, first: int, body: bytes) -> None:
+        """QoS 2, a missing packet id, and lengths beyond the end or of five bytes are malformed."""
+        with pytest.raises(MalformedPublishError):
+            parse_publish(first, body, modern=True)
 
 
 class TestCounters:

@@ -310,12 +310,21 @@ def test_connected_comes_before_the_packets() -> None:
     assert second == Packet("t/x", b"!", retained=True)
 
 
-def test_unreadable_topic_is_dropped() -> None:
-    """A topic that is not UTF-8 is counted and dropped; the connection lives on."""
-    early = b"\x30\x05\x00\x02\xff\xfe\x00" + b"\x30\x06\x00\x03t/x\x00"
-    first, second = talk(Script(level_5(), before_suback=early), 2)
-    assert isinstance(first, Connected)
-    assert second == Packet("t/x", b"", retained=False)
+def test_malformed_publish_ends_the_connection() -> None:
+    """A topic that is not UTF-8, which a broker must not forward, costs the connection and is named."""
+
+    async def run() -> None:
+        script = Script(level_5())
+        async with scripted(script) as url, Link(options(url)) as link:
+            events = link.events()
+            await anext(events)
+            script.connections[-1].write(b"\x30\x05\x00\x02\xff\xfe\x00")
+            ended = await anext(events)
+            assert isinstance(ended, Disconnected)
+            assert "malformed" in ended.reason
+            assert isinstance(await anext(events), Connected)
+
+    run_async(run())
 
 
 def test_taken_over() -> None:
