@@ -96,12 +96,14 @@ def load_run(storage: Path) -> RunView:
     Raises ConfigError when there is none or the run has not begun, CorruptError when its hash chain is broken.
     """
     path = storage / JOURNAL
+    if not path.exists():
+        raise _not_begun(storage)
     with Journal.open_read(path) as journal:
-        return read_run(journal.replay(), str(path))
+        return read_run(journal.replay(), storage)
 
 
-def read_run(records: Iterable[Record], where: str) -> RunView:
-    """Return the view of `records`, given in order; ConfigError names `where` when there are none."""
+def read_run(records: Iterable[Record], where: Path) -> RunView:
+    """Return the view of `records`, given in order; ConfigError names the folder `where` when there are none."""
     opened: Opened | None = None
     versions: list[VersionView] = []
     updates: dict[str, UpdateLife] = {}
@@ -124,8 +126,12 @@ def read_run(records: Iterable[Record], where: str) -> RunView:
             case Finished():
                 finished_at = record.at
     if opened is None:
-        raise ConfigError(f"{where}: the run has not begun", hint="start it with: mailboat coordinator run")
+        raise _not_begun(where)
     return RunView(opened, tuple(versions), updates, finished_at)
+
+
+def _not_begun(storage: Path) -> ConfigError:
+    return ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
 
 
 def find_version(run: RunView, version: int | None) -> VersionView:

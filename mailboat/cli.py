@@ -6,7 +6,7 @@ Those files import the parts that they drive when a command is called, so that `
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -30,17 +30,14 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
-app = typer.Typer(
-    name="mailboat",
-    cls=_Commands,
-    help=_WHAT,
-    epilog=_START,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain help: half the start-up time, and it can be piped
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,  # plain help: half the start-up time, and it can be piped
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["--help", "-h"]},
+}
+
+app = typer.Typer(name="mailboat", cls=_Commands, help=_WHAT, epilog=_START, no_args_is_help=True, **_STYLE)
 
 
 def _print_version(*, wanted: bool) -> None:
@@ -59,6 +56,21 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune one language model in several hospitals, over an ordinary MQTT broker."""
+
+
+@app.command(
+    "demo",
+    short_help="Show everything on this machine, in minutes.",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def demo(ctx: typer.Context) -> None:
+    """Hand over to the demonstration: its options show default values that take long to import."""
+    from mailboat.commands.demo import demo as run_demo
+
+    inner = typer.Typer(**_STYLE)
+    inner.command()(run_demo)
+    inner(ctx.args, prog_name=ctx.command_path)
 
 
 app.command("init", short_help="Write the configuration files of a federation.")(init.init)

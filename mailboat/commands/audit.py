@@ -46,9 +46,7 @@ def tail(
 
     path = _storage(config) / "audit.jsonl"
     if not follow and not path.exists():
-        raise ConfigError(
-            f"{path}: no such file", hint="the run has not begun; start it with: mailboat coordinator run"
-        )
+        raise ConfigError(f"{path.parent}: no run has begun there", hint="start one with: mailboat coordinator run")
     lines = follow_lines(path, lambda: time.sleep(POLL_S)) if follow else read_lines(path)
     out = console.result()
     for line in select(lines, Query(version=version, site=site)):

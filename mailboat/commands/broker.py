@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mailboat import console, foreground
+from mailboat import console
 
 app = typer.Typer(help="A broker for trying things on this machine.", no_args_is_help=True)
 
@@ -34,6 +34,8 @@ def run_command(
 
     Other machines cannot reach it. For a real federation run Mosquitto with the project's mosquitto.conf.
     """
+    from mailboat import foreground
+
     foreground.run(_serve(kind, port, workdir))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mailboat import console, foreground
+from mailboat import console
 
 if TYPE_CHECKING:
     from shared.config import CoordinatorConfig, FederationConfig
@@ -57,6 +57,7 @@ def run_command(
     by Ctrl-C it returns 130, by SIGTERM 0.
     """
     from coordinator.service import run_coordinator
+    from mailboat import foreground
     from mailboat.reach import until_done
     from mailboat.sealing import INITIAL, load_for, seal_elsewhere
     from shared import logs

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mailboat import foreground
-
 app = typer.Typer(help="One hospital's part: train on local notes, send updates.", no_args_is_help=True)
 
 
@@ -31,6 +29,7 @@ def run_command(
     on disk; stopping and starting again loses nothing. Ended by Ctrl-C it returns 130, by SIGTERM 0.
     """
     from edge_client.site import run_site
+    from mailboat import foreground
     from mailboat.reach import until_done
     from shared import logs
     from shared.config import FederationConfig, SiteConfig, load_config
