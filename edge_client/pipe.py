@@ -1,0 +1,154 @@
+"""What the site's agent and its training worker say to each other over the worker's standard input and output.
+
+One frame is four bytes of length (big endian) and a msgpack map. The agent sends a request; the worker answers with any
+number of Progress and Notice frames and then exactly one other. Tensors and notes never pass here, only their paths.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from shared.config import FederationConfig
+from shared.plan import SealedPlan
+
+LENGTH = struct.Struct(">I")
+
+MAX_FRAME = 16 << 20
+"""The largest frame holds a sealed plan: some 100 bytes a tensor, so room for 100,000 of them."""
+
+
+class _Frame(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Load(_Frame):
+    """Load model and notes; must come first."""
+
+    kind: Literal["load"] = "load"
+    federation: FederationConfig
+    source: str
+    notes: Path
+    skip_bad: bool
+    holdout: float
+    threads: int
+    site: str
+
+
+class Train(_Frame):
+    """Train from the state in a file, and write the delta to another."""
+
+    kind: Literal["train"] = "train"
+    state: Path
+    base_version: int
+    out: Path
+
+
+class Evaluate(_Frame):
+    """Score a state on notes: those at `notes`, or the held-out ones of this site when None."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    state: Path
+    notes: Path | None
+
+
+Request = Load | Train | Evaluate
+
+
+class Loaded(_Frame):
+    """What this machine's model and notes amount to."""
+
+    kind: Literal["loaded"] = "loaded"
+    plan: SealedPlan
+    examples: int
+    """Lines with words that are trained on; the weight of this site's updates."""
+    notes: int
+    """Notes trained on."""
+    held_out: int
+    """Notes kept back for the local F1."""
+    skipped: int
+    """Notes left out as unreadable."""
+    uncached: str
+    """Why each epoch runs the frozen blocks again; empty when their output is kept."""
+
+
+class Progress(_Frame):
+    """How far an update is, 0 to 1, and the loss of the latest step."""
+
+    kind: Literal["progress"] = "progress"
+    share: float
+    loss: float
+
+
+class Notice(_Frame):
+    """A line for the log."""
+
+    kind: Literal["notice"] = "notice"
+    level: str
+    event: str
+    fields: dict[str, str | int | float | bool | None]
+
+
+class Trained(_Frame):
+    """The delta is in its file."""
+
+    kind: Literal["trained"] = "trained"
+    examples: int
+    metrics: dict[str, float]
+
+
+class LabelF1(_Frame):
+    """F1 of one label."""
+
+    strict_f1: float
+    lenient_f1: float
+
+
+class Evaluated(_Frame):
+    """F1, each 0 to 1."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    strict_f1: float
+    lenient_f1: float
+    labels: dict[str, LabelF1]
+
+
+class Failed(_Frame):
+    """The request could not be carried out; `error` is a class of shared/errors.py, raised again at the other end."""
+
+    kind: Literal["failed"] = "failed"
+    error: str
+    message: str
+    hint: str
+    rule: str
+
+
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Failed
+
+_requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
+_answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])
+
+
+def pack(frame: Request | Answer) -> bytes:
+    """Return a frame with its length in front."""
+    body: bytes = msgpack.packb(frame.model_dump(mode="json"), use_bin_type=True)
+    assert len(body) <= MAX_FRAME, "see MAX_FRAME"
+    return LENGTH.pack(len(body)) + body
+
+
+def unpack_request(body: bytes) -> Request:
+    """Inverse of `pack` for a request, without the length."""
+    return _requests.validate_python(_plain(body))
+
+
+def unpack_answer(body: bytes) -> Answer:
+    """Inverse of `pack` for an answer, without the length."""
+    return _answers.validate_python(_plain(body))
+
+
+def _plain(body: bytes) -> Any:
+    return msgpack.unpackb(body, raw=False)

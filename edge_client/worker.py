@@ -1,0 +1,230 @@
+"""The training worker: a process that holds model and notes, trains when asked, and dies with its agent.
+
+`python -m edge_client.worker`, started by `edge_client/worker_client.py`. It is a process of its own so that training
+does not hold up the link, and so that the kernel, when memory runs out, ends it and not the agent with its outbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, assert_never
+
+import structlog
+import torch
+
+from edge_client import pipe
+from edge_client.data import Note, NoteSet, load_notes
+from edge_client.model import LoadedModel, apply_state, load_model, seal
+from edge_client.statefile import read_state, write_tensors
+from edge_client.tasks import Scores
+from edge_client.trainer import Dataset, evaluate, make_dataset, round_seed, train
+from shared.errors import MailboatError, RefusedError, UnavailableError
+
+PROGRESS_S = 0.2
+"""Progress is told at most this often; a tiny model takes a hundred steps a second."""
+
+Send = Callable[[pipe.Answer], None]
+
+
+class Worker:
+    """One model and one site's notes, and what can be asked of them; `send` tells progress on the way."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._job: pipe.Load
+        self._loaded: LoadedModel
+        self._training: Dataset
+        self._held_out: Dataset
+        self._other: tuple[Path, Dataset] | None = None
+        """The notes asked for last beside our own: the same ones are scored after every version."""
+
+    def handle(self, request: pipe.Request) -> pipe.Answer:
+        """Carry out one request; Failed instead of a MailboatError, and when memory ran out."""
+        try:
+            match request:
+                case pipe.Load():
+                    return self._load(request)
+                case pipe.Train():
+                    return self._train(request)
+                case pipe.Evaluate():
+                    return self._evaluate(request)
+                case _:
+                    assert_never(request)
+        except MailboatError as error:
+            return _failed(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            return _failed(UnavailableError("training ran out of memory", hint=LESS_MEMORY))
+
+    def _load(self, job: pipe.Load) -> pipe.Loaded:
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        self._job, self._other = job, None
+        self._loaded = load_model(job.source, job.federation)
+        found = self._read(job.notes)
+        kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
+        self._training, self._held_out = self._dataset(kept), self._dataset(held_out)
+        return pipe.Loaded(
+            plan=seal(self._loaded, job.federation),
+            examples=self._training.examples,
+            notes=len(kept),
+            held_out=len(held_out),
+            skipped=found.skipped,
+            uncached=self._training.prepared.reason,
+        )
+
+    def _train(self, request: pipe.Train) -> pipe.Trained:
+        federation, told = self._job.federation, 0.0
+
+        def progress(share: float, loss: float) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= PROGRESS_S or share >= 1.0:
+                told = now
+                self._send(pipe.Progress(share=share, loss=loss))
+
+        result = train(
+            self._loaded,
+            read_state(request.state),
+            self._training,
+            federation.training,
+            seed=round_seed(federation.federation.seed, self._job.site, request.base_version),
+            progress=progress,
+        )
+        metrics = dict(result.metrics)
+        if self._held_out.notes:
+            scores = evaluate(self._loaded, self._held_out)
+            metrics |= {"strict_f1": scores.strict_f1, "lenient_f1": scores.lenient_f1}
+        write_tensors(request.out, result.delta)
+        return pipe.Trained(examples=result.examples, metrics=metrics)
+
+    def _evaluate(self, request: pipe.Evaluate) -> pipe.Evaluated:
+        data = self._held_out if request.notes is None else self._others(request.notes)
+        apply_state(self._loaded, read_state(request.state))
+        return _scored(evaluate(self._loaded, data))
+
+    def _others(self, notes: Path) -> Dataset:
+        if self._other is None or self._other[0] != notes:
+            self._other = (notes, self._dataset(self._read(notes).notes))
+        return self._other[1]
+
+    def _read(self, notes: Path) -> NoteSet:
+        return load_notes(notes, labels=self._job.federation.task.labels, skip_bad=self._job.skip_bad)
+
+    def _dataset(self, notes: Sequence[Note]) -> Dataset:
+        federation = self._job.federation
+        return make_dataset(
+            self._loaded, notes, batch_size=federation.training.batch_size, seed=federation.federation.seed
+        )
+
+
+LESS_MEMORY = "lower training.batch_size or task.max_length, train fewer layers, or give this machine more memory"
+
+
+def split_holdout(notes: Sequence[Note], share: float, seed: int) -> tuple[tuple[Note, ...], tuple[Note, ...]]:
+    """Return the notes to train on and those held out, each in their order.
+
+    `share` of the notes, rounded, at least one and never all, unless it is 0 or there is only one note. Which ones
+    follows from the seed and their ids, so that a restart never trains on what it held out before.
+    """
+    count = min(max(1, round(share * len(notes))), len(notes) - 1) if share > 0 else 0
+    ranked = sorted(notes, key=lambda note: hashlib.sha256(f"{seed}\n{note.id}".encode()).digest())
+    chosen = {note.id for note in ranked[: max(0, count)]}
+    kept = tuple(note for note in notes if note.id not in chosen)
+    return kept, tuple(note for note in notes if note.id in chosen)
+
+
+def main() -> NoReturn:
+    """Answer requests from standard input until it closes, which is when the agent ends, however it ends."""
+    requests, answers = _take_pipes()
+    # Ctrl-C goes to the whole group of the terminal; the agent decides what becomes of us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def send(answer: pipe.Answer) -> None:
+        try:
+            answers.write(pipe.pack(answer))
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)
+
+    structlog.configure(processors=[_forward_to(send)])
+    worker = Worker(send)
+    inbox: queue.SimpleQueue[pipe.Request] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests, inbox), daemon=True).start()
+    while True:
+        send(worker.handle(inbox.get()))
+
+
+def _take_pipes() -> tuple[FileIO, BinaryIO]:
+    """Keep standard input and output for frames alone: whatever else prints goes to standard error."""
+    # Unbuffered: a thread that waits inside a buffered reader would hold its lock when the interpreter ends.
+    requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted, not a file's content
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return requests, answers
+
+
+def _read_requests(requests: FileIO, inbox: queue.SimpleQueue[pipe.Request]) -> None:
+    """Pass requests on; at the end of input leave at once, in the middle of whatever the other thread does."""
+    while True:
+        (length,) = pipe.LENGTH.unpack(_exactly(requests, pipe.LENGTH.size))
+        inbox.put(pipe.unpack_request(_exactly(requests, length)))
+
+
+def _exactly(requests: FileIO, size: int) -> bytes:
+    parts = []
+    while size > 0:
+        part = requests.read(size)
+        if not part:
+            os._exit(0)
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _forward_to(send: Send) -> structlog.typing.Processor:
+    """A processor that gives log lines to the agent, which knows where logs go."""
+
+    def forward(_logger: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
+        name = event.pop("event")
+        send(pipe.Notice(level=level, event=name, fields=dict(event)))
+        raise structlog.DropEvent
+
+    return forward
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """True for torch's own ways to say so: on a CPU it is a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _failed(error: MailboatError) -> pipe.Failed:
+    rule = error.rule if isinstance(error, RefusedError) else ""
+    return pipe.Failed(error=type(error).__name__, message=error.message, hint=error.hint, rule=rule)
+
+
+def _scored(scores: Scores) -> pipe.Evaluated:
+    return pipe.Evaluated(
+        strict_f1=scores.strict_f1,
+        lenient_f1=scores.lenient_f1,
+        labels={
+            name: pipe.LabelF1(strict_f1=score.strict_f1, lenient_f1=score.lenient_f1)
+            for name, score in scores.labels.items()
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

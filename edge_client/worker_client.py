@@ -1,0 +1,212 @@
+"""The agent's side of the training worker: starts it, restarts it when it dies, and asks again.
+
+Nothing here imports torch: the agent's process stays small, and the kernel's out-of-memory killer finds the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import structlog
+
+from edge_client import pipe
+from shared.config import FederationConfig, SiteConfig
+from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError, UnavailableError
+
+RETRIES = 2
+"""A worker that dies three times over one request will die a fourth time."""
+
+LEAVE_S = 5.0
+"""A worker whose input has closed leaves at once; after this long it is killed."""
+
+Progress = Callable[[float, float], None]
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated)
+
+log = structlog.get_logger("worker")
+
+
+class WorkerDiedError(Exception):
+    """The worker ended in the middle of a request; `cause` says how, `hint` what may help."""
+
+    def __init__(self, returncode: int) -> None:
+        if returncode == -signal.SIGKILL:
+            self.cause = "it was killed (SIGKILL), most likely by the system because memory ran out"
+            self.hint = "lower training.batch_size or task.max_length, train fewer layers, or free memory"
+        elif returncode < 0:
+            self.cause = f"it was ended by {signal.Signals(-returncode).name}"
+            self.hint = "look into the system's log"
+        else:
+            self.cause = f"it ended with status {returncode}"
+            self.hint = "its last words are on the standard error of this process"
+        super().__init__(self.cause)
+
+
+class WorkerClient:
+    """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn."""
+
+    def __init__(self, config: SiteConfig, federation: FederationConfig) -> None:
+        self._load = pipe.Load(
+            federation=federation,
+            source=str(config.model_dir or federation.model.base),
+            notes=config.data.notes,
+            skip_bad=config.data.skip_bad,
+            holdout=config.data.holdout,
+            threads=config.threads,
+            site=config.name,
+        )
+        self._process: Process | None = None
+        self._ready = False
+        """True when the running worker has loaded model and notes."""
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker while it runs."""
+        return self._process.pid if self._process else None
+
+    async def load(self) -> pipe.Loaded:
+        """Load model and notes; the other requests do it by themselves when needed.
+
+        Raises what model and notes get wrong, as `load_model` and `load_notes` do, and UnavailableError when the worker
+        dies over it again and again.
+        """
+        return await self._ask(self._load, pipe.Loaded)
+
+    async def train(
+        self, state: Path, base_version: int, out: Path, *, on_progress: Progress = lambda _share, _loss: None
+    ) -> pipe.Trained:
+        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+
+        When the worker dies, training begins anew from the same seed, so that the delta is the same. Cancelling ends
+        the worker; the next request starts another. Raises RefusedError when training diverged or the state does not
+        fit, UnavailableError when the worker dies again and again or the disk is full.
+        """
+        return await self._ask(pipe.Train(state=state, base_version=base_version, out=out), pipe.Trained, on_progress)
+
+    async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
+        """Score the state in a file on `notes`, or on this site's held-out notes."""
+        return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def _ask(
+        self, request: pipe.Request, wanted: type[_A], on_progress: Progress = lambda _share, _loss: None
+    ) -> _A:
+        async with self._turn:
+            for left in range(RETRIES, -1, -1):
+                try:
+                    process = await self._running()
+                    if not self._ready and not isinstance(request, pipe.Load):
+                        await self._exchange(process, self._load, pipe.Loaded, on_progress)
+                    return await self._exchange(process, request, wanted, on_progress)
+                except WorkerDiedError as death:
+                    log.warning("worker-died", during=request.kind, cause=death.cause, hint=death.hint, retries=left)
+                    if left == 0:
+                        raise UnavailableError(
+                            f"the training worker died {RETRIES + 1} times over one {request.kind}: {death.cause}",
+                            hint=death.hint,
+                        ) from None
+        raise AssertionError("the last try returns or raises")
+
+    async def _exchange(self, process: Process, request: pipe.Request, wanted: type[_A], on_progress: Progress) -> _A:
+        """Ask and wait for the answer. Left before it has come (cancelled, say), the worker is of no more use."""
+        assert process.stdin is not None
+        answered = False
+        try:
+            process.stdin.write(pipe.pack(request))
+            await process.stdin.drain()
+            while not answered:
+                match await _receive(process):
+                    case pipe.Progress() as progress:
+                        on_progress(progress.share, progress.loss)
+                    case pipe.Notice() as notice:
+                        log.log(_LEVELS[notice.level], notice.event, **notice.fields)
+                    case answer:
+                        answered = True
+        except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
+            raise WorkerDiedError(await _ended(process)) from None
+        finally:
+            if not answered:
+                await self._kill()
+        if isinstance(answer, pipe.Failed):
+            raise _raised(answer)
+        assert isinstance(answer, wanted), "an answer to another request"
+        self._ready = self._ready or wanted is pipe.Loaded
+        return answer
+
+    async def _running(self) -> Process:
+        """Return the worker's process, a fresh one that has loaded nothing when there is none."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            return process
+        if process is not None:
+            log.warning("worker-died", during="idle", cause=WorkerDiedError(process.returncode or 0).cause)
+        environment = {**os.environ, **_ENVIRONMENT}
+        if self._load.threads:
+            environment["OMP_NUM_THREADS"] = str(self._load.threads)
+        self._ready = False
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "edge_client.worker", stdin=PIPE, stdout=PIPE, env=environment
+        )
+        return self._process
+
+    async def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            await _ended(process)
+
+    async def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _receive(process: Process) -> pipe.Answer:
+    assert process.stdout is not None
+    (length,) = pipe.LENGTH.unpack(await process.stdout.readexactly(pipe.LENGTH.size))
+    assert length <= pipe.MAX_FRAME, "the worker writes frames alone"
+    return pipe.unpack_answer(await process.stdout.readexactly(length))
+
+
+async def _ended(process: Process) -> int:
+    """The exit status of a worker that is about to leave."""
+    try:
+        async with asyncio.timeout(LEAVE_S):
+            return await process.wait()
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
+
+
+def _raised(failure: pipe.Failed) -> MailboatError:
+    if failure.error == RefusedError.__name__:
+        return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
+    return _FAMILIES[failure.error](failure.message, hint=failure.hint)
+
+
+_FAMILIES: dict[str, type[ConfigError | CorruptError | UnavailableError]] = {
+    family.__name__: family for family in (ConfigError, CorruptError, UnavailableError)
+}
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads would compete with torch's for the same cores
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # a hospital's machine tells nobody what it loads
+}

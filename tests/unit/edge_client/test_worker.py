@@ -1,0 +1,308 @@
+"""The real worker process, driven through its client; some tests kill it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from safetensors.numpy import load_file, save_file
+
+from edge_client import pipe, worker
+from edge_client.model import seal_plan
+from edge_client.statefile import read_state
+from edge_client.worker import Worker, split_holdout
+from edge_client.worker_client import RETRIES, WorkerClient
+from shared.config import SiteConfig
+from shared.errors import ConfigError, RefusedError, UnavailableError
+from tests.helpers import run_async
+from tests.unit.edge_client import tiny
+
+FEDERATION = tiny.federation(training={"epochs": 1})
+LONG = tiny.federation(training={"epochs": 1000})
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a site's notes, other notes, and version 0 as a file."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("ground")
+    tiny.save_model(root / "model", "llama")
+    tiny.write_conll(root / "site.conll", tiny.notes(10))
+    tiny.write_conll(root / "other.conll", tiny.notes(4, seed=3))
+    _, state = seal_plan(FEDERATION, root / "model")
+    save_file(state, root / "v0.safetensors")
+    return root
+
+
+def config(ground: Path, **data: object) -> SiteConfig:
+    """A site's configuration; `data` changes its section on notes."""
+    return SiteConfig.model_validate(
+        {
+            "name": "north",
+            "federation": "unused.toml",
+            "storage": "unused",
+            "data": {"notes": ground / "site.conll", **data},
+            "model_dir": ground / "model",
+            "threads": 1,
+        }
+    )
+
+
+async def killed_on_progress(client: WorkerClient, *, times: int) -> Callable[[float, float], None]:
+    """A progress callback that kills the worker (-9) when it first hears of each of its first `times` lives."""
+    seen: set[int] = set()
+
+    def kill(_share: float, _loss: float) -> None:
+        pid = client.pid
+        if pid is not None and pid not in seen and len(seen) < times:
+            seen.add(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    return kill
+
+
+def test_a_round_through_the_worker(ground: Path, tmp_path: Path) -> None:
+    """Load, train, evaluate: the plan is that of the model, the delta a plain F32 file, the scores those of a state."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground, holdout=0.2), FEDERATION) as client:
+            loaded = await client.load()
+            plan, _ = seal_plan(FEDERATION, ground / "model")
+            assert loaded.plan == plan
+            assert (loaded.notes, loaded.held_out, loaded.skipped, loaded.uncached) == (8, 2, 0, "")
+            assert loaded.examples == 8 * 5
+            heard: list[float] = []
+            trained = await client.train(
+                ground / "v0.safetensors", 0, tmp_path / "delta", on_progress=lambda share, _: heard.append(share)
+            )
+            assert heard[-1] == 1.0
+            assert trained.examples == 40
+            assert set(trained.metrics) == {"loss", "steps", "seconds", "strict_f1", "lenient_f1"}
+            delta = load_file(tmp_path / "delta")
+            assert {name: array.shape for name, array in delta.items()} == plan.tensors
+            assert all(array.dtype == np.float32 for array in delta.values())
+            assert any(array.any() for array in delta.values())
+            local = {name: array + delta[name] for name, array in load_file(ground / "v0.safetensors").items()}
+            save_file(local, tmp_path / "local")
+            before, after = [
+                await client.evaluate(path, ground / "other.conll")
+                for path in (ground / "v0.safetensors", tmp_path / "local")
+            ]
+            assert set(after.labels) == {"problem", "treatment", "test"}
+            assert before != after
+            own = await client.evaluate(tmp_path / "local")
+            assert own.strict_f1 == pytest.approx(trained.metrics["strict_f1"])
+
+    run_async(story(), timeout_s=60)
+
+
+def test_a_killed_worker_starts_again_and_gives_the_same_delta(ground: Path, tmp_path: Path) -> None:
+    """Killed (-9) in mid-training, the worker is started again, the log says so, and the delta is the same."""
+
+    async def story() -> list[MutableMapping[str, Any]]:
+        async with WorkerClient(config(ground), FEDERATION) as client:
+            await client.train(ground / "v0.safetensors", 3, tmp_path / "undisturbed")
+            with structlog.testing.capture_logs() as logs:
+                kill = await killed_on_progress(client, times=1)
+                await client.train(ground / "v0.safetensors", 3, tmp_path / "disturbed", on_progress=kill)
+            return logs
+
+    logs = run_async(story(), timeout_s=60)
+    [entry] = logs
+    assert (entry["event"], entry["during"], entry["retries"]) == ("worker-died", "train", RETRIES)
+    assert "SIGKILL" in str(entry["cause"])
+    assert "memory" in str(entry["cause"])
+    assert "batch_size" in str(entry["hint"])
+    assert (tmp_path / "undisturbed").read_bytes() == (tmp_path / "disturbed").read_bytes()
+
+
+def test_a_worker_that_keeps_dying_is_given_up(ground: Path, tmp_path: Path) -> None:
+    """After the last retry the error says how often and how the worker died, and what may help."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground), LONG) as client:
+            kill = await killed_on_progress(client, times=99)
+            await client.train(ground / "v0.safetensors", 0, tmp_path / "delta", on_progress=kill)
+
+    with (
+        structlog.testing.capture_logs(),
+        pytest.raises(UnavailableError, match=f"died {RETRIES + 1} times over one train") as caught,
+    ):
+        run_async(story(), timeout_s=90)
+    assert "SIGKILL" in caught.value.message
+    assert "batch_size" in caught.value.hint
+
+
+def test_a_cancelled_training_ends_the_worker(ground: Path, tmp_path: Path) -> None:
+    """Cancelling kills the process at once; the next request starts another, loads, and is answered."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground), LONG) as client:
+            begun = asyncio.Event()
+            task = asyncio.create_task(
+                client.train(ground / "v0.safetensors", 0, tmp_path / "delta", on_progress=lambda *_: begun.set())
+            )
+            task.add_done_callback(lambda _: begun.set())
+            await begun.wait()
+            pid = client.pid
+            assert pid is not None
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            assert client.pid is None
+            assert (await client.evaluate(ground / "v0.safetensors", ground / "other.conll")).strict_f1 >= 0
+
+    run_async(story(), timeout_s=60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_cross_the_pipe_as_what_they_are(ground: Path, tmp_path: Path) -> None:
+    """What model, notes and states get wrong is raised here in its own family, with rule and hint; the worker lives."""
+    save_file({"score.bias": np.zeros(7, np.float32)}, tmp_path / "wrong")
+    (tmp_path / "garbage").write_bytes(b"\xff" * 40)
+    no_model = config(ground).model_copy(update={"model_dir": tmp_path / "no-model"})
+
+    async def story() -> None:
+        async with WorkerClient(config(ground), FEDERATION) as client:
+            with pytest.raises(RefusedError, match="lacks tensor model") as shape:
+                await client.train(tmp_path / "wrong", 0, tmp_path / "delta")
+            pid = client.pid
+            assert (shape.value.rule, shape.value.hint != "") == ("state-shape", True)
+            with pytest.raises(RefusedError) as refused:
+                await client.evaluate(tmp_path / "garbage")
+            assert refused.value.rule.startswith("header-")
+            with pytest.raises(UnavailableError, match="cannot be read"):
+                await client.evaluate(tmp_path / "nowhere")
+            with pytest.raises(RefusedError, match=r"nothing.conll does not exist"):
+                await client.evaluate(ground / "v0.safetensors", ground / "nothing.conll")
+            assert client.pid == pid
+        async with WorkerClient(no_model, FEDERATION) as client:
+            for _ in range(2):
+                with pytest.raises(ConfigError, match="no-model: no such folder"):
+                    await client.load()
+            with pytest.raises(ConfigError, match="no-model: no such folder"):
+                await client.evaluate(ground / "v0.safetensors")
+
+    run_async(story(), timeout_s=60)
+
+
+def test_what_the_worker_logs_is_logged_here(ground: Path) -> None:
+    """A warning inside the worker becomes a line of the agent's log."""
+
+    async def story() -> pipe.Loaded:
+        async with WorkerClient(config(ground), tiny.federation(layers={"plan": "all"})) as client:
+            return await client.load()
+
+    with structlog.testing.capture_logs() as logs:
+        loaded = run_async(story(), timeout_s=60)
+    assert "prefix-not-cached" in [entry["event"] for entry in logs]
+    assert loaded.uncached == "the embeddings are trained"
+    assert loaded.plan.saving == 0
+
+
+def test_the_worker_does_not_outlive_its_agent(ground: Path) -> None:
+    """When standard input closes in the middle of a training, the process leaves at once, without an error."""
+    job = pipe.Load(
+        federation=LONG,
+        source=str(ground / "model"),
+        notes=ground / "site.conll",
+        skip_bad=False,
+        holdout=0.0,
+        threads=1,
+        site="north",
+    )
+    train = pipe.Train(state=ground / "v0.safetensors", base_version=0, out=ground / "never")
+    with subprocess.Popen(
+        [sys.executable, "-m", "edge_client.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(pipe.pack(job) + pipe.pack(train))
+        process.stdin.flush()
+        kind = ""
+        while kind not in {"progress", "failed"}:
+            (length,) = pipe.LENGTH.unpack(process.stdout.read(pipe.LENGTH.size))
+            kind = pipe.unpack_answer(process.stdout.read(length)).kind
+        process.stdin.close()
+        assert process.wait(timeout=10) == 0
+    assert kind == "progress"
+    assert not (ground / "never").exists()
+
+
+def test_running_out_of_memory_is_told(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocation that fails inside training comes back as unavailable, with what to lower; a bug does not."""
+
+    def greedy(*_: object, **__: object) -> None:
+        torch.empty(1 << 50)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    request = pipe.Evaluate(state=ground / "v0.safetensors", notes=None)
+    monkeypatch.setattr(Worker, "_evaluate", greedy)
+    answer = Worker(lambda _: None).handle(request)
+    assert isinstance(answer, pipe.Failed)
+    assert (answer.error, "training.batch_size" in answer.hint) == ("UnavailableError", True)
+    monkeypatch.setattr(Worker, "_evaluate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        Worker(lambda _: None).handle(request)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held_out"), [(10, 0.2, 2), (10, 0.0, 0), (10, 0.01, 1), (10, 0.99, 9), (2, 0.9, 1), (1, 0.5, 0)]
+)
+def test_the_holdout_is_a_share_and_never_all(count: int, share: float, held_out: int) -> None:
+    """At least one note is held out and at least one trained on, where there are two."""
+    notes = tiny.notes(count)
+    kept, away = split_holdout(notes, share, 7)
+    assert len(away) == held_out
+    assert sorted([*kept, *away], key=lambda note: note.id) == list(notes)
+
+
+def test_the_holdout_stays_the_same() -> None:
+    """Which notes are held out depends on seed and ids alone, neither on their order nor on the others."""
+    notes = tiny.notes(20)
+    away = {note.id for note in split_holdout(notes, 0.3, 7)[1]}
+    assert {note.id for note in split_holdout(notes[::-1], 0.3, 7)[1]} == away
+    assert {note.id for note in split_holdout(notes, 0.3, 8)[1]} != away
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8"])
+def test_a_state_of_any_codec_is_read(tmp_path: Path, name: str) -> None:
+    """States travel in the federation's codec; the worker tells it from the file."""
+    from shared.codec import codec_named, encode_file
+
+    values = np.linspace(-1, 1, 600, dtype=np.float32).reshape(20, 30)
+    tensors = {"a.weight": values, "b": values[0]}
+    (tmp_path / "state").write_bytes(b"".join(encode_file(tensors, codec_named(name), {})))
+    state = read_state(tmp_path / "state")
+    assert list(state) == ["a.weight", "b"]
+    np.testing.assert_allclose(state["a.weight"], values, atol=5e-3)
+    assert state["a.weight"].shape == values.shape
+
+
+def test_a_file_of_no_codec_is_refused(tmp_path: Path) -> None:
+    """Tensors of a type that no codec writes are refused with the rule."""
+    save_file({"a": np.zeros(3, np.int8)}, tmp_path / "state")
+    with pytest.raises(RefusedError) as caught:
+        read_state(tmp_path / "state")
+    assert caught.value.rule == "codec-parts"
+
+
+def test_the_agents_side_does_not_import_torch() -> None:
+    """The agent's process stays small: its half of the worker needs neither torch nor transformers."""
+    code = "import sys, edge_client.worker_client; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert worker.LESS_MEMORY
