@@ -335,7 +335,7 @@ class Core:
         for name, session in self.sites.silent(now.mono):
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
-        self.downlink.tick(now.mono, out)
+        self.downlink.tick(self.sites.present, now.mono, out)
         lingered = now.mono - self._round_opened >= self.settle_s
         if self.ledger.finished and self.exit_when_done and lingered and not self.sites.present:
             out.jobs.append(d.Stop())

@@ -1,19 +1,22 @@
 """States on their way out: requests of a moment are merged, each wanted chunk goes once to everybody.
 
-Every site that pulls has a sender of its own. What two or more of them would send goes once on the bulk topic and
-counts as sent for each of them; what one alone needs goes to that site. A fresh pull waits a moment for others to join,
-because sites hear of a version at the same time.
+Every site that pulls has a sender of its own. What (nearly) all present sites would be sent goes once on the bulk topic
+and counts as sent for each of them; anything else goes to each site alone, because whoever is present hears the bulk
+topic, and it is the sites' links that are slow, not ours. A fresh pull waits a moment for others to join, because sites
+hear of a version at the same time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.decisions import Decision, Serve
 from shared.messages import Want
 from shared.transfer import Sender
+
+BYSTANDERS = 0.1
+"""The bulk topic is used when it reaches at most this many sites in vain for each that it serves."""
 
 
 @dataclass(slots=True)
@@ -40,7 +43,7 @@ class Downlink:
         """Sites that are pulling."""
         return frozenset(self._pulls)
 
-    def want(self, site: str, want: Want, frames: int, present: Iterable[str], now: float, out: Decision) -> None:
+    def want(self, site: str, want: Want, frames: int, present: frozenset[str], now: float, out: Decision) -> None:
         """A site says what it lacks of a state that has `frames` chunks."""
         pull = self._pulls.get(site)
         fresh = pull is None or pull.transfer_id != want.transfer_id
@@ -52,17 +55,17 @@ class Downlink:
         pull.sender.on_want(want.have, want.window)
         if pull.sender.have.full:
             del self._pulls[site]
-        elif fresh and not set(present) <= self._pulls.keys():
+        elif fresh and not present <= self._pulls.keys():
             self._flush_at = now + self.merge_s if self._flush_at is None else self._flush_at
         elif self._flush_at is None or fresh:
-            self.flush(out)
+            self.flush(present, out)
 
-    def tick(self, now: float, out: Decision) -> None:
+    def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
         for site in [site for site, pull in self._pulls.items() if now - pull.last_want > self.idle_s]:
             del self._pulls[site]
         if self._flush_at is not None and now >= self._flush_at:
-            self.flush(out)
+            self.flush(present, out)
 
     def site_gone(self, site: str) -> None:
         """The site is away."""
@@ -73,16 +76,18 @@ class Downlink:
         self._pulls.clear()
         self._flush_at = None
 
-    def flush(self, out: Decision) -> None:
+    def flush(self, present: frozenset[str], out: Decision) -> None:
         """Send all that windows admit."""
         self._flush_at = None
         chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
         demand = Counter((transfer_id, index) for transfer_id, indices in chosen.values() for index in indices)
-        shared: dict[str, list[int]] = {}
-        for transfer_id, index in sorted(key for key, count in demand.items() if count > 1):
-            shared.setdefault(transfer_id, []).append(index)
-        out.jobs.extend(Serve(transfer_id, None, tuple(indices)) for transfer_id, indices in shared.items())
+        hearers = len(present | self._pulls.keys())
+        shared: dict[str, set[int]] = {}
+        for (transfer_id, index), count in demand.items():
+            if count > 1 and hearers - count <= BYSTANDERS * count:
+                shared.setdefault(transfer_id, set()).add(index)
+        out.jobs.extend(Serve(transfer_id, None, tuple(sorted(indices))) for transfer_id, indices in shared.items())
         for site, (transfer_id, indices) in chosen.items():
-            alone = tuple(index for index in indices if demand[transfer_id, index] == 1)
+            alone = tuple(index for index in indices if index not in shared.get(transfer_id, ()))
             if alone:
                 out.jobs.append(Serve(transfer_id, site, alone))
