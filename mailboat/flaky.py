@@ -23,8 +23,9 @@ from typing import Any, Literal, Self
 READ_BYTES = 65_536
 QUEUE_READS = 64
 """Reads that wait for their delay in each direction of a connection: at most 4 MiB."""
-SLOW_BUFFER_BYTES = 262_144
-"""Kernel buffer on a link of limited rate; a larger one would hide the rate from the sender."""
+SLOW_BUFFER_S = 0.5
+"""Kernel buffer on a link of limited rate, as time; a larger one would hide the rate from the sender."""
+SLOW_BUFFER_MIN_BYTES = 32_768
 
 STEPS_PER_S = 20
 """How often a limited rate is doled out, so that it feels like a rate and not like bursts."""
@@ -151,8 +152,7 @@ class FlakyProxy:
         """Listen again."""
         if self._server is None:
             listener = _bound(self.port)
-            if self._conditions.bytes_per_s is not None:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
+            _narrow(listener, self._conditions.bytes_per_s)
             self._server = await asyncio.start_server(self._accept, sock=listener, limit=READ_BYTES)
 
     async def _play(self) -> None:
@@ -254,8 +254,7 @@ class _Pipe:
         far = socket.socket()
         try:
             far.setblocking(False)
-            if self._conditions.bytes_per_s is not None:
-                far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
+            _narrow(far, self._conditions.bytes_per_s)
             await asyncio.get_running_loop().sock_connect(far, (host, port))
         except (OSError, asyncio.CancelledError):
             far.close()
@@ -312,6 +311,12 @@ def _bound(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     bound.bind(("127.0.0.1", port))
     return bound
+
+
+def _narrow(sock: socket.socket, bytes_per_s: float | None) -> None:
+    if bytes_per_s is not None:
+        room = max(SLOW_BUFFER_MIN_BYTES, round(bytes_per_s * SLOW_BUFFER_S))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
 
 
 def _linger_never(writer: asyncio.StreamWriter) -> None:

@@ -16,6 +16,7 @@ import logging
 import math
 import socket
 import termios
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ class Connection(aiomqtt.Client):
         self._shared = shared
         self._socket = sock
         self._modern = modern
+        self._heard = 0
         self._slots = asyncio.Semaphore(MAX_INFLIGHT)
         self._packet_max = math.inf
         self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -196,13 +198,22 @@ class Connection(aiomqtt.Client):
         """Whether a publication waits for its acknowledgement."""
         return bool(self._acks)
 
-    def signs_of_life(self) -> tuple[float, int]:
-        """When bytes last came in, and how many the peer's machine has yet to take; a change of either is progress."""
+    def signs_of_life(self) -> tuple[int, int]:
+        """Bytes that have come in, and bytes that the peer's machine has yet to take; a change is progress."""
         waiting = sum(packet["to_process"] for packet in self._client._out_packet)  # noqa: SLF001
         unacked = array.array("i", [0])
         with contextlib.suppress(OSError, ValueError):  # the socket may be closed
             fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unacked)
-        return self._client._last_bytes_received, waiting + unacked[0]  # noqa: SLF001
+        return self._heard + len(self._client._in_packet["packet"]), waiting + unacked[0]  # noqa: SLF001
+
+    def excuse_ping(self) -> None:
+        """Start the wait for an answer to a ping anew.
+
+        paho ends a connection whose ping is unanswered for a keepalive, also when the ping still waits behind our own
+        bytes on a slow link; whoever sees those bytes move calls this.
+        """
+        if self._client._ping_t:  # noqa: SLF001
+            self._client._ping_t = self._client._last_bytes_received = time.monotonic()  # noqa: SLF001
 
     # -- what paho calls; the signatures are its own -------------------------------------------------------------------
 
@@ -270,6 +281,7 @@ class Connection(aiomqtt.Client):
         except (MalformedPublishError, UnicodeDecodeError) as error:
             self._reason = f"the broker sent a malformed packet: {type(error).__name__}"
             return mqtt.MQTT_ERR_PROTOCOL
+        self._heard += len(body)
         counters.packets_received += 1
         counters.bytes_received += packet_bytes(len(body))
         self._shared.sink(Packet(topic, found.payload, found.retained))
@@ -292,6 +304,7 @@ class Connection(aiomqtt.Client):
         answer = self._acks.pop(mid, None)
         if answer is None:
             return
+        self._heard += 1
         self._slots.release()
         if not answer.done():
             answer.set_result(reason_code)

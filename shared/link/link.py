@@ -267,6 +267,8 @@ class Link:
                 before, signs = signs, connection.signs_of_life()
                 if signs != before or not (connection.awaits_ack or signs[1]):
                     moved_at = time.monotonic()
+                    if signs[1] < before[1]:
+                        connection.excuse_ping()
                     self._stalls = 0 if signs[0] != before[0] else self._stalls
                     continue
                 patience_s = backoff.stall_patience_s(

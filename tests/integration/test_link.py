@@ -221,16 +221,19 @@ class TestReconnect:
         run_async(run(), timeout_s=20)
 
     def test_slow_link_is_not_taken_for_a_dead_one(self, mosquitto_url: str) -> None:
-        """At 200 KB/s and with a patience of half a second, chunks that take three seconds get through uncut."""
+        """A chunk that takes longer than two keepalives and the patience gets through: its bytes show that it lives."""
 
         async def run() -> None:
-            section = LinkSection(stall_s=0.5)
+            section = LinkSection.model_construct(keepalive_s=2, stall_s=2.5)
             async with (
                 FlakyProxy(*place(mosquitto_url), conditions=Conditions(bytes_per_s=200_000)) as proxy,
                 connected(options(proxy.url, "a", link=section)) as (sender, _),
             ):
-                await asyncio.gather(*(sender.publish("d", bytes(100_000)) for _ in range(6)))
+                second = asyncio.create_task(sender.publish("d", bytes(950_000)))
+                await sender.publish("d", bytes(950_000))
                 assert sender.counters.reconnects == 0
+            await asyncio.wait([second])
+            assert isinstance(second.exception(), LinkDownError)
 
         run_async(run())
 
