@@ -81,6 +81,8 @@ class Uploads:
         if upload is None:  # closed meanwhile: the site offered something else
             out.jobs.append(CloseSpool(transfer_id))
             return
+        if upload.receiver.state is not ReceiverState.OPENING:  # given up and offered again before the disk answered
+            return
         upload.quiet_since = now
         upload.receiver.opened(have)
         self._answer(upload, out)
@@ -90,8 +92,8 @@ class Uploads:
     def stored(self, transfer_id: str, indices: tuple[int, ...], now: float, out: Decision) -> None:
         """Chunks are durable: say so, and verify when nothing is missing."""
         upload = self._by_id.get(transfer_id)
-        if upload is None or upload.receiver.complete:
-            return
+        if upload is None or not upload.receiver.open:
+            return  # of an attempt that was given up: the bitmap of the next one holds them
         upload.quiet_since = now
         upload.receiver.stored(indices)
         if upload.receiver.complete:

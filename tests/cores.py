@@ -1,0 +1,128 @@
+"""The coordinator's core on a bench: events in by hand, decisions out, time as the test says."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from coordinator import decisions as d
+from coordinator.core import Core, Instant
+from coordinator.merging import MergeResult
+from coordinator.records import Opened, Record
+from shared.config import CoordinatorConfig, FederationConfig
+from shared.manifest import Manifest
+from shared.messages import Hello, Message, Offer, Presence
+from shared.transfer import Bitmap
+from tests.factories import digest, make_federation, make_plan, make_state
+
+STALL_S = 5.0
+BOOT = "b" * 16
+M = TypeVar("M", bound=Message)
+J = TypeVar("J", bound=d.Job)
+
+
+def session_of(name: str) -> str:
+    """A session id that stands for whatever process `name` names."""
+    return digest(f"session {name}")[:16]
+
+
+def bits(size: int, *present: int) -> bytes:
+    """The bitmap of these chunks as it travels."""
+    return Bitmap(size, present).to_bytes()
+
+
+class CoordinatorBench:
+    """A core whose run is open at version 0; `records` is what the journal would hold."""
+
+    def __init__(self, federation: FederationConfig | None = None, **config: Any) -> None:
+        self.federation = federation or make_federation()
+        self.plan = make_plan(self.federation)
+        self.config = CoordinatorConfig.model_validate(
+            {"federation": "f", "storage": "s", "link": {"stall_s": STALL_S, "window": 4}, **config}
+        )
+        self.now = 100.0
+        self.records: list[Record] = []
+        self.opened = Opened(
+            self.plan.fingerprint,
+            self.plan.config_sha256,
+            self.plan.frozen_sha256,
+            make_state(self.plan, 0).to_bytes(),
+            digest("master 0"),
+        )
+        self.records.append(self.opened)
+        self.core = self.boot()
+
+    def boot(self, boot: str = BOOT) -> Core:
+        """A core as it is after reading the journal."""
+        self.core = Core(self.federation, self.plan, config=self.config, boot=boot)
+        for record in self.records:
+            self.core.apply(record)
+        return self.core
+
+    @property
+    def state(self) -> Manifest:
+        """The published state of the current version."""
+        return self.core.ledger.state
+
+    def handle(self, event: d.Event) -> d.Decision:
+        """One event now."""
+        decision = self.core.handle(event, Instant(self.now, 1e9 + self.now))
+        self.records += decision.records
+        return decision
+
+    def receive(self, site: str, message: Message) -> d.Decision:
+        """A message on the topic of `site`."""
+        return self.handle(d.Received(site, message))
+
+    def tick(self, seconds: float = 0.0) -> d.Decision:
+        """Let time pass, then tick."""
+        self.now += seconds
+        return self.handle(d.Tick())
+
+    def greeting(self, site: str, process: str = "", **changes: Any) -> Hello:
+        """The hello of one process of a site that has heard the current announcement."""
+        fields: dict[str, Any] = {
+            "site": site,
+            "session": session_of(process or site),
+            "fingerprint": self.plan.fingerprint,
+            "config_sha256": self.plan.config_sha256,
+            "frozen_sha256": self.plan.frozen_sha256,
+            "software": "test",
+            "clock": 0.0,
+            "heard": self.state.transfer_id,
+            "heard_final": self.core.ledger.finished,
+            **changes,
+        }
+        return Hello(**fields)
+
+    def hello(self, site: str, process: str = "", **changes: Any) -> d.Decision:
+        """That hello arrives."""
+        return self.receive(site, self.greeting(site, process, **changes))
+
+    def gone(self, site: str, process: str = "") -> d.Decision:
+        """The broker says that a process of the site is away."""
+        return self.receive(site, Presence(site=site, session=session_of(process or site), online=False))
+
+    def upload(self, site: str, update: Manifest) -> d.Decision:
+        """A site's update comes in whole and passes admission; the decision is that of its acceptance."""
+        update_id = update.transfer_id
+        assert d.OpenSpool(update) in self.receive(site, Offer(manifest=update)).jobs
+        self.handle(d.SpoolOpened(update_id, bits(update.frames)))
+        stored = self.handle(d.ChunksStored(update_id, tuple(range(update.frames))))
+        assert d.Verify(update_id) in stored.jobs
+        return self.handle(d.Verified(update_id, 1.0))
+
+    def merged(self, decision: d.Decision) -> d.Decision:
+        """The merge that a decision started is done."""
+        (merge,) = jobs(decision, d.Merge)
+        result = MergeResult(make_state(self.plan, merge.plan.version), digest(f"master {merge.plan.version}"), None)
+        return self.handle(d.Merged(merge.plan, result))
+
+
+def said(decision: d.Decision, kind: type[M], site: str | None = None) -> list[M]:
+    """The messages of one kind that a decision sends to one site (or, without a site, to everybody)."""
+    return [send.message for send in decision.sends if isinstance(send.message, kind) and send.site == site]
+
+
+def jobs(decision: d.Decision, kind: type[J]) -> list[J]:
+    """The jobs of one kind that a decision starts."""
+    return [job for job in decision.jobs if isinstance(job, kind)]
