@@ -27,7 +27,11 @@ def configure(*, verbose: bool = False, as_json: bool | None = None, stream: Tex
             structlog.processors.add_log_level,
             _add_part,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if lines_for_people else "iso", utc=not lines_for_people),
-            _for_people(colours=file.isatty()) if lines_for_people else structlog.processors.JSONRenderer(),
+            *(
+                [_for_people(colours=file.isatty())]
+                if lines_for_people
+                else [_in_order, structlog.processors.JSONRenderer()]
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
         logger_factory=_Factory(file),
@@ -61,6 +65,12 @@ class _Factory:
 def _add_part(logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     event["part"] = logger.name
     return event
+
+
+def _in_order(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """When, how grave, where and what first; the rest as it was given."""
+    first = {key: event.pop(key) for key in ("timestamp", "level", "part", "event")}
+    return {**first, **event}
 
 
 def _for_people(*, colours: bool) -> structlog.dev.ConsoleRenderer:
