@@ -34,6 +34,8 @@ PROGRESS_S = 0.2
 
 Send = Callable[[pipe.Answer], None]
 
+log = structlog.get_logger("worker")
+
 
 class Worker:
     """One model and one site's notes, and what can be asked of them; `send` tells progress on the way."""
@@ -74,13 +76,16 @@ class Worker:
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         self._training, self._held_out = self._dataset(kept), self._dataset(held_out)
+        reason = self._training.prepared.reason
+        if reason:
+            log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
             plan=seal(self._loaded, job.federation),
             examples=self._training.examples,
             notes=len(kept),
             held_out=len(held_out),
             skipped=found.skipped,
-            uncached=self._training.prepared.reason,
+            uncached=reason,
         )
 
     def _train(self, request: pipe.Train) -> pipe.Trained:
