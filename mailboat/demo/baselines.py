@@ -24,6 +24,7 @@ from mailboat.demo import defaults
 from mailboat.demo.facts import Score
 from mailboat.demo.plan import Layout, Plan
 from mailboat.demo.scoring import score
+from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
 from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.tasks import first_error
@@ -62,26 +63,34 @@ async def baseline_worker(plan: Plan, name: str, notes: Path) -> AsyncIterator[W
         yield worker
 
 
-async def run_baselines(plan: Plan, say: Callable[[str], None]) -> Baselines:
-    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two."""
-    pool(plan.layout, plan.started)
+async def run_baselines(plan: Plan, warm: WorkerClient, say: Callable[[str], None]) -> Baselines:
+    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two.
+
+    `warm` is a `baseline_worker` of the first started site.
+    """
+    await asyncio.to_thread(pool, plan.layout, plan.started)
     scores: dict[str, Score] = {}
     waiting = [POOLED, *plan.started]
 
     async def lane() -> None:
         while waiting:
             name = waiting.pop(0)
-            notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
-            async with baseline_worker(plan, name, notes) as worker:
-                scores[name] = await _train_and_score(plan.layout, name, worker)
-            what = "centralized" if name == POOLED else f"{name} alone"
-            say(f"{what}: strict F1 {100 * scores[name].strict_f1:.1f}, lenient {100 * scores[name].lenient_f1:.1f}")
+            if name == plan.started[0]:
+                scores[name] = await _train_and_score(plan.layout, name, warm)
+            else:
+                notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
+                async with baseline_worker(plan, name, notes) as worker:
+                    scores[name] = await _train_and_score(plan.layout, name, worker)
+            say(f"{_LABELS.get(name, f'{name} alone')}: {told(scores[name])}")
 
     with first_error():
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(LANES_MAX, os.cpu_count() or 1)):
                 tasks.create_task(lane())
     return Baselines({name: scores[name] for name in plan.started}, scores[POOLED])
+
+
+_LABELS = {POOLED: "centralized"}
 
 
 async def _train_and_score(layout: Layout, name: str, worker: WorkerClient) -> Score:

@@ -50,6 +50,7 @@ class DemoOptions:
     codec: CodecName = "bf16"
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
+    heldout: int = defaults.HELDOUT_NOTES
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True

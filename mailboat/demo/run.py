@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, cast
 
 from broker.launcher import RunningBroker, run_broker
-from mailboat.demo import defaults
+from edge_client.worker_client import WorkerClient
 from mailboat.demo.baselines import Baselines, baseline_worker, run_baselines
 from mailboat.demo.facts import Facts
 from mailboat.demo.federate import COORDINATOR, Federation
@@ -113,7 +113,7 @@ class _Demonstration:
             notes=options.notes,
             alpha=options.alpha,
             seed=options.seed,
-            heldout=defaults.HELDOUT_NOTES,
+            heldout=options.heldout,
         )
         write_federation(plan)
 
@@ -160,11 +160,11 @@ class _Demonstration:
             for line in describe(sealed, plan.federation):
                 self._view.say(line)
             facts, federated_s = await self._federate(children, Scorer(worker, layout))
-        self._begin("baselines and comparison")
-        async with asyncio.TaskGroup() as tasks:
-            compared = tasks.create_task(self._baselines())
-            measured = tasks.create_task(self._full_transfer(children, broker.url))
-            tasks.create_task(self._export(children, facts.version))
+            self._begin("baselines and comparison")
+            async with asyncio.TaskGroup() as tasks:
+                compared = tasks.create_task(self._baselines(worker))
+                measured = tasks.create_task(self._full_transfer(children, broker.url))
+                tasks.create_task(self._export(children, facts.version))
         baselines, full = compared.result(), measured.result()
         return Result(
             facts=facts,
@@ -198,8 +198,8 @@ class _Demonstration:
         self._federation = None
         return federation.facts, time.monotonic() - began
 
-    async def _baselines(self) -> Baselines | None:
-        return await run_baselines(self._plan, self._view.say) if self._plan.options.baselines else None
+    async def _baselines(self, warm: WorkerClient) -> Baselines | None:
+        return await run_baselines(self._plan, warm, self._view.say) if self._plan.options.baselines else None
 
     async def _full_transfer(self, children: Children, broker_url: str) -> FullTransfer:
         """Load the model once more with every parameter trained, and move that file over the broker."""

@@ -153,6 +153,11 @@ def points(f1: float) -> str:
     return f"{100 * f1:.1f}"
 
 
+def told(score: Score) -> str:
+    """Both F1 of a score in words."""
+    return f"strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)}"
+
+
 # -- one line per event ---
 
 
@@ -198,6 +203,5 @@ def _version_lines(before: Facts, after: Facts) -> Iterator[str]:
 
 def _score_lines(before: Facts, after: Facts) -> Iterator[str]:
     for version in sorted(after.scores.keys() - before.scores.keys()):
-        score = after.scores[version]
         name = "base model" if version == 0 else f"version {version}"
-        yield f"{name}: strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)} on the held-out notes"
+        yield f"{name}: {told(after.scores[version])} on the held-out notes"
