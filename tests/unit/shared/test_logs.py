@@ -46,7 +46,7 @@ def test_terminal_gets_text() -> None:
     logs.configure(stream=stream)
     structlog.get_logger("link").info("connected")
     assert "connected" in stream.getvalue()
-    with pytest.raises(ValueError, match="JSON|Expecting|Extra"):
+    with pytest.raises(json.JSONDecodeError):
         json.loads(stream.getvalue())
 
 
