@@ -105,7 +105,7 @@ class Federation:
         left = all(facts.processes[name] == "ended" for name in self._plan.started)
         if left and self._ended_at is None:
             self._ended_at = time.time()
-        if not (left and facts.finished and self._scorer.scored_all(facts)):
+        if not (left and facts.finished and facts.all_scored):
             return False
         assert facts.live is not None, "a run that finished has a status"
         assert self._ended_at is not None

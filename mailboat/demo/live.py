@@ -122,12 +122,10 @@ class Picture:
 
 
 def render(screen: Screen) -> RenderableType:
-    """Return the picture of a screen."""
+    """Return the picture of a screen; before there are sites it is the news alone."""
+    run = (_progress(screen), _site_table(screen), _curve(screen)) if screen.rows else (f"elapsed {screen.elapsed}",)
     return Panel(
-        Group(_progress(screen), _site_table(screen), _curve(screen), *_news(screen)),
-        title=f"mailboat demo · {screen.headline}",
-        title_align="left",
-        border_style="blue",
+        Group(*run, *_news(screen)), title=f"mailboat demo · {screen.headline}", title_align="left", border_style="blue"
     )
 
 
