@@ -25,6 +25,7 @@ from shared.config import (
     SiteConfig,
     StalenessKind,
     StalenessSection,
+    TrainingSection,
 )
 from shared.errors import ConfigError
 
@@ -228,7 +229,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
         ),
-        training=defaults.TRAINING,
+        training=TrainingSection(epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR),
     )
 
 
