@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shared.errors import ConfigError
 from shared.ids import Ident, Sha256Hex
@@ -24,6 +24,20 @@ Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
 ServerOptimizerName = Literal["sgd", "momentum"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+COORDINATOR_USER = "coordinator"
+"""The coordinator's name at the broker, whose access list could not tell a site of that name from it."""
+
+
+def _not_the_coordinator(name: str) -> str:
+    if name == COORDINATOR_USER:
+        msg = f"no site may be named {COORDINATOR_USER}: the broker could not tell the two apart"
+        raise ValueError(msg)
+    return name
+
+
+SiteName = Annotated[Ident, AfterValidator(_not_the_coordinator)]
 
 
 class Section(BaseModel):
@@ -135,7 +149,7 @@ class FederationSection(Section):
     versions: int = Field(default=10, ge=1, le=1_000_000)
     """The run is complete when this version is published."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    sites: tuple[Ident, ...] = ()
+    sites: tuple[SiteName, ...] = ()
     """Who may take part; empty admits whoever the broker admits."""
 
 
@@ -222,7 +236,7 @@ class DataSection(Section):
 class SiteConfig(Section):
     """`site.toml`."""
 
-    name: Ident
+    name: SiteName
     federation: Path
     storage: Path
     data: DataSection
