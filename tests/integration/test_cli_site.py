@@ -64,16 +64,19 @@ def test_a_label_outside_the_set_is_named_by_file_and_line(folder: Path) -> None
     assert 'c="' not in said
 
 
-def test_a_model_without_weights_is_refused(folder: Path, model: Path, tmp_path: Path) -> None:
-    """A model's folder that lacks its safetensors file ends the site with 2 and says what is missing."""
+def test_a_model_without_weights_is_refused(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model's folder that lacks its safetensors file ends the command with 2 and says what is missing."""
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    edit(folder / "site.toml", '# model_dir = "base-model"', f'model_dir = "{bare}"')
-    said = refused(folder, "site", "run", status=2, timeout_s=SLOW_S)
-    assert f"{bare} has no weights: no *.safetensors file" in said
+    edit(folder / "federation.toml", str(model), str(bare))
+    words = ["coordinator", "seal", "--config", str(folder / "coordinator.toml")]
+    assert console.run(lambda: cli.app(words)) == 2
+    assert f"error: {bare} has no weights: no *.safetensors file\n hint: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["site", "run"], ["coordinator", "run"], ["coordinator", "seal"]])
+@pytest.mark.parametrize("words", [["site", "run"], ["coordinator", "run"]])
 def test_a_plan_deeper_than_the_model_is_refused(folder: Path, words: list[str]) -> None:
     """A layer plan that asks for more blocks than there are ends with 2 and says how many there are."""
     edit(folder / "federation.toml", 'plan = "top:2"', 'plan = "top:9"')
