@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -40,14 +41,29 @@ def test_json_lines_with_bound_ids() -> None:
     assert line == expected
 
 
-def test_terminal_gets_text() -> None:
-    """On a terminal a line is text for people."""
+def test_a_terminal_gets_short_lines_for_people() -> None:
+    """On a terminal bound ids are left out, long ids and numbers cut, warnings named and coloured."""
     stream = Terminal()
     logs.configure(stream=stream)
+    logs.bind(site="north")
+    log = structlog.get_logger("site")
+    log.info("sealed", update="ab" * 16, loss=0.123456, version=3)
+    log.warning("disconnected", reason="reset by peer")
+    sealed, disconnected = stream.getvalue().splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  site         sealed  update=abababab loss=0.1235 version=3", sealed)
+    assert re.fullmatch(r"\x1b\[33m.*  warning: disconnected  reason=reset by peer\x1b\[0m", disconnected)
+
+
+def test_the_form_can_be_asked_for() -> None:
+    """`as_json` overrules what the stream is, in either direction."""
+    terminal, pipe = Terminal(), io.StringIO()
+    logs.configure(stream=terminal, as_json=True)
     structlog.get_logger("link").info("connected")
-    assert "connected" in stream.getvalue()
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(stream.getvalue())
+    assert json.loads(terminal.getvalue())["event"] == "connected"
+    structlog.reset_defaults()
+    logs.configure(stream=pipe, as_json=False)
+    structlog.get_logger("link").warning("disconnected")
+    assert pipe.getvalue().endswith("link         warning: disconnected\n")
 
 
 @pytest.mark.parametrize(("verbose", "lines"), [(False, 1), (True, 2)])
