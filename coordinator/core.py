@@ -219,6 +219,10 @@ class Core:
             same = known.manifest_sha256 == manifest.digest
             out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _reused(manifest))
             return
+        under_way = self.uploads.get(manifest.transfer_id)
+        if under_way is not None and under_way.manifest != manifest:
+            out.to(name, _reused(manifest))
+            return
         refusal = self._refusal(name, manifest)
         if refusal is not None:
             self._reject(name, manifest, refusal, now, out)
