@@ -199,7 +199,7 @@ class _Demonstration:
         return federation.facts, time.monotonic() - began
 
     async def _baselines(self, warm: WorkerClient) -> Baselines | None:
-        return await run_baselines(self._plan, warm, self._view.say) if self._plan.options.baselines else None
+        return await run_baselines(self._plan, warm, self._view) if self._plan.options.baselines else None
 
     async def _full_transfer(self, children: Children, broker_url: str) -> FullTransfer:
         """Load the model once more with every parameter trained, and move that file over the broker."""

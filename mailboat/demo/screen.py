@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from coordinator.records import Contribution
@@ -75,10 +75,9 @@ def _row(facts: Facts, name: str) -> SiteRow:
     state = site_state(facts, name)
     traffic = facts.traffic.get(name)
     last = _last_contribution(facts, name)
-    shown = f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
     return SiteRow(
         name=name,
-        state=shown,
+        state=_shown(facts, name),
         tone=_TONES.get(state, "yellow"),
         version=_dash(status.version if status else None),
         last_update=_lateness(*last) if last else "-",
@@ -101,6 +100,16 @@ def site_state(facts: Facts, name: str) -> str:
     if status is None or status.phase is None:
         return "starting"
     return status.phase if status.present or status.phase == "done" else "no link"
+
+
+def describe_sites(facts: Facts, names: Iterable[str]) -> str:
+    """Return one line that says what each of these sites is doing."""
+    return ", ".join(f"{name} ({_shown(facts, name)})" for name in names)
+
+
+def _shown(facts: Facts, name: str) -> str:
+    state, status = site_state(facts, name), facts.site(name)
+    return f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
 
 
 def _last_contribution(facts: Facts, name: str) -> tuple[int, Contribution] | None:

@@ -103,6 +103,16 @@ def test_lines_come_with_their_time_and_without_colours() -> None:
     assert out.getvalue() == " 0:01  == training\n 1:02  a [markup] line that is longer than the window is wide\n"
 
 
+def test_progress_is_told_only_after_a_silence() -> None:
+    """While events come, they are progress enough."""
+    out = io.StringIO()
+    clock_now = [0.0]
+    view = Lines(Console(file=out), now=lambda: clock_now[0])
+    for clock_now[0], share in ((1.0, "10 %"), (9.0, "20 %"), (10.0, "30 %"), (18.0, "40 %")):
+        view.progress(share)
+    assert out.getvalue() == " 0:09  20 %\n 0:18  40 %\n"
+
+
 def test_the_live_picture_ends_with_the_last_facts() -> None:
     """What stays on the terminal is the state at the end."""
     out = io.StringIO()
