@@ -38,6 +38,9 @@ AUDIT = "audit.jsonl"
 RULE_OF_REUSE = "id-reused"
 """A rejection that the journal does not hold: it is about a second manifest under an id that was decided before."""
 
+UNREADABLE = (CorruptError, UnicodeDecodeError)
+"""What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
+
 Progress = Callable[[float], None]
 """Called with the share of the transfers that were checked, 0 to 1."""
 
@@ -82,7 +85,7 @@ def prove(
     unreadable: set[int] = set()
     try:
         reader = Journal.open_read(storage / JOURNAL)
-    except CorruptError as error:
+    except UNREADABLE as error:
         return Proof(0, GENESIS.hex(), -1, 0, 0, (Finding("journal-unreadable", JOURNAL, _below(error)),))
     with reader as journal:
         findings += _follow(journal, trail, chain, unreadable)
@@ -104,7 +107,7 @@ def _follow(journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set
     while True:
         try:
             row = next(journal.rows(chain.seq, limit=1), None)
-        except CorruptError as error:
+        except UNREADABLE as error:
             # Behind what SQLite cannot read there may be more, but nothing that could be trusted.
             yield Finding("journal-unreadable", f"{JOURNAL}: behind row {chain.seq}", _below(error))
             return
@@ -134,9 +137,9 @@ def _content(row: Row, trail: Trail, unreadable: set[int]) -> Iterator[Finding]:
     yield from trail.take(row.seq, record)
 
 
-def _below(error: CorruptError) -> str:
+def _below(error: CorruptError | UnicodeDecodeError) -> str:
     """An error's text without the folder, which is the reader's own business."""
-    return error.message.rpartition("/")[2]
+    return error.message.rpartition("/")[2] if isinstance(error, CorruptError) else "its text is not UTF-8"
 
 
 def _audit_lines(path: Path, journal: JournalReader, length: int, unreadable: set[int]) -> Iterator[Finding]:
@@ -154,12 +157,19 @@ def _audit_lines(path: Path, journal: JournalReader, length: int, unreadable: se
                 if row is None:
                     yield Finding("audit-line", f"{AUDIT}: line {number}", "the journal has no such row")
                     return
-                if row.seq not in unreadable and line != audit.line_bytes(row):
+                if row.seq not in unreadable and not _says(line, row):
                     yield Finding("audit-line", f"{AUDIT}: line {number}", f"differs from row {row.seq} of the journal")
-    except CorruptError:
+    except UNREADABLE:
         return  # told already, as journal-unreadable
     if number < length:
         yield Finding("audit-short", AUDIT, f"ends after line {number}, the journal has {length} rows")
+
+
+def _says(line: bytes, row: Row) -> bool:
+    try:
+        return line == audit.line_bytes(row)
+    except RefusedError:
+        return True  # the manifest in the row is damaged, which was told with the row
 
 
 # -- files ---
@@ -178,7 +188,7 @@ def _masters(storage: Path, trail: Trail, journal: JournalReader, length: int) -
 def _went_on(journal: JournalReader, length: int) -> bool:
     try:
         return any(row.kind == records.VersionCommitted.kind for row in journal.rows(after=length))
-    except CorruptError:
+    except UNREADABLE:
         return False
 
 

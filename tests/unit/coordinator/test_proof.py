@@ -322,6 +322,15 @@ def test_a_body_that_is_no_record_is_a_finding(run: AuditedRun) -> None:
     assert not [where for _, where in findings if where == f"{JOURNAL}: row 4"]
 
 
+def test_a_row_with_a_manifest_that_is_none_is_a_finding(run: AuditedRun) -> None:
+    """A state's manifest that does not parse is told with its row, and everything else is still looked at."""
+    seq = run.records.index(run.committed[1]) + 1
+    with run.forged(on(VersionCommitted, put(state=b"\xc1"), nth=1)()), spoilt(run.storage / "audit.jsonl", 0):
+        findings = found(run)
+    assert ("state-manifest", f"{JOURNAL}: row {seq}") in findings
+    assert ("audit-line", "audit.jsonl: line 1") in findings
+
+
 # -- what the sites hold ---
 
 
