@@ -61,11 +61,11 @@ def say(text: str, *, style: str = "") -> None:
 
 
 def result() -> Console:
-    """Standard output for people: colours on a terminal alone; in a pipe no line is broken and no table narrowed."""
+    """Standard output for people: colours on a terminal alone, no line broken by us, no table narrowed in a pipe."""
     from rich.console import Console
 
     piped = not sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=piped, width=PIPE_COLUMNS if piped else None)
+    return Console(highlight=False, soft_wrap=True, width=PIPE_COLUMNS if piped else None)
 
 
 def errors() -> Console:
