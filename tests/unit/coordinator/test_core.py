@@ -59,7 +59,7 @@ def test_a_site_that_missed_the_announcement_gets_it_again_alone(missed: dict[st
             "other-weights",
             ["frozen weights of the base model differ", digest("x")[:12], digest("frozen")[:12]],
         ),
-        ({"fingerprint": digest("x")}, "other-plan", ["layer plan differs"]),
+        ({"fingerprint": digest("x")}, "other-plan", ["layer plan or the tokenizer differs"]),
         (
             {"fingerprint": digest("x"), "config_sha256": digest("x"), "frozen_sha256": digest("x")},
             "other-config",
@@ -188,9 +188,11 @@ def test_only_the_process_that_speaks_for_a_site_describes_it() -> None:
 def test_what_only_we_may_say_is_not_listened_to(message: Message) -> None:
     """Such a message from a site changes nothing and is not answered."""
     bench = _bench()
-    decision = bench.receive("north", message)
-    assert (decision.records, decision.sends, decision.jobs) == ([], [], [])
-    assert bench.core.sites.present == frozenset()
+    for present in (frozenset(), {"north"}):
+        decision = bench.receive("north", message)
+        assert (decision.records, decision.sends, decision.jobs) == ([], [], [])
+        assert bench.core.sites.present == present
+        bench.hello("north")
 
 
 # -- states ---
@@ -331,6 +333,28 @@ def test_a_present_site_is_waited_for_until_the_deadline() -> None:
     bench.upload("north", _update_of(bench, "north"))
     assert bench.tick(59.0).jobs == []
     assert jobs(bench.tick(1.0), d.Merge)
+
+
+def test_the_buffers_worth_of_the_oldest_is_merged() -> None:
+    """What was accepted beyond it opens the next round."""
+    bench = _bench(mode="fedbuff", buffer=2)
+    updates = [_update_of(bench, f"site-{number}") for number in range(5)]
+    bench.upload("site-0", updates[0])
+    merging = bench.upload("site-1", updates[1])
+    for number in (2, 3, 4):
+        bench.upload(f"site-{number}", updates[number])
+    (merge,) = jobs(bench.merged(merging), d.Merge)
+    assert [part.update_id for part in merge.plan.contributions] == [update.transfer_id for update in updates[2:4]]
+
+
+def test_who_is_present_stays_trusted_from_round_to_round() -> None:
+    """Only the start of the process leaves it in doubt; the next round closes as soon as all are in."""
+    bench = _bench(mode="sync", quorum=1)
+    bench.hello("north")
+    bench.tick()
+    bench.upload("north", _update_of(bench, "north"))
+    bench.merged(bench.tick(STALL_S))
+    assert jobs(bench.upload("north", _update_of(bench, "north")), d.Merge)
 
 
 def test_a_site_that_leaves_may_close_the_round() -> None:
