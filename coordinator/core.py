@@ -193,7 +193,7 @@ class Core:
                 f"the frozen weights of the base model differ: {hello.frozen_sha256[:12]} at the site, "
                 f"{self.plan.frozen_sha256[:12]} in the federation"
             )
-        return "other-plan", "the resolved layer plan differs from the coordinator's"
+        return "other-plan", "the resolved layer plan or the tokenizer differs from the coordinator's"
 
     def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))

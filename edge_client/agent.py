@@ -365,6 +365,6 @@ _HINTS = {
     "duplicate-site": "stop the other process, or give this site another name in site.toml",
     "other-weights": "use the federation's base model and revision, or point model_dir in site.toml to it",
     "other-config": "copy the coordinator's federation.toml here",
-    "other-plan": "use the same release of mailboat and transformers as the coordinator",
+    "other-plan": "use the coordinator's tokenizer files and release of mailboat",
     "unknown-site": "ask for this site's name to be added to [federation] sites",
 }

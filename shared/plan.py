@@ -38,6 +38,8 @@ class SealedPlan(BaseModel):
     total_parameters: int = Field(ge=1)
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
+    tokenizer_sha256: Sha256Hex
+    """The same weights over other token ids would be trained on nonsense."""
     labels: tuple[Annotated[str, Field(min_length=1)], ...]
 
     @property

@@ -442,5 +442,6 @@ def test_a_coordinator_may_stay_for_ever() -> None:
 def test_an_empty_run_is_not_complete() -> None:
     """Nothing happened yet: the process stays, whoever is here."""
     bench = _bench(config={"exit_when_done": True})
+    bench.tick()
     assert bench.tick(1000.0) == d.Decision()
     assert not [record for record in bench.records if isinstance(record, Accepted)]

@@ -10,7 +10,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal, seal_plan
+from edge_client.model import (
+    LoadedModel,
+    apply_state,
+    export,
+    load_model,
+    read_trainable,
+    seal,
+    seal_plan,
+    tokenizer_sha256,
+)
 from edge_client.trainer import evaluate, make_dataset, train
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.unit.edge_client import tiny
@@ -319,3 +328,12 @@ def test_a_tokenizer_of_another_model_is_found_out(folders: dict[str, Path], tmp
     loaded = load_model(folder, FEDERATION)
     with pytest.raises(ConfigError, match="token ids that the model does not have"):
         make_dataset(loaded, tiny.notes(2), batch_size=2, seed=0)
+
+
+def test_another_tokenizer_has_another_hash(llama: LoadedModel) -> None:
+    """The same weights behind another vocabulary are another federation; padding and truncation change nothing."""
+    before = tokenizer_sha256(llama.tokenizer)
+    llama.tokenizer(["a few words"], padding="max_length", max_length=8, truncation=True)
+    assert tokenizer_sha256(llama.tokenizer) == before
+    llama.tokenizer.add_tokens(["metoprololxyz"])
+    assert tokenizer_sha256(llama.tokenizer) != before
