@@ -237,5 +237,5 @@ def test_an_update_that_resumes_from_disk_is_taken_as_it_is() -> None:
     bench.boot()
     assert bench.receive("north", Offer(manifest=update)).jobs == [d.OpenSpool(update)]
     (want,) = said(bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0, 1, 2))), Want, "north")
-    assert want.have == bits(5, 0, 1, 2)
+    assert (want.have, want.window) == (bits(5, 0, 1, 2), 4)
     assert make_state(bench.plan, 0).transfer_id != want.transfer_id == update.transfer_id
