@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +20,7 @@ from mailboat.demo.plan import Plan, write_federation, write_processes
 from mailboat.demo.plot import draw
 from mailboat.demo.processes import Children
 from mailboat.demo.report import BrokerFacts, Result, count_wire
+from mailboat.demo.retained import clear_retained
 from mailboat.demo.scoring import Scorer
 from mailboat.demo.screen import size
 from mailboat.demo.wire import FullTransfer, measure_full_transfer
@@ -100,6 +102,7 @@ class _Demonstration:
                 result = await self._steps(children, broker.facts)
                 watching.cancel()
         await asyncio.to_thread(draw, result, layout.plot)
+        await asyncio.to_thread(shutil.rmtree, layout.scratch)
         return result
 
     def _prepare(self) -> None:
@@ -126,6 +129,8 @@ class _Demonstration:
                 raise UnavailableError(f"no broker answers at {wanted}", hint="start it, or leave --broker out")
             self._view.say(f"broker: {wanted}, as asked for")
             yield _Broker(BrokerFacts("external", "", wanted), None)
+            # Only after a good end: when something has failed, the broker may be what failed.
+            await clear_retained(wanted, self._plan.federation.federation.name, self._plan.started)
             return
         kind = cast('Literal["auto", "mosquitto", "amqtt"]', wanted)  # Options.check has looked
         async with run_broker(kind, self._plan.layout.root / "broker") as running:
