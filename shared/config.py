@@ -262,7 +262,7 @@ def load_config(path: Path, model: type[_C]) -> _C:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file", hint="`mailboat init DIR` writes commented examples") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, a TOML file was expected", hint="name the file itself") from None

@@ -58,7 +58,7 @@ def load_plan(path: Path, federation: FederationConfig) -> SealedPlan:
     """Read a sealed plan and check that it was sealed from this federation; ConfigError names what differs."""
     hint = "seal it again: mailboat coordinator seal"
     try:
-        plan = SealedPlan.model_validate_json(path.read_text(encoding="utf-8"))
+        plan = SealedPlan.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", hint=hint) from None
     except ValidationError as error:
