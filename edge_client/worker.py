@@ -26,7 +26,7 @@ from edge_client.data import Note, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, load_model, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
-from edge_client.trainer import Dataset, evaluate, make_dataset, round_seed, train
+from edge_client.trainer import Dataset, evaluate, make_dataset, round_section, round_seed, train
 from shared.errors import MailboatError, RefusedError, UnavailableError
 
 PROGRESS_S = 0.2
@@ -102,7 +102,7 @@ class Worker:
             self._loaded,
             read_state(request.state),
             self._training,
-            federation.training,
+            round_section(federation.training, request.base_version, federation.federation.versions),
             seed=round_seed(federation.federation.seed, self._job.site, request.base_version),
             progress=progress,
         )

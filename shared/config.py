@@ -136,6 +136,8 @@ class TrainingSection(Section):
     epochs: int = Field(default=1, ge=1, le=1000)
     batch_size: int = Field(default=8, ge=1, le=4096)
     lr: Positive = 1e-3
+    final_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of `lr` that is left when training from the last version but one; it falls evenly with the version."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps of one update over which the rate rises."""

@@ -22,6 +22,7 @@ from shared.config import (
     LinkSection,
     Mode,
     ModelSection,
+    ServerSection,
     SiteConfig,
     StalenessKind,
     StalenessSection,
@@ -228,8 +229,11 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             buffer=rules.buffer,
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
+            server=ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM),
         ),
-        training=TrainingSection(epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR),
+        training=TrainingSection(
+            epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR, final_lr=defaults.FINAL_LR
+        ),
     )
 
 
