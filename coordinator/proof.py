@@ -41,6 +41,9 @@ RULE_OF_REUSE = "id-reused"
 UNREADABLE = (CorruptError, UnicodeDecodeError)
 """What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
 
+AHEAD = 10_000
+"""Rows in which to look for a version that was committed since the check began."""
+
 Progress = Callable[[float], None]
 """Called with the share of the transfers that were checked, 0 to 1."""
 
@@ -113,6 +116,10 @@ def _follow(journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set
             return
         if row is None:
             break
+        if row.seq <= chain.seq:
+            # A damaged index leads back to where we were, for ever.
+            yield Finding("journal-unreadable", f"{JOURNAL}: behind row {chain.seq}", f"row {row.seq} comes next")
+            return
         try:
             # One row at a time: what is wrong with this one shall not hide what is wrong with the next.
             list(audit.verified([row], JOURNAL, after=chain.seq, prev=chain.head))
@@ -187,7 +194,7 @@ def _masters(storage: Path, trail: Trail, journal: JournalReader, length: int) -
 
 def _went_on(journal: JournalReader, length: int) -> bool:
     try:
-        return any(row.kind == records.VersionCommitted.kind for row in journal.rows(after=length))
+        return any(row.kind == records.VersionCommitted.kind for row in journal.rows(after=length, limit=AHEAD))
     except UNREADABLE:
         return False
 

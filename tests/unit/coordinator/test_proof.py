@@ -18,7 +18,7 @@ from coordinator.proof import Proof, prove
 from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
 from coordinator.trail import Finding
 from coordinator.views import JOURNAL
-from shared.errors import ConfigError, RefusedError
+from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import Receipt
 from tests.audited import SECTIONS, VERSIONS, AuditedRun, Edit, flipped, restored, spoilt
@@ -149,6 +149,34 @@ def test_a_damaged_database_is_a_finding(tmp_path: Path) -> None:
     run = AuditedRun(tmp_path / "storage", "fedasync")
     (run.storage / JOURNAL).write_bytes(b"no database at all" * 100)
     assert found(run) == [("journal-unreadable", JOURNAL)]
+
+
+def leads_back(path: Path) -> bool:
+    """Whether the row that SQLite finds behind some row is not behind it."""
+    after = 0
+    try:
+        with Journal.open_read(path) as journal:
+            for _ in range(20):
+                row = next(journal.rows(after, limit=1), None)
+                if row is None or row.seq <= after:
+                    return row is not None
+                after = row.seq
+    except (CorruptError, UnicodeDecodeError):
+        return False
+    return False
+
+
+def test_a_damaged_row_number_does_not_lead_in_circles(run: AuditedRun) -> None:
+    """One bit in SQLite's own number of a row can make row 1 follow row 6 for ever; the check ends and says so."""
+    path = run.storage / JOURNAL
+    with Journal.open_read(path) as journal:
+        begin = path.read_bytes().index(next(journal.rows(after=5)).body)
+    for bit in reversed(range(8 * (begin - 60), 8 * begin)):  # the number stands shortly before the columns
+        with spoilt(path, bit):
+            if leads_back(path):
+                assert [finding for finding in proof_of(run).findings if finding.what.endswith("comes next")]
+                return
+    pytest.fail("no bit leads back")
 
 
 # -- files that are not what they were ---
