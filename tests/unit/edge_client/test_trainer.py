@@ -9,6 +9,7 @@ import torch
 from edge_client.data import Note, Sentence
 from edge_client.model import LoadedModel, load_model, read_trainable
 from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, round_section, round_seed, train
+from shared.config import TrainingSection
 from shared.errors import RefusedError
 from tests.unit.edge_client import tiny
 
