@@ -188,7 +188,7 @@ def test_only_the_process_that_speaks_for_a_site_describes_it() -> None:
 def test_what_only_we_may_say_is_not_listened_to(message: Message) -> None:
     """Such a message from a site changes nothing and is not answered."""
     bench = _bench()
-    for present in (frozenset(), {"north"}):
+    for present in (set[str](), {"north"}):
         decision = bench.receive("north", message)
         assert (decision.records, decision.sends, decision.jobs) == ([], [], [])
         assert bench.core.sites.present == present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def _forged(bench: CoordinatorBench, **facts: Any) -> Manifest:
     return update.model_copy(update={"facts": update.update.model_copy(update=facts)})
 
 
-OFFERS = {
+OFFERS: dict[str, Callable[[CoordinatorBench], Manifest]] = {
     "not-an-update": lambda bench: bench.state,
     "other-site": lambda bench: _update(bench, "south"),
     "other-federation": lambda bench: _update(bench).model_copy(update={"federation": "other"}),

@@ -9,7 +9,8 @@ def test_each_wait_is_twice_the_one_before_up_to_the_cap() -> None:
     """5 s, then 10, then 15 for ever: a dead peer is asked ever less often."""
     patience = Patience(5.0, 15.0)
     patience.moved(100.0)
-    asked, now = [], 100.0
+    asked: list[float] = []
+    now = 100.0
     while len(asked) < 5:
         now += 0.25
         if patience.spent(now):
