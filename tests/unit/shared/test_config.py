@@ -76,7 +76,7 @@ def test_a_relative_name_of_the_file_itself_is_no_trap(tmp_path: Path, monkeypat
 def test_a_configuration_does_not_change() -> None:
     """Frozen: whoever holds it may rely on it."""
     with pytest.raises(ValueError, match="frozen"):
-        _federation().federation = None  # type: ignore[misc]
+        _federation().federation = None  # type: ignore[misc, assignment]
 
 
 # -- mistakes ---
