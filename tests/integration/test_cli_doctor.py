@@ -22,6 +22,7 @@ from shared.config import BrokerSection, FederationConfig, load_config
 from shared.link.endpoints import parse_endpoints
 from shared.messages import Refused, Welcome
 from shared.plan import load_plan
+from tests.commands import refused
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
 
@@ -191,3 +192,11 @@ def test_the_announcement_and_the_clock_are_read(tmp_path: Path, mosquitto_url: 
             await asyncio.wait([site])
 
     run_async(scenario(), timeout_s=60)
+
+
+def test_a_broker_that_refuses_ends_the_coordinator(tmp_path: Path, guarded: Guarded) -> None:
+    """Without the password that the broker wants, the coordinator does not retry for ever: 3, and where to look."""
+    write_toy(tmp_path, guarded.url, sites=1, versions=1)
+    said = refused(tmp_path, "coordinator", "run", status=3)
+    assert "does not admit this client" in said
+    assert "broker.password_file" in said
