@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mailboat.demo.facts import Facts
-from mailboat.demo.screen import Screen, build, clock, describe_sites, narrate, points
+from mailboat.demo.screen import Screen, build, clock, narrate, points, summary
 
 REFRESHES_PER_S = 4
 QUIET_S = 8.0
@@ -82,7 +82,7 @@ class Lines:
         """See View."""
         for line in narrate(self._shown, facts):
             self.say(line)
-        self.progress(describe_sites(facts, facts.processes))
+        self.progress(summary(facts))
         self._shown = facts
 
 

@@ -107,6 +107,13 @@ def describe_sites(facts: Facts, names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({_shown(facts, name)})" for name in names)
 
 
+def summary(facts: Facts) -> str:
+    """Return one line that says what goes on, for when nothing happens."""
+    if facts.finished and all(state in {"ended", "absent"} for state in facts.processes.values()):
+        return f"{len(facts.scores)} of {len(facts.versions) + 1} versions are scored"
+    return describe_sites(facts, facts.processes)
+
+
 def _shown(facts: Facts, name: str) -> str:
     state, status = site_state(facts, name), facts.site(name)
     return f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
@@ -187,7 +194,7 @@ def _site_lines(before: Facts, after: Facts) -> Iterator[str]:
         was, now = before.site(name), after.site(name)
         present_before, present_now = bool(was and was.present), bool(now and now.present)
         if present_now and not present_before:
-            yield f"{name}: connected" if was is None or was.seen_at == 0 else f"{name}: connected again"
+            yield f"{name}: connected again" if was and was.phase is not None else f"{name}: connected"
         elif present_before and not present_now and not after.finished:
             yield f"{name}: lost its link"
 

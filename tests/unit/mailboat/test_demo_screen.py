@@ -9,7 +9,7 @@ from rich.console import Console
 from coordinator.status import SiteStatus
 from mailboat.demo.facts import Facts, ProcessState, with_records, with_status
 from mailboat.demo.live import Lines, Picture, render
-from mailboat.demo.screen import Screen, build, clock, narrate, points, site_state, size
+from mailboat.demo.screen import Screen, build, clock, narrate, points, site_state, size, summary
 from tests.unit.mailboat.demo_samples import PROCESSES, RUN, live, run_facts, site_status
 
 
@@ -91,6 +91,20 @@ def test_a_lost_link_and_its_return_are_told() -> None:
     gone = with_status(here, live({"site-1": site_status(present=False)}))
     assert narrate(here, gone) == ("site-1: lost its link",)
     assert narrate(gone, here) == ("site-1: connected again",)
+
+
+def test_a_first_connection_is_no_return() -> None:
+    """A site whose presence was heard of before it said hello has not been here yet."""
+    heard = with_status(Facts(processes=PROCESSES), live({"site-1": site_status(present=False, phase=None)}))
+    here = with_status(heard, live({"site-1": site_status()}))
+    assert narrate(heard, here) == ("site-1: connected",)
+
+
+def test_a_quiet_moment_in_one_line() -> None:
+    """While sites work it says how far they are; when they have left, how many versions have a score."""
+    facts = with_status(Facts(processes={"site-1": "running", "site-4": "absent"}), live({"site-1": site_status()}))
+    assert summary(facts) == "site-1 (training 40%), site-4 (never started)"
+    assert summary(run_facts()) == "3 of 3 versions are scored"
 
 
 def test_lines_come_with_their_time_and_without_colours() -> None:
