@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from coordinator.journal import Journal
+from coordinator.records import Record
 from coordinator.service import run_coordinator
-from edge_client.agent import Agent
+from edge_client.agent import Agent, Trainer
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from shared import durable
@@ -83,12 +85,13 @@ def write_toy(
     mode: str = "sync",
     quorum: int = 1,
     slice_kib: int = 64,
+    codec: str = "f32",
     extra: str = "",
 ) -> None:
-    """Write all configuration files, the sealed plan and version 0 below `root`."""
+    """Write all configuration files, the sealed plan and version 0 below `root`; `extra` follows [aggregation]."""
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "f32"\ndown = "f32"\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nslice_kib = {slice_kib}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     link = "[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
@@ -118,8 +121,10 @@ async def toy_coordinator(path: Path) -> None:
     await run_coordinator(config, federation, plan, config.storage / "initial.safetensors")
 
 
-async def toy_site(path: Path, *, step: float = 1.0, seconds: float = 0.05, examples: int = 10) -> None:
-    """What `mailboat site run` does after loading the model."""
+async def toy_site(
+    path: Path, *, step: float = 1.0, seconds: float = 0.05, examples: int = 10, trainer: Trainer | None = None
+) -> None:
+    """What `mailboat site run` does after loading the model; `trainer` stands in for the toy."""
     config = load_config(path, SiteConfig)
     federation = load_config(config.federation, FederationConfig)
     plan = load_plan(config.federation.parent / "coordinator" / "plan.json", federation)
@@ -132,8 +137,14 @@ async def toy_site(path: Path, *, step: float = 1.0, seconds: float = 0.05, exam
         frozen_sha256=plan.frozen_sha256,
         software="toy",
     )
-    trainer = ToyTrainer(step=step, seconds=seconds, examples=examples)
-    await Agent(config, federation, identity, Outbox(config.storage), trainer).run()
+    toy = ToyTrainer(step=step, seconds=seconds, examples=examples)
+    await Agent(config, federation, identity, Outbox(config.storage), trainer or toy).run()
+
+
+def toy_records(root: Path) -> list[Record]:
+    """The journal of the run below `root`, from its first record."""
+    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+        return list(journal.replay())
 
 
 def main(role: str, path: str) -> None:

@@ -103,8 +103,11 @@ def test_a_coordinator_that_boots_anew_is_greeted() -> None:
 def test_an_announcement_before_the_first_welcome_needs_no_second_hello() -> None:
     """The retained one comes with the subscription, while our hello is on its way."""
     bench = SessionBench()
-    bench.handle(d.LinkUp())
-    assert bench.announce(boot=BOOT).sends == []
+    for boot in (BOOT, REBOOT):  # also when the coordinator restarted while we were away
+        bench.handle(d.LinkUp())
+        assert bench.announce(boot=boot).sends == []
+        bench.welcome(boot)
+        bench.handle(d.LinkDown())
 
 
 def test_an_announcement_of_another_federation_is_ignored() -> None:
@@ -322,6 +325,8 @@ def test_what_the_disk_says_of_a_pull_that_was_given_up_is_ignored() -> None:
     bench.announce(bench.state(1))
     assert bench.opened(bench.state()) == d.Decision()
     assert _stored(bench, 0) == d.Decision()
+    bench.opened(bench.state(1))
+    assert _stored(bench, 0, 1) == d.Decision()
     assert bench.session.pull is not None
     assert len(bench.session.pull.receiver.have) == 0
 
