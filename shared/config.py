@@ -128,6 +128,14 @@ class TrainingSection(Section):
     max_grad_norm: Positive = 1.0
 
 
+class TrustSection(Section):
+    """Whether the broker is trusted."""
+
+    mode: Literal["none", "sealed"] = "none"
+    """none: whoever the broker admits may speak, and the broker reads everything. sealed: every message is signed and
+    encrypted, and one that is not is refused."""
+
+
 class FederationSection(Section):
     """The federation itself."""
 
@@ -149,11 +157,17 @@ class FederationConfig(Section):
     codec: CodecSection = CodecSection()
     aggregation: AggregationSection = AggregationSection()
     training: TrainingSection = TrainingSection()
+    trust: TrustSection = TrustSection()
 
     @property
     def config_sha256(self) -> str:
-        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies."""
+        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies.
+
+        A federation without trust has the digest that it had before there was such a section.
+        """
         agreed = self.model_dump(mode="json", exclude={"model": {"base"}})
+        if self.trust == TrustSection():
+            del agreed["trust"]
         canonical = json.dumps(agreed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -198,6 +212,13 @@ class LinkSection(Section):
     """Chunks in flight per transfer."""
 
 
+class LocalTrustSection(Section):
+    """This machine's keys."""
+
+    kit: Path | None = None
+    """Folder of keys and memberships, 0700; needed when the federation's trust is sealed."""
+
+
 class CoordinatorConfig(Section):
     """`coordinator.toml`."""
 
@@ -205,6 +226,7 @@ class CoordinatorConfig(Section):
     storage: Path
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
+    trust: LocalTrustSection = LocalTrustSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     exit_when_done: bool = False
@@ -228,6 +250,7 @@ class SiteConfig(Section):
     data: DataSection
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
+    trust: LocalTrustSection = LocalTrustSection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""
     threads: int = Field(default=0, ge=0)

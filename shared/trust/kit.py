@@ -82,7 +82,7 @@ class Peers:
 
     def revoked(self, membership: Membership) -> bool:
         """Whether the list names this membership's serial."""
-        return membership.serial in self.revocations.serials
+        return membership.serial in self.revocations.revoked
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ Everything here is pure: bytes in, values out. Files are kit.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgpack
@@ -78,6 +79,11 @@ class Revocations(WireModel):
     federation: Ident
     number: int = Field(ge=0, lt=2**63)
     serials: Annotated[tuple[Serial, ...], Field(max_length=MAX_REVOKED)] = ()
+
+    @cached_property
+    def revoked(self) -> frozenset[int]:
+        """The serials, to be asked for one of them with each message."""
+        return frozenset(self.serials)
 
 
 _W = TypeVar("_W", bound=WireModel)
