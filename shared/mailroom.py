@@ -16,7 +16,7 @@ from shared.errors import RefusedError
 from shared.link import Connected, Disconnected, Link, LinkDownError, Packet
 from shared.messages import Chunk, Message, UnknownMessageError, parse_chunk
 from shared.topics import Channel, parse, topic
-from shared.trust.guard import Changes, Guard
+from shared.trust.guard import Changes, Guard, StaleKeyError
 from shared.trust.replay import RepeatedError
 
 WATCH_S = 1.0
@@ -103,6 +103,9 @@ class Mailroom:
                 self._desk.take_message(address.site, message)
         except (UnknownMessageError, RepeatedError) as error:
             self._log.debug("skipped a message", topic=packet.topic, rule=error.rule)
+        except StaleKeyError as error:
+            self._log.debug("cannot read a message yet", topic=packet.topic, rule=error.rule)
+            self._desk.refused(address.site, error)
         except RefusedError as error:
             self._log.warning("refused a message", topic=packet.topic, rule=error.rule, reason=error.message)
             self._desk.refused(address.site, error)
