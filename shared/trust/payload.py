@@ -74,11 +74,7 @@ def cipher(key: bytes, domain: str, transfer_id: str) -> ChaCha20Poly1305:
 def seal_chunk(by: ChaCha20Poly1305, manifest: Manifest, index: int, frame: bytes) -> bytes:
     """Return the packet of one frame: 28 bytes of header, ciphertext, tag."""
     header = chunk_header(manifest.transfer_id, index, len(frame) + TAG_BYTES)
-    packet = bytearray(len(header) + len(frame) + TAG_BYTES)
-    packet[: len(header)] = header
-    # Into its place: joining header and ciphertext afterwards takes twice as long as the encryption itself.
-    by.encrypt_into(_nonce(manifest, index), frame, header, memoryview(packet)[len(header) :])
-    return bytes(packet)
+    return header + by.encrypt(_nonce(manifest, index), frame, header)
 
 
 def open_chunk(by: ChaCha20Poly1305, manifest: Manifest, chunk: Chunk) -> bytes | None:
