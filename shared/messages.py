@@ -198,11 +198,18 @@ def encode_body(message: Message) -> bytes:
 
 
 def open_envelope(data: bytes) -> Envelope:
-    """Split the envelope; RefusedError(rule='bad-envelope') on anything but the three fields of the right types."""
+    """Split the envelope; RefusedError(rule='bad-envelope') on anything but the three fields of the right types.
+
+    The rule is 'sealed' for the envelope of a sealed federation.
+    """
     outer = _unpack(data, "bad-envelope")
     match outer:
         case {"b": bytes(body), "k": str(key_id), "s": bytes(signature)} if len(outer) == 3:
             return Envelope(body, key_id, signature)
+        case {"e": str(), "f": bytes(), "s": bytes()}:
+            raise RefusedError("a sealed message, and this end's federation.toml says nothing of trust", rule="sealed")
+        case _:
+            pass
     raise RefusedError("the envelope does not hold exactly body, key id and signature", rule="bad-envelope")
 
 

@@ -58,6 +58,14 @@ def test_garbage_is_refused_with_a_rule(pair: Pair) -> None:
             assert refused.value.rule == "bad-envelope"
 
 
+def test_an_end_without_trust_is_told_that_the_others_are_sealed(tmp_path: Path) -> None:
+    """The rule says which of the two federation.toml lacks something."""
+    world = World(tmp_path)
+    with pytest.raises(RefusedError) as refused:
+        OpenGuard().open(world.up(hello()), Channel.UP_CTL, "north", world.now)
+    assert refused.value.rule == "sealed"
+
+
 def test_nothing_changes_by_itself(pair: Pair) -> None:
     """Refreshing and saving are harmless at any time."""
     for guard in pair:
