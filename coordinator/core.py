@@ -193,7 +193,7 @@ class Core:
                 f"the frozen weights of the base model differ: {hello.frozen_sha256[:12]} at the site, "
                 f"{self.plan.frozen_sha256[:12]} in the federation"
             )
-        return "other-plan", "the resolved layer plan differs from the coordinator's"
+        return "other-plan", "the resolved layer plan or the tokenizer differs from the coordinator's"
 
     def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))
@@ -218,6 +218,10 @@ class Core:
         if known is not None:
             same = known.manifest_sha256 == manifest.digest
             out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _reused(manifest))
+            return
+        under_way = self.uploads.get(manifest.transfer_id)
+        if under_way is not None and under_way.manifest != manifest:
+            out.to(name, _reused(manifest))
             return
         refusal = self._refusal(name, manifest)
         if refusal is not None:

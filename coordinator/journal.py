@@ -66,10 +66,13 @@ class JournalReader:
             with self._lock, self._named():
                 page = self._db.execute(_PAGE, (after, wanted)).fetchall()
             for found in page:
-                yield self._row(found)
+                row = self._row(found)
+                if row.seq <= after:  # in a damaged index the next page can be an earlier one, for ever
+                    raise CorruptError(f"{self.path}: row {row.seq} comes again after row {after}", hint=_RESTORE)
+                after = row.seq
+                yield row
             if len(page) < wanted:
                 return
-            after = page[-1][0]
             limit = None if limit is None else limit - len(page)
 
     def replay(self) -> Iterator[Record]:
@@ -136,6 +139,8 @@ class JournalReader:
             yield
         except sqlite3.Error as error:
             raise _translated(self.path, error) from None
+        except UnicodeDecodeError:
+            raise CorruptError(f"{self.path} holds text that is not UTF-8", hint=_RESTORE) from None
 
 
 class Journal(JournalReader):

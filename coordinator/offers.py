@@ -22,6 +22,9 @@ def check_offer(manifest: Manifest, *, site: str, plan: SealedPlan, federation: 
     facts = manifest.facts
     if not isinstance(facts, UpdateFacts):
         raise RefusedError("a site offered something that is not an update", rule="not-an-update")
+    roster = federation.federation.sites
+    if roster and site not in roster:
+        raise RefusedError(f"{site} is not in [federation] sites", rule="unknown-site")
     if facts.site != site:
         raise RefusedError(f"the manifest names site {facts.site}, the topic site {site}", rule="other-site")
     if manifest.federation != federation.federation.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,8 +134,19 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         total_parameters=loaded.total_parameters,
         config_sha256=federation.config_sha256,
         frozen_sha256=loaded.frozen_sha256,
+        tokenizer_sha256=tokenizer_sha256(loaded.tokenizer),
         labels=federation.task.labels,
     )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """SHA-256 of a fast tokenizer's whole definition (vocabulary, merges, normalisation), whatever file it came from.
+
+    Padding and truncation are settings of the moment, not of the tokenizer, and stay out.
+    """
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition.update(padding=None, truncation=None)
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:

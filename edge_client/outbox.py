@@ -21,6 +21,8 @@ from shared.messages import Receipt
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 
+_RECEIPTS = "[0-9a-f]" * 32 + ".json"
+
 
 class Outbox:
     """The folder of one site; one process writes it."""
@@ -31,7 +33,7 @@ class Outbox:
         durable.make_folder(self._receipts)
         self.store.recover()
         durable.remove_temporaries(self._receipts)
-        for path in self._receipts.glob("*.json"):
+        for path in self._receipts.glob(_RECEIPTS):
             self.store.delete(path.stem)
 
     def pending(self) -> list[Manifest]:
@@ -42,7 +44,7 @@ class Outbox:
     def trained(self) -> set[str]:
         """Digests of the states that this site has trained on, so that it does not train on one twice."""
         waiting = {manifest.update.base_sha256 for manifest in self.pending()}
-        return waiting | {self._load(path)["base_sha256"] for path in self._receipts.glob("*.json")}
+        return waiting | {self._load(path)["base_sha256"] for path in self._receipts.glob(_RECEIPTS)}
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -70,9 +72,10 @@ class Outbox:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            loaded: dict[str, Any] = json.loads(path.read_bytes())
+            loaded: Any = json.loads(path.read_bytes())
         except ValueError:
-            raise CorruptError(
-                f"{path} is not what was written", hint="move it away; a copy is with the coordinator"
-            ) from None
-        return loaded
+            loaded = None
+        match loaded:
+            case {"base_version": int(), "base_sha256": str()}:
+                return dict(loaded)
+        raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import structlog
 import torch
 from torch import nn
 
@@ -29,8 +28,6 @@ LIMIT_BYTES = 1 << 30
 Forward = Callable[[Batch], torch.Tensor]
 """A batch into logits, float32 (windows, longest, classes)."""
 
-_log = structlog.get_logger()
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -40,7 +37,7 @@ class Prepared:
     first_block: int
     """The block that the kept states enter; 0 when none are kept."""
     reason: str
-    """Why no states are kept; empty when they are."""
+    """Why no states are kept; empty when they are. Whoever trains for long on these batches says it."""
 
     @property
     def cached(self) -> bool:
@@ -60,8 +57,6 @@ def prepare(loaded: LoadedModel, batches: Sequence[Batch], *, limit_bytes: int =
         if _agrees(loaded, kept):
             return kept
         reason = "the logits computed from kept states differ from the whole model's"
-    if batches:
-        _log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
     return Prepared(tuple(batches), 0, reason)
 
 

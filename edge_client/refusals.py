@@ -9,7 +9,7 @@ _HINTS = {
     "from-the-future": "set this machine's clock",
     "membership-expired": "ask the federation's authority for a new membership",
     "other-config": "copy the coordinator's federation.toml here",
-    "other-plan": "use the same release of mailboat and transformers as the coordinator",
+    "other-plan": "use the coordinator's tokenizer files and release of mailboat",
     "other-weights": "use the federation's base model and revision, or point model_dir in site.toml to it",
     "revoked": "ask the federation's authority; this site's keys no longer count",
     "unknown-site": "ask for this site's name to be added to [federation] sites",

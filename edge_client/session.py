@@ -129,8 +129,7 @@ class Session:
         match event:
             case d.LinkUp():
                 self.connected = True
-                self._hello_patience.moved(now)
-                self._greet(wall, out)
+                self._greet(now, wall, out)
             case d.LinkDown():
                 self._link_down()
             case d.Received():
@@ -159,7 +158,11 @@ class Session:
 
     # -- link ---
 
-    def _greet(self, wall: float, out: d.Decision) -> None:
+    def _greet(self, now: float, wall: float, out: d.Decision) -> None:
+        self._hello_patience.moved(now)
+        self._say_hello(wall, out)
+
+    def _say_hello(self, wall: float, out: d.Decision) -> None:
         me, heard = self.identity, self.announced
         self.welcome = False
         out.sends.append(
@@ -190,9 +193,10 @@ class Session:
             case Welcome(session=self.identity.session):
                 self.welcome = True
                 self._boot = message.boot
+                self._idle_patience.moved(now)
                 self._want(now, out, restart=True)
             case Probe(session=self.identity.session):
-                self._greet(wall, out)
+                self._greet(now, wall, out)
             case Refused(session=self.identity.session):
                 out.jobs.append(d.Exit(message.rule, message.detail))
             case Want():
@@ -210,8 +214,7 @@ class Session:
             # A coordinator that has just booted knows nothing of us.
             self.push = None
             self._boot = announce.boot
-            self._hello_patience.moved(now)
-            self._greet(wall, out)
+            self._greet(now, wall, out)
 
     # -- pull ---
 
@@ -351,7 +354,7 @@ class Session:
             return
         if not self.welcome:
             if self._hello_patience.spent(now):
-                self._greet(wall, out)
+                self._say_hello(wall, out)
             return
         # While chunks wait for a slow link there is progress to come; a dead link shows as LinkDown.
         if self.push is not None and not self.push.unsent and self.push.patience.spent(now):
@@ -363,4 +366,4 @@ class Session:
         if self.phase != "waiting":
             self._idle_patience.moved(now)
         elif self._idle_patience.spent(now):
-            self._greet(wall, out)
+            self._greet(now, wall, out)

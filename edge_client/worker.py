@@ -26,13 +26,15 @@ from edge_client.data import Note, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, load_model, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
-from edge_client.trainer import Dataset, evaluate, make_dataset, round_seed, train
+from edge_client.trainer import Dataset, evaluate, make_dataset, round_section, round_seed, train
 from shared.errors import MailboatError, RefusedError, UnavailableError
 
 PROGRESS_S = 0.2
 """Progress is told at most this often; a tiny model takes a hundred steps a second."""
 
 Send = Callable[[pipe.Answer], None]
+
+log = structlog.get_logger("worker")
 
 
 class Worker:
@@ -74,13 +76,16 @@ class Worker:
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         self._training, self._held_out = self._dataset(kept), self._dataset(held_out)
+        reason = self._training.prepared.reason
+        if reason:
+            log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
             plan=seal(self._loaded, job.federation),
             examples=self._training.examples,
             notes=len(kept),
             held_out=len(held_out),
             skipped=found.skipped,
-            uncached=self._training.prepared.reason,
+            uncached=reason,
         )
 
     def _train(self, request: pipe.Train) -> pipe.Trained:
@@ -97,7 +102,7 @@ class Worker:
             self._loaded,
             read_state(request.state),
             self._training,
-            federation.training,
+            round_section(federation.training, request.base_version, federation.federation.versions),
             seed=round_seed(federation.federation.seed, self._job.site, request.base_version),
             progress=progress,
         )

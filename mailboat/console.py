@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 READER_GONE = 1
 INTERRUPTED = 130
+PIPE_COLUMNS = 200
 
 
 def run(command: Callable[[], object]) -> int:
@@ -60,10 +61,11 @@ def say(text: str, *, style: str = "") -> None:
 
 
 def result() -> Console:
-    """Standard output for people: colours on a terminal alone; lines are not broken in a pipe."""
+    """Standard output for people: colours on a terminal alone, no line broken by us, no table narrowed in a pipe."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    piped = not sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=True, width=PIPE_COLUMNS if piped else None)
 
 
 def errors() -> Console:

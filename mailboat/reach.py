@@ -28,8 +28,8 @@ async def until_done(job: Coroutine[Any, Any, None], broker: BrokerSection, *, g
     working = asyncio.ensure_future(job)
     watching = asyncio.create_task(_watch(parse_endpoints(broker.url), give_up_s))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_EXCEPTION)
-        if watching.done() and not working.done():
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             watching.result()
         await working
     finally:

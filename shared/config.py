@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shared.errors import ConfigError
 from shared.ids import Ident, Sha256Hex
@@ -24,6 +24,20 @@ Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
 ServerOptimizerName = Literal["sgd", "momentum"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+COORDINATOR_USER = "coordinator"
+"""The coordinator's name at the broker, whose access list could not tell a site of that name from it."""
+
+
+def _not_the_coordinator(name: str) -> str:
+    if name == COORDINATOR_USER:
+        msg = f"no site may be named {COORDINATOR_USER}: the broker could not tell the two apart"
+        raise ValueError(msg)
+    return name
+
+
+SiteName = Annotated[Ident, AfterValidator(_not_the_coordinator)]
 
 
 class Section(BaseModel):
@@ -122,6 +136,8 @@ class TrainingSection(Section):
     epochs: int = Field(default=1, ge=1, le=1000)
     batch_size: int = Field(default=8, ge=1, le=4096)
     lr: Positive = 1e-3
+    final_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of `lr` that is left when training from the last version but one; it falls evenly with the version."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps of one update over which the rate rises."""
@@ -143,7 +159,7 @@ class FederationSection(Section):
     versions: int = Field(default=10, ge=1, le=1_000_000)
     """The run is complete when this version is published."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    sites: tuple[Ident, ...] = ()
+    sites: tuple[SiteName, ...] = ()
     """Who may take part; empty admits whoever the broker admits."""
 
 
@@ -244,7 +260,7 @@ class DataSection(Section):
 class SiteConfig(Section):
     """`site.toml`."""
 
-    name: Ident
+    name: SiteName
     federation: Path
     storage: Path
     data: DataSection
@@ -271,7 +287,7 @@ def load_config(path: Path, model: type[_C]) -> _C:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file", hint="`mailboat init DIR` writes commented examples") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, a TOML file was expected", hint="name the file itself") from None

@@ -7,6 +7,7 @@ whichever part of the code writes it. Lines name ids, counts and rules; never wh
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO
@@ -27,7 +28,11 @@ def configure(*, verbose: bool = False, as_json: bool | None = None, stream: Tex
             structlog.processors.add_log_level,
             _add_part,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if lines_for_people else "iso", utc=not lines_for_people),
-            _for_people(colours=file.isatty()) if lines_for_people else structlog.processors.JSONRenderer(),
+            *(
+                [_for_people(colours=file.isatty())]
+                if lines_for_people
+                else [_in_order, structlog.processors.JSONRenderer()]
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
         logger_factory=_Factory(file),
@@ -63,7 +68,41 @@ def _add_part(logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mut
     return event
 
 
-def _for_people(*, colours: bool) -> structlog.dev.ConsoleRenderer:
-    return structlog.dev.ConsoleRenderer(
-        colors=colours, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
-    )
+def _in_order(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """When, how grave, where and what first; the rest as it was given."""
+    first = {key: event.pop(key) for key in ("timestamp", "level", "part", "event")}
+    return {**first, **event}
+
+
+def _for_people(*, colours: bool) -> structlog.typing.Processor:
+    """Lines such as `10:13:30  site  sealed  update=5a804654 loss=0.5545`; what every line repeats is left out.
+
+    Digests and ids are cut to 8 digits, numbers to 4; warnings say so, and are yellow or red on a terminal.
+    """
+    colour_of = _COLOURS if colours else {}
+
+    def render(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+        when, level, part, what = (event.pop(key) for key in ("timestamp", "level", "part", "event"))
+        said = what if level in {"info", "debug"} else f"{level}: {what}"
+        facts = " ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in bound())
+        line = f"{when}  {part:<11s}  {said}  {facts}".rstrip()
+        return f"{colour_of[level]}{line}{_PLAIN}" if level in colour_of else line
+
+    return render
+
+
+def bound() -> frozenset[str]:
+    """The names of the ids that every line of this task carries."""
+    return frozenset(structlog.contextvars.get_contextvars())
+
+
+_COLOURS = {"debug": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
+_PLAIN = "\x1b[0m"
+_LONG_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text[:8] if _LONG_ID.fullmatch(text) else text

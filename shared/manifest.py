@@ -9,6 +9,7 @@ decompressed and the file after.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any, Literal, Self
 
 import msgpack
@@ -33,6 +34,7 @@ Metrics = dict[
     Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")],
     Annotated[float, Field(allow_inf_nan=False)],
 ]
+_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,100}")
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -164,7 +166,11 @@ def manifest_from_bytes(data: bytes) -> Manifest:
 
 
 def describe_invalid(what: str, error: ValidationError) -> str:
-    """Name the first offending field and the reason; the offending value, which a peer chose, is left out."""
+    """Name the first offending field and the reason; the offending value, which a peer chose, is left out.
+
+    So is a key that a peer made up, unless it looks like a name: it may hold anything, of any length.
+    """
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "whole"
+    parts = [str(part) for part in first["loc"]]
+    where = ".".join(part if _NAME.fullmatch(part) else "?" for part in parts) or "whole"
     return f"{what}: field {where}: {first['msg']}"

@@ -38,6 +38,8 @@ class SealedPlan(BaseModel):
     total_parameters: int = Field(ge=1)
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
+    tokenizer_sha256: Sha256Hex
+    """The same weights over other token ids would be trained on nonsense."""
     labels: tuple[Annotated[str, Field(min_length=1)], ...]
 
     @property
@@ -56,7 +58,7 @@ def load_plan(path: Path, federation: FederationConfig) -> SealedPlan:
     """Read a sealed plan and check that it was sealed from this federation; ConfigError names what differs."""
     hint = "seal it again: mailboat coordinator seal"
     try:
-        plan = SealedPlan.model_validate_json(path.read_text(encoding="utf-8"))
+        plan = SealedPlan.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", hint=hint) from None
     except ValidationError as error:

@@ -69,12 +69,15 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *words: str, module: Sequence[str] = ()) -> Iterator[Running]:
-    """`mailboat WORDS`, or `python -m MODULE`, in the background while the block runs; killed afterwards."""
+def running(folder: Path, *words: str, module: Sequence[str] = (), **env: str) -> Iterator[Running]:
+    """`mailboat WORDS`, or `python -m MODULE`, in the background while the block runs; killed afterwards.
+
+    `env` is added to its environment.
+    """
     command = ["-m", *module] if module else ["-c", _START, *words]
     log = folder / f"{'-'.join(module or words).replace('/', '_')}.out"
     with log.open("wb") as output:
-        process = _spawn(folder, command, output)
+        process = _spawn(folder, command, env, output)
         try:
             yield Running(process, log)
         finally:
@@ -83,12 +86,12 @@ def running(folder: Path, *words: str, module: Sequence[str] = ()) -> Iterator[R
             process.wait()
 
 
-def _spawn(folder: Path, command: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(folder: Path, command: Sequence[str], env: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[1])
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
-        env={**_ENV, "PYTHONPATH": root},
+        env={**_ENV, "PYTHONPATH": root, **env},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 
 from coordinator import decisions as d
 from coordinator.core import Core, Instant
+from coordinator.ledger import Ledger
 from coordinator.merging import MergeResult
 from coordinator.records import Opened, Record
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.manifest import Manifest
-from shared.messages import Hello, Message, Offer, Presence
+from shared.messages import Announce, Hello, Message, Offer, Presence, Receipt
 from shared.transfer import Bitmap
 from tests.factories import digest, make_federation, make_plan, make_state
 
@@ -67,7 +68,19 @@ class CoordinatorBench:
         """One event now."""
         decision = self.core.handle(event, Instant(self.now, 1e9 + self.now))
         self.records += decision.records
+        self._check_told_after_recorded(decision)
         return decision
+
+    def _check_told_after_recorded(self, decision: d.Decision) -> None:
+        """Whatever a receipt says is in the journal by the time it is sent."""
+        ledger = Ledger()
+        for record in self.records:
+            ledger.apply(record)
+        for send in decision.sends:
+            if isinstance(send.message, Receipt) and send.message.rule != "id-reused":
+                assert send.message == ledger.receipt(send.message.update_id)
+            if isinstance(send.message, Announce):
+                assert (send.message.manifest, send.message.final) == (ledger.state, ledger.finished)
 
     def receive(self, site: str, message: Message) -> d.Decision:
         """A message on the topic of `site`."""

@@ -39,6 +39,7 @@ def make_plan(federation: FederationConfig) -> SealedPlan:
         total_parameters=400_000,
         config_sha256=federation.config_sha256,
         frozen_sha256=digest("frozen"),
+        tokenizer_sha256=digest("tokenizer"),
         labels=federation.task.labels,
     )
 

@@ -43,6 +43,7 @@ def sealed_plan(shapes: Mapping[str, tuple[int, ...]], federation: FederationCon
         total_parameters=10 * count,
         config_sha256=federation.config_sha256,
         frozen_sha256="f0" * 32,
+        tokenizer_sha256="0" * 64,
         labels=("problem",),
     )
 

@@ -69,6 +69,7 @@ def toy_plan(federation: FederationConfig, parameters: int) -> SealedPlan:
         total_parameters=2 * parameters,
         config_sha256=federation.config_sha256,
         frozen_sha256="0" * 64,
+        tokenizer_sha256="0" * 64,
         labels=federation.task.labels,
     )
 

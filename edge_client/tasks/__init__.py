@@ -37,20 +37,18 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelScore:
-    """F1 of one label, each 0 to 1."""
+class F1:
+    """Entity-level or example-level F1 in a strict and a lenient reading, each 0 to 1."""
 
     strict_f1: float
     lenient_f1: float
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Micro-averaged F1 over all labels and each label's own, each 0 to 1."""
+class Scores(F1):
+    """Micro-averaged F1 over all labels, and each label's own."""
 
-    strict_f1: float
-    lenient_f1: float
-    labels: Mapping[str, LabelScore]
+    labels: Mapping[str, F1]
 
 
 class Task(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from nervaluate.evaluator import Evaluator
 
 from edge_client.data import Entity, Note, Sentence
-from edge_client.tasks import IGNORED, Ids, LabelScore, Scores, Window
+from edge_client.tasks import F1, IGNORED, Ids, Scores, Window
 from edge_client.tasks.encoding import NO_WORD, EncodedLine, TextEncoder
 
 OUTSIDE = 0
@@ -166,10 +166,10 @@ def _spans(entity: Entity) -> dict[str, object]:
 
 def _f1(true: list[list[dict[str, object]]], found: list[list[dict[str, object]]], labels: Sequence[str]) -> Scores:
     if not true:
-        return Scores(0.0, 0.0, {label: LabelScore(0.0, 0.0) for label in labels})
+        return Scores(0.0, 0.0, {label: F1(0.0, 0.0) for label in labels})
     report = Evaluator(true, found, tags=list(labels), loader="dict").evaluate()
     per_label = {
-        label: LabelScore(float(scores["strict"].f1), float(scores["ent_type"].f1)) if scores else LabelScore(0.0, 0.0)
+        label: F1(float(scores["strict"].f1), float(scores["ent_type"].f1)) if scores else F1(0.0, 0.0)
         for label, scores in ((label, report["entities"].get(label)) for label in labels)
     }
     overall = report["overall"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mailboat import console
+from mailboat.commands import audit_proof
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def show(
         console.result().print(f"{label:<12s} {text}", markup=False)
     if extract is not None:
         console.say(f"tensors written to {extract}")
+
+
+audit_proof.register(app)
 
 
 def _storage(config: Path) -> Path:

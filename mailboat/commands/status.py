@@ -54,11 +54,11 @@ def _plain(overview: Overview) -> dict[str, Any]:
 def _table(overview: Overview) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("site", "present", "doing", "at version"):
-        table.add_column(name)
-    for name in ("merged", "waiting", "rejected", "dropped", "outbox", "sent", "received"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("site", "here", "doing"):
+        table.add_column(name, no_wrap=True)
+    for name in ("version", "merged", "waiting", "refused", "outbox", "up MB", "down MB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for site in overview.sites:
         doing = site.phase or "-"
         if site.phase in {"training", "pulling", "uploading"}:
@@ -68,12 +68,8 @@ def _table(overview: Overview) -> Table:
             "yes" if site.present else "no",
             doing,
             "-" if site.version is None else str(site.version),
-            *(str(count) for count in (site.merged, site.waiting, site.rejected, site.dropped, site.outbox)),
-            _bytes(site.bytes_up),
-            _bytes(site.bytes_down),
+            *(str(count) for count in (site.merged, site.waiting, site.rejected + site.dropped, site.outbox)),
+            f"{site.bytes_up / 1e6:.1f}",
+            f"{site.bytes_down / 1e6:.1f}",
         )
     return table
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

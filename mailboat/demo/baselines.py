@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from edge_client.worker_client import WorkerClient
+from edge_client.worker_client import Progress, WorkerClient
 from mailboat.demo import defaults
 from mailboat.demo.facts import Score
+from mailboat.demo.live import View
 from mailboat.demo.plan import Layout, Plan
 from mailboat.demo.scoring import score
+from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
 from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.tasks import first_error
@@ -62,20 +65,33 @@ async def baseline_worker(plan: Plan, name: str, notes: Path) -> AsyncIterator[W
         yield worker
 
 
-async def run_baselines(plan: Plan, say: Callable[[str], None]) -> Baselines:
-    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two."""
-    pool(plan.layout, plan.started)
+async def run_baselines(plan: Plan, warm: WorkerClient, view: View) -> Baselines:
+    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two.
+
+    `warm` is a `baseline_worker` of the first started site.
+    """
+    await asyncio.to_thread(pool, plan.layout, plan.started)
     scores: dict[str, Score] = {}
     waiting = [POOLED, *plan.started]
+    shares: dict[str, float] = {}
+
+    def on_progress(name: str, share: float, _loss: float) -> None:
+        shares[name] = share
+        view.progress(", ".join(f"{_label(each)} {done:.0%}" for each, done in shares.items() if each not in scores))
+
+    async def train(name: str, worker: WorkerClient) -> None:
+        scores[name] = await _train_and_score(plan.layout, name, worker, partial(on_progress, name))
 
     async def lane() -> None:
         while waiting:
             name = waiting.pop(0)
-            notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
-            async with baseline_worker(plan, name, notes) as worker:
-                scores[name] = await _train_and_score(plan.layout, name, worker)
-            what = "centralized" if name == POOLED else f"{name} alone"
-            say(f"{what}: strict F1 {100 * scores[name].strict_f1:.1f}, lenient {100 * scores[name].lenient_f1:.1f}")
+            if name == plan.started[0]:
+                await train(name, warm)
+            else:
+                notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
+                async with baseline_worker(plan, name, notes) as worker:
+                    await train(name, worker)
+            view.say(f"{_label(name)}: {told(scores[name])}")
 
     with first_error():
         async with asyncio.TaskGroup() as tasks:
@@ -84,10 +100,14 @@ async def run_baselines(plan: Plan, say: Callable[[str], None]) -> Baselines:
     return Baselines({name: scores[name] for name in plan.started}, scores[POOLED])
 
 
-async def _train_and_score(layout: Layout, name: str, worker: WorkerClient) -> Score:
+def _label(name: str) -> str:
+    return "centralized" if name == POOLED else f"{name} alone"
+
+
+async def _train_and_score(layout: Layout, name: str, worker: WorkerClient, on_progress: Progress) -> Score:
     initial = layout.storage / INITIAL
     delta, trained = (layout.scratch / f"{name}.{kind}.safetensors" for kind in ("delta", "trained"))
-    await worker.train(initial, 0, delta)
+    await worker.train(initial, 0, delta, on_progress=on_progress)
     await asyncio.to_thread(add, initial, delta, trained)
     return await score(worker, trained, layout.heldout)
 

@@ -74,6 +74,11 @@ class Facts:
         """The newest published version; 0 until one was merged."""
         return self.versions[-1].version if self.versions else 0
 
+    @property
+    def all_scored(self) -> bool:
+        """Whether version 0 and every version since has its score."""
+        return len(self.scores) == len(self.versions) + 1
+
     def site(self, name: str) -> SiteStatus | None:
         """What the coordinator knows of one site."""
         return self.live.sites.get(name) if self.live else None

@@ -14,7 +14,7 @@ from mailboat.demo.live import View
 from mailboat.demo.plan import Plan
 from mailboat.demo.processes import Children
 from mailboat.demo.scoring import Scorer
-from mailboat.demo.screen import site_state
+from mailboat.demo.screen import describe_sites, site_state
 from shared.errors import UnavailableError
 
 COORDINATOR = "coordinator"
@@ -93,10 +93,10 @@ class Federation:
         facts = self.facts
         if not facts.finished:
             version = f"version {facts.version} of {self._plan.federation.federation.versions} is published"
-            return f"{version}; {_describe(facts, self._plan.started)}"
+            return f"{version}; {describe_sites(facts, self._plan.started)}"
         staying = tuple(name for name in self._plan.started if facts.processes[name] != "ended")
         if staying:
-            return f"the run is complete, but not everybody has left: {_describe(facts, staying)}"
+            return f"the run is complete, but not everybody has left: {describe_sites(facts, staying)}"
         return f"{len(facts.versions) + 1 - len(facts.scores)} versions are still being scored"
 
     def _complete(self) -> bool:
@@ -105,7 +105,7 @@ class Federation:
         left = all(facts.processes[name] == "ended" for name in self._plan.started)
         if left and self._ended_at is None:
             self._ended_at = time.time()
-        if not (left and facts.finished and self._scorer.scored_all(facts)):
+        if not (left and facts.finished and facts.all_scored):
             return False
         assert facts.live is not None, "a run that finished has a status"
         assert self._ended_at is not None
@@ -153,7 +153,3 @@ class Patience:
         if seen != self._seen:
             self._seen, self._since = seen, now
         return now - self._since > self._limit_s
-
-
-def _describe(facts: Facts, names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name} ({site_state(facts, name)})" for name in names)

@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mailboat.demo.facts import Facts
-from mailboat.demo.screen import Screen, build, clock, narrate, points
+from mailboat.demo.screen import Screen, build, clock, narrate, points, summary
 
 REFRESHES_PER_S = 4
+QUIET_S = 8.0
+"""Longest silence of the lines while something goes on."""
 BAR_WIDTH = 32
 CURVE_WIDTH = 48
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -34,6 +36,10 @@ class View(Protocol):
         """One thing happened that the facts do not tell."""
         ...
 
+    def progress(self, text: str) -> None:
+        """How far something is; only the newest word on it matters."""
+        ...
+
     def show(self, facts: Facts) -> None:
         """The facts as they are now."""
         ...
@@ -45,7 +51,7 @@ class Lines:
     def __init__(self, console: Console, *, now: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._now = now
-        self._began = now()
+        self._began = self._said_at = now()
         self._shown = Facts()
 
     def __enter__(self) -> Self:
@@ -62,12 +68,21 @@ class Lines:
 
     def say(self, text: str, *, style: str = "") -> None:
         """See View; a pipe has no colours."""
-        self._console.print(f"{clock(self._now() - self._began):>5}  {text}", markup=False, style=style, soft_wrap=True)
+        self._said_at = self._now()
+        self._console.print(
+            f"{clock(self._said_at - self._began):>5}  {text}", markup=False, style=style, soft_wrap=True
+        )
+
+    def progress(self, text: str) -> None:
+        """See View; told when there was nothing else to tell for a while."""
+        if self._now() - self._said_at >= QUIET_S:
+            self.say(text)
 
     def show(self, facts: Facts) -> None:
         """See View."""
         for line in narrate(self._shown, facts):
             self.say(line)
+        self.progress(summary(facts))
         self._shown = facts
 
 
@@ -79,7 +94,7 @@ class Picture:
         self._now = now
         self._began = now()
         self._facts = Facts()
-        self._headline = ""
+        self._headline = self._progress = ""
         self._news: tuple[str, ...] = ()
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S, redirect_stderr=False
@@ -96,7 +111,11 @@ class Picture:
 
     def headline(self, text: str) -> None:
         """See View."""
-        self._headline = text
+        self._headline, self._progress = text, ""
+
+    def progress(self, text: str) -> None:
+        """See View."""
+        self._progress = f": {text}"
 
     def say(self, text: str, *, style: str = "") -> None:
         """See View; what has a style is important enough to stay above the picture."""
@@ -117,17 +136,21 @@ class Picture:
     def _render(self) -> RenderableType:
         elapsed = self._now() - self._began
         return render(
-            build(self._facts, headline=self._headline, target=self._target, news=self._news, elapsed_s=elapsed)
+            build(
+                self._facts,
+                headline=self._headline + self._progress,
+                target=self._target,
+                news=self._news,
+                elapsed_s=elapsed,
+            )
         )
 
 
 def render(screen: Screen) -> RenderableType:
-    """Return the picture of a screen."""
+    """Return the picture of a screen; before there are sites it is the news alone."""
+    run = (_progress(screen), _site_table(screen), _curve(screen)) if screen.rows else (f"elapsed {screen.elapsed}",)
     return Panel(
-        Group(_progress(screen), _site_table(screen), _curve(screen), *_news(screen)),
-        title=f"mailboat demo · {screen.headline}",
-        title_align="left",
-        border_style="blue",
+        Group(*run, *_news(screen)), title=f"mailboat demo · {screen.headline}", title_align="left", border_style="blue"
     )
 
 

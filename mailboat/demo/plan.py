@@ -22,9 +22,11 @@ from shared.config import (
     LinkSection,
     Mode,
     ModelSection,
+    ServerSection,
     SiteConfig,
     StalenessKind,
     StalenessSection,
+    TrainingSection,
 )
 from shared.errors import ConfigError
 
@@ -50,6 +52,7 @@ class DemoOptions:
     codec: CodecName = "bf16"
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
+    heldout: int = defaults.HELDOUT_NOTES
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True
@@ -226,8 +229,11 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             buffer=rules.buffer,
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
+            server=ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM),
         ),
-        training=defaults.TRAINING,
+        training=TrainingSection(
+            epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR, final_lr=defaults.FINAL_LR
+        ),
     )
 
 

@@ -50,7 +50,7 @@ def _curves(axes: Axes, result: Result) -> None:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
 
 
 def _alone(axes: Axes, result: Result) -> None:

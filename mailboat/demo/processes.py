@@ -24,7 +24,7 @@ TAIL_BYTES = 16_384
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 """Several trainers share this machine: each on one core is quicker than all on all."""
 
-ERROR, ADVICE = "error: ", "try: "
+ERROR, ADVICE = "error: ", "hint: "
 """How `mailboat.console` begins the line that says what went wrong, and the one that says what to do."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -88,7 +88,7 @@ class Children:
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-E", "-S", tether.__file__, str(os.getpid())),
-                *(sys.executable, "-m", "mailboat", *arguments),
+                *(sys.executable, "-P", "-m", "mailboat", *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

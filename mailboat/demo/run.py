@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, cast
 
 from broker.launcher import RunningBroker, run_broker
-from mailboat.demo import defaults
+from edge_client.worker_client import WorkerClient
 from mailboat.demo.baselines import Baselines, baseline_worker, run_baselines
 from mailboat.demo.facts import Facts
 from mailboat.demo.federate import COORDINATOR, Federation
@@ -19,6 +20,7 @@ from mailboat.demo.plan import Plan, write_federation, write_processes
 from mailboat.demo.plot import draw
 from mailboat.demo.processes import Children
 from mailboat.demo.report import BrokerFacts, Result, count_wire
+from mailboat.demo.retained import clear_retained
 from mailboat.demo.scoring import Scorer
 from mailboat.demo.screen import size
 from mailboat.demo.wire import FullTransfer, measure_full_transfer
@@ -100,6 +102,7 @@ class _Demonstration:
                 result = await self._steps(children, broker.facts)
                 watching.cancel()
         await asyncio.to_thread(draw, result, layout.plot)
+        await asyncio.to_thread(shutil.rmtree, layout.scratch)
         return result
 
     def _prepare(self) -> None:
@@ -113,7 +116,7 @@ class _Demonstration:
             notes=options.notes,
             alpha=options.alpha,
             seed=options.seed,
-            heldout=defaults.HELDOUT_NOTES,
+            heldout=options.heldout,
         )
         write_federation(plan)
 
@@ -126,6 +129,8 @@ class _Demonstration:
                 raise UnavailableError(f"no broker answers at {wanted}", hint="start it, or leave --broker out")
             self._view.say(f"broker: {wanted}, as asked for")
             yield _Broker(BrokerFacts("external", "", wanted), None)
+            # Only after a good end: when something has failed, the broker may be what failed.
+            await clear_retained(wanted, self._plan.federation.federation.name, self._plan.started)
             return
         kind = cast('Literal["auto", "mosquitto", "amqtt"]', wanted)  # Options.check has looked
         async with run_broker(kind, self._plan.layout.root / "broker") as running:
@@ -160,11 +165,11 @@ class _Demonstration:
             for line in describe(sealed, plan.federation):
                 self._view.say(line)
             facts, federated_s = await self._federate(children, Scorer(worker, layout))
-        self._begin("baselines and comparison")
-        async with asyncio.TaskGroup() as tasks:
-            compared = tasks.create_task(self._baselines())
-            measured = tasks.create_task(self._full_transfer(children, broker.url))
-            tasks.create_task(self._export(children, facts.version))
+            self._begin("baselines and comparison")
+            async with asyncio.TaskGroup() as tasks:
+                compared = tasks.create_task(self._baselines(worker))
+                measured = tasks.create_task(self._full_transfer(children, broker.url))
+                tasks.create_task(self._export(children, facts.version))
         baselines, full = compared.result(), measured.result()
         return Result(
             facts=facts,
@@ -198,8 +203,8 @@ class _Demonstration:
         self._federation = None
         return federation.facts, time.monotonic() - began
 
-    async def _baselines(self) -> Baselines | None:
-        return await run_baselines(self._plan, self._view.say) if self._plan.options.baselines else None
+    async def _baselines(self, warm: WorkerClient) -> Baselines | None:
+        return await run_baselines(self._plan, warm, self._view) if self._plan.options.baselines else None
 
     async def _full_transfer(self, children: Children, broker_url: str) -> FullTransfer:
         """Load the model once more with every parameter trained, and move that file over the broker."""

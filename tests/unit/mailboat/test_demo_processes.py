@@ -19,7 +19,7 @@ from tests.helpers import run_async
         ("", ""),
         ("one\ntwo\n", "two"),
         ("error: the first\nnoise\n", "the first"),
-        ("error: the first\nerror: the second\n  try: something\n", "the second"),
+        ("error: the first\nerror: the second\n hint: something\n", "the second"),
         ("\x1b[1;31merror: in red\x1b[0m\n", "in red"),
         (
             json.dumps({"event": "it broke", "level": "error"}) + "\n" + json.dumps({"event": "bye", "level": "info"}),
@@ -37,8 +37,8 @@ def test_the_line_that_says_why(log: str, line: str) -> None:
 
 def test_advice_is_kept_with_its_error() -> None:
     """What the process told to do is passed on, and only that of the last error."""
-    assert last_error("error: a\n  try: x\nerror: b\n  try: y\n") == ("b", "y")
-    assert last_error("error: a\n  try: x\nerror: b\n") == ("b", "")
+    assert last_error("error: a\n hint: x\nerror: b\n hint: y\n") == ("b", "y")
+    assert last_error("error: a\n hint: x\nerror: b\n") == ("b", "")
 
 
 async def failing(folder: Path, *arguments: str) -> Child:

@@ -9,7 +9,7 @@ from rich.console import Console
 from coordinator.status import SiteStatus
 from mailboat.demo.facts import Facts, ProcessState, with_records, with_status
 from mailboat.demo.live import Lines, Picture, render
-from mailboat.demo.screen import Screen, build, clock, narrate, points, site_state, size
+from mailboat.demo.screen import Screen, build, clock, narrate, points, site_state, size, summary
 from tests.unit.mailboat.demo_samples import PROCESSES, RUN, live, run_facts, site_status
 
 
@@ -93,6 +93,20 @@ def test_a_lost_link_and_its_return_are_told() -> None:
     assert narrate(gone, here) == ("site-1: connected again",)
 
 
+def test_a_first_connection_is_no_return() -> None:
+    """A site whose presence was heard of before it said hello has not been here yet."""
+    heard = with_status(Facts(processes=PROCESSES), live({"site-1": site_status(present=False, phase=None)}))
+    here = with_status(heard, live({"site-1": site_status()}))
+    assert narrate(heard, here) == ("site-1: connected",)
+
+
+def test_a_quiet_moment_in_one_line() -> None:
+    """While sites work it says how far they are; when they have left, how many versions have a score."""
+    facts = with_status(Facts(processes={"site-1": "running", "site-4": "absent"}), live({"site-1": site_status()}))
+    assert summary(facts) == "site-1 (training 40%), site-4 (never started)"
+    assert summary(run_facts()) == "3 of 3 versions are scored"
+
+
 def test_lines_come_with_their_time_and_without_colours() -> None:
     """Each event is one line, however narrow the window."""
     out = io.StringIO()
@@ -101,6 +115,16 @@ def test_lines_come_with_their_time_and_without_colours() -> None:
         view.headline("training")
         view.say("a [markup] line that is longer than the window is wide", style="red")
     assert out.getvalue() == " 0:01  == training\n 1:02  a [markup] line that is longer than the window is wide\n"
+
+
+def test_progress_is_told_only_after_a_silence() -> None:
+    """While events come, they are progress enough."""
+    out = io.StringIO()
+    clock_now = [0.0]
+    view = Lines(Console(file=out), now=lambda: clock_now[0])
+    for clock_now[0], share in ((1.0, "10 %"), (9.0, "20 %"), (10.0, "30 %"), (18.0, "40 %")):
+        view.progress(share)
+    assert out.getvalue() == " 0:09  20 %\n 0:18  40 %\n"
 
 
 def test_the_live_picture_ends_with_the_last_facts() -> None:

@@ -1,0 +1,198 @@
+"""Check a bundle of Mailboat's evidence with Python 3.11, msgpack and zstandard, and with nothing of Mailboat.
+
+    python verify.py [FOLDER]      FOLDER is where the bundle was unpacked; by default where this script lies
+
+It prints what it looked at and each thing that is wrong, and ends with status 0 or 3. What it checks:
+
+1. each file has the SHA-256 that SHA256SUMS lists, and no file is unlisted
+2. the rows of journal.jsonl are chained: hash = SHA-256(previous hash | seq, 8 bytes big-endian | kind | 0x00 | body)
+3. plan.json, federation.json and version 0 have the digests that row 1 names
+4. each update was decided once and counted at most once, and versions follow each other without a gap
+5. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
+   unpacked and put together, the frames are the file whose SHA-256 was accepted
+
+A sound chain shows that no row was changed by itself. That all rows were not written anew is shown by comparing a hash
+with one that somebody else kept: the receipts that the sites hold, or the last row's hash, noted earlier.
+
+A frame is one zstd frame of one slice of the file. In a slice the bytes stand grouped: first byte 0 of each element of
+`group` bytes, then byte 1, and so on; bytes that fill no element come last.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import zstandard
+
+GENESIS = bytes(32)
+FRAME_BYTES_MAX = 900_000
+SLICE_BYTES_MAX = 768 * 1024
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sums(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the files as such."""
+    listed = {}
+    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"SHA256SUMS"}
+    yield from (f"{name}: not listed in SHA256SUMS" for name in sorted(there - listed.keys()))
+    for name, digest in sorted(listed.items()):
+        if name not in there:
+            yield f"{name}: gone"
+        elif file_sha256(folder / name) != digest:
+            yield f"{name}: not the bytes that SHA256SUMS lists"
+
+
+def check_chain(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what is wrong with the order and the hashes of the rows."""
+    seq, previous = 0, GENESIS.hex()
+    for line in lines:
+        body = base64.b64decode(line["body"], validate=True)
+        parts = (bytes.fromhex(line["prev"]), line["seq"].to_bytes(8, "big"), line["kind"].encode(), b"\0", body)
+        if line["seq"] != seq + 1 or line["prev"] != previous:
+            yield f"journal.jsonl: row {line['seq']} does not follow the row before it"
+        if hashlib.sha256(b"".join(parts)).hexdigest() != line["hash"]:
+            yield f"journal.jsonl: row {line['seq']} was changed after it was written"
+        if record_of(line)["t"] != line["kind"]:
+            yield f"journal.jsonl: row {line['seq']} names another kind than its body"
+        seq, previous = line["seq"], line["hash"]
+
+
+def record_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What a row says: its fields, with `t` for its kind."""
+    record: dict[str, Any] = msgpack.unpackb(base64.b64decode(line["body"]), raw=False)
+    return record
+
+
+def check_opened(folder: Path, opened: dict[str, Any]) -> Iterator[str]:
+    """Yield which of the files that row 1 names are others."""
+    named = {
+        "plan.json": opened["fingerprint"],
+        "federation.json": opened["config_sha256"],
+        "masters/v00000000.safetensors": opened["master_sha256"],
+    }
+    for name, digest in named.items():
+        if file_sha256(folder / name) != digest:
+            yield f"{name}: not the file that row 1 names"
+
+
+def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield each update that counts other than once, and each gap between versions."""
+    decided, waiting, version = set[str](), set[str](), 0
+    for row, record in enumerate(records, start=1):
+        place = f"journal.jsonl: row {row}"
+        if (record["t"] == "opened") != (row == 1):
+            yield f"{place}: the run is opened by row 1, and by no other"
+        if record["t"] in {"accepted", "rejected"}:
+            if record["update_id"] in decided:
+                yield f"{place}: update {record['update_id']} was decided before"
+            decided.add(record["update_id"])
+        if record["t"] == "accepted":
+            waiting.add(record["update_id"])
+        used = [part["update_id"] for part in record.get("contributions", ())]
+        used += [record["update_id"]] if record["t"] == "dropped" else []
+        for update_id in used:
+            if update_id not in waiting:
+                yield f"{place}: update {update_id} was never accepted, or has counted already"
+            waiting.discard(update_id)
+        if record["t"] == "committed":
+            if record["version"] != version + 1:
+                yield f"{place}: version {record['version']} follows version {version}"
+            version = record["version"]
+
+
+def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the bytes of one accepted update."""
+    name = f"updates/{record['update_id']}"
+    raw = (folder / f"{name}.manifest").read_bytes()
+    if hashlib.sha256(raw).hexdigest() != record["manifest_sha256"]:
+        yield f"{name}.manifest: not the manifest that was accepted"
+        return
+    manifest = msgpack.unpackb(raw, raw=False)
+    facts = manifest["facts"]
+    said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_sha256"])
+    if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_sha256")):
+        yield f"{name}.manifest: it says otherwise than the row that accepted it"
+    damaged, whole = False, hashlib.sha256()
+    with (folder / f"{name}.frames").open("rb") as frames:
+        for index, length in enumerate(manifest["frame_lengths"]):
+            frame = frames.read(min(length, FRAME_BYTES_MAX))
+            if hashlib.sha256(frame).digest() != manifest["frame_hashes"][32 * index : 32 * index + 32]:
+                yield f"{name}.frames: frame {index} is not what the site sent"
+                damaged = True
+            elif not damaged:
+                left = manifest["file_size"] - index * manifest["slice_size"]
+                whole.update(expand(frame, min(manifest["slice_size"], left), manifest["group"]))
+        if frames.read(1):
+            yield f"{name}.frames: more bytes than the manifest names"
+    if not damaged and whole.hexdigest() != record["file_sha256"]:
+        yield f"{name}.frames: the file in it is not the one that was accepted"
+
+
+def expand(frame: bytes, size: int, group: int) -> bytes:
+    """The slice of `size` bytes in a frame; ValueError or ZstdError when it holds no such slice."""
+    if size > SLICE_BYTES_MAX or zstandard.get_frame_parameters(frame).content_size != size:
+        raise ValueError("a frame does not declare the size that its slice has")
+    grouped = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    count = size // group
+    out = bytearray(grouped)
+    for plane in range(group):
+        out[plane : count * group : group] = grouped[plane * count : (plane + 1) * count]
+    return bytes(out)
+
+
+def check(folder: Path) -> Iterator[str]:
+    """Yield all that is wrong with the bundle in `folder`."""
+    yield from check_sums(folder)
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_bytes().splitlines()]
+    yield from check_chain(lines)
+    records = [record_of(line) for line in lines]
+    yield from check_opened(folder, records[0])
+    yield from check_counting(records)
+    merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
+    for record in records:
+        there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
+        # A bundle up to a version leaves out the updates that were not merged by then.
+        if record["t"] == "accepted" and (there or record["update_id"] in merged):
+            yield from check_update(folder, record)
+    sys.stdout.write(f"{len(lines)} rows, the last one has hash {lines[-1]['hash']}; {len(merged)} updates merged\n")
+
+
+def main(folder: Path) -> int:
+    """Print all findings; return 0 when there are none, else 3."""
+    wrong = 0
+    try:
+        for finding in check(folder):
+            wrong += 1
+            sys.stdout.write(f"WRONG  {finding}\n")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        msgpack.UnpackException,
+        zstandard.ZstdError,
+    ) as error:
+        wrong += 1
+        sys.stdout.write(f"WRONG  the bundle cannot be read any further: {type(error).__name__}: {error}\n")
+    sys.stdout.write(f"{wrong} things are wrong\n" if wrong else "nothing is wrong\n")
+    return 3 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent))

@@ -1,0 +1,137 @@
+"""What a run keeps on disk, compared with what its journal says of it: updates, published states, float32 files.
+
+Nothing is written. Each function returns all that it finds wrong, named down to the frame; paths are given below the
+storage folder. Memory: one manifest and what `coordinator.admission` takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from coordinator import admission
+from coordinator.masters import file_sha256, master_path, slot_path, slots_sha256
+from coordinator.offers import check_offer
+from coordinator.records import Accepted
+from coordinator.trail import Finding, RecordedVersion
+from shared.config import FederationConfig
+from shared.errors import CorruptError, RefusedError
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.plan import SealedPlan
+from shared.store import Stored, frame_offsets
+
+NORM_TOLERANCE = 1e-9
+"""A sum of squares is formed in another order on another machine; float64 keeps 15 digits of it."""
+
+
+def check_update(
+    storage: Path, accepted: Accepted, base_sha256: str | None, plan: SealedPlan, federation: FederationConfig
+) -> list[Finding]:
+    """Compare a kept update with the record of its acceptance, and let it pass admission once more.
+
+    `base_sha256` is the file digest of the published state that it starts from, None when there is none.
+    """
+    found: list[Finding] = []
+    place = f"updates/{accepted.update_id}"
+    stored = _open(storage, place, accepted.manifest_sha256, found)
+    if stored is None:
+        return found
+    try:
+        check_offer(stored.manifest, site=accepted.site, plan=plan, federation=federation)
+        facts = stored.manifest.update
+    except RefusedError as error:
+        return [Finding(error.rule, f"{place}.manifest", error.message)]
+    said = (stored.manifest.transfer_id, facts.base_version, facts.examples, stored.manifest.file_sha256)
+    recorded = (accepted.update_id, accepted.base_version, accepted.examples, accepted.file_sha256)
+    for name, ours, theirs in zip(("id", "base version", "examples", "file digest"), recorded, said, strict=True):
+        if ours != theirs:
+            found.append(Finding("update-facts", f"{place}.manifest", f"{name} {theirs}, the journal says {ours}"))
+    if base_sha256 != facts.base_sha256:
+        found.append(Finding("base-unknown", f"{place}.manifest", "it starts from a state that was never published"))
+    damaged = [*_frames(stored, place)]
+    return [*found, *(damaged or _content(stored, place, accepted, plan))]
+
+
+def check_state(storage: Path, version: int, recorded: RecordedVersion, plan: SealedPlan) -> list[Finding]:
+    """Compare a kept published state with the manifest and digests that the journal recorded."""
+    found: list[Finding] = []
+    place = f"states/{recorded.transfer_id}"
+    stored = _open(storage, place, recorded.manifest_sha256, found)
+    if stored is None:
+        return found
+    damaged = [*_frames(stored, place)]
+    if damaged:
+        return damaged
+    try:
+        with stored.open_tensors(verify=True) as reader:
+            if reader.shapes != dict(sorted(plan.tensors.items())):
+                found.append(Finding("state-content", place, f"version {version} holds other tensors than the plan"))
+    except RefusedError as error:
+        found.append(Finding("state-content", f"{place}.frames", error.message))
+    return found
+
+
+def check_master(
+    storage: Path, version: int, recorded: RecordedVersion, slots: Sequence[str], *, required: bool
+) -> list[Finding]:
+    """Compare a version's float32 files with their digests; those of a version that is not `required` may be gone."""
+    folder = storage / "masters"
+    groups = [("master", [master_path(folder, version)], recorded.master_sha256)]
+    if recorded.optimizer_sha256 is not None:
+        paths = [slot_path(folder, version, slot) for slot in slots]
+        groups.append(("slots", paths, recorded.optimizer_sha256))
+    found = []
+    for rule, paths, digest in groups:
+        missing = [path for path in paths if not path.exists()]
+        where = ", ".join(f"masters/{path.name}" for path in missing or paths)
+        if missing and required:
+            found.append(Finding(f"{rule}-gone", where, f"version {version} cannot be continued without it"))
+        elif not missing:
+            hashes = [file_sha256(path) for path in paths]
+            if (hashes[0] if rule == "master" else slots_sha256(hashes)) != digest:
+                found.append(Finding(f"{rule}-digest", where, f"not the bytes that row {recorded.row} recorded"))
+    return found
+
+
+def _open(storage: Path, place: str, manifest_sha256: str, found: list[Finding]) -> Stored | None:
+    """Return a transfer whose manifest is the recorded one, byte for byte, else add to `found`."""
+    path = storage / f"{place}.manifest"
+    if not path.exists():
+        found.append(Finding("transfer-gone", f"{place}.manifest", "the journal needs it"))
+        return None
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != manifest_sha256:
+        found.append(Finding("manifest-digest", f"{place}.manifest", "not the bytes whose digest the journal holds"))
+        return None
+    try:
+        manifest: Manifest = manifest_from_bytes(raw)
+    except RefusedError as error:
+        found.append(Finding(error.rule, f"{place}.manifest", error.message))
+        return None
+    return Stored(manifest, storage / f"{place}.frames", frame_offsets(manifest))
+
+
+def _frames(stored: Stored, place: str) -> Iterator[Finding]:
+    if not stored.path.exists():
+        yield Finding("frames-gone", f"{place}.frames", "the journal needs it")
+        return
+    size = stored.path.stat().st_size
+    if size != stored.manifest.wire_bytes:
+        yield Finding("frames-size", f"{place}.frames", f"{size} bytes, the manifest says {stored.manifest.wire_bytes}")
+    for index in range(stored.manifest.frames):
+        try:
+            stored.read_frame(index)
+        except CorruptError:
+            yield Finding("frame-hash", f"{place}.frames: frame {index}", "its bytes are not those that arrived")
+
+
+def _content(stored: Stored, place: str, accepted: Accepted, plan: SealedPlan) -> Iterator[Finding]:
+    try:
+        admitted = admission.verify(stored, plan)
+    except RefusedError as error:
+        yield Finding(error.rule, f"{place}.frames", error.message)
+        return
+    if not math.isclose(admitted.norm, accepted.norm, rel_tol=NORM_TOLERANCE):
+        yield Finding("update-norm", f"{place}.frames", f"norm {admitted.norm!r}, the journal says {accepted.norm!r}")

@@ -1,0 +1,262 @@
+"""The proof of a run: everything that can be checked without computing a version again, and all that is wrong.
+
+The hash chain and content of the journal, `audit.jsonl` line by line, what must hold between the records, each kept
+update and published state down to its frames, the float32 files, and the receipts that sites hold. Nothing is written,
+nothing stops at the first finding. A coordinator may run meanwhile: the journal is read first, and what it committed
+later is not looked at.
+
+A chain alone proves that no row was changed by itself; one who rewrites all rows makes a sound chain. What such a
+rewriter cannot reach are the receipts at the sites, so they are compared here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from coordinator import records
+from coordinator.journal import Journal, JournalReader
+from coordinator.kept import check_master, check_state, check_update
+from coordinator.ledger import Known
+from coordinator.optimizers import SLOTS
+from coordinator.trail import Finding, Trail, row_place
+from coordinator.views import JOURNAL
+from shared import audit
+from shared.audit import GENESIS, Row
+from shared.config import FederationConfig
+from shared.errors import ConfigError, CorruptError, RefusedError
+from shared.manifest import describe_invalid
+from shared.messages import Receipt
+from shared.plan import SealedPlan
+
+AUDIT = "audit.jsonl"
+RULE_OF_REUSE = "id-reused"
+"""A rejection that the journal does not hold: it is about a second manifest under an id that was decided before."""
+
+UNREADABLE = (CorruptError, UnicodeDecodeError)
+"""What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
+
+AHEAD = 10_000
+"""Rows in which to look for a version that was committed since the check began."""
+
+Progress = Callable[[float], None]
+"""Called with the share of the transfers that were checked, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was looked at, and what is wrong."""
+
+    rows: int
+    head: str
+    """Hash of the last row, hex: it stands for the whole journal."""
+    version: int
+    """The newest version; -1 when the run could not be followed that far."""
+    updates: int
+    """Accepted ones, each with its frames."""
+    receipts: int
+    findings: tuple[Finding, ...]
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Where the reading of the journal stands."""
+
+    seq: int = 0
+    head: bytes = GENESIS
+
+
+def prove(
+    storage: Path,
+    federation: FederationConfig,
+    plan: SealedPlan,
+    *,
+    receipts: Sequence[Path] = (),
+    progress: Progress = lambda _share: None,
+) -> Proof:
+    """Check a run in a coordinator's storage folder; `receipts` are copies of sites' receipt folders.
+
+    Raises ConfigError when there is no journal or a receipts folder is none; all else is a finding.
+    """
+    trail, chain = Trail(federation, plan), _Chain()
+    findings: list[Finding] = []
+    unreadable: set[int] = set()
+    try:
+        reader = Journal.open_read(storage / JOURNAL)
+    except UNREADABLE as error:
+        return Proof(0, GENESIS.hex(), -1, 0, 0, (Finding("journal-unreadable", JOURNAL, _below(error)),))
+    with reader as journal:
+        findings += _follow(journal, trail, chain, unreadable)
+        findings += _masters(storage, trail, journal, chain.seq)
+        findings += _transfers(storage, trail, progress)
+        findings += _audit_lines(storage / AUDIT, journal, chain.seq, unreadable)
+    held = 0
+    for folder in receipts:
+        for path in _receipt_files(folder):
+            held += 1
+            findings += _receipt(path, trail)
+    return Proof(chain.seq, chain.head.hex(), trail.version, len(trail.accepted), held, tuple(findings))
+
+
+# -- the journal ---
+
+
+def _follow(journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set[int]) -> Iterator[Finding]:
+    while True:
+        try:
+            row = next(journal.rows(chain.seq, limit=1), None)
+        except UNREADABLE as error:
+            # Behind what SQLite cannot read there may be more, but nothing that could be trusted.
+            yield Finding("journal-unreadable", f"{JOURNAL}: behind row {chain.seq}", _below(error))
+            return
+        if row is None:
+            break
+        if row.seq <= chain.seq:
+            # A damaged index leads back to where we were, for ever.
+            yield Finding("journal-unreadable", f"{JOURNAL}: behind row {chain.seq}", f"row {row.seq} comes next")
+            return
+        try:
+            # One row at a time: what is wrong with this one shall not hide what is wrong with the next.
+            list(audit.verified([row], JOURNAL, after=chain.seq, prev=chain.head))
+        except CorruptError as error:
+            yield Finding("chain", row_place(row.seq), error.message.removeprefix(f"{JOURNAL}: "))
+        chain.seq, chain.head = row.seq, row.hash
+        yield from _content(row, trail, unreadable)
+    if not trail.versions:
+        yield Finding("not-opened", JOURNAL, "no row opens the run")
+
+
+def _content(row: Row, trail: Trail, unreadable: set[int]) -> Iterator[Finding]:
+    try:
+        record = records.from_bytes(row.body)
+        columns = (record.kind, records.recorded_at(record))
+    except (CorruptError, RefusedError) as error:
+        unreadable.add(row.seq)
+        yield Finding("row-content", row_place(row.seq), error.message)
+        return
+    if (row.kind, row.at) != columns:
+        yield Finding("row-columns", row_place(row.seq), "its columns differ from its body")
+    yield from trail.take(row.seq, record)
+
+
+def _below(error: CorruptError | UnicodeDecodeError) -> str:
+    """An error's text without the folder, which is the reader's own business."""
+    return error.message.rpartition("/")[2] if isinstance(error, CorruptError) else "its text is not UTF-8"
+
+
+def _audit_lines(path: Path, journal: JournalReader, length: int, unreadable: set[int]) -> Iterator[Finding]:
+    """Compare audit.jsonl with the rows; a coordinator that runs may have added to both since row `length`."""
+    if not path.exists():
+        yield Finding("audit-gone", AUDIT, "start the coordinator once: it writes the file anew from the journal")
+        return
+    rows = journal.rows()
+    number = 0
+    try:
+        with path.open("rb") as file:
+            # Lines first: a row is committed before its line is written, so each line must have one.
+            for number, line in enumerate(file, start=1):
+                row = next(rows, None)
+                if row is None:
+                    yield Finding("audit-line", f"{AUDIT}: line {number}", "the journal has no such row")
+                    return
+                if row.seq not in unreadable and not _says(line, row):
+                    yield Finding("audit-line", f"{AUDIT}: line {number}", f"differs from row {row.seq} of the journal")
+    except UNREADABLE:
+        return  # told already, as journal-unreadable
+    if number < length:
+        yield Finding("audit-short", AUDIT, f"ends after line {number}, the journal has {length} rows")
+
+
+def _says(line: bytes, row: Row) -> bool:
+    try:
+        return line == audit.line_bytes(row)
+    except RefusedError:
+        return True  # the manifest in the row is damaged, which was told with the row
+
+
+# -- files ---
+
+
+def _masters(storage: Path, trail: Trail, journal: JournalReader, length: int) -> Iterator[Finding]:
+    slots = SLOTS[trail.federation.aggregation.server.optimizer]
+    for version, recorded in trail.versions.items():
+        found = check_master(storage, version, recorded, slots, required=version in {0, trail.version})
+        # A coordinator that has gone on since has pruned what was the newest master when we began.
+        if found and version == trail.version > 0 and _went_on(journal, length):
+            continue
+        yield from found
+
+
+def _went_on(journal: JournalReader, length: int) -> bool:
+    try:
+        return any(row.kind == records.VersionCommitted.kind for row in journal.rows(after=length, limit=AHEAD))
+    except UNREADABLE:
+        return False
+
+
+def _transfers(storage: Path, trail: Trail, progress: Progress) -> Iterator[Finding]:
+    total, done = len(trail.versions) + len(trail.accepted), 0
+    for version, recorded in trail.versions.items():
+        yield from check_state(storage, version, recorded, trail.plan)
+        done += 1
+        progress(done / total)
+    for _seq, accepted in trail.accepted.values():
+        base = trail.versions.get(accepted.base_version)
+        sha256 = base.file_sha256 if base else None
+        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation)
+        done += 1
+        progress(done / total)
+
+
+# -- receipts ---
+
+
+def _receipt_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder", hint="name a copy of a site's receipts folder")
+    return sorted(folder.glob("*.json"))
+
+
+def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
+    where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
+    try:
+        fields: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        base_version, base_sha256 = fields.pop("base_version"), fields.pop("base_sha256")
+        receipt = Receipt.model_validate(fields)
+    except ValidationError as error:
+        yield Finding("receipt-unreadable", where, describe_invalid("receipt", error))
+        return
+    except (ValueError, TypeError, KeyError):
+        yield Finding("receipt-unreadable", where, "not a receipt as a site writes it")
+        return
+    if receipt.update_id != path.stem:
+        yield Finding("receipt-differs", where, f"it is about update {receipt.update_id}")
+    if receipt.rule == RULE_OF_REUSE:
+        return
+    known = trail.known.get(receipt.update_id)
+    if known is None:
+        yield Finding("receipt-unknown-update", where, f"the site was told {receipt.outcome}, no row knows the update")
+        return
+    for name, told, recorded in _told(receipt, known):
+        yield Finding("receipt-differs", where, f"the site was told {name} {told}, the journal says {recorded}")
+    if receipt.update_id in trail.accepted:
+        _seq, accepted = trail.accepted[receipt.update_id]
+        base = trail.versions.get(accepted.base_version)
+        if base is None or (base_version, base_sha256) != (accepted.base_version, base.file_sha256):
+            yield Finding("receipt-differs", where, "the site trained on another state than the journal says")
+
+
+def _told(receipt: Receipt, known: Known) -> Iterator[tuple[str, object, object]]:
+    """Fields in which receipt and journal differ; a receipt may be from before the update was merged or dropped."""
+    names = ["manifest_sha256"]
+    if receipt.outcome != "accepted" or known.outcome == "rejected":
+        names += ["outcome", "rule", "version", "staleness", "weight"]
+    for name in names:
+        told, recorded = getattr(receipt, name), getattr(known, name)
+        if told != recorded:
+            yield name, told, recorded

@@ -1,0 +1,232 @@
+"""A run computed again: version after version from version 0 and the kept updates, in a folder of its own.
+
+The merge is the one that made the versions (`coordinator.aggregate`), the weights come from the rules and not from the
+record, and each update passes admission once more, so that nothing is taken on trust but version 0 and what sites sent.
+Compared bit for bit with the journal: contributions, master, slots and the published file. Not compared are the frames
+that the file was cut into, which another release of zstd may choose differently; `coordinator.proof` compares those
+that are kept with their digests.
+
+In the folder lie at most two versions' float32 files, and the published states that a later merge still needs: none
+but the newest, and in fedasync those that updates still to come started from. The run's own files are only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.aggregate import merge, publish
+from coordinator.journal import Journal
+from coordinator.kept import check_update
+from coordinator.masters import master_path, open_own
+from coordinator.merging import MergePlan
+from coordinator.records import Opened, VersionCommitted
+from coordinator.trail import Finding, Trail, row_place
+from coordinator.views import JOURNAL
+from shared import durable
+from shared.config import FederationConfig
+from shared.errors import ConfigError, CorruptError, RefusedError
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.plan import SealedPlan
+from shared.store import FrameStore, Stored, frame_offsets
+
+FRAMES_ONLY = {"created", "frame_lengths", "frame_hashes"}
+"""Fields of a state's manifest that say nothing of the tensors."""
+
+_COPY_BYTES = 1 << 20
+
+Progress = Callable[[int, float], None]
+"""Called with the version in work and the share of it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """One version, made again."""
+
+    version: int
+    last: int
+    """The last version that will be made."""
+    updates: int
+    seconds: float
+    differences: tuple[Finding, ...]
+    """Empty when it is the same, bit for bit."""
+
+
+def replay(
+    storage: Path,
+    federation: FederationConfig,
+    plan: SealedPlan,
+    scratch: Path,
+    *,
+    upto: int | None = None,
+    progress: Progress = lambda _version, _share: None,
+) -> Iterator[Recomputed]:
+    """Yield each version from 0 to `upto` (None: the newest) as it is made; the first one that differs is the last.
+
+    `scratch` is an empty folder. ConfigError when there is no such version, CorruptError when the journal's chain is
+    broken or version 0 cannot be read, UnavailableError when the disk is full.
+    """
+    last, needed = _outline(storage, federation, upto)
+    run = _Replay(storage, federation, plan, scratch, needed)
+    odd: list[Finding] = []
+    with Journal.open_read(storage / JOURNAL) as journal:
+        for seq, record in enumerate(journal.replay(), start=1):
+            planned = run.trail.plan_for(record) if isinstance(record, VersionCommitted) else None
+            odd += run.trail.take(seq, record)
+            if not isinstance(record, Opened | VersionCommitted):
+                continue
+            begun = time.monotonic()
+            version = record.version if isinstance(record, VersionCommitted) else 0
+            if not odd:
+                odd += run.first(record) if isinstance(record, Opened) else run.next(seq, record, planned, progress)
+            updates = len(record.contributions) if isinstance(record, VersionCommitted) else 0
+            yield Recomputed(version, last, updates, time.monotonic() - begun, tuple(odd))
+            if odd or version >= last:
+                return
+
+
+class _Replay:
+    """The folder in which versions are made again, and what is known of the run so far."""
+
+    def __init__(
+        self, storage: Path, federation: FederationConfig, plan: SealedPlan, scratch: Path, needed: dict[int, int]
+    ) -> None:
+        self.storage = storage
+        self.federation = federation
+        self.plan = plan
+        self.trail = Trail(federation, plan)
+        self.needed = needed
+        self.updates = _existing(storage, "updates")
+        self.states = FrameStore(scratch / "states")
+        self.held: dict[int, str] = {}
+        """Versions whose published state lies in the folder, and its id."""
+        self.masters = scratch / "masters"
+        durable.make_folder(self.masters)
+
+    def first(self, opened: Opened) -> list[Finding]:
+        """Take version 0 from the run and compare it with what the journal opened."""
+        source = master_path(self.storage / "masters", 0)
+        copied = _copy(source, master_path(self.masters, 0))
+        if copied != opened.master_sha256:
+            return [Finding("master", f"masters/{source.name}", "not the bytes that row 1 recorded")]
+        recorded = manifest_from_bytes(opened.state)
+        with open_own(master_path(self.masters, 0), dict(sorted(self.plan.tensors.items()))) as tensors:
+            ours = publish(self.states, 0, tensors, self.plan, self.federation, created=recorded.created)
+        self.held[0] = ours.transfer_id
+        return [*self._compare_state(1, recorded, ours)]
+
+    def next(self, seq: int, record: VersionCommitted, planned: MergePlan | None, progress: Progress) -> list[Finding]:
+        """Make a version from the one before it and compare it with its record."""
+        assert planned is not None, "the trail names what no plan can be made of"
+        damaged = [finding for part in planned.contributions for finding in self._check(part.update_id)]
+        if damaged:
+            return damaged
+        recorded = manifest_from_bytes(record.state)
+        try:
+            made = merge(
+                planned,
+                self.updates,
+                self.states,
+                self.masters,
+                self.plan,
+                self.federation,
+                created=recorded.created,
+                progress=lambda share: progress(record.version, share),
+            )
+        except (CorruptError, RefusedError) as error:
+            return [Finding("merge", row_place(seq), f"version {record.version} cannot be made: {error.message}")]
+        self._tidy(record.version)
+        found = [*self._compare_state(seq, recorded, made.state)]
+        for rule in ("master_sha256", "optimizer_sha256"):
+            ours, theirs = getattr(made, rule), getattr(record, rule)
+            if ours != theirs:
+                what = f"the journal says {theirs}, recomputed {ours}"
+                found.append(Finding(rule.removesuffix("_sha256"), f"{row_place(seq)}: {rule}", what))
+        return found
+
+    def _check(self, update_id: str) -> list[Finding]:
+        _seq, accepted = self.trail.accepted[update_id]
+        base = self.trail.versions[accepted.base_version]
+        return check_update(self.storage, accepted, base.file_sha256, self.plan, self.federation)
+
+    def _compare_state(self, seq: int, recorded: Manifest, ours: Manifest) -> Iterator[Finding]:
+        wanted, made = (each.model_dump(exclude=FRAMES_ONLY) for each in (recorded, ours))
+        differing = [name for name, value in wanted.items() if made[name] != value]
+        if not differing:
+            return
+        where = f"{row_place(seq)}: state.{differing[0]}"
+        yield Finding("state", where, f"the journal says {wanted[differing[0]]}, recomputed {made[differing[0]]}")
+        kept = Stored(recorded, self.storage / "states" / f"{recorded.transfer_id}.frames", frame_offsets(recorded))
+        own = self.states.get(ours.transfer_id)
+        if own is not None and kept.path.exists():
+            yield from _first_value(kept, own)
+
+    def _tidy(self, version: int) -> None:
+        for path in self.masters.glob(f"v{version - 1:08d}*.safetensors"):
+            path.unlink()
+        self.held[version] = self.trail.versions[version].transfer_id
+        for older in [each for each in self.held if each < version and self.needed.get(each, 0) <= version]:
+            self.states.delete(self.held.pop(older))
+
+
+def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> tuple[int, dict[int, int]]:
+    """Return the last version to make, and for each base state that a merge reads the last version that reads it."""
+    newest = -1
+    needed: dict[int, int] = {}
+    with Journal.open_read(storage / JOURNAL) as journal:
+        for record in journal.replay():
+            if isinstance(record, Opened):
+                newest = max(newest, 0)
+            elif isinstance(record, VersionCommitted):
+                newest = max(newest, record.version)
+                if federation.aggregation.mode == "fedasync":
+                    needed |= {part.base_version: record.version for part in record.contributions}
+    if newest < 0:
+        raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
+    if upto is not None and not 0 <= upto <= newest:
+        raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {newest} have been published")
+    return newest if upto is None else upto, needed
+
+
+def _existing(storage: Path, name: str) -> FrameStore:
+    if not (storage / name).is_dir():
+        # A store makes its folder, and a replay makes nothing in the run's.
+        raise CorruptError(f"{storage / name} is gone", hint="restore the folder from a backup")
+    return FrameStore(storage / name)
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file and return its SHA-256 in hex: what was hashed is what will be used."""
+    if not source.exists():
+        raise CorruptError(f"{source} is gone", hint="restore it from a backup; without it nothing can be recomputed")
+    digest = hashlib.sha256()
+    room = durable.storage_errors(target.parent, source.stat().st_size)
+    with room, source.open("rb") as file, target.open("xb") as copy:
+        while piece := file.read(_COPY_BYTES):
+            digest.update(piece)
+            copy.write(piece)
+    return digest.hexdigest()
+
+
+def _first_value(kept: Stored, ours: Stored) -> Iterator[Finding]:
+    """Name the first value, in order of names, in which the kept published state differs from the one made again."""
+    where = f"states/{kept.path.name}"
+    try:
+        with kept.open_tensors(verify=True) as theirs, ours.open_tensors() as made:
+            if theirs.shapes != made.shapes:
+                yield Finding("state-value", where, "the published state holds other tensors than the plan")
+                return
+            for name, values in made.tensors():
+                differs = np.flatnonzero(theirs.tensor(name).view(np.uint32) != values.view(np.uint32))
+                if differs.size:
+                    at = int(differs[0])
+                    said = f"{theirs.tensor(name).flat[at]!s}, recomputed {values.flat[at]!s}"
+                    yield Finding("state-value", f"{where}: tensor {name}, value {at}", f"published {said}")
+                    return
+    except (CorruptError, RefusedError) as error:
+        yield Finding("state-value", where, f"the published state cannot be read: {error.message}")

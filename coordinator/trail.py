@@ -1,0 +1,244 @@
+"""The journal read as an auditor reads it: a fold that trusts nothing and names each fact that cannot be right.
+
+`coordinator.ledger` applies records that this coordinator wrote a moment ago and asserts that they follow from each
+other. Here they are evidence, perhaps forged with a sound hash chain, so each assertion is a finding instead, and what
+the rules determine is worked out anew: the weights of a version, its staleness, and the order of addition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import assert_never
+
+from coordinator.ledger import Known
+from coordinator.merging import MergePlan, plan_merge
+from coordinator.optimizers import SLOTS
+from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.views import JOURNAL
+from shared.config import FederationConfig
+from shared.errors import RefusedError
+from shared.manifest import Manifest, StateFacts, manifest_from_bytes
+from shared.plan import SealedPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it must be."""
+
+    rule: str
+    """Name of what was broken, for scripts."""
+    where: str
+    """File below the storage folder, and the row, frame or field in it."""
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} [{self.rule}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedVersion:
+    """What the journal says of a version's files; digests in hex."""
+
+    row: int
+    transfer_id: str
+    """Of the published state."""
+    file_sha256: str
+    manifest_sha256: str
+    """Of the state's manifest as it was sealed."""
+    master_sha256: str
+    optimizer_sha256: str | None
+
+
+Broken = tuple[str, str]
+"""Rule and what is wrong; the row is known to the caller."""
+
+
+def row_place(seq: int) -> str:
+    """How a row is named in a finding."""
+    return f"{JOURNAL}: row {seq}"
+
+
+class Trail:
+    """The run so far, as far as it could be followed; `version` is -1 until it was opened."""
+
+    def __init__(self, federation: FederationConfig, plan: SealedPlan) -> None:
+        self.federation = federation
+        self.plan = plan
+        self.version = -1
+        self.versions: dict[int, RecordedVersion] = {}
+        self.known: dict[str, Known] = {}
+        self.accepted: dict[str, tuple[int, Accepted]] = {}
+        """Row and record of each accepted update, in order of acceptance."""
+        self.pending: dict[str, Accepted] = {}
+        """Accepted and not yet merged, in order of acceptance."""
+        self.finished = False
+
+    def take(self, seq: int, record: Record) -> list[Finding]:
+        """Follow one fact, as far as it can be followed, and return what is wrong with it."""
+        where = row_place(seq)
+        return [Finding(rule, where, what) for rule, what in self._take(seq, record)]
+
+    def plan_for(self, record: VersionCommitted) -> MergePlan | None:
+        """Return how the rules make this version, to be asked before `take`; None when they make none of it."""
+        updates = [self.pending.get(part.update_id) for part in record.contributions]
+        merged = [update for update in updates if update is not None]
+        section = self.federation.aggregation
+        sound = (
+            len(merged) == len(record.contributions) == len({part.update_id for part in record.contributions})
+            and record.version == self.version + 1 >= 1
+            and all(update.base_version in self.versions and update.examples >= 1 for update in merged)
+            and (len(merged) == 1 if section.mode == "fedasync" else bool(merged))
+        )
+        if not sound:
+            return None
+        ids = {version: recorded.transfer_id for version, recorded in self.versions.items()}
+        return plan_merge(record.version, merged, section, ids)
+
+    # -- one record ---
+
+    def _take(self, seq: int, record: Record) -> Iterator[Broken]:
+        if (self.version < 0) != isinstance(record, Opened):
+            yield "opened-once", f"{record.kind} {'before the run was' if self.version < 0 else 'again, it was'} opened"
+        if self.finished and not isinstance(record, Rejected):
+            yield "after-the-end", f"{record.kind} after the run was finished"
+        match record:
+            case Opened():
+                yield from self._opened(seq, record)
+            case Accepted():
+                yield from self._accepted(seq, record)
+            case Rejected():
+                yield from self._rejected(record)
+            case Dropped():
+                yield from self._dropped(record)
+            case VersionCommitted():
+                yield from self._committed(seq, record)
+            case Finished():
+                yield from self._finished(record)
+            case _:
+                assert_never(record)
+
+    def _opened(self, seq: int, record: Opened) -> Iterator[Broken]:
+        for name in ("fingerprint", "config_sha256", "frozen_sha256"):
+            if getattr(record, name) != getattr(self.plan, name):
+                yield "other-plan", f"its {name} is not that of plan.json"
+        self.version = max(self.version, 0)
+        yield from self._state(seq, 0, record.state, record.master_sha256, None)
+
+    def _accepted(self, seq: int, record: Accepted) -> Iterator[Broken]:
+        if record.update_id in self.known:
+            yield "decided-twice", f"update {record.update_id} was decided before"
+            return
+        if not 0 <= record.base_version <= self.version:
+            yield "base-unknown", f"it starts from version {record.base_version}, the newest is {self.version}"
+        if record.examples < 1:
+            yield "no-examples", "an update of no examples"
+        self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
+        self.accepted[record.update_id] = (seq, record)
+        self.pending[record.update_id] = record
+
+    def _rejected(self, record: Rejected) -> Iterator[Broken]:
+        if record.update_id in self.known:
+            yield "decided-twice", f"update {record.update_id} was decided before"
+            return
+        known = Known(record.site, record.manifest_sha256, "rejected", record.rule, record.detail)
+        self.known[record.update_id] = known
+
+    def _dropped(self, record: Dropped) -> Iterator[Broken]:
+        if self.pending.pop(record.update_id, None) is None:
+            yield "not-pending", f"update {record.update_id} is dropped, but was not waiting"
+            return
+        known = self.known[record.update_id]
+        known.outcome, known.rule = "dropped", record.rule
+
+    def _finished(self, record: Finished) -> Iterator[Broken]:
+        last = self.federation.federation.versions
+        if not record.version == self.version == last:
+            yield "last-version", f"finished at {record.version}; committed {self.version}, agreed were {last}"
+        if self.pending:
+            yield "left-pending", f"{len(self.pending)} accepted updates were neither merged nor dropped"
+        self.finished = True
+
+    # -- versions ---
+
+    def _committed(self, seq: int, record: VersionCommitted) -> Iterator[Broken]:
+        planned = self.plan_for(record)
+        if record.version != self.version + 1:
+            yield "version-gap", f"version {record.version} follows version {self.version}"
+        for part in record.contributions:
+            if part.update_id not in self.pending:
+                known = self.known.get(part.update_id)
+                fate = "was never accepted" if known is None else f"is {known.outcome} already"
+                yield "counted-twice" if known else "unknown-update", f"update {part.update_id} {fate}"
+        yield from self._round(record.contributions)
+        if planned is not None:
+            yield from _weights(planned.recorded(), record.contributions)
+        self._merge(record)
+        yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
+        self.version = record.version
+
+    def _round(self, parts: tuple[Contribution, ...]) -> Iterator[Broken]:
+        """What the closing rules say of any round, whoever was present."""
+        section = self.federation.aggregation
+        merged = [part.update_id for part in parts]
+        if merged != list(self.pending)[: len(merged)]:
+            yield "merge-order", "its updates are not the oldest ones waiting, in order of acceptance"
+        match section.mode:
+            case "sync":
+                fits = len({part.site for part in parts}) >= section.quorum
+            case "fedbuff":
+                fits = 1 <= len(parts) <= section.buffer
+            case "fedasync":
+                fits = len(parts) == 1
+            case _:
+                assert_never(section.mode)
+        if not fits:
+            yield "round-size", f"{len(parts)} updates, which no round of mode {section.mode} closes with here"
+
+    def _merge(self, record: VersionCommitted) -> None:
+        for part in record.contributions:
+            if self.pending.pop(part.update_id, None) is not None:
+                known = self.known[part.update_id]
+                known.outcome, known.version = "merged", record.version
+                known.staleness, known.weight = part.staleness, part.weight
+
+    def _state(self, seq: int, version: int, state: bytes, master: str, optimizer: str | None) -> Iterator[Broken]:
+        try:
+            manifest = manifest_from_bytes(state)
+        except RefusedError as error:
+            yield "state-manifest", error.message
+            return
+        wrong = self._wrong_fields(manifest, version)
+        if wrong:
+            yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
+        slots = version > 0 and self.federation.aggregation.mode != "fedasync"
+        if (optimizer is not None) != (slots and bool(SLOTS[self.federation.aggregation.server.optimizer])):
+            yield "slots-digest", "it has the digest of slots and needs none, or needs one and has none"
+        self.versions[version] = RecordedVersion(
+            row=seq,
+            transfer_id=manifest.transfer_id,
+            file_sha256=manifest.file_sha256,
+            manifest_sha256=hashlib.sha256(state).hexdigest(),
+            master_sha256=master,
+            optimizer_sha256=optimizer,
+        )
+
+    def _wrong_fields(self, manifest: Manifest, version: int) -> list[str]:
+        wanted = {
+            "transfer_id": manifest.file_sha256[:32],
+            "federation": self.federation.federation.name,
+            "fingerprint": self.plan.fingerprint,
+            "codec": self.federation.codec.down,
+            "slice_size": self.federation.codec.slice_kib * 1024,
+            "facts": StateFacts(version=version),
+        }
+        return [name for name, value in wanted.items() if getattr(manifest, name) != value]
+
+
+def _weights(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:
+    for wanted, found in zip(ours, recorded, strict=True):
+        for name in ("site", "base_version", "staleness", "weight"):
+            given, told = getattr(wanted, name), getattr(found, name)
+            if given != told:
+                yield "contribution", f"update {found.update_id} has {name} {told}, the rules give {given}"

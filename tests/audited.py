@@ -1,0 +1,149 @@
+"""A run without broker or sites: storage folder and journal as a coordinator leaves them, and ways to spoil them."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.journal import Journal
+from coordinator.masters import prune_masters
+from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
+from coordinator.views import JOURNAL
+from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
+from shared.config import AggregationSection, CodecSection, ServerSection
+from shared.errors import RefusedError
+from tests.small_run import SmallRun
+
+TRAIL = "audit.jsonl"
+VERSIONS = 3
+MOMENTUM = ServerSection(optimizer="momentum", lr=0.7)
+SECTIONS = {
+    "sync": AggregationSection(size_power=0.5, server=MOMENTUM),
+    "fedbuff": AggregationSection(mode="fedbuff", buffer=3, server=MOMENTUM),
+    "fedasync": AggregationSection(mode="fedasync", alpha=0.9, server=MOMENTUM),
+}
+SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
+
+Edit = Callable[[Record], Sequence[Record]]
+
+
+class AuditedRun:
+    """Three versions of random updates, some late, one rejected, one dropped, momentum, bf16; not finished."""
+
+    def __init__(self, storage: Path, mode: str) -> None:
+        rng = np.random.default_rng(7)
+        self.storage = storage
+        self.mode = mode
+        run = SmallRun(
+            storage,
+            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
+            aggregation=SECTIONS[mode],
+            codec=CodecSection(slice_kib=4),
+        )
+        self.federation = run.federation
+        self.plan = run.plan
+        self.records: list[Record] = [run.opened]
+        per_round = 1 if mode == "fedasync" else 3
+        for version in range(VERSIONS):
+            merged = [
+                run.update(
+                    f"s{site}-{version}",
+                    {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
+                    base=int(rng.integers(0, version + 1)),
+                    examples=int(rng.integers(1, 1000)),
+                )
+                for site in range(per_round)
+            ]
+            self.records += merged
+            planned = run.planned(merged)
+            result = run.merge(*merged)
+            self.records.append(
+                VersionCommitted(
+                    planned.version,
+                    planned.recorded(),
+                    result.state.to_bytes(),
+                    result.master_sha256,
+                    result.optimizer_sha256,
+                    4.0 + version,
+                )
+            )
+        spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
+        self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
+        self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))
+        prune_masters(run.masters, {VERSIONS - 1, VERSIONS})
+        journal = Journal(storage / JOURNAL)
+        journal.append(self.records)
+        AuditLog(storage / TRAIL, journal.rows)
+        journal.close()
+
+    @property
+    def accepted(self) -> list[Accepted]:
+        """Accepted updates, in order."""
+        return [record for record in self.records if isinstance(record, Accepted)]
+
+    @property
+    def committed(self) -> list[VersionCommitted]:
+        """Versions from 1 on."""
+        return [record for record in self.records if isinstance(record, VersionCommitted)]
+
+    @contextlib.contextmanager
+    def forged(self, edit: Edit) -> Iterator[None]:
+        """While the block runs, the journal says what `edit` makes of each record, with a sound chain."""
+        rows: list[Row] = []
+        for record in [made for before in self.records for made in edit(before)]:
+            head = rows[-1].hash if rows else GENESIS
+            rows.append(linked(head, len(rows) + 1, recorded_at(record), record.kind, to_bytes(record)))
+        with restored(self.storage / JOURNAL), restored(self.storage / TRAIL):
+            with self._database() as db:
+                db.execute("DELETE FROM rows")
+                values = [(row.seq, row.at, row.kind, row.body, row.prev, row.hash) for row in rows]
+                db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", values)
+            with contextlib.suppress(RefusedError):  # a manifest that is none has no line
+                (self.storage / TRAIL).write_bytes(b"".join(line_bytes(row) for row in rows))
+            yield
+
+    @contextlib.contextmanager
+    def row_changed(self, seq: int, column: str, value: object) -> Iterator[None]:
+        """While the block runs, one value of the journal is another."""
+        with restored(self.storage / JOURNAL):
+            with self._database() as db:
+                db.execute(f"UPDATE rows SET {column} = ? WHERE seq = ?", (value, seq))  # noqa: S608 - our own names
+            yield
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with contextlib.closing(sqlite3.connect(self.storage / JOURNAL)) as db:
+            db.execute("PRAGMA synchronous = OFF")
+            with db:
+                yield db
+
+
+@contextlib.contextmanager
+def restored(path: Path) -> Iterator[None]:
+    """Put the file back as it was when the block ends, and take away what SQLite laid beside it."""
+    before = path.read_bytes()
+    try:
+        yield
+    finally:
+        for beside in path.parent.glob(f"{path.name}-*"):
+            beside.unlink()
+        path.write_bytes(before)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """The bytes with one bit turned over; `bit` counts from the lowest of the first byte."""
+    spoilt = bytearray(data)
+    spoilt[bit // 8] ^= 1 << (bit % 8)
+    return bytes(spoilt)
+
+
+@contextlib.contextmanager
+def spoilt(path: Path, bit: int) -> Iterator[None]:
+    """While the block runs, one bit of the file is turned over."""
+    with restored(path):
+        path.write_bytes(flipped(path.read_bytes(), bit))
+        yield

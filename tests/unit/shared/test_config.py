@@ -1,0 +1,240 @@
+"""Configuration files: what is read, where paths lead, what the fingerprint covers, and words for every mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig, load_config, parse_config
+from shared.errors import ConfigError
+
+FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
+COORDINATOR = 'federation = "federation.toml"\nstorage = "data"\n'
+SITE = 'name = "north"\nfederation = "f.toml"\nstorage = "s"\n[data]\nnotes = "notes"\n'
+
+
+def _write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "x.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def _federation(**sections: dict[str, Any]) -> FederationConfig:
+    merged = {key: {**FEDERATION.get(key, {}), **sections.get(key, {})} for key in {*FEDERATION, *sections}}
+    return parse_config(merged, FederationConfig, "test")
+
+
+def _refused(path: Path, model: type[Section]) -> ConfigError:
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, model)
+    assert refused.value.hint
+    return refused.value
+
+
+# -- reading ---
+
+
+def test_defaults_are_filled_in(tmp_path: Path) -> None:
+    """Two keys make a federation, and the rest has values that work."""
+    config = load_config(_write(tmp_path, '[federation]\nname = "ward"\n[model]\nbase = "m"\n'), FederationConfig)
+    assert config.federation.name == "ward"
+    assert config.federation.versions == 10
+    assert config.aggregation.mode == "sync"
+    assert config.task.labels == ("problem", "treatment", "test")
+
+
+def test_relative_paths_start_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from wherever the command was typed; nested ones too, and a home folder is where it is."""
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    text = (
+        'name = "north"\nfederation = "../f.toml"\nstorage = "/var/lib/mailboat"\nmodel_dir = "~/model"\n'
+        '[data]\nnotes = "notes"\n[broker]\npassword_file = "secrets/password"\n'
+    )
+    (tmp_path / "conf").mkdir()
+    config = load_config(_write(tmp_path / "conf", text), SiteConfig)
+    assert config.federation == tmp_path / "conf" / "../f.toml"
+    assert config.storage == Path("/var/lib/mailboat")
+    assert config.model_dir == Path("/home/somebody/model")
+    assert config.data.notes == tmp_path / "conf" / "notes"
+    assert config.broker.password_file == tmp_path / "conf" / "secrets" / "password"
+    assert config.broker.ca_file is None
+
+
+def test_a_relative_name_of_the_file_itself_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--config x.toml` gives the same paths as its full name, also after a change of folder."""
+    _write(tmp_path, COORDINATOR)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("x.toml"), CoordinatorConfig)
+    assert config.storage == tmp_path.resolve() / "data"
+    assert config.storage.is_absolute()
+
+
+def test_a_configuration_does_not_change() -> None:
+    """Frozen: whoever holds it may rely on it."""
+    with pytest.raises(ValueError, match="frozen"):
+        _federation().federation = None  # type: ignore[misc, assignment]
+
+
+# -- mistakes ---
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Each says what is wrong with the file and names it."""
+    missing = tmp_path / "none.toml"
+    assert _refused(missing, CoordinatorConfig).message == f"{missing}: no such file"
+    below = _write(tmp_path, COORDINATOR) / "x.toml"
+    assert _refused(below, CoordinatorConfig).message == f"{below}: no such file"
+    assert _refused(tmp_path, CoordinatorConfig).message == f"{tmp_path} is a folder, a TOML file was expected"
+    path = _write(tmp_path, b'federation = "\xff"')
+    assert _refused(path, CoordinatorConfig).message == f"{path}: not UTF-8 at byte 14"
+    path = _write(tmp_path, "federation = \nstorage")
+    assert re.fullmatch(rf"{re.escape(str(path))}: not TOML: .*line 1.*", _refused(path, CoordinatorConfig).message)
+    path = _write(tmp_path, 'storage = "a"\nstorage = "b"')
+    assert "not TOML" in _refused(path, CoordinatorConfig).message
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner and mode are what to look at (tests run as a user whom no mode keeps out: the refusal is put in)."""
+
+    def denied(*_args: object, **_more: object) -> str:
+        raise PermissionError
+
+    path = _write(tmp_path, COORDINATOR)
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert _refused(path, CoordinatorConfig).message == f"{path} may not be read by this user"
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "problem"),
+    [
+        (CoordinatorConfig, COORDINATOR + "storge = 1", "unknown key storge: did you mean storage?"),
+        (CoordinatorConfig, COORDINATOR + "[link]\nstal_s = 1", "unknown key link.stal_s: did you mean stall_s?"),
+        (
+            CoordinatorConfig,
+            COORDINATOR + "[link]\nqqq = 1",
+            "unknown key link.qqq: known here: backoff_cap_s, keepalive_s, stall_s, window",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\nmomentun=0.5',
+            "unknown key aggregation.server.momentun: did you mean momentum?",
+        ),
+        (CoordinatorConfig, 'storage = "s"', "federation is missing"),
+        (SiteConfig, SITE.replace('notes = "notes"', ""), "data.notes is missing"),
+        (CoordinatorConfig, COORDINATOR + 'credit_mib = "many"', "credit_mib: Input should be a valid integer"),
+        (CoordinatorConfig, COORDINATOR + "credit_mib = 0", "credit_mib: Input should be greater than or equal to 1"),
+        (CoordinatorConfig, COORDINATOR + "[link]\nstall_s = 0", "link.stall_s: Input should be greater than 0"),
+        (CoordinatorConfig, COORDINATOR + "[link]\nstall_s = inf", "link.stall_s: Input should be a finite number"),
+        (CoordinatorConfig, COORDINATOR + "[link]\nstall_s = nan", "link.stall_s: Input should be"),
+        (CoordinatorConfig, COORDINATOR + "link = 5", "link: Input should be a valid dictionary"),
+        (SiteConfig, SITE.replace("north", "St. Mary"), "name: String should match pattern"),
+        (SiteConfig, SITE.replace("north", "coordinator"), "name: no site may be named coordinator"),
+        (CoordinatorConfig, COORDINATOR + '[broker]\nurl = "tcp://x"', "broker.url: must start with mqtt:// or mqtts"),
+        (CoordinatorConfig, COORDINATOR + '[broker]\nkey_file = "k"', "broker: cert_file and key_file go together"),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[task]\nlabels=["x","x"]',
+            "task.labels: labels must be distinct and at least one",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[task]\nlabels=[]',
+            "task.labels: labels must be distinct and at least one",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
+            "codec.up: Input should be 'f32', 'bf16' or 'int8'",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\nsites=["b","coordinator"]\n[model]\nbase="m"',
+            "federation.sites.1: no site may be named coordinator",
+        ),
+    ],
+    ids=lambda value: value.split(":")[0] if isinstance(value, str) and "\n" not in value else "",
+)
+def test_each_wrong_key_is_named_with_what_is_wrong(
+    model: type[Section], text: str, problem: str, tmp_path: Path
+) -> None:
+    """The file, the key with its section, and how to mend it."""
+    path = _write(tmp_path, text)
+    error = _refused(path, model)
+    assert error.message.startswith(f"{path}: {problem}"), error.message
+    assert error.hint == "mend the key"
+
+
+def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
+    """One look at the message mends the file."""
+    error = _refused(_write(tmp_path, 'storage = "s"\ncredit_mib = 0\nstorge = 1'), CoordinatorConfig)
+    for problem in ("federation is missing", "credit_mib: ", "unknown key storge: did you mean storage?"):
+        assert problem in error.message
+    assert error.message.count(";") == 2
+    assert error.hint == "mend these keys"
+
+
+# -- the fingerprint ---
+
+
+def test_where_the_model_lies_is_each_machines_business() -> None:
+    """A hub id here and a folder there: still the same federation."""
+    assert _federation(model={"base": "/srv/model"}).config_sha256 == _federation().config_sha256
+
+
+def _leaves(section: Section, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for name, value in section:
+        if isinstance(value, Section):
+            found += _leaves(value, (*path, name))
+        else:
+            found.append(((*path, name), value))
+    return found
+
+
+def _other(key: str, value: Any) -> Any:
+    """A valid value other than the default."""
+    named = {
+        "kind": "constant",
+        "up": "f32",
+        "down": "f32",
+        "mode": "fedasync",
+        "optimizer": "momentum",
+        "sites": ["a"],
+        "labels": ["x"],
+        "frozen_sha256": "0" * 64,
+        "slice_kib": 64,
+    }
+    if key in named:
+        return named[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float) or value is None:
+        return (value or 1.0) / 2
+    return f"{value}x"
+
+
+KEYS = [path for path, _ in _leaves(_federation()) if path not in {("model", "base"), ("task", "kind")}]
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_every_other_key_must_agree(path: tuple[str, ...]) -> None:
+    """Any difference in what is learnt, exchanged or merged gives another fingerprint."""
+    values = dict(_leaves(_federation()))
+    changed: Any = _other(path[-1], values[path])
+    for part in reversed(path[1:]):
+        changed = {part: changed}
+    assert _federation(**{path[0]: changed}).config_sha256 != _federation().config_sha256
+
+
+def test_the_fingerprint_is_of_the_meaning_not_of_the_text(tmp_path: Path) -> None:
+    """Order, comments and defaults that are spelt out do not count."""
+    plain = load_config(_write(tmp_path, '[federation]\nname="ward"\n[model]\nbase="m"\n'), FederationConfig)
+    text = '# ours\n[model]\nbase = "m"\nrevision = "main"\n[federation]\nversions = 10\nname = "ward"\n'
+    assert load_config(_write(tmp_path, text), FederationConfig).config_sha256 == plain.config_sha256
+    assert re.fullmatch("[0-9a-f]{64}", plain.config_sha256)
