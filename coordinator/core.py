@@ -31,7 +31,7 @@ from coordinator.sites import Claim, Sites
 from coordinator.uploads import Uploads
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
-from shared.manifest import Manifest
+from shared.manifest import Manifest, UpdateFacts
 from shared.messages import (
     Announce,
     Hello,
@@ -87,6 +87,7 @@ class Core:
         self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
         self._started: float | None = None
         self._round_opened = 0.0
+        self._answered: set[str] = set()
         self.merging = False
 
     def apply(self, record: Record) -> None:
@@ -251,6 +252,8 @@ class Core:
             Rejected(manifest.transfer_id, name, manifest.digest, why.rule, why.message[:500], now.wall),
         )
         out.to(name, self.ledger.receipt(manifest.transfer_id))
+        if isinstance(manifest.facts, UpdateFacts) and manifest.facts.base_version == self.ledger.version:
+            self._answered.add(name)
 
     def _verified(self, event: d.Verified, now: Instant, out: d.Decision) -> None:
         upload = self.uploads.settle(event.update_id, now.mono, out)
@@ -300,6 +303,7 @@ class Core:
             version=self.ledger.version,
             pending=self.ledger.pending,
             present=self.sites.present,
+            answered=frozenset(self._answered),
             open_s=now.mono - self._round_opened,
             settled=now.mono - self._started >= self.settle_s,
         )
@@ -314,6 +318,7 @@ class Core:
         assert self.merging
         self.merging = False
         self._round_opened = now.mono
+        self._answered.clear()
         contributions = event.plan.recorded()
         self._record(
             out,

@@ -1,9 +1,10 @@
 """When a round closes: sync, buffered-async (FedBuff) and fully async (FedAsync) as three rules over the same facts.
 
 Sync (FedAvg, arXiv 1602.05629) closes when the quorum has contributed and every site that is present has an update on
-the current version; the deadline stands in for those who do not come. FedBuff (arXiv 2106.06639) closes at K updates.
-FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on sites that will not come: a buffer that nobody
-present is going to fill closes early, and the deadline closes any round that has something to merge.
+the current version, or had one that was rejected; the deadline stands in for those who do not come. FedBuff (arXiv
+2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on sites that will
+not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round that has
+something to merge.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class RoundView:
     """Sites connected now."""
     open_s: float
     """Seconds since this version was announced."""
+    answered: frozenset[str]
+    """Sites whose update on this version was rejected: nothing more is to come from them before the next one."""
     settled: bool
     """Whether presence can be trusted: sites had time to say hello since we started."""
 
@@ -36,7 +39,7 @@ def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
     if not view.pending:
         return 0
     overdue = view.open_s >= section.deadline_s
-    contributed = {update.site for update in view.pending if update.base_version == view.version}
+    contributed = view.answered.union(update.site for update in view.pending if update.base_version == view.version)
     nobody_left = view.settled and bool(view.present) and view.present <= contributed
     match section.mode:
         case "fedasync":

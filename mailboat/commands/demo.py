@@ -53,52 +53,72 @@ class Task(StrEnum):
     NER = "ner"
 
 
+WorkdirOption = Annotated[
+    Path | None, typer.Option(help="New folder for everything the run writes; default: ./demo-run-DATE-TIME.")
+]
+SitesOption = Annotated[int, typer.Option(min=1, max=32, help="Hospitals, each a process of its own.")]
+AbsentOption = Annotated[int, typer.Option(min=0, help="So many of them are never started.")]
+VersionsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Versions to publish. Default: as many as give each site {defaults.ROUNDS} local trainings: "
+        f"{defaults.ROUNDS} in sync, where a version merges all sites; more in fedbuff, where it merges half of "
+        "them, and in fedasync, where each update makes a version.",
+    ),
+]
+ModeOption = Annotated[Mode, typer.Option(help="When a version is made.")]
+StalenessOption = Annotated[Staleness, typer.Option(help="How a late update is weighted.")]
+BrokerOption = Annotated[
+    str, typer.Option(help="auto, mosquitto, amqtt, or mqtt://host:port of one that runs already.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Base model: a folder, or an id on the Hugging Face hub; default: the shipped one."),
+]
+LayersOption = Annotated[
+    str,
+    typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
+]
+CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
+TaskOption = Annotated[Task, typer.Option(help="What is learnt: problems, treatments and tests in notes.")]
+AlphaOption = Annotated[
+    float, typer.Option(help="How alike the sites' label mixes are: 0.1 very different, 100 nearly the same.")
+]
+NotesOption = Annotated[int, typer.Option(min=2, help="Training notes of each site.")]
+FlakyOption = Annotated[
+    bool, typer.Option("--flaky", help="Cut every site's link again and again, and kill one site in mid-work.")
+]
+BaselinesOption = Annotated[
+    bool, typer.Option(help="Also train each site alone, and all notes in one place, to compare with.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Notes, head, batches and faults follow from it.")]
+DeadlineOption = Annotated[
+    float, typer.Option(min=1, help="Give up after so many seconds, and say who was waited for.")
+]
+JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON too.")]
+
+
 def demo(  # noqa: PLR0913 - one argument an option
     *,
-    workdir: Annotated[
-        Path | None, typer.Option(help="New folder for everything the run writes; default: ./demo-run-DATE-TIME.")
-    ] = None,
-    sites: Annotated[int, typer.Option(min=1, max=32, help="Hospitals, each a process of its own.")] = defaults.SITES,
-    absent: Annotated[int, typer.Option(min=0, help="So many of them are never started.")] = 0,
-    versions: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Versions to publish. Default: as many as give each site {defaults.ROUNDS} local trainings: "
-            f"{defaults.ROUNDS} in sync, where a version merges all sites; more in fedbuff, where it merges half of "
-            "them, and in fedasync, where each update makes a version.",
-        ),
-    ] = None,
-    mode: Annotated[Mode, typer.Option(help="When a version is made.")] = Mode.SYNC,
-    staleness: Annotated[Staleness, typer.Option(help="How a late update is weighted.")] = Staleness.POLYNOMIAL,
-    broker: Annotated[
-        str, typer.Option(help="auto, mosquitto, amqtt, or mqtt://host:port of one that runs already.")
-    ] = "auto",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model: a folder, or an id on the Hugging Face hub; default: the shipped one."),
-    ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
-    ] = defaults.LAYERS,
-    codec: Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")] = Codec.BF16,
-    task: Annotated[Task, typer.Option(help="What is learnt: problems, treatments and tests in notes.")] = Task.NER,
-    alpha: Annotated[
-        float, typer.Option(help="How alike the sites' label mixes are: 0.1 very different, 100 nearly the same.")
-    ] = defaults.ALPHA,
-    notes: Annotated[int, typer.Option(min=2, help="Training notes of each site.")] = defaults.NOTES,
-    flaky: Annotated[
-        bool, typer.Option("--flaky", help="Cut every site's link again and again, and kill one site in mid-work.")
-    ] = False,
-    baselines: Annotated[
-        bool, typer.Option(help="Also train each site alone, and all notes in one place, to compare with.")
-    ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Notes, head, batches and faults follow from it.")] = defaults.SEED,
-    deadline: Annotated[
-        float, typer.Option(min=1, help="Give up after so many seconds, and say who was waited for.")
-    ] = defaults.RUN_DEADLINE_S,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON too.")] = None,
+    workdir: WorkdirOption = None,
+    sites: SitesOption = defaults.SITES,
+    absent: AbsentOption = 0,
+    versions: VersionsOption = None,
+    mode: ModeOption = Mode.SYNC,
+    staleness: StalenessOption = Staleness.POLYNOMIAL,
+    broker: BrokerOption = "auto",
+    model: ModelOption = None,
+    layers: LayersOption = defaults.LAYERS,
+    codec: CodecOption = Codec.BF16,
+    task: TaskOption = Task.NER,
+    alpha: AlphaOption = defaults.ALPHA,
+    notes: NotesOption = defaults.NOTES,
+    flaky: FlakyOption = False,
+    baselines: BaselinesOption = True,
+    seed: SeedOption = defaults.SEED,
+    deadline: DeadlineOption = defaults.RUN_DEADLINE_S,
+    json_file: JsonFileOption = None,
 ) -> None:
     """Fine-tune one model in four hospitals on this machine: real broker, real processes, synthetic notes.
 
@@ -108,7 +128,10 @@ def demo(  # noqa: PLR0913 - one argument an option
     folder = workdir or Path(time.strftime("demo-run-%Y%m%d-%H%M%S"))
     out.print(f"mailboat demo in {folder}: {sites - absent} of {sites} sites, {mode}, task {task}", markup=False)
     from mailboat.demo.plan import DemoOptions, make_plan
+    from shared.errors import ConfigError
 
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it, or name another")
     plan = make_plan(
         DemoOptions(
             workdir=folder,

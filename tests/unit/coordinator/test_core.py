@@ -357,6 +357,37 @@ def test_who_is_present_stays_trusted_from_round_to_round() -> None:
     assert jobs(bench.upload("north", _update_of(bench, "north")), d.Merge)
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_site_whose_update_was_rejected_is_not_waited_for(stale: bool) -> None:
+    """It trains once on a version; only an update on an older one leaves more to come."""
+    bench = _bench(mode="sync", quorum=1)
+    bench.hello("south")
+    bench.tick()
+    if stale:
+        old = _update_of(bench, "south", update_id="1" * 32).model_copy(update={"codec": "bf16"})
+        bench.upload("south", _update_of(bench, "south"))
+        bench.merged(bench.tick(STALL_S))
+    else:
+        old = _update_of(bench, "south").model_copy(update={"codec": "bf16"})
+    bench.upload("north", _update_of(bench, "north"))
+    assert bench.tick(STALL_S).jobs == []
+    decision = bench.receive("south", Offer(manifest=old))
+    assert bool(jobs(decision, d.Merge)) != stale
+
+
+def test_each_version_asks_everybody_anew() -> None:
+    """A rejection on one version does not excuse from the next."""
+    bench = _bench(mode="sync", quorum=1)
+    bench.hello("south")
+    bench.tick()
+    bench.upload("north", _update_of(bench, "north"))
+    bad = _update_of(bench, "south").model_copy(update={"codec": "bf16"})
+    bench.now += STALL_S
+    bench.merged(bench.receive("south", Offer(manifest=bad)))
+    bench.upload("north", _update_of(bench, "north"))
+    assert bench.tick(STALL_S).jobs == []
+
+
 def test_a_site_that_leaves_may_close_the_round() -> None:
     """The rule is looked at after every event, also after a departure."""
     bench = _bench(mode="sync", quorum=1)

@@ -31,11 +31,23 @@ def _accepted(text: str) -> list[Accepted]:
 
 
 def _count(
-    mode: Mode, pending: str, present: str, *, open_s: float = 1.0, settled: bool = True, quorum: int = 2
+    mode: Mode,
+    pending: str,
+    present: str,
+    *,
+    answered: str = "",
+    open_s: float = 1.0,
+    settled: bool = True,
+    quorum: int = 2,
 ) -> int:
     section = AggregationSection(mode=mode, quorum=quorum, buffer=3, deadline_s=DEADLINE_S)
     view = RoundView(
-        version=VERSION, pending=_accepted(pending), present=frozenset(present), open_s=open_s, settled=settled
+        version=VERSION,
+        pending=_accepted(pending),
+        present=frozenset(present),
+        answered=frozenset(answered),
+        open_s=open_s,
+        settled=settled,
     )
     return updates_to_merge(view, section)
 
@@ -89,6 +101,23 @@ def test_sync(pending: str, present: str, open_s: float, settled: bool, merged: 
 def test_fedbuff(pending: str, present: str, open_s: float, settled: bool, merged: int, why: str) -> None:
     """K updates, or nobody left to fill the buffer, or the deadline."""
     assert _count("fedbuff", pending, present, open_s=open_s, settled=settled) == merged, why
+
+
+@pytest.mark.parametrize(
+    ("mode", "pending", "answered", "merged", "why"),
+    [
+        ("sync", "a b", "c", 2, "c's update was rejected, and it trains once on a version"),
+        ("sync", "a b", "", 0, "c is still training"),
+        ("sync", "a", "bc", 0, "a rejected update does not count for the quorum"),
+        ("fedbuff", "a b", "c", 2, "nobody is left to fill the buffer"),
+        ("fedbuff", "", "abc", 0, "nothing to merge"),
+    ],
+)
+def test_a_site_that_was_rejected_is_not_waited_for(
+    mode: Mode, pending: str, answered: str, merged: int, why: str
+) -> None:
+    """It has had its answer; nothing more comes from it before the next version."""
+    assert _count(mode, pending, "abc", answered=answered) == merged, why
 
 
 @pytest.mark.parametrize(("pending", "settled"), [("a", True), ("a b c d", True), ("a-", False)])

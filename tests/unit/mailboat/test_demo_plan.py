@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mailboat.demo.defaults import ROUNDS
 from mailboat.demo.plan import (
     SHIPPED_MODEL,
     DemoOptions,
@@ -64,7 +65,7 @@ def test_text_with_quotes_and_backslashes_survives_toml(tmp_path: Path) -> None:
 def test_every_mode_does_about_the_same_work(tmp_path: Path, mode: Mode, sites: int) -> None:
     """The default number of versions gives each site the same number of local trainings, plus at most one."""
     plan = plan_for(tmp_path, mode=mode, sites=sites)
-    assert plan.rounds in {8, 9}
+    assert plan.rounds in {ROUNDS, ROUNDS + 1}
     assert plan.schedule.buffer <= sites
 
 

@@ -35,7 +35,10 @@ from shared.messages import (
 from tests.factories import digest, make_federation, make_plan, make_state, make_update
 
 PLAN = make_plan(make_federation())
-STATE = make_state(PLAN, 0)
+# The golden bytes must not follow what a configuration happens to hold.
+AGREED = {"fingerprint": digest("f")}
+STATE = make_state(PLAN, 0).model_copy(update=AGREED)
+UPDATE = make_update(PLAN, "north", STATE, update_id="0" * 31 + "1").model_copy(update=AGREED)
 SESSION = "0123456789abcdef"
 ID = "0" * 31 + "1"
 
@@ -54,7 +57,7 @@ EXAMPLES: list[Message] = [
     Probe(session=SESSION),
     Welcome(session=SESSION, boot=SESSION, clock=2.5),
     Refused(session=SESSION, rule="other-config", detail="federation.toml differs"),
-    Offer(manifest=make_update(PLAN, "north", STATE, update_id=ID)),
+    Offer(manifest=UPDATE),
     Want(transfer_id=ID, have=b"\x05", window=16, restart=True),
     Receipt(update_id=ID, manifest_sha256=digest("m"), outcome="merged", version=3, staleness=1, weight=0.25),
     Status(site="north", session=SESSION, phase="training", version=2, progress=0.5, metrics={"loss": 0.25}),
