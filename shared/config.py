@@ -177,13 +177,8 @@ class FederationConfig(Section):
 
     @property
     def config_sha256(self) -> str:
-        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies.
-
-        A federation without trust has the digest that it had before there was such a section.
-        """
+        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies."""
         agreed = self.model_dump(mode="json", exclude={"model": {"base"}})
-        if self.trust == TrustSection():
-            del agreed["trust"]
         canonical = json.dumps(agreed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
