@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -29,14 +29,17 @@ from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.ids import new_session_id
-from shared.link import Connected, Disconnected, Link, LinkDownError, LinkOptions, Packet
-from shared.messages import Announce, Refused, UnknownMessageError, decode, encode, parse_chunk
+from shared.link import Link, LinkOptions
+from shared.mailroom import Mailroom
+from shared.messages import Announce, Chunk, Message, Presence, Refused
 from shared.plan import SealedPlan
 from shared.pump import Pump
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
-from shared.topics import Channel, parse, subscriptions, topic
+from shared.topics import Channel, subscriptions, topic
+from shared.trust.choose import coordinator_guard
+from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
@@ -94,8 +97,15 @@ class Service:
                 subscriptions=tuple(subscriptions(self.name, "coordinator")),
             )
         )
-        self.pump = Pump(self._read_state_frame, self.link.publish, lambda _id, _index: None)
-        self.spooler = Spooler(self.updates, stored=self._chunks_stored, refused=self._chunk_refused)
+        self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
+        self.mail = Mailroom(self.link, self.guard, self.name, self, log)
+        self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
+        self.spooler = Spooler(
+            self.updates,
+            open_chunk=self.guard.open_chunk,
+            stored=self._chunks_stored,
+            refused=self._chunk_refused,
+        )
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
@@ -116,13 +126,21 @@ class Service:
         )
         with first_error():
             await self._serve()
+        self.guard.save()
         self._save_status()
 
     async def _serve(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             helpers = [
                 self._tasks.create_task(work)
-                for work in (self._listen(), self._tick(), self._write_status(), self.pump.run(), self.spooler.run())
+                for work in (
+                    self.mail.read(),
+                    self.mail.watch(),
+                    self._tick(),
+                    self._write_status(),
+                    self.pump.run(),
+                    self.spooler.run(),
+                )
             ]
             await self._decide()
             for helper in helpers:
@@ -138,34 +156,41 @@ class Service:
 
     # -- in ---
 
-    async def _listen(self) -> None:
-        async for event in self.link.events():
-            match event:
-                case Connected():
-                    log.info("connected", broker=event.broker, mqtt=event.protocol)
-                    self._events.put_nowait(d.LinkUp())
-                case Disconnected():
-                    log.warning("disconnected", reason=event.reason)
-                    self.pump.clear()
-                    self._events.put_nowait(d.LinkDown())
-                case Packet():
-                    try:
-                        self._packet(event)
-                    except UnknownMessageError:
-                        log.debug("skipped a message of a newer release", topic=event.topic)
-                    except RefusedError as error:
-                        log.warning("refused a message", topic=event.topic, rule=error.rule, reason=error.message)
+    def link_up(self) -> None:
+        """See Desk."""
+        self._events.put_nowait(d.LinkUp())
 
-    def _packet(self, packet: Packet) -> None:
-        address = parse(packet.topic)
-        if address is None or address.site is None:
-            return
-        if address.channel is Channel.UP_DATA:
-            chunk = parse_chunk(packet.payload)
-            if self.core.uploads.accepts(address.site, chunk.transfer_id, chunk.index):
-                self.spooler.put(chunk)
-        elif packet.payload:  # an empty payload clears a retained presence
-            self._events.put_nowait(d.Received(address.site, decode(packet.payload)))
+    def link_down(self) -> None:
+        """See Desk."""
+        self.pump.clear()
+        self._events.put_nowait(d.LinkDown())
+
+    def take_message(self, site: str | None, message: Message) -> None:
+        """See Desk."""
+        if site is not None:
+            self._events.put_nowait(d.Received(site, message))
+
+    def take_chunk(self, site: str | None, chunk: Chunk) -> None:
+        """See Desk."""
+        if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
+            self.spooler.put(chunk)
+
+    def refused(self, site: str | None, error: RefusedError) -> None:
+        """See Desk."""
+        if isinstance(error, TurnedAwayError):
+            self._tasks.create_task(self._send(d.Send(site, error.answer)))
+
+    def trust_changed(self, changes: Changes) -> None:
+        """See Desk; a site that lost its membership is told so, and is away from here on."""
+        for name, why in changes.lost:
+            log.warning("a site lost its membership", site=name, rule=why.rule, reason=why.message)
+            session = self.core.sites[name].session
+            if session is not None:
+                answer = Refused(session=session, rule=why.rule, detail=why.message)
+                self._tasks.create_task(self._send(d.Send(name, answer)))
+                self._events.put_nowait(d.Received(name, Presence(site=name, session=session, online=False)))
+        if changes.rekeyed and self.link.connected:
+            self._tasks.create_task(self._send(d.Send(None, self.core.announcement())))
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
@@ -199,9 +224,7 @@ class Service:
 
     async def _send(self, send: d.Send) -> None:
         channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
-        await _unless_down(
-            self.link.publish(topic(self.name, channel, send.site), encode(send.message), retain=channel.retained)
-        )
+        await self.mail.post(send.message, channel, send.site)
         match send.message:
             case Announce() as announce:
                 log.info("announced", version=announce.manifest.state.version, final=announce.final)
@@ -268,11 +291,11 @@ class Service:
         )
         self._events.put_nowait(d.Merged(job.plan, result))
 
-    def _read_state_frame(self, transfer_id: str, index: int) -> bytes:
+    def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
         stored = self.states.get(transfer_id)
         if stored is None:
             raise CorruptError(f"{self.states.root}: state {transfer_id} is gone", hint="restore it from a backup")
-        return stored.read_frame(index)
+        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
 
     # -- status ---
 
@@ -292,14 +315,6 @@ class Service:
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
-
-
-async def _unless_down(publishing: Awaitable[None]) -> None:
-    """Let a message go that the link could not take: whoever needs it asks again."""
-    try:
-        await publishing
-    except LinkDownError:
-        return
 
 
 def _told(record: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -19,20 +20,24 @@ from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from edge_client.outbox import Outbox
+from edge_client.refusals import turned_away
 from edge_client.session import Identity, Session
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
 from shared.ids import new_update_id
-from shared.link import Connected, Disconnected, Link, LinkDownError, LinkOptions, Packet, Publication
+from shared.link import Link, LinkOptions, Publication
+from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Message, Presence, Receipt, Status, UnknownMessageError, decode, encode, parse_chunk
+from shared.messages import Chunk, Message, Presence, Receipt, Status
 from shared.pump import Pump, SettledError
 from shared.slices import make_transfer_frames
 from shared.spooler import Spooler
 from shared.store import FrameStore, Stored
 from shared.tasks import first_error
-from shared.topics import Channel, parse, subscriptions, topic
+from shared.topics import Channel, subscriptions, topic
+from shared.trust.choose import site_guard
+from shared.trust.guard import Changes, StaleKeyError
 
 TICK_S = 0.25
 STATUS_S = 1.0
@@ -90,14 +95,14 @@ class Agent:
             trained=outbox.trained(),
             outbox_max=config.outbox_max,
         )
-        here, away = (
-            Publication(
-                topic(self.name, Channel.PRESENCE, config.name),
-                encode(Presence(site=config.name, session=identity.session, online=online)),
-                retain=True,
-            )
-            for online in (True, False)
+        self.guard = site_guard(
+            federation,
+            config.trust,
+            site=config.name,
+            fingerprint=identity.fingerprint,
+            storage=config.storage,
         )
+        here, away = (self._presence(online=online) for online in (True, False))
         self.link = Link(
             LinkOptions(
                 broker=config.broker,
@@ -108,13 +113,25 @@ class Agent:
                 hello=(here,),
             )
         )
-        self.pump = Pump(self._read_update_frame, self.link.publish, self._chunk_sent)
-        self.spooler = Spooler(self.states, stored=self._chunks_stored, refused=self._chunk_refused)
+        self.mail = Mailroom(self.link, self.guard, self.name, self, log)
+        self.pump = Pump(self._read_update_chunk, self.link.publish, self._chunk_sent)
+        self.spooler = Spooler(
+            self.states,
+            open_chunk=self.guard.open_chunk,
+            stored=self._chunks_stored,
+            refused=self._chunk_refused,
+        )
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None
         self._progress = 0.0
         self._metrics: dict[str, float] = {}
+        self._asked_for_keys = -math.inf
+
+    def _presence(self, *, online: bool) -> Publication:
+        said = Presence(site=self.config.name, session=self.identity.session, online=online)
+        sealed = self.guard.seal(said, Channel.PRESENCE, self.config.name, time.time())
+        return Publication(topic(self.name, Channel.PRESENCE, self.config.name), sealed, retain=True)
 
     async def run(self) -> None:
         """Take part until the session says Exit; RefusedError when it says why."""
@@ -124,16 +141,23 @@ class Agent:
             durable.remove(left)
         with first_error():
             leave = await self._take_part()
+        self.guard.save()
         if leave.rule is not None:
-            hint = _HINTS.get(leave.rule, "ask whoever runs the coordinator")
-            raise RefusedError(f"site {self.config.name} was refused: {leave.detail}", rule=leave.rule, hint=hint)
+            raise turned_away(self.config.name, leave.rule, leave.detail)
         log.info("complete")
 
     async def _take_part(self) -> d.Exit:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             helpers = [
                 self._tasks.create_task(work)
-                for work in (self._listen(), self._tick(), self._report(), self.pump.run(), self.spooler.run())
+                for work in (
+                    self.mail.read(),
+                    self.mail.watch(),
+                    self._tick(),
+                    self._report(),
+                    self.pump.run(),
+                    self.spooler.run(),
+                )
             ]
             leave = await self._decide()
             await self._say(self._status())
@@ -145,40 +169,51 @@ class Agent:
 
     # -- in ---
 
-    async def _listen(self) -> None:
-        async for event in self.link.events():
-            match event:
-                case Connected():
-                    log.info("connected", broker=event.broker, mqtt=event.protocol)
-                    self._events.put_nowait(d.LinkUp())
-                case Disconnected():
-                    log.warning("disconnected", reason=event.reason)
-                    self.pump.clear()
-                    self._events.put_nowait(d.LinkDown())
-                case Packet():
-                    try:
-                        self._packet(event)
-                    except UnknownMessageError:
-                        log.debug("skipped a message of a newer release", topic=event.topic)
-                    except RefusedError as error:
-                        log.warning("refused a message", topic=event.topic, rule=error.rule, reason=error.message)
+    def link_up(self) -> None:
+        """See Desk."""
+        self._events.put_nowait(d.LinkUp())
 
-    def _packet(self, packet: Packet) -> None:
-        address = parse(packet.topic)
-        if address is None:
-            return
-        if address.channel in {Channel.BULK, Channel.DOWN_DATA}:
-            chunk = parse_chunk(packet.payload)
-            if self.session.accepts(chunk.transfer_id, chunk.index):
-                self.spooler.put(chunk)
-        elif packet.payload:  # an empty payload clears a retained announcement
-            self._events.put_nowait(d.Received(decode(packet.payload)))
+    def link_down(self) -> None:
+        """See Desk."""
+        self.pump.clear()
+        self._events.put_nowait(d.LinkDown())
+
+    def take_message(self, _site: str | None, message: Message) -> None:
+        """See Desk."""
+        self._events.put_nowait(d.Received(message))
+
+    def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
+        """See Desk."""
+        if self.session.accepts(chunk.transfer_id, chunk.index):
+            self.spooler.put(chunk)
+
+    def refused(self, _site: str | None, error: RefusedError) -> None:
+        """See Desk."""
+        if isinstance(error, StaleKeyError):
+            self._ask_for_keys()
+
+    def trust_changed(self, _changes: Changes) -> None:
+        """See Desk; a changed membership of the coordinator matters to the guard alone."""
+
+    def _ask_for_keys(self) -> None:
+        """Begin the conversation anew: the coordinator drew another federation key, and its welcome brings it.
+
+        Before the first welcome a hello is on its way anyhow.
+        """
+        now = time.monotonic()
+        patient = now - self._asked_for_keys < self.config.link.stall_s
+        if self.link.connected and self.session.welcome and not patient:
+            self._asked_for_keys = now
+            self.link_down()
+            self.link_up()
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
 
     def _chunk_refused(self, transfer_id: str, rule: str) -> None:
         log.warning("refused a chunk", state=transfer_id, rule=rule)
+        if rule == "bad-seal":
+            self._ask_for_keys()
 
     def _chunk_sent(self, transfer_id: str, _index: int) -> None:
         self._events.put_nowait(d.ChunkSent(transfer_id))
@@ -230,11 +265,7 @@ class Agent:
         self._tasks.create_task(work)
 
     async def _say(self, message: Message) -> None:
-        destination = topic(self.name, Channel.UP_CTL, self.config.name)
-        try:
-            await self.link.publish(destination, encode(message))
-        except LinkDownError:
-            return  # the session asks again when the link is back
+        await self.mail.post(message, Channel.UP_CTL, self.config.name)
 
     # -- jobs ---
 
@@ -324,11 +355,11 @@ class Agent:
         told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
 
-    def _read_update_frame(self, transfer_id: str, index: int) -> bytes:
+    def _read_update_chunk(self, transfer_id: str, index: int) -> bytes:
         stored = self.outbox.store.get(transfer_id)
         if stored is None:  # settled while it was queued: what we would send is not needed any more
             raise SettledError
-        return stored.read_frame(index)
+        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
 
     # -- status ---
 
@@ -359,12 +390,3 @@ def _check_state(stored: Stored) -> None:
     """Read a pulled state once from end to end: frames, slices, file hash."""
     with stored.open_tensors(verify=True):
         pass
-
-
-_HINTS = {
-    "duplicate-site": "stop the other process, or give this site another name in site.toml",
-    "other-weights": "use the federation's base model and revision, or point model_dir in site.toml to it",
-    "other-config": "copy the coordinator's federation.toml here",
-    "other-plan": "use the coordinator's tokenizer files and release of mailboat",
-    "unknown-site": "ask for this site's name to be added to [federation] sites",
-}

@@ -144,6 +144,14 @@ class TrainingSection(Section):
     max_grad_norm: Positive = 1.0
 
 
+class TrustSection(Section):
+    """Whether the broker is trusted."""
+
+    mode: Literal["none", "sealed"] = "none"
+    """none: whoever the broker admits may speak, and the broker reads everything. sealed: every message is signed and
+    encrypted, and one that is not is refused."""
+
+
 class FederationSection(Section):
     """The federation itself."""
 
@@ -165,6 +173,7 @@ class FederationConfig(Section):
     codec: CodecSection = CodecSection()
     aggregation: AggregationSection = AggregationSection()
     training: TrainingSection = TrainingSection()
+    trust: TrustSection = TrustSection()
 
     @property
     def config_sha256(self) -> str:
@@ -214,6 +223,13 @@ class LinkSection(Section):
     """Chunks in flight per transfer."""
 
 
+class LocalTrustSection(Section):
+    """This machine's keys."""
+
+    kit: Path | None = None
+    """Folder of keys and memberships, 0700; needed when the federation's trust is sealed."""
+
+
 class CoordinatorConfig(Section):
     """`coordinator.toml`."""
 
@@ -221,6 +237,7 @@ class CoordinatorConfig(Section):
     storage: Path
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
+    trust: LocalTrustSection = LocalTrustSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     exit_when_done: bool = False
@@ -244,6 +261,7 @@ class SiteConfig(Section):
     data: DataSection
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
+    trust: LocalTrustSection = LocalTrustSection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""
     threads: int = Field(default=0, ge=0)

@@ -1,9 +1,12 @@
-"""Control messages: frozen, validated at the door, msgpack inside an envelope with a place for a signature.
+"""Control messages: frozen, validated at the door, msgpack inside an envelope.
 
 The conversation is the same in both directions. The sender *offers* (a site by `Offer`, the coordinator by the
 retained `Announce`); the receiver says what it *wants* (`Want`: bitmap of what it has, chunks it allows in flight);
 chunks flow; the receiver wants again. An update ends with a `Receipt`. Every message may be repeated or lost: each
 means the same the second time, and the site, which is the one that comes and goes, owns all the timers.
+
+The envelope here is the one of a federation without trust: the signature stays empty. Sealed federations put the same
+bodies into `shared.trust.envelope`.
 
 Bodies carry `v` (schema version) and `t` (type). An unknown type is skipped by the caller (`UnknownMessageError`), so
 that a newer peer may say new things; a known type with an unknown or wrong field is refused.
@@ -171,7 +174,7 @@ _TYPES: dict[str, type[Message]] = {
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A body, and who signed it; key id and signature are empty until a federation enrols keys."""
+    """A body, and the places for who signed it, which stay empty in a federation without trust."""
 
     body: bytes
     key_id: str
@@ -179,32 +182,49 @@ class Envelope:
 
 
 def encode(message: Message) -> bytes:
-    """Return the enveloped bytes of a message; equal messages give equal bytes."""
+    """Return the enveloped bytes of a message, unsigned; equal messages give equal bytes."""
+    packed: bytes = msgpack.packb({"b": encode_body(message), "k": "", "s": b""}, use_bin_type=True)
+    return packed
+
+
+def encode_body(message: Message) -> bytes:
+    """Return the bytes of a message's body alone; equal messages give equal bytes."""
     fields: dict[str, Any] = message.model_dump(mode="python", exclude={"manifest"})
     manifest = getattr(message, "manifest", None)
     if isinstance(manifest, Manifest):
         fields["manifest"] = manifest.to_wire()
-    body = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
-    packed: bytes = msgpack.packb({"b": body, "k": "", "s": b""}, use_bin_type=True)
-    return packed
+    body: bytes = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
+    return body
 
 
 def open_envelope(data: bytes) -> Envelope:
-    """Split the envelope; RefusedError(rule='bad-envelope') on anything but the three fields of the right types."""
+    """Split the envelope; RefusedError(rule='bad-envelope') on anything but the three fields of the right types.
+
+    The rule is 'sealed' for the envelope of a sealed federation.
+    """
     outer = _unpack(data, "bad-envelope")
     match outer:
         case {"b": bytes(body), "k": str(key_id), "s": bytes(signature)} if len(outer) == 3:
             return Envelope(body, key_id, signature)
+        case {"e": str(), "f": bytes(), "s": bytes()}:
+            raise RefusedError("a sealed message, and this end's federation.toml says nothing of trust", rule="sealed")
+        case _:
+            pass
     raise RefusedError("the envelope does not hold exactly body, key id and signature", rule="bad-envelope")
 
 
 def decode(data: bytes) -> Message:
-    """Parse and validate one enveloped message.
+    """Parse and validate one enveloped message; errors as `decode_body`, and RefusedError(rule='bad-envelope')."""
+    return decode_body(open_envelope(data).body)
 
-    Raises RefusedError with rule 'bad-envelope', 'bad-schema-version' or 'bad-message', and UnknownMessageError for a
+
+def decode_body(data: bytes) -> Message:
+    """Parse and validate one message's body.
+
+    Raises RefusedError with rule 'bad-schema-version', 'bad-message' or 'bad-manifest', and UnknownMessageError for a
     type that this release does not know.
     """
-    body = _unpack(open_envelope(data).body, "bad-message")
+    body = _unpack(data, "bad-message")
     version, kind = body.pop("v", None), body.pop("t", None)
     if version != SCHEMA_VERSION:
         raise RefusedError(f"a message of another schema version than {SCHEMA_VERSION}", rule="bad-schema-version")

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from shared.link import LinkDownError
-from shared.messages import chunk_header
 
 IN_FLIGHT = 4
 """Frames handed to the link at a time: enough to overlap the broker's acknowledgements, small beside any window."""
@@ -32,8 +31,8 @@ class _Order:
 class Pump:
     """Publishes what it is told to, in order.
 
-    `read(transfer_id, index)` returns a frame and is called in a thread; `publish(topic, payload)` returns when the
-    broker has it; `sent(transfer_id, index)` is called on the loop after that.
+    `read(transfer_id, index)` returns a data packet and is called in a thread; `publish(topic, payload)` returns when
+    the broker has it; `sent(transfer_id, index)` is called on the loop after that.
     """
 
     def __init__(
@@ -71,11 +70,10 @@ class Pump:
                     continue
                 order = self._orders.popleft()
                 try:
-                    frame = await asyncio.to_thread(self._read, order.transfer_id, order.index)
+                    packet = await asyncio.to_thread(self._read, order.transfer_id, order.index)
                 except SettledError:
                     self._slots.release()
                     continue
-                packet = chunk_header(order.transfer_id, order.index, len(frame)) + frame
                 group.create_task(self._deliver(order, packet))
 
     async def _deliver(self, order: _Order, packet: bytes) -> None:

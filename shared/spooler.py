@@ -23,6 +23,7 @@ _R = TypeVar("_R")
 class Spooler:
     """Arriving transfers of one store; an async context manager.
 
+    `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
     `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(transfer_id, rule)` when one
     was not what its manifest says (it is dropped; the sender will be asked for it again).
     """
@@ -31,10 +32,12 @@ class Spooler:
         self,
         store: FrameStore,
         *,
+        open_chunk: Callable[[Manifest, Chunk], bytes | memoryview],
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str, str], None],
     ) -> None:
         self._store = store
+        self._open_chunk = open_chunk
         self._stored = stored
         self._refused = refused
         self._open: dict[str, Partial] = {}
@@ -106,7 +109,7 @@ class Spooler:
             if partial is None:
                 continue  # closed since it was queued
             try:
-                partial.write(chunk.index, chunk.frame)
+                partial.write(chunk.index, self._open_chunk(partial.manifest, chunk))
             except RefusedError as error:
                 refused.append((chunk.transfer_id, error.rule))
             else:

@@ -27,6 +27,7 @@ from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_
 from shared.errors import MailboatError
 from shared.ids import new_session_id
 from shared.plan import SealedPlan, load_plan
+from tests.kits import Kits
 
 INITIAL = 1.0
 """Every value of version 0."""
@@ -86,22 +87,35 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
+    sealed: bool = False,
     extra: str = "",
 ) -> None:
-    """Write all configuration files, the sealed plan and version 0 below `root`; `extra` follows [aggregation]."""
+    """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
+
+    `extra` follows [aggregation].
+    """
+    if sealed:
+        kits = Kits(root, "toy")
+        for number in range(1, sites + 1):
+            kits.site(f"site-{number}")
+        extra += '[trust]\nmode = "sealed"\n'
+
+    def local(name: str) -> str:
+        kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
+        return f'[broker]\nurl = "{url}"\n[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n{kit}'
+
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
         f'[codec]\nup = "{codec}"\ndown = "{codec}"\nslice_kib = {slice_kib}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
-    link = "[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
-    broker = f'[broker]\nurl = "{url}"\n'
     (root / "coordinator.toml").write_text(
-        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{broker}{link}'
+        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{local("coordinator")}'
     )
     for number in range(1, sites + 1):
         (root / f"site-{number}.toml").write_text(
-            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n{broker}{link}'
+            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n'
+            f"{local(f'site-{number}')}"
             f'[data]\nnotes = "none"\n'
         )
     federation = load_config(root / "federation.toml", FederationConfig)
@@ -122,12 +136,21 @@ async def toy_coordinator(path: Path) -> None:
 
 
 async def toy_site(
-    path: Path, *, step: float = 1.0, seconds: float = 0.05, examples: int = 10, trainer: Trainer | None = None
+    path: Path,
+    *,
+    step: float = 1.0,
+    seconds: float = 0.05,
+    examples: int = 10,
+    plan: SealedPlan | None = None,
+    trainer: Trainer | None = None,
 ) -> None:
-    """What `mailboat site run` does after loading the model; `trainer` stands in for the toy."""
+    """What `mailboat site run` does after loading the model.
+
+    `plan` is what it made of that, `trainer` stands in for the toy.
+    """
     config = load_config(path, SiteConfig)
     federation = load_config(config.federation, FederationConfig)
-    plan = load_plan(config.federation.parent / "coordinator" / "plan.json", federation)
+    plan = plan or load_plan(config.federation.parent / "coordinator" / "plan.json", federation)
     durable.make_folder(config.storage)
     identity = Identity(
         site=config.name,

@@ -37,7 +37,9 @@ class Desk:
         self.stored: list[tuple[str, tuple[int, ...]]] = []
         self.refused: list[tuple[str, str]] = []
         self.news = asyncio.Event()
-        self.spooler = Spooler(self.store, stored=self._stored, refused=self._refused)
+        self.spooler = Spooler(
+            self.store, open_chunk=lambda _manifest, chunk: chunk.frame, stored=self._stored, refused=self._refused
+        )
 
     def _stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.stored.append((transfer_id, indices))

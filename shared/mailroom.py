@@ -1,0 +1,111 @@
+"""The link as the two shells see it: messages and chunks instead of bytes, sealed as the federation demands.
+
+What comes in is opened by the guard and handed to the desk, in order; what may not pass is logged with its rule, and
+the desk is told. What goes out is sealed in the order in which it was posted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from shared.errors import RefusedError
+from shared.link import Connected, Disconnected, Link, LinkDownError, Packet
+from shared.messages import Chunk, Message, UnknownMessageError, parse_chunk
+from shared.topics import Channel, parse, topic
+from shared.trust.guard import Changes, Guard, StaleKeyError
+from shared.trust.replay import RepeatedError
+
+WATCH_S = 1.0
+"""How often memberships are looked at, and counters written down."""
+
+DATA = {Channel.UP_DATA, Channel.DOWN_DATA, Channel.BULK}
+
+
+class Desk(Protocol):
+    """Whoever reads the mail; `site` is the one that the topic names, None on the topics for all."""
+
+    def link_up(self) -> None:
+        """Connected; subscriptions stand."""
+
+    def link_down(self) -> None:
+        """Connection lost; what was not acknowledged may not have arrived."""
+
+    def take_message(self, site: str | None, message: Message) -> None:
+        """A control message that may be believed."""
+
+    def take_chunk(self, site: str | None, chunk: Chunk) -> None:
+        """A data packet; its frame is still sealed."""
+
+    def refused(self, site: str | None, error: RefusedError) -> None:
+        """Something that may not pass; it is logged already."""
+
+    def trust_changed(self, changes: Changes) -> None:
+        """Memberships changed or ran out, or a new federation key is in force."""
+
+
+class Mailroom:
+    """One link, one guard, one desk."""
+
+    def __init__(self, link: Link, guard: Guard, federation: str, desk: Desk, log: FilteringBoundLogger) -> None:
+        self._link = link
+        self._guard = guard
+        self._federation = federation
+        self._desk = desk
+        self._log = log
+
+    async def read(self) -> None:
+        """Hand over what comes in until the link is closed; raises what ends the link."""
+        async for event in self._link.events():
+            match event:
+                case Connected():
+                    self._log.info("connected", broker=event.broker, mqtt=event.protocol)
+                    self._desk.link_up()
+                case Disconnected():
+                    self._log.warning("disconnected", reason=event.reason)
+                    self._desk.link_down()
+                case Packet():
+                    self._sort(event)
+
+    async def watch(self) -> None:
+        """Notice new, changed and outlived memberships, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._guard.save()
+            changes = await asyncio.to_thread(self._guard.refresh, time.time())
+            if changes != Changes():
+                self._desk.trust_changed(changes)
+
+    async def post(self, message: Message, channel: Channel, site: str | None = None) -> None:
+        """Seal and publish; a message that the link could not take is let go: whoever needs it asks again."""
+        try:
+            sealed = self._guard.seal(message, channel, site, time.time())
+        except RefusedError as error:  # its receiver lost its membership a moment ago
+            self._log.debug("did not send a message", kind=message.kind, rule=error.rule, reason=error.message)
+            return
+        try:
+            await self._link.publish(topic(self._federation, channel, site), sealed, retain=channel.retained)
+        except LinkDownError:
+            return
+
+    def _sort(self, packet: Packet) -> None:
+        address = parse(packet.topic)
+        if address is None:
+            return
+        try:
+            if address.channel in DATA:
+                self._desk.take_chunk(address.site, parse_chunk(packet.payload))
+            elif packet.payload:  # an empty payload clears what was retained
+                message = self._guard.open(packet.payload, address.channel, address.site, time.time())
+                self._desk.take_message(address.site, message)
+        except (UnknownMessageError, RepeatedError) as error:
+            self._log.debug("skipped a message", topic=packet.topic, rule=error.rule)
+        except StaleKeyError as error:
+            self._log.debug("cannot read a message yet", topic=packet.topic, rule=error.rule)
+            self._desk.refused(address.site, error)
+        except RefusedError as error:
+            self._log.warning("refused a message", topic=packet.topic, rule=error.rule, reason=error.message)
+            self._desk.refused(address.site, error)

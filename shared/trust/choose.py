@@ -1,0 +1,56 @@
+"""Which guard a process gets: the federation says whether it is sealed, the machine where its kit lies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from shared.config import FederationConfig, LocalTrustSection
+from shared.errors import ConfigError
+from shared.topics import Role
+from shared.trust.guard import Guard, OpenGuard
+from shared.trust.kit import Kit, load_kit
+from shared.trust.sealed import CoordinatorGuard, SiteGuard
+
+FOLDER = "trust"
+"""Below an end's storage folder: its counters."""
+
+log = structlog.get_logger("trust")
+
+
+def coordinator_guard(
+    federation: FederationConfig, local: LocalTrustSection, *, fingerprint: str, storage: Path
+) -> Guard:
+    """Return the coordinator's guard; ConfigError when the federation is sealed and the kit is missing or unfit."""
+    kit = _kit(federation, local, "coordinator")
+    if kit is None:
+        return OpenGuard()
+    return CoordinatorGuard(kit, fingerprint=fingerprint, folder=storage / FOLDER, now=time.time())
+
+
+def site_guard(
+    federation: FederationConfig, local: LocalTrustSection, *, site: str, fingerprint: str, storage: Path
+) -> Guard:
+    """Return a site's guard; ConfigError as `coordinator_guard`, or when the kit is another site's."""
+    kit = _kit(federation, local, "site")
+    if kit is None:
+        return OpenGuard()
+    if kit.member.name != site:
+        raise ConfigError(
+            f"{kit.folder} is the kit of {kit.member.name}, this is {site}", hint="check `name` and [trust] kit"
+        )
+    return SiteGuard(kit, fingerprint=fingerprint, folder=storage / FOLDER)
+
+
+def _kit(federation: FederationConfig, local: LocalTrustSection, role: Role) -> Kit | None:
+    name = federation.federation.name
+    if federation.trust.mode == "none":
+        log.warning("messages are neither signed nor encrypted: the broker can read and forge them", federation=name)
+        return None
+    if local.kit is None:
+        raise ConfigError(
+            f"federation {name} is sealed, and this {role} has no kit", hint="name its folder as `kit` under [trust]"
+        )
+    return load_kit(local.kit, role=role, federation=name, now=time.time())

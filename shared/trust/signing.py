@@ -1,0 +1,41 @@
+"""What a signature, an HPKE info or an associated data is taken over: a domain and parts, each length-prefixed.
+
+The domain says what kind of statement it is, so that a signature made for one purpose never serves another. The
+lengths make the encoding injective: no two different lists of parts give the same bytes, so a byte cannot be moved from
+one field to its neighbour without breaking the signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+SIGNATURE_BYTES = 64
+KEY_BYTES = 32
+
+
+def framed(domain: str, *parts: bytes) -> bytes:
+    """Return domain and parts, each behind its length (4 bytes, big-endian)."""
+    return b"".join(struct.pack(">I", len(part)) + part for part in (domain.encode(), *parts))
+
+
+def sign(key: Ed25519PrivateKey, domain: str, *parts: bytes) -> bytes:
+    """Return the 64-byte Ed25519 signature over `framed(domain, *parts)`; equal inputs give equal signatures."""
+    return key.sign(framed(domain, *parts))
+
+
+def verifies(public: bytes, signature: bytes, domain: str, *parts: bytes) -> bool:
+    """Whether `signature` was made by the private half of `public` (32 raw bytes) over these parts."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, framed(domain, *parts))
+    except (InvalidSignature, ValueError):  # ValueError: the 32 bytes are no point of the curve
+        return False
+    return True
+
+
+def key_id(public: bytes) -> str:
+    """First 16 hex digits of a key's SHA-256: names a key, proves nothing."""
+    return hashlib.sha256(public).hexdigest()[:16]
