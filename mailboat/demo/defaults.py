@@ -6,9 +6,9 @@ Plain numbers: the command line shows them in its help, which must not wait for 
 from __future__ import annotations
 
 SITES = 4
-NOTES = 40
+NOTES = 28
 """Training notes of each site: few enough that one site alone falls short, enough that four together do not."""
-HELDOUT_NOTES = 60
+HELDOUT_NOTES = 40
 """Notes on which every F1 of the final table is computed, drawn from all sites in turn; nobody trains on them."""
 ALPHA = 2.0
 """Dirichlet concentration of the label mix over the sites: smaller is more skewed."""
@@ -17,6 +17,11 @@ ROUNDS = 12
 LAYERS = "6"
 SEED = 0
 
+MAX_LENGTH = 128
+"""Tokens of one training window: short ones make more steps of the same notes."""
+BASELINE_EPOCHS = 5
+"""Epochs of the baselines, each with one rise and fall of the rate; they gain nothing from more: centralized training
+on 28 notes a site reached a strict F1 of 72.5 with 5 epochs and 72.6 with 10."""
 EPOCHS = 1
 """Passes over a site's notes in one local training."""
 BATCH_SIZE = 2

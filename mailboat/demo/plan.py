@@ -26,6 +26,7 @@ from shared.config import (
     SiteConfig,
     StalenessKind,
     StalenessSection,
+    TaskSection,
     TrainingSection,
 )
 from shared.errors import ConfigError
@@ -221,6 +222,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
     return FederationConfig(
         federation=FederationSection(name=name, versions=rules.versions, seed=options.seed, sites=names),
         model=ModelSection(base=model_source(options.model)),
+        task=TaskSection(max_length=defaults.MAX_LENGTH),
         layers=LayersSection(plan=options.layers),
         codec=codec_section(options.codec),
         aggregation=AggregationSection(
