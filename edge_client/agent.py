@@ -356,10 +356,11 @@ class Agent:
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes:
-        stored = self.outbox.store.get(transfer_id)
-        if stored is None:  # settled while it was queued: what we would send is not needed any more
+        found = self.outbox.read_frame(transfer_id, index)
+        if found is None:  # settled while it was queued: what we would send is not needed any more
             raise SettledError
-        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
+        manifest, frame = found
+        return self.guard.seal_chunk(manifest, index, frame)
 
     # -- status ---
 

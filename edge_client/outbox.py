@@ -10,6 +10,7 @@ and removes the bytes. Everything here blocks on the disk.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Outbox:
     def __init__(self, storage: Path) -> None:
         self.store = FrameStore(storage / "outbox")
         self._receipts = storage / "receipts"
+        self._lock = threading.Lock()
         durable.make_folder(self._receipts)
         self.store.recover()
         durable.remove_temporaries(self._receipts)
@@ -53,8 +55,18 @@ class Outbox:
         """
         return self.store.seal(frames, build).manifest
 
+    def read_frame(self, update_id: str, index: int) -> tuple[Manifest, bytes] | None:
+        """Return an update's manifest and one of its frames, or None when it is settled, in whatever thread."""
+        with self._lock:
+            stored = self.store.get(update_id)
+            return None if stored is None else (stored.manifest, stored.read_frame(index))
+
     def settle(self, receipt: Receipt) -> bool:
         """Keep a receipt, then delete the update's bytes; False when it is about no update of ours."""
+        with self._lock:
+            return self._settle(receipt)
+
+    def _settle(self, receipt: Receipt) -> bool:
         path = self._receipts / f"{receipt.update_id}.json"
         stored = self.store.get(receipt.update_id)
         if stored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from shared.errors import CorruptError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Receipt
 from shared.slices import FileSummary
+from shared.store import Stored
 from tests.factories import digest
 from tests.unit.shared.transfers import manifest_builder, tensors_of, writer_of
 
@@ -97,6 +99,30 @@ def test_a_receipt_for_nothing_of_ours_is_not_kept(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     assert not outbox.settle(_receipt(ONE))
     assert _names(tmp_path / "receipts") == []
+
+
+def test_a_receipt_does_not_take_a_frame_from_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are read in one thread and updates settled in another: a frame is read whole, or not at all."""
+    outbox = Outbox(tmp_path)
+    sealed = _seal(outbox, ONE)
+    look_up = outbox.store.get
+    settling = threading.Thread(target=outbox.settle, args=(_receipt(ONE),))
+
+    def interrupted(update_id: str) -> Stored | None:
+        found = look_up(update_id)
+        if threading.current_thread() is threading.main_thread():
+            settling.start()
+            settling.join(0.2)
+        return found
+
+    monkeypatch.setattr(outbox.store, "get", interrupted)
+    found = outbox.read_frame(ONE, 0)
+    assert found is not None
+    assert found[0] == sealed
+    assert len(found[1]) == sealed.frame_lengths[0]
+    settling.join()
+    monkeypatch.undo()
+    assert outbox.read_frame(ONE, 0) is None
 
 
 def test_a_crash_between_receipt_and_deletion_is_mended_at_the_next_start(
