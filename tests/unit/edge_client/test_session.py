@@ -120,7 +120,7 @@ def test_an_announcement_of_another_federation_is_ignored() -> None:
 
 def test_an_idle_site_says_hello_now_and_then() -> None:
     """In case the broker lost an announcement; not while it has something to do."""
-    bench = SessionBench(trained={SessionBench().state().file_sha256})
+    bench = SessionBench(trained={SessionBench().state(version).file_sha256 for version in (0, 1)})
     bench.connect()
     bench.announce()
     bench.pulled(bench.state())
@@ -131,6 +131,9 @@ def test_an_idle_site_says_hello_now_and_then() -> None:
     bench.announce(bench.state(1))
     bench.opened(bench.state(1))
     assert Hello not in {type(message) for _, message in bench.ticks(2 * IDLE_HELLO_S)}
+    bench.pulled(bench.state(1))
+    assert bench.session.phase == "waiting"
+    assert [type(message) for _, message in bench.ticks(IDLE_HELLO_S)] == [Hello]
 
 
 @pytest.mark.parametrize("up", [True, False])

@@ -147,7 +147,9 @@ def test_opening_again_forgets_nothing(tmp_path: Path) -> None:
             await desk.spooler.open(MANIFEST)
             desk.spooler.put(_chunk(1))
             await desk.until_stored({1})
+            before = desk.spooler._open[ID]
             assert _have(await desk.spooler.open(MANIFEST)) == {1}
+            assert before._closed
             await desk.spooler.close(ID)
             assert _have(await desk.spooler.open(MANIFEST)) == {1}
 
