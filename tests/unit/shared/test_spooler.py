@@ -117,6 +117,28 @@ def test_what_arrives_together_is_synced_together(tmp_path: Path, monkeypatch: p
     run_async(work())
 
 
+def test_a_spooler_without_work_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes when something has arrived, and is not heard of otherwise."""
+    batches: list[int] = []
+
+    async def work() -> None:
+        async with _desk(tmp_path) as desk:
+            write = desk.spooler._write
+
+            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+                batches.append(len(batch))
+                return write(batch)
+
+            monkeypatch.setattr(desk.spooler, "_write", counted)
+            await desk.spooler.open(MANIFEST)
+            desk.spooler.put(_chunk(0))
+            await desk.until_stored({0})
+            await asyncio.sleep(0.02)
+            assert batches == [1]
+
+    run_async(work())
+
+
 def test_an_interrupted_transfer_resumes_with_what_is_there(tmp_path: Path) -> None:
     """A new process finds the chunks of the old one."""
 
