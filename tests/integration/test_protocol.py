@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from safetensors.numpy import load_file, save_file
 
 from broker.launcher import find_mosquitto, run_broker
 from coordinator.journal import Journal
-from coordinator.records import Accepted, Rejected, VersionCommitted
+from coordinator.records import Accepted, Record, Rejected, VersionCommitted
 from shared import codec as codecs
 from shared.codec import Codec, encode_file, group_size
 from shared.errors import MailboatError
+from shared.mailroom import Mailroom
 from shared.manifest import manifest_from_bytes
+from shared.messages import Announce, Message, Receipt
 from shared.slices import FrameWriter, make_transfer_frames
 from shared.store import FrameStore
 from shared.tensorfile import NUMPY_DTYPES, F32Array, header_size, parse_header
+from shared.topics import Channel
 from tests.helpers import run_async
 from tests.toys import INITIAL, ToyTrained, toy_coordinator, toy_records, toy_site, write_toy
 
@@ -164,6 +168,42 @@ def test_a_restarted_coordinator_goes_on_with_its_momentum(tmp_path: Path, mosqu
         if version > 1:  # of older masters only version 0 is kept
             for values in _master(tmp_path, version).values():
                 np.testing.assert_allclose(values, INITIAL + expected)
+
+
+def test_the_coordinator_journals_before_it_speaks(
+    tmp_path: Path, mosquitto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes its time delays the word: no receipt and no announcement says what is not yet durable."""
+    durable: set[str] = set()
+    said: list[str] = []
+    append, post = Journal.append, Mailroom.post
+
+    def slow_append(self: Journal, records: Sequence[Record]) -> None:
+        time.sleep(0.05)
+        append(self, records)
+        for record in records:
+            match record:
+                case Accepted():
+                    durable.add(f"accepted {record.update_id}")
+                case VersionCommitted():
+                    durable.add(f"version {record.version}")
+                    durable.update(f"merged {part.update_id}" for part in record.contributions)
+
+    async def watched_post(self: Mailroom, message: Message, channel: Channel, site: str | None = None) -> None:
+        match message:
+            case Receipt():
+                said.append(f"{message.outcome} {message.update_id}")
+                assert said[-1] in durable
+            case Announce() if message.manifest.state.version:
+                said.append(f"version {message.manifest.state.version}")
+                assert said[-1] in durable
+        await post(self, message, channel, site)
+
+    monkeypatch.setattr(Journal, "append", slow_append)
+    monkeypatch.setattr(Mailroom, "post", watched_post)
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=2)
+    run_async(_everybody(tmp_path, toy_site(tmp_path / "site-1.toml")), timeout_s=60)
+    assert set(said) == durable
 
 
 # -- what travels ---

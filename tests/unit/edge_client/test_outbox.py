@@ -61,7 +61,7 @@ def test_a_sealed_update_waits_across_restarts(tmp_path: Path) -> None:
 def test_updates_wait_in_the_order_in_which_they_were_trained(tmp_path: Path) -> None:
     """By base version, then by time; ids are drawn at random and say nothing."""
     outbox = Outbox(tmp_path)
-    _seal(outbox, ONE, base=2, created=9.0)
+    _seal(outbox, ONE, base=2, created=1.0)  # the clock was set back meanwhile
     _seal(outbox, TWO, base=1, created=3.0)
     _seal(outbox, THREE, base=1, created=2.0)
     assert [manifest.transfer_id for manifest in outbox.pending()] == [THREE, TWO, ONE]
