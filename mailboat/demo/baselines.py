@@ -1,9 +1,9 @@
 """What there would be without a federation: each site trained alone, and all notes in one place.
 
-The same trainer, model, layers and settings, from the same version 0. Only the schedule differs: one training from end
-to end, with one rise and fall of the learning rate and one optimizer, which is how anybody would train alone, and as
-many epochs as such a training gains from (`defaults.BASELINE_EPOCHS`), at most those of the federation. Notes that a
-site holds back for its local F1 are held back here too, so that everybody has trained on equally many.
+The same trainer, model and layers, from the same version 0. Only the schedule differs: one training from end to end,
+with one rise and fall of the learning rate and one optimizer, which is how anybody would train alone, and with epochs,
+batch and rate that suit such a training (`defaults.BASELINE_EPOCHS` and below). Notes that a site holds back for its
+local F1 are held back here too, so that everybody has trained on equally many.
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ class Baselines:
 
 
 def baseline_federation(plan: Plan) -> FederationConfig:
-    """Return the federation with all epochs of a baseline in one training."""
-    epochs = min(defaults.BASELINE_EPOCHS, plan.federation.training.epochs * plan.rounds)
-    whole = plan.federation.training.model_copy(update={"epochs": epochs})
+    """Return the federation with a training that suits a baseline, all epochs at once."""
+    training = plan.federation.training
+    whole = training.model_copy(
+        update={
+            "epochs": min(defaults.BASELINE_EPOCHS, training.epochs * plan.rounds),
+            "batch_size": defaults.BASELINE_BATCH_SIZE,
+            "lr": defaults.BASELINE_LR * training.lr,
+        }
+    )
     return plan.federation.model_copy(update={"training": whole})
 
 

@@ -54,6 +54,8 @@ class DemoOptions:
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
     heldout: int = defaults.HELDOUT_NOTES
+    lr: float | None = None
+    """Peak learning rate of the sites; None for the one that suits the model."""
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True
@@ -229,9 +231,19 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             server=ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM),
         ),
         training=TrainingSection(
-            epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR, final_lr=defaults.FINAL_LR
+            epochs=defaults.EPOCHS,
+            batch_size=defaults.BATCH_SIZE,
+            lr=learning_rate(options),
+            final_lr=defaults.FINAL_LR,
         ),
     )
+
+
+def learning_rate(options: DemoOptions) -> float:
+    """Return the sites' peak rate: the one asked for, or the one for the shipped model or for any other."""
+    if options.lr is not None:
+        return options.lr
+    return defaults.LR if options.model is None else defaults.OTHER_MODEL_LR
 
 
 def model_source(given: str | None) -> str:
