@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -44,17 +44,15 @@ class TensorFile(Mapping[str, F32Array]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        try:
+        with ExitStack() as on_error:
+            self._file = on_error.enter_context(path.open("rb", buffering=0))
             size = path.stat().st_size
             head = header_size(self._file.read(8), size)
             header = parse_header(os.pread(self._file.fileno(), head, 0), size)
             self._begin = header.size
             self._specs = {spec.name: spec for spec in header.specs}
             self._check_types()
-        except BaseException:
-            self._file.close()
-            raise
+            on_error.pop_all()
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -22,12 +22,12 @@ from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
-from coordinator.records import Opened, VersionCommitted
+from coordinator.rows import Restored
 from coordinator.status import live_status
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
-from shared.errors import CorruptError, RefusedError
+from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import new_session_id
 from shared.link import Link, LinkOptions
 from shared.mailroom import Mailroom
@@ -43,6 +43,8 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
+COMPACT_ROWS = 10_000
+"""Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
 log = structlog.get_logger("coordinator")
 
@@ -61,8 +63,11 @@ async def run_coordinator(
     try:
         if not journal.length:
             journal.append([open_run(storage, federation, plan, initial)])
-        audit = AuditLog(storage / "audit.jsonl", journal.rows)
-        await Service(config, federation, plan, journal, audit).run()
+        restored = journal.restore()
+        pruned = max((segment.last for segment in journal.pruned()), default=0)
+        mark = restored.mark if restored else None
+        audit = AuditLog(storage / "audit.jsonl", journal.rows, mark=mark, pruned=pruned)
+        await Service(config, federation, plan, journal, audit).run(restored)
     finally:
         journal.close()
 
@@ -106,18 +111,20 @@ class Service:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
         )
+        self._compact_at = journal.length - journal.loose + COMPACT_ROWS
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
-    async def run(self) -> None:
-        """Recover, then serve until Stop."""
+    async def run(self, restored: Restored | None = None) -> None:
+        """Recover, from the journal's newest snapshot where there is one, then serve until Stop."""
         for store in (self.updates, self.states):
             store.recover()
-        newest: Opened | VersionCommitted | None = None
-        for record in self.journal.replay():
+        if restored is not None:
+            self.core.ledger = restored.ledger
+        for record in self.journal.replay(restored.row if restored else None):
             self.core.apply(record)
-            newest = record if isinstance(record, Opened | VersionCommitted) else newest
-        await asyncio.to_thread(self._check_masters, newest)
+        await asyncio.to_thread(self._check_masters)
+        await self._compact()
         log.info(
             "recovered",
             version=self.core.ledger.version,
@@ -146,13 +153,25 @@ class Service:
             for helper in helpers:
                 helper.cancel()
 
-    def _check_masters(self, newest: Opened | VersionCommitted | None) -> None:
+    def _check_masters(self) -> None:
         """Prove that the master on disk is the one that the journal speaks of, before anything is built on it."""
-        if isinstance(newest, VersionCommitted):
-            slots = SLOTS[self.federation.aggregation.server.optimizer]
-            check_files(self.masters, newest.version, slots, newest.master_sha256, newest.optimizer_sha256)
-        elif newest is not None:
-            check_files(self.masters, 0, (), newest.master_sha256, None)
+        ledger = self.core.ledger
+        files = ledger.files[ledger.version]
+        slots = SLOTS[self.federation.aggregation.server.optimizer]
+        check_files(self.masters, ledger.version, slots, files.master, files.optimizer)
+
+    async def _compact(self) -> None:
+        """Sum up the journal when a restart would have many rows to replay; the ledger stands still meanwhile."""
+        if self.journal.length < self._compact_at:
+            return
+        self._compact_at = self.journal.length + COMPACT_ROWS
+        started = time.monotonic()
+        try:
+            moved = await asyncio.to_thread(self.journal.compact, self.core.ledger, self.audit.mark, time.time())
+        except NoRoomError as error:
+            log.warning("did not sum up the journal", reason=error.message)
+            return
+        log.info("summed up the journal", rows=moved, s=round(time.monotonic() - started, 3))
 
     # -- in ---
 
@@ -214,6 +233,7 @@ class Service:
                 await asyncio.to_thread(self.audit.follow)
                 for record in decision.records:
                     log.info(record.kind, **_told(record))
+                await self._compact()
             for send in decision.sends:
                 self._tasks.create_task(self._send(send))
             for job in decision.jobs:
