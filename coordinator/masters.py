@@ -37,6 +37,12 @@ def slot_path(folder: Path, version: int, slot: str) -> Path:
     return folder / f"v{version:08d}.{slot}.safetensors"
 
 
+def version_of(path: Path) -> int | None:
+    """The version whose master or slot a file is, by its name; None for any other file."""
+    found = _NAME.fullmatch(path.name)
+    return None if found is None else int(found[1])
+
+
 class TensorFile(Mapping[str, F32Array]):
     """A plain safetensors file of float32 tensors, open for reading; each look-up reads one tensor from the disk.
 
@@ -194,8 +200,8 @@ def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:
     durable.remove_temporaries(folder)
     deleted = []
     for path in sorted(folder.glob("v*.safetensors")):
-        found = _NAME.fullmatch(path.name)
-        if found is not None and int(found[1]) not in {0, *keep}:
+        version = version_of(path)
+        if version is not None and version not in {0, *keep}:
             path.unlink()
             deleted.append(path.name)
     return deleted

@@ -8,10 +8,11 @@ long (opening, verifying, merging) is a task of its own whose result comes back 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, ParamSpec, TypeVar, assert_never
 
 import structlog
 
@@ -34,6 +35,7 @@ from shared.mailroom import Mailroom
 from shared.messages import Announce, Chunk, Message, Presence, Refused
 from shared.plan import SealedPlan
 from shared.pump import Pump
+from shared.room import MIB, POLL_S, Room
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
@@ -43,10 +45,16 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
+NO_ROOM_RETRY_S = 15.0
+"""When a site that was told to wait for room offers its update again."""
+
+DAMAGED_RETRY_S = 1.0
 COMPACT_ROWS = 10_000
 """Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
 log = structlog.get_logger("coordinator")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 async def run_coordinator(
@@ -105,12 +113,17 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
+        self.room = Room(self.updates.root, config.min_free_mib * MIB, config.spool_mib * MIB)
         self.spooler = Spooler(
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
             refused=self._chunk_refused,
+            room=self.room,
         )
+        self.held = ""
+        """Why nothing more is taken for now; empty while there is room."""
+        self._needed = 0
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
@@ -229,8 +242,8 @@ class Service:
             event = await self._events.get()
             decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
             if decision.records:
-                await asyncio.to_thread(self.journal.append, decision.records)
-                await asyncio.to_thread(self.audit.follow)
+                await self._given_room(self.journal.append, decision.records)
+                await self._given_room(self.audit.follow)
                 for record in decision.records:
                     log.info(record.kind, **_told(record))
                 await self._compact()
@@ -284,6 +297,11 @@ class Service:
             have = await self.spooler.open(job.manifest)
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        except NoRoomError as error:
+            self._hold(error, job.manifest.wire_bytes)
+            self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, NO_ROOM_RETRY_S))
+        except CorruptError as error:
+            await self._begin_anew(update_id, error)
         else:
             self._events.put_nowait(d.SpoolOpened(update_id, have))
 
@@ -293,12 +311,23 @@ class Service:
             admitted = await asyncio.to_thread(admission.verify, stored, self.plan)
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        except CorruptError as error:
+            await self._begin_anew(update_id, error)
         else:
             self._events.put_nowait(d.Verified(update_id, admitted.norm))
 
+    async def _begin_anew(self, update_id: str, error: CorruptError) -> None:
+        """The disk spoilt an update before it was accepted: nothing was promised, and its site has it still."""
+        log.error(
+            "an update was damaged on this disk; its site will send it again", update=update_id, why=error.message
+        )
+        await self.spooler.close(update_id, delete=True)
+        detail = "the coordinator's disk damaged what had arrived"
+        self._events.put_nowait(d.Postponed(update_id, "damaged-at-rest", detail, DAMAGED_RETRY_S))
+
     async def _merge(self, job: d.Merge) -> None:
         started = time.monotonic()
-        result = await asyncio.to_thread(
+        result = await self._given_room(
             aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
         )
         # The one before stays until the new one is in the journal; version 0 stays for replays.
@@ -317,12 +346,37 @@ class Service:
             raise CorruptError(f"{self.states.root}: state {transfer_id} is gone", hint="restore it from a backup")
         return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
 
+    # -- room ---
+
+    async def _given_room(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do work in a thread, as often as it takes: what found the disk full is done when there is room."""
+        while True:
+            try:
+                result = await asyncio.to_thread(work, *args, **kwargs)
+            except NoRoomError as error:
+                self._hold(error)
+                await asyncio.sleep(POLL_S)
+            else:
+                return result
+
+    def _hold(self, error: NoRoomError, needed: int = 0) -> None:
+        if not self.held:
+            log.warning("no room on the disk; waiting for some", reason=error.message)
+        self.held, self._needed = error.message, needed
+
+    async def _look_for_room(self) -> None:
+        if self.held and await asyncio.to_thread(self.room.lacking, self._needed) is None:
+            self.held = ""
+            log.info("there is room again")
+
     # -- status ---
 
     async def _write_status(self) -> None:
         while True:
-            self._save_status()
+            with contextlib.suppress(NoRoomError):  # told by `held`, which is seen again when there is room
+                self._save_status()
             await asyncio.sleep(STATUS_S)
+            await self._look_for_room()
 
     def _save_status(self) -> None:
         counters = self.link.counters
@@ -332,6 +386,7 @@ class Service:
             bytes_up=counters.bytes_received,
             bytes_down=counters.bytes_sent,
             at=time.time(),
+            held=self.held,
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
