@@ -45,10 +45,9 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
-NO_ROOM_RETRY_S = 15.0
-"""When a site that was told to wait for room offers its update again."""
-
 DAMAGED_RETRY_S = 1.0
+"""When a site offers an update again that our disk spoilt."""
+
 COMPACT_ROWS = 10_000
 """Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
@@ -299,7 +298,7 @@ class Service:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
         except NoRoomError as error:
             self._hold(error, job.manifest.wire_bytes)
-            self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, NO_ROOM_RETRY_S))
+            self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, self.config.link.backoff_cap_s))
         except CorruptError as error:
             await self._begin_anew(update_id, error)
         else:

@@ -110,11 +110,12 @@ def write_toy(
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
-        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{local("coordinator")}'
+        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n'
+        f"min_free_mib = 1\n{local('coordinator')}"
     )
     for number in range(1, sites + 1):
         (root / f"site-{number}.toml").write_text(
-            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n'
+            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\nmin_free_mib = 1\n'
             f"{local(f'site-{number}')}"
             f'[data]\nnotes = "none"\n'
         )
