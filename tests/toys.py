@@ -122,7 +122,7 @@ def write_toy(
     federation = load_config(root / "federation.toml", FederationConfig)
     plan = toy_plan(federation, parameters)
     storage = root / "coordinator"
-    storage.mkdir()
+    storage.mkdir(exist_ok=True)
     (storage / "plan.json").write_text(plan.model_dump_json())
     initial = {name: np.full(shape, INITIAL, np.float32) for name, shape in plan.tensors.items()}
     save_file(initial, storage / "initial.safetensors")
