@@ -69,14 +69,14 @@ def check(
     with FolderLock(storage / f"{JOURNAL}.lock", holder="coordinator"):
         before = prove(storage, federation, plan, progress=progress)
         leftovers, behind, ledger = _look(storage, federation)
-        after = before
+        after, why = before, ""
         if repair:
             for leftover in leftovers:
                 leftover.remove()
             if before.findings and ledger is not None:
-                _mend(storage, federation, plan, before.findings, ledger)
+                why = _mend(storage, federation, plan, before.findings, ledger)
                 after = prove(storage, federation, plan, progress=progress)
-    return _told(before, after, leftovers, behind, ledger, repair=repair)
+    return _told(before, after, leftovers, behind, _Advisor(ledger, why, repair))
 
 
 def _look(storage: Path, federation: FederationConfig) -> tuple[list[Leftover], list[Finding], Ledger | None]:
@@ -103,16 +103,19 @@ def _fold(journal: JournalReader) -> Ledger:
 
 def _mend(
     storage: Path, federation: FederationConfig, plan: SealedPlan, findings: Sequence[Finding], ledger: Ledger
-) -> None:
+) -> str:
+    """Mend what can be, and say why states and masters could not all be made again; empty when they could."""
     files = {finding.where.partition(":")[0] for finding in findings}
     if AUDIT in files:
         _mend_trail(storage)
     damaged = {Path(name).name.partition(".")[0] for name in files if name.startswith("states/")}
     states = [state for state in ledger.states.values() if state.transfer_id in damaged]
     masters = {name for where in files for name in where.split(", ") if name.startswith("masters/")}
-    if states or masters:
-        with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=storage) as scratch:
-            _recompute(storage, federation, plan, Path(scratch), states, masters)
+    if not (states or masters):
+        return ""
+    durable.make_folder(storage / "updates")  # a run may have been opened and no more
+    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=storage) as scratch:
+        return _recompute(storage, federation, plan, Path(scratch), states, masters)
 
 
 def _mend_trail(storage: Path) -> None:
@@ -129,19 +132,20 @@ def _recompute(
     scratch: Path,
     states: Sequence[Manifest],
     masters: set[str],
-) -> None:
-    """Make the versions again and take from them what is damaged; ends at the first that cannot be made the same."""
+) -> str:
+    """Make the versions again and take from them what is damaged; say what ended it early, if anything did."""
     try:
         for made in replay(storage, federation, plan, scratch):
             if made.differences:
-                return
+                return f"version {made.version}: {made.differences[0]}"
             for state in states:
                 _take_state(scratch / "states", storage / "states", state)
             for path in (scratch / "masters").glob("v*.safetensors"):
                 if f"masters/{path.name}" in masters and version_of(path) == made.version > 0:
                     _take(path, storage / "masters" / path.name)
-    except (CorruptError, ConfigError):
-        return  # version 0 or the rows are not here; the second proof tells what is wrong still
+    except (CorruptError, ConfigError) as error:
+        return error.message  # version 0 or the rows are not here
+    return ""
 
 
 def _take_state(source: Path, target: Path, state: Manifest) -> None:
@@ -165,58 +169,54 @@ def _take(source: Path, target: Path) -> None:
 # -- telling ---
 
 
+@dataclass(frozen=True, slots=True)
+class _Advisor:
+    """What a person can do about damage; `why` says what kept a version from being made again."""
+
+    ledger: Ledger | None
+    why: str
+    repair: bool
+
+    def advice(self, finding: Finding) -> str:
+        folder, _, name = finding.where.partition("/")
+        if finding.rule == BEHIND:
+            return "the journal was put back from a backup, perhaps: look for a later copy of it; nothing was deleted"
+        if folder in {"states", "masters", AUDIT} and not self.repair:
+            return "--repair makes it again, from version 0 and the kept updates"
+        match folder:
+            case "updates":
+                return self._of_update(name.partition(".")[0])
+            case "states" | "masters":
+                why = self.why or "another release of the compressor may have made it"
+                return f"{_BACKUP}; it could not be made again ({why})"
+            case _:
+                return "restore the journal from a backup, and do not continue this run before"
+
+    def _of_update(self, update_id: str) -> str:
+        known = self.ledger.known.get(update_id) if self.ledger else None
+        if known is None or self.ledger is None:
+            return _BACKUP
+        if known.outcome == "accepted":
+            return f"{_BACKUP}: it waits to be merged, and version {self.ledger.version + 1} cannot be made without it"
+        if known.outcome == "merged":
+            return f"{_BACKUP}: version {known.version} stands, but it cannot be recomputed or proven without it"
+        return f"{_BACKUP}: it was dropped, and no version needs it; the proof misses it"
+
+
 def _told(
-    before: Proof,
-    after: Proof,
-    leftovers: Sequence[Leftover],
-    behind: Sequence[Finding],
-    ledger: Ledger | None,
-    *,
-    repair: bool,
+    before: Proof, after: Proof, leftovers: Sequence[Leftover], behind: Sequence[Finding], advisor: _Advisor
 ) -> Checked:
     problems = [
-        Problem("leftover", *_parts(each.finding), repair, "" if repair else "--repair deletes it")
+        Problem("leftover", *_parts(each.finding), advisor.repair, "" if advisor.repair else "--repair deletes it")
         for each in leftovers
     ]
-    for finding in (*before.findings, *behind):
-        repaired = finding not in (*after.findings, *behind)
-        problems.append(
-            Problem("damage", *_parts(finding), repaired, "" if repaired else _advice(finding, ledger, repair=repair))
-        )
-    problems += [
-        Problem("damage", *_parts(finding), False, _advice(finding, ledger, repair=repair))
-        for finding in after.findings
-        if finding not in before.findings
-    ]
+    still = (*after.findings, *behind)
+    new = [finding for finding in after.findings if finding not in before.findings]
+    for finding in (*before.findings, *behind, *new):
+        repaired = finding not in still
+        problems.append(Problem("damage", *_parts(finding), repaired, "" if repaired else advisor.advice(finding)))
     return Checked(after.rows, after.head, after.version, after.updates, after.pruned, tuple(problems))
 
 
 def _parts(finding: Finding) -> tuple[str, str, str]:
     return finding.rule, finding.where, finding.what
-
-
-def _advice(finding: Finding, ledger: Ledger | None, *, repair: bool) -> str:
-    """What a person can do about damage."""
-    folder, _, name = finding.where.partition("/")
-    if finding.rule == BEHIND:
-        return "the journal was put back from a backup, perhaps: look for a later copy of it; nothing was deleted"
-    if folder in {"states", "masters", AUDIT} and not repair:
-        return "--repair makes it again, from version 0 and the kept updates"
-    match folder:
-        case "updates":
-            return _update_advice(name.partition(".")[0], ledger)
-        case "states" | "masters":
-            return f"{_BACKUP}; it could not be made again from what is here"
-        case _:
-            return "restore the journal from a backup, and do not continue this run before"
-
-
-def _update_advice(update_id: str, ledger: Ledger | None) -> str:
-    known = ledger.known.get(update_id) if ledger else None
-    if known is None or ledger is None:
-        return _BACKUP
-    if known.outcome == "accepted":
-        return f"{_BACKUP}: it waits to be merged, and version {ledger.version + 1} cannot be made without it"
-    if known.outcome == "merged":
-        return f"{_BACKUP}: version {known.version} stands, but it cannot be recomputed or proven without it"
-    return f"{_BACKUP}: it was dropped, and no version needs it; the proof misses it"

@@ -14,6 +14,7 @@ therefore never leftovers; they are named under the rule `journal-behind`, and l
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ class Leftover:
         *first, last = self.paths
         for path in first:
             durable.remove(path)
-        last.unlink(missing_ok=True)
+        if last.is_dir():  # scratch of a repair that was killed
+            shutil.rmtree(last)
+        else:
+            last.unlink(missing_ok=True)
 
 
 def find_leftovers(

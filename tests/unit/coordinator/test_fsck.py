@@ -134,6 +134,13 @@ def litter(run: AuditedRun) -> str:
     return "litter"
 
 
+def scratch(run: AuditedRun) -> str:
+    """A repair that was killed while it computed versions again."""
+    (run.storage / ".tmp-45" / "masters").mkdir(parents=True)
+    (run.storage / ".tmp-45" / "masters" / "v00000001.safetensors").write_bytes(b"half")
+    return "litter"
+
+
 LEFTOVERS: list[Callable[[AuditedRun], str]] = [
     rejected_leftover,
     uncommitted_state,
@@ -141,6 +148,7 @@ LEFTOVERS: list[Callable[[AuditedRun], str]] = [
     damaged_upload,
     loose_segment,
     litter,
+    scratch,
 ]
 
 
