@@ -118,11 +118,6 @@ class Layout:
         return self.root / "coordinator"
 
     @property
-    def full(self) -> Path:
-        """The same federation with every parameter trained, of which one transfer is measured."""
-        return self.root / "full-model"
-
-    @property
     def scratch(self) -> Path:
         """Files on their way to and from the workers."""
         return self.root / "scratch"
@@ -276,15 +271,8 @@ def site_config(plan: Plan, name: str, broker_url: str) -> SiteConfig:
 
 
 def write_federation(plan: Plan) -> None:
-    """Write `federation.toml`, and that of the full-model comparison with every parameter trained."""
+    """Write `federation.toml`."""
     plan.layout.federation.write_text(to_toml(plan.federation), encoding="utf-8")
-    full = plan.federation.model_copy(
-        update={"layers": LayersSection(plan="all"), "codec": CodecSection(up="f32", down="f32")}
-    )
-    plan.layout.full.mkdir()
-    (plan.layout.full / "federation.toml").write_text(to_toml(full), encoding="utf-8")
-    measured = CoordinatorConfig(federation=plan.layout.full / "federation.toml", storage=plan.layout.full / "storage")
-    (plan.layout.full / "coordinator.toml").write_text(to_toml(measured), encoding="utf-8")
 
 
 def write_processes(plan: Plan, broker_url: str, site_urls: dict[str, str]) -> None:
