@@ -120,6 +120,8 @@ class Core:
                 self._verified(event, now, out)
             case d.VerifyFailed():
                 self._verify_failed(event, now, out)
+            case d.Postponed():
+                self.uploads.postpone(event, now.mono, out)
             case d.Merged():
                 self._merged(event, now, out)
             case d.Tick():

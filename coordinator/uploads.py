@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from coordinator.decisions import CloseSpool, Decision, OpenSpool, Verify
+from coordinator.decisions import CloseSpool, Decision, OpenSpool, Postponed, Verify
 from shared.manifest import Manifest
-from shared.messages import Want
+from shared.messages import Wait, Want
 from shared.transfer import Receiver, ReceiverState
 
 PACE_RETRY_S = 5.0
@@ -109,6 +109,13 @@ class Uploads:
             upload.receiver.close()
         self._grant_waiting(now, out)
         return upload
+
+    def postpone(self, event: Postponed, now: float, out: Decision) -> None:
+        """Give an upload up for a reason of ours: its site is told why, and when to offer it again."""
+        upload = self.settle(event.update_id, now, out)
+        if upload is not None:
+            wait = Wait(transfer_id=event.update_id, rule=event.rule, detail=event.detail, retry_s=event.retry_s)
+            out.to(upload.site, wait)
 
     def tick(self, now: float, out: Decision) -> None:
         """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""

@@ -19,6 +19,7 @@ import structlog
 from safetensors.numpy import load_file
 
 from edge_client import decisions as d
+from edge_client.disk import Disk
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.session import Identity, Session
@@ -29,7 +30,7 @@ from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Chunk, Message, Presence, Receipt, Status
+from shared.messages import Chunk, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.slices import make_transfer_frames
 from shared.spooler import Spooler
@@ -121,6 +122,7 @@ class Agent:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
         )
+        self.disk = Disk(config, outbox.store.root)
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None
@@ -180,6 +182,8 @@ class Agent:
 
     def take_message(self, _site: str | None, message: Message) -> None:
         """See Desk."""
+        if isinstance(message, Wait):
+            log.warning("asked to wait", update=message.transfer_id, rule=message.rule, reason=message.detail)
         self._events.put_nowait(d.Received(message))
 
     def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
@@ -270,7 +274,7 @@ class Agent:
     # -- jobs ---
 
     async def _open_spool(self, manifest: Manifest) -> None:
-        have = await self.spooler.open(manifest)
+        have = await self.disk.given_room(self.spooler.open, manifest)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
     async def _verify(self, transfer_id: str) -> None:
@@ -306,10 +310,11 @@ class Agent:
         try:
             stored = await asyncio.to_thread(self.states.get, base.transfer_id)
             assert stored is not None, "a state that is ready is in the store"
-            await asyncio.to_thread(stored.extract, state_file)
+            await self.disk.until_room(base, self.federation.codec)
+            await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
-            manifest = await asyncio.to_thread(self._seal, base, trained.examples, delta_file)
+            manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
         finally:
             durable.remove(state_file)
             durable.remove(delta_file)
@@ -350,7 +355,7 @@ class Agent:
         )
 
     async def _settle(self, receipt: Receipt) -> None:
-        if not await asyncio.to_thread(self.outbox.settle, receipt):
+        if not await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt):
             return
         told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
@@ -376,7 +381,7 @@ class Agent:
         return Status(
             site=self.config.name,
             session=self.identity.session,
-            phase=session.phase,
+            phase="held" if self.disk.held else session.phase,
             version=at.state.version if at else None,
             progress=self._progress if session.training else 0.0,
             metrics=self._metrics,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_client.layout import open_layout
 from shared import durable
 from shared.errors import CorruptError
 from shared.manifest import Manifest
@@ -22,20 +23,23 @@ from shared.messages import Receipt
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 
-_RECEIPTS = "[0-9a-f]" * 32 + ".json"
+_RECEIPTS = "receipts"
+_NAMES = "[0-9a-f]" * 32 + ".json"
 
 
 class Outbox:
     """The folder of one site; one process writes it."""
 
     def __init__(self, storage: Path) -> None:
+        open_layout(storage)
         self.store = FrameStore(storage / "outbox")
-        self._receipts = storage / "receipts"
+        self._receipts = storage / _RECEIPTS
+        self._storage = storage
         self._lock = threading.Lock()
         durable.make_folder(self._receipts)
         self.store.recover()
         durable.remove_temporaries(self._receipts)
-        for path in self._receipts.glob(_RECEIPTS):
+        for path in receipt_paths(storage):
             self.store.delete(path.stem)
 
     def pending(self) -> list[Manifest]:
@@ -46,7 +50,7 @@ class Outbox:
     def trained(self) -> set[str]:
         """Digests of the states that this site has trained on, so that it does not train on one twice."""
         waiting = {manifest.update.base_sha256 for manifest in self.pending()}
-        return waiting | {self._load(path)["base_sha256"] for path in self._receipts.glob(_RECEIPTS)}
+        return waiting | {read_receipt(path)["base_sha256"] for path in receipt_paths(self._storage)}
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -73,7 +77,7 @@ class Outbox:
             facts = stored.manifest.update
             origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
         elif path.exists():
-            earlier = self._load(path)
+            earlier = read_receipt(path)
             origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
         else:
             return False
@@ -82,12 +86,19 @@ class Outbox:
         self.store.delete(receipt.update_id)
         return True
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        try:
-            loaded: Any = json.loads(path.read_bytes())
-        except ValueError:
-            loaded = None
-        match loaded:
-            case {"base_version": int(), "base_sha256": str()}:
-                return dict(loaded)
-        raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")
+
+def receipt_paths(storage: Path) -> list[Path]:
+    """The receipts in a site's folder, by update id."""
+    return sorted((storage / _RECEIPTS).glob(_NAMES))
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return a receipt's fields and the state that its update was trained on; CorruptError when it is none."""
+    try:
+        loaded: Any = json.loads(path.read_bytes())
+    except ValueError:
+        loaded = None
+    match loaded:
+        case {"base_version": int(), "base_sha256": str()}:
+            return dict(loaded)
+    raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")

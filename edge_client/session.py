@@ -25,7 +25,7 @@ from edge_client import decisions as d
 from edge_client.patience import Patience
 from shared.config import LinkSection
 from shared.manifest import Manifest
-from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Want, Welcome
+from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Wait, Want, Welcome
 from shared.transfer import Receiver, Sender, SenderState
 
 ABANDON_BELOW = 0.5
@@ -201,6 +201,8 @@ class Session:
                 out.jobs.append(d.Exit(message.rule, message.detail))
             case Want():
                 self._wanted(message, now, out)
+            case Wait():
+                self._wait(message, now)
             case Receipt():
                 self._receipt(message, now, out)
             case _:
@@ -272,6 +274,13 @@ class Session:
         if push.sender.state is SenderState.PACED:
             push.patience.wait(now, want.retry_s)
         self._send_chunks(push, now, out)
+
+    def _wait(self, wait: Wait, now: float) -> None:
+        """The coordinator cannot take the update now; its bytes stay here, and it is offered again when asked to."""
+        push = self.push
+        if push is not None and push.manifest.transfer_id == wait.transfer_id:
+            push.sender.restart()
+            push.patience.wait(now, wait.retry_s)
 
     def _send_chunks(self, push: Push, now: float, out: d.Decision) -> None:
         indices = push.sender.take()

@@ -240,6 +240,10 @@ class CoordinatorConfig(Section):
     trust: LocalTrustSection = LocalTrustSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
+    spool_mib: int = Field(default=0, ge=0)
+    """Most bytes that arriving and kept updates may take here; 0 sets no bound. Beyond it sites are told to wait."""
+    min_free_mib: int = Field(default=1024, ge=0)
+    """Bytes that no upload may take from the disk; the journal, the next version and other programs need them."""
     exit_when_done: bool = False
 
 
@@ -268,6 +272,10 @@ class SiteConfig(Section):
     """Torch threads of the training worker; 0 leaves the choice to torch."""
     outbox_max: int = Field(default=4, ge=1)
     """Sealed updates that may wait for the network before training pauses."""
+    outbox_mib: int = Field(default=0, ge=0)
+    """Most bytes that sealed updates may take here before training pauses; 0 sets no bound."""
+    min_free_mib: int = Field(default=512, ge=0)
+    """Bytes that stay free on the disk; training pauses rather than take them."""
 
 
 # -- loading ---

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
-from shared.errors import RefusedError
+from shared.errors import NoRoomError, RefusedError
 from shared.manifest import Manifest
 from shared.messages import Chunk
+from shared.room import Room
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
 
@@ -25,7 +26,7 @@ class Spooler:
 
     `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
     `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(transfer_id, rule)` when one
-    was not what its manifest says (it is dropped; the sender will be asked for it again).
+    was not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Spooler:
         open_chunk: Callable[[Manifest, Chunk], bytes | memoryview],
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str, str], None],
+        room: Room | None = None,
     ) -> None:
         self._store = store
         self._open_chunk = open_chunk
         self._stored = stored
         self._refused = refused
+        self._room = room
         self._open: dict[str, Partial] = {}
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
@@ -56,7 +59,8 @@ class Spooler:
     async def open(self, manifest: Manifest) -> bytes:
         """Begin or resume a transfer and return the bitmap of what is there; full when it is whole already.
 
-        UnavailableError when the disk has no room; RefusedError(rule='manifest-changed') when the id began to arrive,
+        NoRoomError when the disk has no room, or `room` says so; CorruptError when what is there of it is damaged,
+        which `close` with `delete` mends; RefusedError(rule='manifest-changed') when the id began to arrive,
         or has arrived, under another manifest.
         """
         return await self._run(self._open_now, manifest)
@@ -98,6 +102,11 @@ class Spooler:
                 raise RefusedError("this id has arrived under another manifest", rule="manifest-changed")
             return Bitmap(manifest.frames, range(manifest.frames)).to_bytes()
         self._close(manifest.transfer_id, delete=False)
+        # One that began to arrive has had its room since then.
+        if self._room is not None and not self._store.begun(manifest.transfer_id):
+            lacking = self._room.lacking(manifest.wire_bytes)
+            if lacking is not None:
+                raise NoRoomError(f"no room for transfer {manifest.transfer_id}: {lacking}", hint="make room")
         partial = self._open[manifest.transfer_id] = self._store.open_partial(manifest)
         return partial.have.to_bytes()
 

@@ -178,6 +178,10 @@ class FrameStore:
         """Ids of the transfers that are still arriving, ascending."""
         return sorted(path.name.removesuffix(".part.manifest") for path in self.root.glob("*.part.manifest"))
 
+    def begun(self, transfer_id: str) -> bool:
+        """Whether a transfer is still arriving."""
+        return self._path(transfer_id, ".part.manifest").exists()
+
     def get(self, transfer_id: str) -> Stored | None:
         """Return a whole transfer, or None.
 

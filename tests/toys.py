@@ -110,18 +110,19 @@ def write_toy(
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
-        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{local("coordinator")}'
+        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n'
+        f"min_free_mib = 1\n{local('coordinator')}"
     )
     for number in range(1, sites + 1):
         (root / f"site-{number}.toml").write_text(
-            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n'
+            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\nmin_free_mib = 1\n'
             f"{local(f'site-{number}')}"
             f'[data]\nnotes = "none"\n'
         )
     federation = load_config(root / "federation.toml", FederationConfig)
     plan = toy_plan(federation, parameters)
     storage = root / "coordinator"
-    storage.mkdir()
+    storage.mkdir(exist_ok=True)
     (storage / "plan.json").write_text(plan.model_dump_json())
     initial = {name: np.full(shape, INITIAL, np.float32) for name, shape in plan.tensors.items()}
     save_file(initial, storage / "initial.safetensors")

@@ -10,7 +10,7 @@ import pytest
 from coordinator import decisions as d
 from coordinator.records import Accepted, Rejected
 from shared.manifest import Manifest
-from shared.messages import Offer, Receipt, Want
+from shared.messages import Offer, Receipt, Wait, Want
 from tests.cores import CoordinatorBench, bits, said
 from tests.factories import SLICE, digest, make_federation, make_state, make_update
 
@@ -240,3 +240,18 @@ def test_an_update_that_resumes_from_disk_is_taken_as_it_is() -> None:
     (want,) = said(bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0, 1, 2))), Want, "north")
     assert (want.have, want.window) == (bits(5, 0, 1, 2), 4)
     assert make_state(bench.plan, 0).transfer_id != want.transfer_id == update.transfer_id
+
+
+def test_an_update_that_cannot_be_taken_now_is_forgotten_and_its_site_told_why() -> None:
+    """No record is made of it; offered again it begins anew, and is accepted like any other."""
+    bench = _bench()
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    decision = bench.handle(d.Postponed(update.transfer_id, "no-room", "1 MiB free", 15.0))
+    assert decision.records == []
+    assert said(decision, Wait, "north") == [
+        Wait(transfer_id=update.transfer_id, rule="no-room", detail="1 MiB free", retry_s=15.0)
+    ]
+    assert bench.core.uploads.reserved == 0
+    assert bench.handle(d.Postponed(update.transfer_id, "no-room", "1 MiB free", 15.0)).sends == []
+    assert [type(record) for record in bench.upload("north", update).records] == [Accepted]

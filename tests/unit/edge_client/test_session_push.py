@@ -8,7 +8,7 @@ import pytest
 
 from edge_client import decisions as d
 from shared.manifest import Manifest
-from shared.messages import Offer, Receipt
+from shared.messages import Offer, Receipt, Wait
 from tests.sessions import STALL_S, SessionBench, jobs, other_digest, sent
 
 FIRST, SECOND = (SessionBench().update(version, frames=8) for version in (0, 1))
@@ -193,3 +193,15 @@ def test_every_outcome_settles(outcome: Any) -> None:
     assert bench.receive(receipt).jobs == [d.Settle(receipt)]
     outbox: list[Manifest] = bench.session.outbox
     assert outbox == []
+
+
+def test_an_update_that_the_coordinator_cannot_take_is_offered_again_when_it_said() -> None:
+    """Also in the middle of sending: what is in flight is forgotten, and nothing goes out before."""
+    bench = _pushing()
+    assert bench.want(FIRST).jobs
+    _sent(bench, 4)
+    wait = Wait(transfer_id=FIRST.transfer_id, rule="no-room", detail="1 MiB free", retry_s=12.0)
+    assert bench.receive(wait) == d.Decision()
+    assert bench.receive(wait.model_copy(update={"transfer_id": SECOND.transfer_id})) == d.Decision()
+    assert bench.ticks(13) == [(12.0, Offer(manifest=FIRST))]
+    assert bench.want(FIRST).jobs == [d.SendChunks(FIRST.transfer_id, (0, 1, 2, 3))]
