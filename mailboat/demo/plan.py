@@ -228,7 +228,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             buffer=rules.buffer,
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
-            server=ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM),
+            server=server_section(options.mode),
         ),
         training=TrainingSection(
             epochs=defaults.EPOCHS,
@@ -237,6 +237,13 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             final_lr=defaults.FINAL_LR,
         ),
     )
+
+
+def server_section(mode: Mode) -> ServerSection:
+    """Return momentum for versions that all sites made together; many small late ones already carry each other on."""
+    if mode == "sync":
+        return ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM)
+    return ServerSection()
 
 
 def learning_rate(options: DemoOptions) -> float:
