@@ -15,7 +15,7 @@ import contextlib
 import random
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -65,6 +65,16 @@ def demo_faults(seed: int, name: str) -> Iterator[Fault]:
         yield Fault(chance.uniform(2.0, 6.0), "down", chance.uniform(0.5, 4.0))
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that crossed the bad network so far, on all connections together, also those that a fault then lost."""
+
+    up: int = 0
+    """From those who connect."""
+    down: int = 0
+    """To them."""
+
+
 class FlakyProxy:
     """Listens on a free port of the loopback address and forwards to one broker."""
 
@@ -91,6 +101,7 @@ class FlakyProxy:
         """Connections so far."""
         self.fault_count = 0
         """Faults of the script so far."""
+        self.traffic = Traffic()
 
     @property
     def port(self) -> int:
@@ -181,6 +192,7 @@ class FlakyProxy:
             reader,
             writer,
             self._conditions,
+            self.traffic,
             random.Random(f"{self._seed}/{self.accepted}"),
             limits[self.accepted] if self.accepted < len(limits) else None,
         )
@@ -199,6 +211,7 @@ class _Pipe:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         conditions: Conditions,
+        traffic: Traffic,
         chance: random.Random,
         cut_after: int | None,
     ) -> None:
@@ -206,6 +219,7 @@ class _Pipe:
         self._near = (reader, writer)
         self._writers = [writer]
         self._conditions = conditions
+        self._traffic = traffic
         self._chance = chance
         self._left = cut_after
         self._ended = asyncio.Event()
@@ -234,8 +248,8 @@ class _Pipe:
             return
         ended = asyncio.create_task(self._ended.wait())
         directions = {
-            asyncio.create_task(self._forward(reader, far_writer)),
-            asyncio.create_task(self._forward(far_reader, writer)),
+            asyncio.create_task(self._forward(reader, far_writer, self._count_up)),
+            asyncio.create_task(self._forward(far_reader, writer, self._count_down)),
         }
         running: set[asyncio.Task[Any]] = set(directions)
         try:
@@ -261,19 +275,29 @@ class _Pipe:
             raise
         return await asyncio.open_connection(sock=far, limit=READ_BYTES)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One direction: read, pace, delay, write."""
+    def _count_up(self, size: int) -> None:
+        self._traffic.up += size
+
+    def _count_down(self, size: int) -> None:
+        self._traffic.down += size
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[int], None]
+    ) -> None:
+        """One direction: read, pace, count, delay, write."""
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUE_READS)
         delivery = asyncio.create_task(self._deliver(waiting, writer))
         try:
             with contextlib.suppress(OSError):
-                await self._collect(reader, waiting)
+                await self._collect(reader, waiting, count)
                 await waiting.join()
         finally:
             delivery.cancel()
             await asyncio.wait([delivery])
 
-    async def _collect(self, reader: asyncio.StreamReader, waiting: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _collect(
+        self, reader: asyncio.StreamReader, waiting: asyncio.Queue[tuple[float, bytes]], count: Callable[[int], None]
+    ) -> None:
         loop, link = asyncio.get_running_loop(), self._conditions
         rate = link.bytes_per_s
         read_bytes = READ_BYTES if rate is None else min(READ_BYTES, max(1024, round(rate / STEPS_PER_S)))
@@ -283,6 +307,8 @@ class _Pipe:
             if rate is not None:
                 free_at += len(data) / rate
                 await asyncio.sleep(free_at - loop.time())
+            if not self.swallows:
+                count(len(data))
             due = max(due, free_at + link.latency_s + self._chance.uniform(0.0, link.jitter_s))
             await waiting.put((due, data))
 

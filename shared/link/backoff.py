@@ -22,9 +22,11 @@ UNREACHABLE_FLOOR_S = 0.75
 OUTAGE_SHARE = 1 / 60
 """A wait never adds more than this share to an outage."""
 
-PATIENCE_UNKNOWN_S = 10.0
+PATIENCE_UNKNOWN_S = 3.0
 PATIENCE_MIN_S = 1.0
 PATIENCE_MAX_S = 10.0
+PATIENCE_SPREAD = 0.75
+"""A patience is drawn from this share of itself upwards, so that those who began in step do not stay in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +63,26 @@ def ceiling_s(state: Backoff, *, now: float, cap_s: float) -> float:
     return min(cap_s, PROMPT_S)
 
 
-def delay_s(state: Backoff, *, now: float, cap_s: float, uniform: Callable[[float, float], float]) -> float:
-    """The next wait in seconds, drawn with `uniform(low, high)`."""
-    return uniform(0.0, ceiling_s(state, now=now, cap_s=cap_s))
+def delay_s(
+    state: Backoff, *, now: float, spent_s: float, cap_s: float, uniform: Callable[[float, float], float]
+) -> float:
+    """The next wait in seconds, drawn with `uniform(low, high)`.
+
+    `spent_s` is how long the last attempt waited for an answer; where none came, that was waiting enough and counts.
+    """
+    drawn = uniform(0.0, ceiling_s(state, now=now, cap_s=cap_s))
+    return max(0.0, drawn - spent_s) if state.unreachable and not state.turned_away else drawn
 
 
-def patience_s(*, outage_s: float, usual_s: float | None) -> float:
-    """How long one attempt may take before the next one starts, in seconds.
+def patience_s(*, outage_s: float, usual_s: float | None, uniform: Callable[[float, float], float]) -> float:
+    """How long one step of an attempt may take before the next attempt starts, in seconds.
 
     `usual_s` is how long the last good attempt took. A packet lost on a dead link is not sent again for seconds, so
-    that giving up early and asking afresh finds the link's return sooner; but a link may also have become slow, and so
-    the patience grows with the outage.
+    that giving up early and asking afresh finds the link's return sooner; but a link may also have become slow, or a
+    broker have many to greet, and so the patience grows with the outage, as the waits do.
     """
     if usual_s is None:
-        return PATIENCE_UNKNOWN_S
-    return min(PATIENCE_MAX_S, max(PATIENCE_MIN_S, 4 * usual_s, outage_s / 20))
-
-
-def stall_patience_s(*, stalls: int, stall_s: float, keepalive_s: float) -> float:
-    """How long a connection with something unacknowledged may show no sign of life.
-
-    It doubles with each connection in a row that was cut for it, up to the keepalive, so that a link which is merely
-    slow is not cut for ever.
-    """
-    return min(max(stall_s, keepalive_s), stall_s * 2.0 ** min(stalls, 32))
+        longest = PATIENCE_UNKNOWN_S
+    else:
+        longest = min(PATIENCE_MAX_S, max(PATIENCE_MIN_S, 4 * usual_s, outage_s * OUTAGE_SHARE))
+    return uniform(PATIENCE_SPREAD * longest, longest)
