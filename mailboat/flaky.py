@@ -27,6 +27,8 @@ SLOW_BUFFER_S = 0.5
 """Kernel buffer on a link of limited rate, as time; a larger one would hide the rate from the sender."""
 SLOW_BUFFER_MIN_BYTES = 32_768
 
+PLUGS = 2
+"""Connections that fill the shortest queue there is."""
 STEPS_PER_S = 20
 """How often a limited rate is doled out, so that it feels like a rate and not like bursts."""
 
@@ -49,8 +51,8 @@ class Conditions:
 class Fault:
     """One fault of a script, `after_s` seconds after the one before has ended.
 
-    `cut` closes all connections in order, `reset` with RST; `hole` makes them half-open for ever and answers no new one
-    for `for_s` seconds; `down` resets them and refuses new ones for `for_s` seconds.
+    `cut` closes all connections in order, `reset` with RST; `hole` makes them half-open for ever and leaves every new
+    one without an answer for `for_s` seconds; `down` resets them and refuses new ones for `for_s` seconds.
     """
 
     after_s: float
@@ -95,8 +97,7 @@ class FlakyProxy:
         self._server: asyncio.Server | None = None
         self._script: asyncio.Task[None] | None = None
         self._pipes: dict[asyncio.Task[None], _Pipe] = {}
-        self._hole = asyncio.Event()
-        self._hole.set()  # set: no hole
+        self._plugs: list[socket.socket] = []
         self.accepted = 0
         """Connections so far."""
         self.fault_count = 0
@@ -143,20 +144,41 @@ class FlakyProxy:
             pipe.end(reset=True)
 
     def hole(self) -> None:
-        """Forward nothing more on the connections there are, ever, and answer no new one until `heal`."""
-        self._hole.clear()
+        """Forward nothing more on the connections there are, ever, and leave new ones without an answer until `heal`.
+
+        A queue of connections that is full makes the kernel ignore the next ones, as a cable that was pulled does.
+        """
         for pipe in self._pipes.values():
             pipe.swallows = True
+        if self._server is None or self._plugs:
+            return
+        self._server.close()
+        self._server = None
+        full = _bound(self.port)
+        full.listen(0)
+        self._plugs.append(full)
+        for _ in range(PLUGS):
+            plug = socket.socket()
+            plug.setblocking(False)
+            plug.connect_ex(("127.0.0.1", self.port))
+            self._plugs.append(plug)
 
-    def heal(self) -> None:
-        """Forward new connections again."""
-        self._hole.set()
+    async def heal(self) -> None:
+        """Answer new connections again."""
+        self._unplug()
+        await self.up()
+
+    def _unplug(self) -> None:
+        for plug in self._plugs:
+            plug.close()
+        self._plugs.clear()
 
     async def down(self) -> None:
         """Reset every connection and refuse new ones until `up`."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        self._unplug()
         self.reset()
 
     async def up(self) -> None:
@@ -178,7 +200,7 @@ class FlakyProxy:
                 case "hole":
                     self.hole()
                     await asyncio.sleep(fault.for_s)
-                    self.heal()
+                    await self.heal()
                 case "down":
                     await self.down()
                     await asyncio.sleep(fault.for_s)
@@ -196,7 +218,6 @@ class FlakyProxy:
             random.Random(f"{self._seed}/{self.accepted}"),
             limits[self.accepted] if self.accepted < len(limits) else None,
         )
-        pipe.swallows = not self._hole.is_set()
         self.accepted += 1
         task = asyncio.create_task(pipe.run(*self._target))
         self._pipes[task] = pipe

@@ -38,6 +38,8 @@ class Backoff:
     """How often in a row the broker answered and did not want us, or dropped us at once."""
     unreachable: int = 0
     """How often in a row there was no answer."""
+    kept_waiting: int = 0
+    """How often in a row the broker's machine took the connection and the broker did not answer in time."""
 
 
 def dropped(state: Backoff, *, now: float, lasted_s: float, taken_over: bool) -> Backoff:
@@ -47,11 +49,12 @@ def dropped(state: Backoff, *, now: float, lasted_s: float, taken_over: bool) ->
     return Backoff(since=now)
 
 
-def failed(state: Backoff, *, answered: bool) -> Backoff:
+def failed(state: Backoff, *, answered: bool, kept_waiting: bool = False) -> Backoff:
     """An attempt to connect has failed; `answered` when the broker itself said no."""
+    waits = state.kept_waiting + kept_waiting
     if answered:
-        return replace(state, turned_away=state.turned_away + 1, unreachable=0)
-    return replace(state, unreachable=state.unreachable + 1)
+        return replace(state, turned_away=state.turned_away + 1, unreachable=0, kept_waiting=0)
+    return replace(state, unreachable=state.unreachable + 1, kept_waiting=waits)
 
 
 def ceiling_s(state: Backoff, *, now: float, cap_s: float) -> float:
@@ -74,15 +77,22 @@ def delay_s(
     return max(0.0, drawn - spent_s) if state.unreachable and not state.turned_away else drawn
 
 
-def patience_s(*, outage_s: float, usual_s: float | None, uniform: Callable[[float, float], float]) -> float:
-    """How long one step of an attempt may take before the next attempt starts, in seconds.
+def patience_s(
+    state: Backoff, *, now: float, usual_s: float | None, reached: bool, uniform: Callable[[float, float], float]
+) -> float:
+    """How long the next step of an attempt may take before the next attempt starts, in seconds.
 
-    `usual_s` is how long the last good attempt took. A packet lost on a dead link is not sent again for seconds, so
-    that giving up early and asking afresh finds the link's return sooner; but a link may also have become slow, or a
-    broker have many to greet, and so the patience grows with the outage, as the waits do.
+    `usual_s` is how long the last good attempt took. Until the broker's machine is `reached`, patience is short: a
+    packet lost on a dead link is not sent again for seconds, and asking afresh finds the link's return sooner; it grows
+    with the outage, since a link may also have become slow. A broker that was reached and does not answer has perhaps
+    thousands to greet, and giving up on it only adds to its work: for each attempt in a row that it kept waiting, it is
+    given twice the time.
     """
     if usual_s is None:
         longest = PATIENCE_UNKNOWN_S
     else:
-        longest = min(PATIENCE_MAX_S, max(PATIENCE_MIN_S, 4 * usual_s, outage_s * OUTAGE_SHARE))
+        longest = max(PATIENCE_MIN_S, 4 * usual_s, (now - state.since) * OUTAGE_SHARE)
+    if reached:
+        longest *= 2.0 ** min(state.kept_waiting, 32)
+    longest = min(PATIENCE_MAX_S, longest)
     return uniform(PATIENCE_SPREAD * longest, longest)

@@ -211,6 +211,11 @@ class Connection(aiomqtt.Client):
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
+    @property
+    def receiving(self) -> int:
+        """Bytes of the message that is coming in."""
+        return len(self._client._in_packet["packet"])  # noqa: SLF001
+
     def signs_of_life(self) -> Signs:
         """What has moved so far.
 
@@ -221,7 +226,7 @@ class Connection(aiomqtt.Client):
         with contextlib.suppress(OSError, ValueError):  # the socket may be closed
             fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unacked)
         return Signs(
-            heard=self._heard + len(self._client._in_packet["packet"]),  # noqa: SLF001
+            heard=self._heard + self.receiving,
             answers=self._answers,
             taken=self._queued - waiting - unacked[0],
             owed=bool(self._acks),
@@ -241,6 +246,17 @@ class Connection(aiomqtt.Client):
             self._client._ping_t = self._client._last_bytes_received = time.monotonic()  # noqa: SLF001
 
     # -- what paho calls; the signatures are its own -------------------------------------------------------------------
+
+    def _on_socket_register_write(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once, not by way of the loop as the base class does: the socket may be closed by then."""
+        self._loop.add_writer(sock.fileno(), self._write)
+
+    def _write(self) -> None:
+        try:
+            self._client.loop_write()
+        except (OSError, ValueError) as error:  # a broken pipe, mostly
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     def _on_connect(
         self,

@@ -49,9 +49,10 @@ _log = structlog.get_logger("link")
 class _FailedError(Exception):
     """One attempt to connect has failed; `answered` when it was the broker that said no."""
 
-    def __init__(self, text: str, *, answered: bool) -> None:
+    def __init__(self, text: str, *, answered: bool, kept_waiting: bool = False) -> None:
         super().__init__(text)
         self.answered = answered
+        self.kept_waiting = kept_waiting
 
 
 class Link:
@@ -113,6 +114,11 @@ class Link:
         """Whether a connection stands now."""
         return self._connection is not None
 
+    @property
+    def receiving(self) -> int:
+        """Bytes that have come in of a message that is not here whole; on a slow link one takes a while."""
+        return 0 if self._connection is None else self._connection.receiving
+
     async def events(self) -> AsyncIterator[Event]:
         """What happens, in order; for one reader at a time. Ends when the link is closed.
 
@@ -152,7 +158,7 @@ class Link:
                         connection = await self._attempt(endpoint, state)
                     except _FailedError as failure:
                         last_words = f"{endpoint}: {failure}"
-                        state = backoff.failed(state, answered=failure.answered)
+                        state = backoff.failed(state, answered=failure.answered, kept_waiting=failure.kept_waiting)
                         self._report(endpoint, state, str(failure))
                     else:
                         first_contact.reschedule(None)
@@ -176,15 +182,9 @@ class Link:
     async def _attempt(self, endpoint: Endpoint, state: Backoff) -> Connection:
         """One connection with all subscriptions and hellos; _FailedError when trying again may help."""
         started = time.monotonic()
-        outage_s, uniform = started - state.since, self._chance.uniform
-        patience_s = backoff.patience_s(outage_s=outage_s, usual_s=self._usual_s, uniform=uniform)
         protocol = self._protocol(endpoint)
         try:
-            async with asyncio.timeout(patience_s) as deadline:
-                clock = asyncio.get_running_loop().time
-                connection = await self._set_up(endpoint, protocol, lambda: deadline.reschedule(clock() + patience_s))
-        except TimeoutError:
-            raise _FailedError(f"no answer within {patience_s:.1f} s", answered=False) from None
+            connection = await self._in_time(endpoint, protocol, state)
         except ConnectRefusedError as refused:
             if refused.code == refusals.UNSUPPORTED_PROTOCOL and protocol is ProtocolVersion.V5:
                 self._spoken[endpoint] = ProtocolVersion.V311
@@ -212,6 +212,26 @@ class Link:
         self._usual_s = time.monotonic() - started
         self._spoken[endpoint] = protocol
         return connection
+
+    async def _in_time(self, endpoint: Endpoint, protocol: ProtocolVersion, state: Backoff) -> Connection:
+        """Set up a connection, each step within the patience that what happened so far leaves for it."""
+        started, reached = time.monotonic(), False
+
+        def patience_s() -> float:
+            uniform = self._chance.uniform
+            return backoff.patience_s(state, now=started, usual_s=self._usual_s, reached=reached, uniform=uniform)
+
+        def one_step() -> None:
+            nonlocal reached
+            reached = True
+            deadline.reschedule(asyncio.get_running_loop().time() + patience_s())
+
+        try:
+            async with asyncio.timeout(patience_s()) as deadline:
+                return await self._set_up(endpoint, protocol, one_step)
+        except TimeoutError:
+            waited_s = time.monotonic() - started
+            raise _FailedError(f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=reached) from None
 
     def _protocol(self, endpoint: Endpoint) -> ProtocolVersion:
         guess = ProtocolVersion.V311 if endpoint in self._doubtful else ProtocolVersion.V5

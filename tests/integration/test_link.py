@@ -214,7 +214,7 @@ class TestReconnect:
                 proxy.hole()
                 with pytest.raises(LinkDownError):
                     await sender.publish("d", b"x")
-                proxy.heal()
+                await proxy.heal()
                 await until(events, Connected)
                 await sender.publish("d", b"x")
 
