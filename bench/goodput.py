@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from broker.launcher import run_broker
 from mailboat.flaky import Conditions, Fault, FaultKind, FlakyProxy
+from shared import logs
 from shared.link.endpoints import parse_endpoints
 from shared.manifest import manifest_from_bytes
 from shared.tensorfile import F32Array
@@ -47,6 +48,8 @@ class Settings:
     cut_every_s: float
     fault: FaultKind = "down"
     outage_s: float
+    cut_after: tuple[int | None, ...] = ()
+    """Bytes after which the first, second, ... connection is closed, besides the outages."""
     slice_kib: int = 512
     seed: int = 0
 
@@ -122,7 +125,9 @@ async def measure(settings: Settings, root: Path) -> Result:
     """Run one federation of one site and one version below `root`, and watch the transfer from the outside."""
     parameters = settings.payload_bytes * 8 // NOISE_BITS
     outages = Outages(settings)
-    conditions = Conditions(latency_s=settings.latency_s, bytes_per_s=settings.bytes_per_s)
+    conditions = Conditions(
+        latency_s=settings.latency_s, bytes_per_s=settings.bytes_per_s, cut_after=settings.cut_after
+    )
     async with run_broker("mosquitto", root / "broker") as broker:
         (endpoint,) = parse_endpoints(broker.url)
         async with FlakyProxy(
@@ -156,13 +161,13 @@ async def _watch(settings: Settings, site: Path, proxy: FlakyProxy, outages: Out
     begin, crossed = time.monotonic(), _crossed(settings, proxy)
     await _appears(site, "receipts/*.json" if up else f"states/{manifest.name.partition('.')[0]}.manifest")
     end, crossed = time.monotonic(), _crossed(settings, proxy) - crossed
-    cuts = outages.within(begin, end)
+    cuts = outages.within(begin, end) + len(settings.cut_after)
     return Result(
         wire_bytes=wire_bytes,
         crossed_bytes=crossed,
         window_bytes=16 * settings.slice_kib * 1024,
         cuts=cuts,
-        outage_s=cuts * settings.outage_s,
+        outage_s=outages.within(begin, end) * settings.outage_s,
         ideal_s=wire_bytes / settings.bytes_per_s,
         taken_s=end - begin,
     )
@@ -205,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         slice_kib=args.slice_kib,
         seed=args.seed,
     )
+    logs.configure()
     with tempfile.TemporaryDirectory(prefix="mailboat-goodput-") as folder:
         result = asyncio.run(measure(settings, Path(folder)))
     told = {**dataclasses.asdict(result), "ratio": result.ratio, "extra_per_cut": result.extra_per_cut}
