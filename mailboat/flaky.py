@@ -23,8 +23,9 @@ from typing import Any, Literal, Self
 READ_BYTES = 65_536
 QUEUE_READS = 64
 """Reads that wait for their delay in each direction of a connection: at most 4 MiB."""
-SLOW_BUFFER_S = 0.5
-"""Kernel buffer on a link of limited rate, as time; a larger one would hide the rate from the sender."""
+SLOW_BUFFER_S = 0.25
+"""Kernel buffer on a link of limited rate, as time; the kernel doubles it. A larger one would hide the rate from the
+sender, who would see it in lumps."""
 SLOW_BUFFER_MIN_BYTES = 32_768
 
 PLUGS = 2
