@@ -99,7 +99,7 @@ def noise(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, F32Array]:
     """Values between 1 and 2, of either sign."""
     chance = np.random.default_rng(seed)
     return {
-        name: (1 + chance.random(shape, np.float32)) * chance.choice(np.float32([-1, 1]), shape)
+        name: (1 + chance.random(shape, np.float32)) * chance.choice(np.array([-1, 1], np.float32), shape)
         for name, shape in shapes.items()
     }
 
