@@ -13,7 +13,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint format types imports unit integration coverage clean
+.PHONY: help setup demo test check lint format types imports unit integration coverage bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ coverage: setup ## the last run's coverage, line by line, and the gate
 coverage-gate:
 	@printf '[coverage] lines of shared/ and coordinator/, at least 90 %%: '
 	@$(VENV)/coverage report --include='shared/*,coordinator/*' --fail-under=90 --format=total
+
+bench: setup ## 100 MB over a 4 Mbit/s link that is cut every minute, beside the ideal (four minutes): make bench ARGS="--mbit 30"
+	@$(VENV)/python -m bench.goodput $(ARGS) 2> .make/bench.log
 
 clean: ## remove caches, reports and demonstration runs; the virtual environment stays
 	rm -rf .make .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build dist demo-run*

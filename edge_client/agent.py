@@ -28,6 +28,7 @@ from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
 from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
+from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Chunk, Message, Presence, Receipt, Status, Wait
@@ -223,9 +224,11 @@ class Agent:
         self._events.put_nowait(d.ChunkSent(transfer_id))
 
     async def _tick(self) -> None:
+        receiving = 0
         while True:
             await asyncio.sleep(TICK_S)
-            self._events.put_nowait(d.Tick())
+            before, receiving = receiving, self.link.receiving
+            self._events.put_nowait(d.Tick(receiving=receiving > before))
 
     # -- decide ---
 
@@ -318,7 +321,8 @@ class Agent:
         finally:
             durable.remove(state_file)
             durable.remove(delta_file)
-        log.info("sealed", update=manifest.transfer_id, version=number, bytes=manifest.wire_bytes, **self._metrics)
+        told = {"update": manifest.transfer_id, "version": number, "bytes": manifest.wire_bytes}
+        log.info("sealed", **beside(told, self._metrics))
         self._events.put_nowait(d.Trained(manifest))
 
     def _on_progress(self, share: float, loss: float) -> None:

@@ -150,7 +150,7 @@ class Session:
             case d.ChunkSent():
                 self._chunk_sent(event.update_id, now)
             case d.Tick():
-                self._tick(now, wall, out)
+                self._tick(event, now, wall, out)
             case _:
                 assert_never(event)
         self._go_on(now, out)
@@ -358,7 +358,7 @@ class Session:
         self.push.patience.moved(now)
         out.sends.append(Offer(manifest=oldest))
 
-    def _tick(self, now: float, wall: float, out: d.Decision) -> None:
+    def _tick(self, tick: d.Tick, now: float, wall: float, out: d.Decision) -> None:
         if not self.connected:
             return
         if not self.welcome:
@@ -369,7 +369,9 @@ class Session:
         if self.push is not None and not self.push.unsent and self.push.patience.spent(now):
             self.push.sender.restart()
             out.sends.append(Offer(manifest=self.push.manifest))
-        if self.pull is not None and self.pull.patience.spent(now):
+        if self.pull is not None and tick.receiving:
+            self.pull.patience.moved(now)
+        elif self.pull is not None and self.pull.patience.spent(now):
             self._want(now, out, restart=True)
         # With nothing to do but wait for an announcement, make sure that none was lost.
         if self.phase != "waiting":

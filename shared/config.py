@@ -217,7 +217,9 @@ class LinkSection(Section):
     """Patience of the link; one time-out: no progress for `stall_s`."""
 
     stall_s: Positive = 5.0
+    """What made no progress for so long is asked for again; a connection on which no byte moves is given up sooner."""
     backoff_cap_s: Positive = 15.0
+    """Longest wait before the next attempt to connect."""
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     window: int = Field(default=16, ge=1, le=4096)
     """Chunks in flight per transfer."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -29,6 +30,8 @@ from shared.ids import new_session_id
 from shared.plan import SealedPlan, load_plan
 from tests.kits import Kits
 
+HASTY = "stall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
+"""[link] of tests that wait for a time-out; others measure the defaults."""
 INITIAL = 1.0
 """Every value of version 0."""
 
@@ -88,11 +91,13 @@ def write_toy(
     slice_kib: int = 64,
     codec: str = "f32",
     sealed: bool = False,
+    link: str = HASTY,
+    urls: Mapping[str, str] = MappingProxyType({}),
     extra: str = "",
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `extra` follows [aggregation].
+    `urls` holds another broker URL for some, by name; `extra` follows [aggregation].
     """
     if sealed:
         kits = Kits(root, "toy")
@@ -102,7 +107,7 @@ def write_toy(
 
     def local(name: str) -> str:
         kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
-        return f'[broker]\nurl = "{url}"\n[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n{kit}'
+        return f'[broker]\nurl = "{urls.get(name, url)}"\n[link]\n{link}{kit}'
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'

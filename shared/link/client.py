@@ -35,6 +35,7 @@ from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
 from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
 from shared.link.packets import MalformedPublishError, packet_bytes, parse_publish, publish_packet_bytes
+from shared.link.vigil import Signs
 
 MAX_INFLIGHT = 20
 """Publications handed to the library and not acknowledged; a broker may ask for fewer (Receive Maximum)."""
@@ -52,6 +53,15 @@ class ConnectRefusedError(Exception):
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
+        self.code = code
+
+
+class NotGrantedError(Exception):
+    """The broker did not grant the subscription to `topic`; the reason code is `code`."""
+
+    def __init__(self, topic: str, code: int, text: str) -> None:
+        super().__init__(text)
+        self.topic = topic
         self.code = code
 
 
@@ -93,6 +103,10 @@ class Connection(aiomqtt.Client):
         self._socket = sock
         self._modern = modern
         self._heard = 0
+        """Bytes of messages, and one for each acknowledgement; the beginning of the next message is counted apart."""
+        self._answers = 0
+        self._queued = 0
+        """Bytes handed to the library to be sent; not those of pings, whose answer is what counts."""
         self._slots = asyncio.Semaphore(MAX_INFLIGHT)
         self._packet_max = math.inf
         self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -104,8 +118,10 @@ class Connection(aiomqtt.Client):
         """Put our parts in the place of paho's; the tests of the link fail when a release of paho moves them."""
         paho.manual_ack_set(True)
         self._plain_queue = paho._packet_queue  # noqa: SLF001
+        self._plain_pingresp = paho._handle_pingresp  # noqa: SLF001
         paho._create_socket = lambda: self._socket  # type: ignore[method-assign] # noqa: SLF001
         paho._handle_publish = self._take_publish  # type: ignore[method-assign] # noqa: SLF001
+        paho._handle_pingresp = self._take_pingresp  # type: ignore[method-assign] # noqa: SLF001
         paho._packet_queue = self._queue_packet  # type: ignore[method-assign] # noqa: SLF001
 
     # -- opening and closing -------------------------------------------------------------------------------------------
@@ -119,14 +135,14 @@ class Connection(aiomqtt.Client):
         await self._connected
 
     async def subscribe_all(self, topics: tuple[str, ...]) -> None:
-        """Subscribe with QoS 1; RefusedError names the first topic that the broker does not grant."""
+        """Subscribe with QoS 1; NotGrantedError names the first topic that the broker does not grant."""
         if not topics:
             return
         granted = await self.subscribe([(topic, 1) for topic in topics], timeout=math.inf)
         for topic, code in zip(topics, granted, strict=True):
             assert isinstance(code, ReasonCode)  # an int only with the callbacks of paho 1
             if code.value >= refusals.FAILURE:
-                raise refusals.subscribe_refusal(topic, str(code), self.broker)
+                raise NotGrantedError(topic, code.value, str(code))
 
     async def lost(self) -> str:
         """Wait for the end of the connection and return what is known of its reason."""
@@ -180,6 +196,8 @@ class Connection(aiomqtt.Client):
         reason = await answer
         if reason.value == refusals.NO_MATCHING_SUBSCRIBERS:
             self._shared.counters.unmatched += 1
+        elif reason.value in refusals.PASSING:
+            raise LinkDownError(f"broker {self.broker} did not take a message: {reason}")
         elif reason.value >= refusals.FAILURE:
             raise refusals.publish_refusal(publication.topic, str(reason), self.broker)
 
@@ -194,17 +212,29 @@ class Connection(aiomqtt.Client):
     # -- watching ------------------------------------------------------------------------------------------------------
 
     @property
-    def awaits_ack(self) -> bool:
-        """Whether a publication waits for its acknowledgement."""
-        return bool(self._acks)
+    def receiving(self) -> int:
+        """Bytes of the message that is coming in."""
+        return len(self._client._in_packet["packet"])  # noqa: SLF001
 
-    def signs_of_life(self) -> tuple[int, int]:
-        """Bytes that have come in, and bytes that the peer's machine has yet to take; a change is progress."""
+    def signs_of_life(self) -> Signs:
+        """What has moved so far.
+
+        Of a TLS connection the bytes on their way are counted encrypted, so that `taken` may fall a little for a while.
+        """
         waiting = sum(packet["to_process"] for packet in self._client._out_packet)  # noqa: SLF001
         unacked = array.array("i", [0])
         with contextlib.suppress(OSError, ValueError):  # the socket may be closed
             fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unacked)
-        return self._heard + len(self._client._in_packet["packet"]), waiting + unacked[0]  # noqa: SLF001
+        return Signs(
+            heard=self._heard + self.receiving,
+            answers=self._answers,
+            taken=self._queued - waiting - unacked[0],
+            owed=bool(self._acks),
+        )
+
+    def ask_for_life(self) -> None:
+        """Send a ping."""
+        self._client._send_pingreq()  # noqa: SLF001 - paho sends one only after a whole keepalive
 
     def excuse_ping(self) -> None:
         """Start the wait for an answer to a ping anew.
@@ -216,6 +246,17 @@ class Connection(aiomqtt.Client):
             self._client._ping_t = self._client._last_bytes_received = time.monotonic()  # noqa: SLF001
 
     # -- what paho calls; the signatures are its own -------------------------------------------------------------------
+
+    def _on_socket_register_write(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once, not by way of the loop as the base class does: the socket may be closed by then."""
+        self._loop.add_writer(sock.fileno(), self._write)
+
+    def _write(self) -> None:
+        try:
+            self._client.loop_write()
+        except (OSError, ValueError) as error:  # a broken pipe, mostly
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     def _on_connect(
         self,
@@ -287,6 +328,10 @@ class Connection(aiomqtt.Client):
         self._shared.sink(Packet(topic, found.payload, found.retained))
         return mqtt.MQTT_ERR_SUCCESS if found.packet_id is None else self._client.ack(found.packet_id, 1)
 
+    def _take_pingresp(self) -> MQTTErrorCode:
+        self._answers += 1
+        return self._plain_pingresp()
+
     def _queue_packet(
         self,
         command: int,
@@ -296,6 +341,7 @@ class Connection(aiomqtt.Client):
         info: mqtt.MQTTMessageInfo | None = None,
     ) -> MQTTErrorCode:
         """As paho's own, which would copy the rest of the packet for each write to the socket."""
+        self._queued += len(packet) if command != PacketTypes.PINGREQ << 4 else 0
         return self._plain_queue(command, memoryview(packet), mid, qos, info)  # type: ignore[arg-type]
 
     def _on_publish(

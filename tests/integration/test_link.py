@@ -214,7 +214,7 @@ class TestReconnect:
                 proxy.hole()
                 with pytest.raises(LinkDownError):
                     await sender.publish("d", b"x")
-                proxy.heal()
+                await proxy.heal()
                 await until(events, Connected)
                 await sender.publish("d", b"x")
 
@@ -224,7 +224,7 @@ class TestReconnect:
         """A chunk that takes longer than two keepalives and the patience gets through: its bytes show that it lives."""
 
         async def run() -> None:
-            section = LinkSection.model_construct(keepalive_s=2, stall_s=2.5)
+            section = LinkSection.model_construct(keepalive_s=2, stall_s=5.0)
             async with (
                 FlakyProxy(*place(mosquitto_url), conditions=Conditions(bytes_per_s=200_000)) as proxy,
                 connected(options(proxy.url, "a", link=section)) as (sender, _),

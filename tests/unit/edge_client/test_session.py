@@ -251,6 +251,20 @@ def test_what_is_taken_of_the_data_topics() -> None:
     assert not accepts(state.transfer_id, 0)
 
 
+def test_a_chunk_that_takes_longer_than_the_patience_is_waited_for() -> None:
+    """On a slow link no second copy is asked for while the first one comes in; when it stops coming, one is."""
+    bench = SessionBench()
+    bench.connect()
+    state = bench.state()
+    bench.announce(state)
+    bench.opened(state)
+    for _ in range(100):
+        bench.now += 0.25
+        assert bench.handle(d.Tick(receiving=True)).sends == []
+    waits = [(after, message) for after, message in bench.ticks(6.0) if isinstance(message, Want)]
+    assert [(after, message.restart) for after, message in waits] == [(5.0, True)]
+
+
 def test_a_pull_that_stalls_asks_again_from_scratch() -> None:
     """Whatever was in flight is lost; asked ever more slowly while nothing comes, and afresh once something does."""
     bench = _pulling()
