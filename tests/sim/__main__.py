@@ -1,0 +1,2 @@
+from tests.sim.runner import main
+main()
