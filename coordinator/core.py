@@ -225,8 +225,12 @@ class Core:
             out.to(name, _reused(manifest))
             return
         refusal = self._refusal(name, manifest)
-        if refusal is not None:
+        in_admission = under_way is not None and under_way.receiver.complete
+        if refusal is not None and not in_admission:
             self._reject(name, manifest, refusal, now, out)
+            # An earlier attempt may have left some of it, or be under way still.
+            self.uploads.settle(manifest.transfer_id, now.mono, out)
+            out.jobs.append(d.Discard(manifest.transfer_id))
             return
         self.uploads.offer(name, manifest, now.mono, out)
 
@@ -294,6 +298,7 @@ class Core:
             if manifest.transfer_id == want.transfer_id:
                 self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
                 return
+        out.to(name, self.announcement())  # the broker kept one of another run, perhaps
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""

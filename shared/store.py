@@ -168,6 +168,8 @@ class FrameStore:
             if not any(frames.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest")):
                 frames.unlink()
                 removed.append(frames.name)
+        # A predecessor that was killed may have named files and not synced the names; we build on what we see.
+        durable.fsync_dir(self.root)
         return removed
 
     def ids(self) -> list[str]:
@@ -269,6 +271,7 @@ class FrameStore:
             have = Bitmap(manifest.frames, _intact_frames(fd, manifest))
             # They were read from memory, perhaps; the process that wrote them may have died before it synced.
             durable.sync_file(fd)
+            durable.fsync_dir(self.root)
             on_error.pop_all()
         return Partial(self, manifest, fd, have)
 

@@ -12,6 +12,7 @@ from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
+from coordinator.service import discard_rejected
 from shared import durable
 from shared.config import CoordinatorConfig
 from shared.errors import RefusedError, UnavailableError
@@ -79,6 +80,7 @@ class CoordinatorMachine(Machine):
         assert newest is not None
         version = newest.version if isinstance(newest, VersionCommitted) else 0
         check_files(self.masters, version, (), newest.master_sha256, None)
+        discard_rejected(self.updates, self.core.ledger)
         self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
         self.witness.recovered(self.core, records, self.updates)

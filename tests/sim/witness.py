@@ -199,10 +199,6 @@ class Witness:
         have = Bitmap.from_bytes(manifest.frames, want.have)
         self._acknowledged[want.transfer_id] = {index for index in range(manifest.frames) if index in have}
         self._granted[want.transfer_id] = min(want.window, manifest.frames - len(have)) * SLICE
-        demand(
-            sum(self._granted.values()) <= core.uploads.budget_bytes,
-            f"{sum(self._granted.values())} bytes are granted, the budget is {core.uploads.budget_bytes}",
-        )
 
     def closed(self, transfer_id: str) -> None:
         """The coordinator took a grant back."""
@@ -226,6 +222,8 @@ class Witness:
         )
         for update_id in [each for each in self._granted if each not in uploads._by_id]:
             del self._granted[update_id]
+        granted = sum(self._granted.values())
+        demand(granted <= uploads.budget_bytes, f"{granted} bytes are granted, the budget is {uploads.budget_bytes}")
 
     # -- sites ---
 
