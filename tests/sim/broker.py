@@ -64,6 +64,8 @@ class Broker:
         self.connections: list[Connection] = []
         self.retained: dict[Address, bytes] = {}
         self._snapshot: dict[Address, bytes] = {}
+        self.ancient: dict[Address, bytes] = {}
+        """What an earlier run left in the broker's files; it comes back when the rest is lost."""
         self.digest = 0
         """Of all that was ever published: equal for equal worlds."""
 
@@ -112,7 +114,7 @@ class Broker:
         for connection in list(self.connections):
             connection.will = None
             self.cut(connection)
-        self.retained = dict(self.rng.choice((self.retained, self._snapshot, {})))
+        self.retained = dict(self.rng.choice((self.retained, self._snapshot, self.ancient)))
         self.clock.later(down_s, self.back)
 
     def back(self) -> None:

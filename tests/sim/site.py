@@ -220,6 +220,8 @@ class SiteMachine(Machine):
     def _leave(self, how: d.Exit) -> None:
         self.told(self.name, "leaves", how.rule or "the run is complete")
         self.exit = how
+        if how.rule is None:
+            self.witness.leaves(self.name, self.session.ready)
         self.leave()
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes | None:

@@ -288,6 +288,14 @@ class Witness:
         """A site has trained on these bytes."""
         demand(self._published.get(base.file_sha256) == frames, f"{site} trained on other bytes than were published")
 
+    def leaves(self, site: str, ready: Manifest | None) -> None:
+        """A site has ended its run: it holds the last version."""
+        demand(self.finished, f"{site} left before the end")
+        demand(
+            ready is not None and self._published.get(ready.file_sha256) == published_frames(self._master, self.scenario.state_frames),
+            f"{site} left without the last version",
+        )
+
     def site_bounds(self, machine: SiteMachine) -> None:
         """After each decision of a site."""
         session = machine.session

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.messages import encode
+from shared.messages import Announce, encode
 from shared.topics import Channel
 from tests.factories import digest, make_plan, make_state
 from tests.sim import disk
@@ -73,7 +73,8 @@ class World:
         """The storm, the calm, and the checks of the end; ViolationError, or whatever the code raises, if not."""
         plan = self.scenario
         if plan.weather.old_retained:
-            self.broker.retained[Channel.ANNOUNCE, None] = self._announcement_of_old()
+            self.broker.ancient[Channel.ANNOUNCE, None] = self._announcement_of_old()
+            self.broker.retained = dict(self.broker.ancient)
         self.coordinator.journal_fails = plan.weather.journal_errors
         for machine in self.machines:
             machine.disk.sync_fails = plan.weather.failed_syncs
@@ -184,17 +185,16 @@ class World:
 
     def _announcement_of_old(self) -> bytes:
         """What an earlier run of the same federation left at the broker."""
-        from shared.messages import Announce
-
+        version = self.rng.randint(1, self.scenario.federation.federation.versions)
         return encode(
             Announce(
                 boot=digest("old")[:16],
                 fingerprint=self.sealed_plan.fingerprint,
                 config_sha256=self.sealed_plan.config_sha256,
                 frozen_sha256=self.sealed_plan.frozen_sha256,
-                manifest=make_state(self.sealed_plan, 9, salt="old"),
+                manifest=make_state(self.sealed_plan, version, salt="old"),
                 final=bool(self.scenario.seed % 2),
-                target=9,
+                target=version,
             )
         )
 
