@@ -53,6 +53,9 @@ DOWNLINK_MERGE_S = 0.3
 IDLE_STALLS = 3
 """An upload or pull that shows no sign of life for this many stall times gives its credit back."""
 
+OVERTAKEN = {"run-complete", "too-stale"}
+"""Rules that an update may keep when it is first offered, and break when it is offered again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instant:
@@ -228,9 +231,10 @@ class Core:
         in_admission = under_way is not None and under_way.receiver.complete
         if refusal is not None and not in_admission:
             self._reject(name, manifest, refusal, now, out)
-            # An earlier attempt may have left some of it, or be under way still.
-            self.uploads.settle(manifest.transfer_id, now.mono, out)
-            out.jobs.append(d.Discard(manifest.transfer_id))
+            if refusal.rule in OVERTAKEN:
+                # An earlier attempt may have left some of it, or be under way still.
+                self.uploads.settle(manifest.transfer_id, now.mono, out)
+                out.jobs.append(d.Discard(manifest.transfer_id))
             return
         self.uploads.offer(name, manifest, now.mono, out)
 

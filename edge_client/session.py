@@ -99,7 +99,7 @@ class Session:
         self._boot: str | None = None
         self._hello_patience = self._patience()
         self._idle_patience = Patience(IDLE_HELLO_S, IDLE_HELLO_S)
-        self._rejected: str | None = None
+        self._rejected = ""
         """Digest of the state whose update was rejected last."""
         self._retrain_patience = Patience(RETRAIN_S, RETRAIN_CAP_S)
 
@@ -372,15 +372,20 @@ class Session:
             out.sends.append(Offer(manifest=self.push.manifest))
         if self.pull is not None and self.pull.patience.spent(now):
             self._want(now, out, restart=True)
+        if self._stuck_with_rejected() and self._retrain_patience.spent(now):
+            self.trained.discard(self._rejected)
         # With nothing to do but wait for an announcement, make sure that none was lost.
         if self.phase != "waiting":
             self._idle_patience.moved(now)
         elif self._idle_patience.spent(now):
             self._greet(now, wall, out)
-        elif self._rejected in self.trained and self._has(self.announced) and self._retrain_patience.spent(now):
-            self._train_again()
 
-    def _train_again(self) -> None:
-        """Nothing newer has come: perhaps everybody's update was rejected, and nobody else will make a next version."""
-        if self.ready is not None and self.ready.file_sha256 == self._rejected:
-            self.trained.discard(self._rejected)
+    def _stuck_with_rejected(self) -> bool:
+        """Whether our update of the newest state was rejected: if everybody's was, nobody else makes a next version."""
+        ready = self.ready
+        return (
+            ready is not None
+            and self._has(self.announced)
+            and ready.file_sha256 == self._rejected
+            and ready.file_sha256 in self.trained
+        )

@@ -240,3 +240,27 @@ def test_an_update_that_resumes_from_disk_is_taken_as_it_is() -> None:
     (want,) = said(bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0, 1, 2))), Want, "north")
     assert (want.have, want.window) == (bits(5, 0, 1, 2), 4)
     assert make_state(bench.plan, 0).transfer_id != want.transfer_id == update.transfer_id
+
+
+def test_an_update_that_is_overtaken_in_mid_upload_leaves_nothing_behind() -> None:
+    """Offered again when it is too late, it is rejected, its upload ends and its bytes go."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0)))
+    _advance(bench, 1)
+    decision = bench.receive("north", Offer(manifest=update))
+    assert said(decision, Receipt, "north")[0].rule == "too-stale"
+    assert decision.jobs == [d.Discard(update.transfer_id)]
+    assert bench.core.uploads.get(update.transfer_id) is None
+
+
+def test_an_update_in_admission_is_not_overtaken() -> None:
+    """Its bytes are all here and being read: what was in time when it was offered is in time."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, *range(5))))
+    _advance(bench, 1)
+    assert bench.receive("north", Offer(manifest=update)).records == []
+    assert said(bench.handle(d.Verified(update.transfer_id, 1.0)), Receipt, "north")[0].outcome == "accepted"
