@@ -13,7 +13,9 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint format types imports unit integration coverage clean
+SEEDS ?= 2000
+
+.PHONY: help setup demo test check lint format types imports unit integration sim coverage clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +56,9 @@ unit: setup ## the unit tests alone
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
+	@$(VENV)/python -m tests.sim --seeds $(SEEDS)
 
 coverage: setup ## the last run's coverage, line by line, and the gate
 	@$(VENV)/coverage report

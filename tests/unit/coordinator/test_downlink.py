@@ -165,7 +165,7 @@ def test_an_acknowledgement_meanwhile_does_not_cut_the_wait_short() -> None:
     _want(downlink, "x", present="x")
     assert _want(downlink, "y", present="xyz", now=1.0) == []
     assert _want(downlink, "x", 0, 1, 2, 3, present="xyz", now=1.1) == []
-    assert _tick(downlink, 1.3) == [Serve(A, "x", (4, 5, 6, 7)), Serve(A, "y", (0, 1, 2, 3))]
+    assert _tick(downlink, 1.3) == [Serve(A, "y", (0, 1, 2, 3)), Serve(A, "x", (4, 5, 6, 7))]
 
 
 def test_a_full_bitmap_ends_a_pull() -> None:
