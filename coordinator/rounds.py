@@ -1,10 +1,10 @@
 """When a round closes: sync, buffered-async (FedBuff) and fully async (FedAsync) as three rules over the same facts.
 
 Sync (FedAvg, arXiv 1602.05629) closes when a quorum of sites has answered and every site that is present has; a site
-answers with an update, or with one that is rejected; the deadline stands in for those present who do not come. FedBuff (arXiv
-2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on sites that will
-not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round that has
-something to merge.
+answers with an update, or with one that is rejected; the deadline stands in for those present who do not come.
+FedBuff (arXiv 2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on
+sites that will not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round
+that has something to merge.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RoundView:
     open_s: float
     """Seconds since this version was announced."""
     answered: frozenset[str]
-    """Sites whose update on this version was rejected: they have had their say, and the round does not wait for them."""
+    """Sites whose update on this version was rejected: they have answered, and are not waited for."""
     settled: bool
     """Whether presence can be trusted: sites had time to say hello since we started."""
 

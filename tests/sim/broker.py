@@ -135,9 +135,7 @@ class Broker:
         connection.due[key] = due
         return due
 
-    def _arrived(
-        self, connection: Connection, address: Address, data: bytes, acked: Callable[[], None] | None
-    ) -> None:
+    def _arrived(self, connection: Connection, address: Address, data: bytes, acked: Callable[[], None] | None) -> None:
         if not connection.there or connection.hole:
             return
         if acked is not None:

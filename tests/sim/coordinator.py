@@ -41,7 +41,9 @@ class CoordinatorMachine(Machine):
     spooler: VirtualSpooler
     pump: VirtualPump
 
-    def __init__(self, scenario: Scenario, plan: SealedPlan, witness: Witness, journal_path: Path, **machine: Any) -> None:
+    def __init__(
+        self, scenario: Scenario, plan: SealedPlan, witness: Witness, journal_path: Path, **machine: Any
+    ) -> None:
         super().__init__("coordinator", latency_s=0.005, **machine)
         self.scenario = scenario
         self.plan = plan

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - most methods here are those of pathlib.Path and of os, and mean the same
 """A machine's disk in memory, under the real `shared.store`, `shared.durable` and `edge_client.outbox`.
 
 `Disk.path` stands for a `pathlib.Path`, `installed` puts this module's calls in the place of `os` in those modules.
@@ -102,7 +103,7 @@ class Disk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def sync(self, what: Inode | Folder) -> None:
-        """fsync of a file or a folder."""
+        """Make a file's bytes safe, or a folder's names."""
         self.change()
         if self.rng.random() < self.sync_fails:
             if isinstance(what, Inode):

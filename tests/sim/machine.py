@@ -27,7 +27,14 @@ class Machine:
     """
 
     def __init__(
-        self, name: str, clock: Clock, broker: Broker, rng: random.Random, *, latency_s: float, told: Callable[..., None]
+        self,
+        name: str,
+        clock: Clock,
+        broker: Broker,
+        rng: random.Random,
+        *,
+        latency_s: float,
+        told: Callable[..., None],
     ) -> None:
         self.name = name
         self.clock = clock
@@ -46,7 +53,6 @@ class Machine:
         self.frozen_until = 0.0
         self.wall_offset_s = EPOCH_S
         self.connection: Connection | None = None
-        self.calm = False
 
     # -- time ---
 
@@ -119,14 +125,6 @@ class Machine:
         self.ended()
         self._hang_up(suddenly=True)
         self.clock.later(self.rng.uniform(0.5, 8.0), self.start)
-
-    def kill(self, *, power: bool, steps: int) -> None:
-        """Let the process die after so many more steps; with `power`, of a power loss."""
-        if self.running:
-            self.dies_of_power = power
-            self.fuse = steps
-            if power or not steps:
-                self.die("power" if power else "killed")
 
     def leave(self) -> None:
         """End the process in good order, for good."""

@@ -18,13 +18,12 @@ from coordinator.journal import Journal
 from coordinator.ledger import Known, Ledger
 from coordinator.records import Record, Rejected, VersionCommitted
 from coordinator.uploads import Uploads
-from edge_client import decisions as sd
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
 from edge_client.session import Session
 from shared import durable, store
 from shared.manifest import Manifest, manifest_from_bytes
-from shared.messages import Announce, Receipt, Want
+from shared.messages import Announce, Receipt
 from shared.store import FrameStore, Partial
 from shared.transfer import Bitmap, Sender
 
@@ -149,12 +148,6 @@ def _take_all(self: Sender) -> list[int]:
     return [index for index in self.have.missing() if self.state.name == "SENDING"]
 
 
-def _any_want(self: Session, want: Want, now: float, out: sd.Decision) -> None:
-    if self.push is not None:
-        self.push.sender.on_want(want.have, want.window)
-        self._send_chunks(self.push, now, out)
-
-
 def _shifted(size: int, data: bytes) -> Bitmap:
     return Bitmap(size, (i for i in range(min(size, 8 * len(data))) if data[i >> 3] >> (i & 7) & 1 and i < size - 1))
 
@@ -176,9 +169,7 @@ def _settle_backwards(self: Outbox, receipt: Receipt) -> bool:
 
 def _same_number(self: Session, announce: Announce | None) -> bool:
     return (
-        announce is not None
-        and self.ready is not None
-        and self.ready.state.version == announce.manifest.state.version
+        announce is not None and self.ready is not None and self.ready.state.version == announce.manifest.state.version
     )
 
 
@@ -191,16 +182,21 @@ MUTATIONS = (
     Mutation("a chunk's digest is not checked", 60, ((Partial, "write", _unchecked_write),)),
     Mutation("what lies in a spool is believed without its digest", 60, ((store, "_intact_frames", _all_frames),)),
     Mutation("names are not synced", 60, ((durable, "fsync_dir", _nothing),)),
-    Mutation("names that a killed process left are believed to be synced", 600, ((FrameStore, "recover", _recover_without_sync),)),
+    Mutation(
+        "names that a killed process left are believed to be synced",
+        600,
+        ((FrameStore, "recover", _recover_without_sync),),
+    ),
     Mutation("the receipt goes out before the commit", 60, (_changed(Journal, "append", _append_later),)),
     Mutation("a known update is taken as new", 60, (_changed(Ledger, "__init__", _without_dedupe),)),
     Mutation("an update counts in two versions", 60, ((Ledger, "_apply_version", _counts_again),)),
     Mutation("rejections are forgotten in a crash", 60, (_changed(Core, "apply", _apply_but_rejections),)),
-    Mutation("bytes of a rejected update stay after a crash", 400, ((tests.sim.coordinator, "discard_rejected", _nothing),)),
+    Mutation(
+        "bytes of a rejected update stay after a crash", 400, ((tests.sim.coordinator, "discard_rejected", _nothing),)
+    ),
     Mutation("credits of a closed upload are not returned", 60, (_changed(Uploads, "_close", _leaky_close),)),
     Mutation("the budget is not looked at", 60, ((Uploads, "_reserve", _generous),)),
     Mutation("the window does not bound", 60, ((Sender, "take", _take_all),)),
-    Mutation("a grant for another update is taken", 60, ((Session, "_wanted", _any_want),)),
     Mutation("the bitmap ends one too early", 60, ((Bitmap, "from_bytes", staticmethod(_shifted)),)),
     Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
     Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),

@@ -64,7 +64,11 @@ class VirtualSpooler:
     """The real `Spooler`'s work, one thing after the other, each some time after it was asked for."""
 
     def __init__(
-        self, machine: Machine, store: FrameStore, stored: Callable[[str, tuple[int, ...]], None], refused: Callable[[str], None]
+        self,
+        machine: Machine,
+        store: FrameStore,
+        stored: Callable[[str, tuple[int, ...]], None],
+        refused: Callable[[str], None],
     ) -> None:
         self.spooler = Spooler(store, open_chunk=_as_it_came, stored=stored, refused=lambda _id, rule: refused(rule))
         self._machine = machine

@@ -206,9 +206,7 @@ class SiteMachine(Machine):
         wall = self.wall
         self.witness.begins_to_seal(update_id, frames)
         sealing: Any = ToyFrames(frames)
-        manifest = self.outbox.seal(
-            sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall)
-        )
+        manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
         self.witness.seals(self.name, manifest)
         self.told(self.name, "sealed", update_id[:8], "of version", base.state.version, "bad" if bad else "")
         self.decide(d.Trained(manifest))

@@ -81,7 +81,7 @@ def test_names_come_and_go(system: tuple[Any, Any]) -> None:
     assert (root / "x.frames").with_suffix(".part.manifest").name == "x.part.manifest"
     assert ((root / "x.frames").stem, (root / "x.frames").parent.name) == ("x", "root")
     assert (root.exists(), root.is_dir(), (root / "a.manifest").is_dir()) == (True, True, False)
-    assert sorted([root / "b", root / "a"])[0].name == "a"
+    assert [path.name for path in sorted([root / "b", root / "a"])] == ["a", "b"]
 
 
 def test_what_is_not_there_is_an_error(system: tuple[Any, Any]) -> None:

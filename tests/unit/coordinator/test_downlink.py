@@ -242,7 +242,9 @@ def test_in_flight_to_a_site_never_exceeds_its_window(moves: list[tuple[str, boo
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("xyz"), st.sets(st.integers(0, FRAMES - 1), max_size=FRAMES - 1)), max_size=6))
+@given(
+    st.lists(st.tuples(st.sampled_from("xyz"), st.sets(st.integers(0, FRAMES - 1), max_size=FRAMES - 1)), max_size=6)
+)
 def test_chunks_leave_in_the_order_in_which_a_site_counts_them(wants: list[tuple[str, set[int]]]) -> None:
     """Whatever goes to all and whatever to one: what a site hears of one flush ascends, as its sender took it."""
     downlink = _downlink()
