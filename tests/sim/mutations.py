@@ -20,11 +20,10 @@ from coordinator.records import Record, Rejected, VersionCommitted
 from coordinator.uploads import Uploads
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
-from edge_client.session import Session
 from shared import durable, store
 from shared.manifest import Manifest, manifest_from_bytes
-from shared.messages import Announce, Receipt
-from shared.store import FrameStore, Partial
+from shared.messages import Receipt
+from shared.store import Partial
 from shared.transfer import Bitmap, Sender
 
 Change = tuple[object, str, object]
@@ -72,11 +71,6 @@ def _unchecked_write(self: Partial, index: int, frame: bytes | memoryview) -> bo
 
 def _all_frames(_fd: int, manifest: Manifest) -> Iterator[int]:
     return iter(range(manifest.frames))
-
-
-def _recover_without_sync(self: FrameStore) -> list[str]:
-    durable.remove_temporaries(self.root)
-    return []
 
 
 def _nothing(*_args: Any) -> Any:
@@ -167,12 +161,6 @@ def _settle_backwards(self: Outbox, receipt: Receipt) -> bool:
     return True
 
 
-def _same_number(self: Session, announce: Announce | None) -> bool:
-    return (
-        announce is not None and self.ready is not None and self.ready.state.version == announce.manifest.state.version
-    )
-
-
 def _never(*_args: Any) -> bool:
     return False
 
@@ -182,11 +170,6 @@ MUTATIONS = (
     Mutation("a chunk's digest is not checked", 60, ((Partial, "write", _unchecked_write),)),
     Mutation("what lies in a spool is believed without its digest", 60, ((store, "_intact_frames", _all_frames),)),
     Mutation("names are not synced", 60, ((durable, "fsync_dir", _nothing),)),
-    Mutation(
-        "names that a killed process left are believed to be synced",
-        600,
-        ((FrameStore, "recover", _recover_without_sync),),
-    ),
     Mutation("the receipt goes out before the commit", 60, (_changed(Journal, "append", _append_later),)),
     Mutation("a known update is taken as new", 60, (_changed(Ledger, "__init__", _without_dedupe),)),
     Mutation("an update counts in two versions", 60, ((Ledger, "_apply_version", _counts_again),)),
@@ -200,7 +183,6 @@ MUTATIONS = (
     Mutation("the bitmap ends one too early", 60, ((Bitmap, "from_bytes", staticmethod(_shifted)),)),
     Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
     Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),
-    Mutation("a retained announcement is known by its number, not its digest", 600, ((Session, "_has", _same_number),)),
     Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
     Mutation("an idle site does not say hello", 100, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
     Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),

@@ -37,6 +37,7 @@ class Fuse:
         self.left: int | None = None
 
     def __call__(self) -> None:
+        """One change is about to be made."""
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
