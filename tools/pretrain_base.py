@@ -69,9 +69,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer with the special tokens of a LLaMA model."""
     core = Tokenizer(models.BPE(unk_token=UNK))
     # A leading blank before the first word as well: words given one by one then get the tokens they have in a line.
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

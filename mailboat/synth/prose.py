@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from mailboat.synth.lexicon import LABELS, Concept, load_concepts, load_lines, load_lists
 
 # The share of short forms that the prose knows.
-KNOWN_SHORT = 0.6
+KNOWN_SHORT = 0.75
 # The share of mentions composed from parts.
 COMPOSED = 0.15
 # The share of other mentions with a modifier in front, and of short forms that are in small letters.

@@ -47,3 +47,19 @@ def test_it_has_learnt_the_prose(tokenizer: Any) -> None:
 def test_a_line_break_is_one_token(tokenizer: Any) -> None:
     """Lines joined into one text cost one token for each break."""
     assert len(tokenizer("\n", add_special_tokens=False)["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["sodium 138, potassium 4.2", "BP 130/85 on 2026-11-20", "T38.5 q8h x10d", "µg/kg, naïve"]
+)
+def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    """Numbers, units and letters with accents come back as they went in."""
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+
+
+@pytest.mark.parametrize("word", ["metoprolol", "38.5", "CXR", "130/85"])
+def test_a_word_has_the_same_tokens_alone_and_in_a_line(tokenizer: Any, word: str) -> None:
+    """Notes come as words; what the model learnt of them in prose must apply."""
+    alone = tokenizer(word, add_special_tokens=False)["input_ids"]
+    line = tokenizer(f"given {word} again", add_special_tokens=False)["input_ids"]
+    assert any(line[at : at + len(alone)] == alone for at in range(len(line)))
