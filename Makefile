@@ -29,7 +29,9 @@ demo: setup ## four hospitals fine-tune one model over MQTT on this machine: mak
 test: check ## everything a change must pass: style, types, import rules, all tests, coverage
 	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) $(PARALLEL) --cov --cov-report=term $(ARGS)
+	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
+	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
+	@$(PYTEST) $(PARALLEL) tests/sim
 	@$(MAKE) --no-print-directory coverage-gate
 
 check: setup lint types imports
