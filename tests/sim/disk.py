@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from shared import durable, store
 
@@ -296,11 +296,12 @@ class SimOs:
 @contextmanager
 def installed(rng: random.Random) -> Iterator[None]:
     """Let `shared.store` and `shared.durable` work on these disks; temporary names come from `rng`."""
-    before = store.os, durable.os, durable.secrets
-    fake: Any = SimOs()
-    store.os = durable.os = fake
-    durable.secrets = cast("Any", SimpleNamespace(token_hex=lambda size: f"{rng.getrandbits(8 * size):0{2 * size}x}"))
+    stores: Any = store
+    durables: Any = durable
+    before = stores.os, durables.os, durables.secrets
+    stores.os = durables.os = SimOs()
+    durables.secrets = SimpleNamespace(token_hex=lambda size: f"{rng.getrandbits(8 * size):0{2 * size}x}")
     try:
         yield
     finally:
-        store.os, durable.os, durable.secrets = before
+        stores.os, durables.os, durables.secrets = before
