@@ -82,6 +82,8 @@ def _nothing(*_args: Any) -> Any:
 
 def _append_later(real: Callable[[Journal, Sequence[Record]], Any]) -> Callable[[Journal, Sequence[Record]], Any]:
     def append(self: Journal, facts: Sequence[Record]) -> Any:
+        if not self.length:  # without its first record no run begins at all
+            return real(self, facts)
         owed = self.__dict__.setdefault("owed", [])
         rows = real(self, owed) if owed else ()
         self.__dict__["owed"] = list(facts)
