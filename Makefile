@@ -13,7 +13,9 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint format types imports unit integration coverage bench clean
+SEEDS ?= 2000
+
+.PHONY: help setup demo test check lint format types imports unit integration sim coverage bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +29,9 @@ demo: setup ## four hospitals fine-tune one model over MQTT on this machine: mak
 test: check ## everything a change must pass: style, types, import rules, all tests, coverage
 	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) $(PARALLEL) --cov --cov-report=term $(ARGS)
+	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
+	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
+	@$(PYTEST) $(PARALLEL) tests/sim
 	@$(MAKE) --no-print-directory coverage-gate
 
 check: setup lint types imports
@@ -54,6 +58,9 @@ unit: setup ## the unit tests alone
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
+	@$(VENV)/python -m tests.sim --seeds $(SEEDS)
 
 coverage: setup ## the last run's coverage, line by line, and the gate
 	@$(VENV)/coverage report

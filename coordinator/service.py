@@ -21,6 +21,7 @@ from coordinator import decisions as d
 from coordinator.core import Core, Instant
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
+from coordinator.ledger import Ledger
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
 from coordinator.rows import Restored
@@ -135,6 +136,7 @@ class Service:
             self.core.ledger = restored.ledger
         for record in self.journal.replay(restored.row if restored else None):
             self.core.apply(record)
+        discard_rejected(self.updates, self.core.ledger)
         await asyncio.to_thread(self._check_masters)
         await self._compact()
         log.info(
@@ -389,6 +391,18 @@ class Service:
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
+
+
+def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
+    """Delete the bytes of rejected updates, and return their ids; for a start, after a crash between the two."""
+    rejected = [
+        update_id
+        for update_id in updates.ids() + updates.partial_ids()
+        if update_id in ledger.known and ledger.known[update_id].outcome == "rejected"
+    ]
+    for update_id in rejected:
+        updates.delete(update_id)
+    return rejected
 
 
 def _told(record: Any) -> dict[str, Any]:

@@ -144,8 +144,7 @@ class Uploads:
         manifest, receiver = upload.manifest, upload.receiver
         window, retry_s = self.window, 0.0
         if not receiver.complete:
-            if not upload.reserved:
-                upload.reserved = self._reserve(manifest)
+            self._reserve(upload)
             receiver.credit(granted=bool(upload.reserved))
             if not upload.reserved:
                 window, retry_s = 0, PACE_RETRY_S
@@ -158,11 +157,17 @@ class Uploads:
             Want(transfer_id=manifest.transfer_id, have=receiver.have.to_bytes(), window=window, retry_s=retry_s),
         )
 
-    def _reserve(self, manifest: Manifest) -> int:
-        """Bytes to set aside for this upload now; 0 when the budget is spent."""
-        chunks = min(self.window, manifest.frames)
-        free = (self.budget_bytes - self.reserved) // manifest.slice_size
-        return min(chunks, free) * manifest.slice_size if free >= 1 else 0
+    def _reserve(self, upload: Upload) -> None:
+        """Set aside what this upload lacks of a whole window, as far as the budget goes.
+
+        A window that was cut short grows as soon as there is room, but not before those that wait for their first.
+        """
+        if upload.reserved and self._waiting:
+            return
+        size = upload.manifest.slice_size
+        lacking = min(self.window, upload.manifest.frames) - upload.reserved // size
+        free = (self.budget_bytes - self.reserved) // size
+        upload.reserved += max(0, min(lacking, free)) * size
 
     def _grant_waiting(self, now: float, out: Decision) -> None:
         while self._waiting:

@@ -39,6 +39,8 @@ class Outbox:
         durable.make_folder(self._receipts)
         self.store.recover()
         durable.remove_temporaries(self._receipts)
+        # A predecessor that was killed may have left a receipt whose name is not on the disk yet.
+        durable.fsync_dir(self._receipts)
         for path in receipt_paths(storage):
             self.store.delete(path.stem)
 
@@ -48,9 +50,13 @@ class Outbox:
         return sorted(found, key=lambda manifest: (manifest.update.base_version, manifest.created))
 
     def trained(self) -> set[str]:
-        """Digests of the states that this site has trained on, so that it does not train on one twice."""
+        """Digests of the states that this site has trained on, so that it does not train on one twice.
+
+        Those are left out whose updates were all rejected: whoever starts a site again may have mended the cause.
+        """
         waiting = {manifest.update.base_sha256 for manifest in self.pending()}
-        return waiting | {read_receipt(path)["base_sha256"] for path in receipt_paths(self._storage)}
+        answered = [read_receipt(path) for path in receipt_paths(self._storage)]
+        return waiting | {each["base_sha256"] for each in answered if each["outcome"] != "rejected"}
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -99,6 +105,6 @@ def read_receipt(path: Path) -> dict[str, Any]:
     except ValueError:
         loaded = None
     match loaded:
-        case {"base_version": int(), "base_sha256": str()}:
+        case {"base_version": int(), "base_sha256": str(), "outcome": str()}:
             return dict(loaded)
     raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")

@@ -6,7 +6,8 @@ Four things go on at once, and none waits for another without need:
 
     link     say hello on each connection and to each coordinator that boots anew, until welcome or refused
     pull     fetch the announced state, unless it is here; one state at a time
-    train    train once on each state that arrives; needs no link; pauses when the outbox is full
+    train    train once on each state that arrives; needs no link; pauses when the outbox is full; once more, later,
+             when the update was rejected and nothing newer has come
     push     offer the oldest sealed update, send what the coordinator wants, until its receipt is here
 
 The site is the side that comes and goes, so it owns the timers, and there is one: whatever it waits for that has shown
@@ -31,6 +32,9 @@ from shared.transfer import Receiver, Sender, SenderState
 ABANDON_BELOW = 0.5
 """A pull is given up for a newer version while less than this share of it is here."""
 
+
+RETRAIN_S, RETRAIN_CAP_S = 30.0, 3600.0
+"""A state whose update was rejected is trained on again if it is still the newest after so long; doubling each time."""
 
 IDLE_HELLO_S = 30.0
 """An idle site says hello this often: 300 bytes, in case the broker lost an announcement."""
@@ -95,6 +99,9 @@ class Session:
         self._boot: str | None = None
         self._hello_patience = self._patience()
         self._idle_patience = Patience(IDLE_HELLO_S, IDLE_HELLO_S)
+        self._rejected = ""
+        """Digest of the state whose update was rejected last."""
+        self._retrain_patience = Patience(RETRAIN_S, RETRAIN_CAP_S)
 
     def _patience(self) -> Patience:
         return Patience(self.link.stall_s, self.link.backoff_cap_s)
@@ -303,6 +310,9 @@ class Session:
             if self.push is not None and self.push.manifest is mine:
                 self.push.sender.settle()
                 self.push = None
+            if receipt.outcome == "rejected" and mine.update.base_sha256 != self._rejected:
+                self._rejected = mine.update.base_sha256
+                self._retrain_patience.moved(now)
         elif mine is not None:
             return
         out.jobs.append(d.Settle(receipt))
@@ -373,8 +383,20 @@ class Session:
             self.pull.patience.moved(now)
         elif self.pull is not None and self.pull.patience.spent(now):
             self._want(now, out, restart=True)
+        if self._stuck_with_rejected() and self._retrain_patience.spent(now):
+            self.trained.discard(self._rejected)
         # With nothing to do but wait for an announcement, make sure that none was lost.
         if self.phase != "waiting":
             self._idle_patience.moved(now)
         elif self._idle_patience.spent(now):
             self._greet(now, wall, out)
+
+    def _stuck_with_rejected(self) -> bool:
+        """Whether our update of the newest state was rejected: if everybody's was, nobody else makes a next version."""
+        ready = self.ready
+        return (
+            ready is not None
+            and self._has(self.announced)
+            and ready.file_sha256 == self._rejected
+            and ready.file_sha256 in self.trained
+        )

@@ -117,7 +117,8 @@ class AggregationSection(Section):
 
     mode: Mode = "sync"
     quorum: int = Field(default=1, ge=1, le=100_000)
-    """Fewest updates that close a sync round; it also waits for every site present, up to the deadline."""
+    """Fewest sites that must have answered, with an update or with one that is rejected, to close a sync round; it also
+    waits for every site present, up to the deadline."""
     buffer: int = Field(default=3, ge=1, le=100_000)
     """K of FedBuff."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -168,6 +168,8 @@ class FrameStore:
             if not any(frames.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest")):
                 frames.unlink()
                 removed.append(frames.name)
+        # A predecessor that was killed may have named files and not synced the names; we build on what we see.
+        durable.fsync_dir(self.root)
         return removed
 
     def ids(self) -> list[str]:
@@ -210,8 +212,9 @@ class FrameStore:
     def open_partial(self, manifest: Manifest) -> Partial:
         """Begin or resume receiving a transfer that is not whole yet; disk space for all of it is taken at once.
 
-        Resuming reads what is there and compares each frame with its hash (1.5 GB/s). UnavailableError when the disk
-        has no room; RefusedError(rule='manifest-changed') when this id began to arrive under another manifest.
+        Resuming reads what is there, compares each frame with its hash (1.5 GB/s) and writes it again. UnavailableError
+        when the disk has no room; RefusedError(rule='manifest-changed') when this id began to arrive under another
+        manifest.
         """
         assert not self._path(manifest.transfer_id, ".manifest").exists(), "this transfer is whole"
         begun = self._path(manifest.transfer_id, ".part.manifest")
@@ -273,6 +276,7 @@ class FrameStore:
             have = Bitmap(manifest.frames, _intact_frames(fd, manifest))
             # They were read from memory, perhaps; the process that wrote them may have died before it synced.
             durable.sync_file(fd)
+            durable.fsync_dir(self.root)
             on_error.pop_all()
         return Partial(self, manifest, fd, have)
 
@@ -294,6 +298,8 @@ def _intact_frames(fd: int, manifest: Manifest) -> Iterator[int]:
     for index, (offset, length) in enumerate(zip(frame_offsets(manifest), manifest.frame_lengths, strict=True)):
         frame = os.pread(fd, length, offset)
         if frame[:4] != _NOTHING and hashlib.sha256(frame).digest() == manifest.frame_hash(index):
+            # After a failed sync the kernel may take these bytes for saved, and only a new write is synced again.
+            durable.write_all(fd, frame, offset)
             yield index
 
 

@@ -255,3 +255,27 @@ def test_an_update_that_cannot_be_taken_now_is_forgotten_and_its_site_told_why()
     assert bench.core.uploads.reserved == 0
     assert bench.handle(d.Postponed(update.transfer_id, "no-room", "1 MiB free", 15.0)).sends == []
     assert [type(record) for record in bench.upload("north", update).records] == [Accepted]
+
+
+def test_an_update_that_is_overtaken_in_mid_upload_leaves_nothing_behind() -> None:
+    """Offered again when it is too late, it is rejected, its upload ends and its bytes go."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0)))
+    _advance(bench, 1)
+    decision = bench.receive("north", Offer(manifest=update))
+    assert said(decision, Receipt, "north")[0].rule == "too-stale"
+    assert decision.jobs == [d.Discard(update.transfer_id)]
+    assert bench.core.uploads.get(update.transfer_id) is None
+
+
+def test_an_update_in_admission_is_not_overtaken() -> None:
+    """Its bytes are all here and being read: what was in time when it was offered is in time."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, *range(5))))
+    _advance(bench, 1)
+    assert bench.receive("north", Offer(manifest=update)).records == []
+    assert said(bench.handle(d.Verified(update.transfer_id, 1.0)), Receipt, "north")[0].outcome == "accepted"

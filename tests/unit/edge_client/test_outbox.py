@@ -162,8 +162,16 @@ def test_states_that_were_trained_on_are_remembered(tmp_path: Path) -> None:
     assert outbox.trained() == set()
     _seal(outbox, ONE, base=1)
     _seal(outbox, TWO, base=2)
-    outbox.settle(_receipt(ONE, outcome="rejected", rule="non-finite"))
+    outbox.settle(_receipt(ONE))
     assert Outbox(tmp_path).trained() == {digest("base 1"), digest("base 2")}
+
+
+def test_a_state_whose_update_was_rejected_may_be_trained_on_again(tmp_path: Path) -> None:
+    """After a restart: the cause may be mended, and no other update of this state exists."""
+    outbox = Outbox(tmp_path)
+    _seal(outbox, ONE, base=1)
+    outbox.settle(_receipt(ONE, outcome="rejected", rule="non-finite"))
+    assert Outbox(tmp_path).trained() == set()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7", "\xff"])
