@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -22,12 +22,13 @@ from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
-from coordinator.records import Opened, VersionCommitted
+from coordinator.records import Opened, Record, VersionCommitted
 from coordinator.status import live_status
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_session_id
 from shared.link import Link, LinkOptions
 from shared.mailroom import Mailroom
@@ -210,10 +211,7 @@ class Service:
             event = await self._events.get()
             decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
             if decision.records:
-                await asyncio.to_thread(self.journal.append, decision.records)
-                await asyncio.to_thread(self.audit.follow)
-                for record in decision.records:
-                    log.info(record.kind, **_told(record))
+                await self._write_down(decision.records)
             for send in decision.sends:
                 self._tasks.create_task(self._send(send))
             for job in decision.jobs:
@@ -221,6 +219,17 @@ class Service:
                     log.info("complete", version=self.core.ledger.version)
                     return
                 self._start(job)
+
+    async def _write_down(self, facts: Sequence[Record]) -> None:
+        for fact in facts:
+            passing(f"journal-{fact.kind}.before")
+        await asyncio.to_thread(self.journal.append, facts)
+        for fact in facts:
+            passing(f"journal-{fact.kind}.after")
+        await asyncio.to_thread(self.audit.follow)
+        passing("audit.after")
+        for fact in facts:
+            log.info(fact.kind, **_told(fact))
 
     async def _send(self, send: d.Send) -> None:
         channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
@@ -283,6 +292,7 @@ class Service:
         )
         # The one before stays until the new one is in the journal; version 0 stays for replays.
         await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
+        passing("prune.after")
         log.info(
             "merged",
             version=job.plan.version,

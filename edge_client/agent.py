@@ -25,6 +25,7 @@ from edge_client.session import Identity, Session
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
 from shared.mailroom import Mailroom
@@ -308,6 +309,7 @@ class Agent:
             assert stored is not None, "a state that is ready is in the store"
             await asyncio.to_thread(stored.extract, state_file)
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
+            passing("train.after")
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
             manifest = await asyncio.to_thread(self._seal, base, trained.examples, delta_file)
         finally:

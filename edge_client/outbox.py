@@ -17,6 +17,7 @@ from typing import Any
 
 from shared import durable
 from shared.errors import CorruptError
+from shared.faultpoint import passing
 from shared.manifest import Manifest
 from shared.messages import Receipt
 from shared.slices import FileSummary, FrameWriter
@@ -78,8 +79,11 @@ class Outbox:
         else:
             return False
         said = receipt.model_dump(mode="json")
+        passing("settle.before")
         durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
+        passing("settle.middle")
         self.store.delete(receipt.update_id)
+        passing("settle.after")
         return True
 
     def _load(self, path: Path) -> dict[str, Any]:

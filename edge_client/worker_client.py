@@ -24,6 +24,9 @@ from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError
 RETRIES = 2
 """A worker that dies three times over one request will die a fourth time."""
 
+WORKER = "edge_client.worker"
+"""The worker's module."""
+
 LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
@@ -160,7 +163,7 @@ class WorkerClient:
             environment["OMP_NUM_THREADS"] = str(self._load.threads)
         self._ready = False
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "edge_client.worker", stdin=PIPE, stdout=PIPE, env=environment
+            sys.executable, "-m", WORKER, stdin=PIPE, stdout=PIPE, env=environment
         )
         return self._process
 
