@@ -176,6 +176,10 @@ class Service:
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
+    async def room(self) -> None:
+        """See Desk."""
+        await self.spooler.room()
+
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""
         if isinstance(error, TurnedAwayError):

@@ -188,6 +188,10 @@ class Agent:
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
+    async def room(self) -> None:
+        """See Desk."""
+        await self.spooler.room()
+
     def refused(self, _site: str | None, error: RefusedError) -> None:
         """See Desk."""
         if isinstance(error, StaleKeyError):

@@ -41,6 +41,9 @@ class Desk(Protocol):
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """A data packet; its frame is still sealed."""
 
+    async def room(self) -> None:
+        """Return when more can be taken in."""
+
     def refused(self, site: str | None, error: RefusedError) -> None:
         """Something that may not pass; it is logged already."""
 
@@ -70,6 +73,7 @@ class Mailroom:
                     self._desk.link_down()
                 case Packet():
                     self._sort(event)
+                    await self._desk.room()
 
     async def watch(self) -> None:
         """Notice new, changed and outlived memberships, until cancelled."""

@@ -1,0 +1,70 @@
+"""`python -m tests.chaos --seeds 0-19 --json FILE`: chaotic runs, one seed each; status 1 when anything was wrong.
+
+The folder of a failed run is kept, with its plan and all logs; `--seeds N` runs that plan again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.conduct import Outcome, conduct
+from tests.chaos.disks import may_mount
+from tests.chaos.plan import make_plan
+from tests.chaos.results import row, summary, table
+
+
+def main() -> int:
+    """Run the seeds and say what came of each."""
+    options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks are unmounted and processes ended
+    first, _, last = options.seeds.partition("-")
+    outcomes: list[Outcome] = []
+    for seed in range(int(first), int(last or first) + 1):
+        outcome = _one(seed, options.kills, options.keep)
+        outcomes.append(outcome)
+        sys.stdout.write(row(outcome) + "\n")
+        sys.stdout.flush()
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(summary(outcomes), indent=1) + "\n")
+    sys.stdout.write(table(summary(outcomes)))
+    return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seeds", default="0-2", help="one seed, or first-last")
+    parser.add_argument("--kills", type=int, default=5, help="random kills a run, beside those at commit points")
+    parser.add_argument("--json", type=Path, help="write what came of all runs to this file")
+    parser.add_argument("--keep", type=Path, help="keep the folders of all runs below this one")
+    return parser.parse_args()
+
+
+def _one(seed: int, kills: int, keep: Path | None) -> Outcome:
+    root = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-", dir=keep))
+    plan = make_plan(seed, kills=kills, root=may_mount())
+    (root / "plan.json").write_text(json.dumps(plan.plain(), indent=1))
+    outcome = asyncio.run(conduct(root, plan))
+    if outcome.problems:
+        (root / "problems.txt").write_text("\n".join(outcome.problems) + "\n")
+        time_ = time.strftime("%H:%M:%S")
+        sys.stdout.write(
+            f"{time_} seed {seed} FAILED, folder kept: {root}\n"
+            + "".join(f"    {problem}\n" for problem in outcome.problems)
+            + f"    again: python -m tests.chaos --seeds {seed} --kills {kills}\n"
+        )
+    elif keep is None:
+        shutil.rmtree(root)
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(main())
