@@ -225,8 +225,12 @@ class Core:
             out.to(name, _reused(manifest))
             return
         refusal = self._refusal(name, manifest)
-        if refusal is not None:
+        in_admission = under_way is not None and under_way.receiver.complete
+        if refusal is not None and not in_admission:
             self._reject(name, manifest, refusal, now, out)
+            # An earlier attempt may have left some of it, or be under way still.
+            self.uploads.settle(manifest.transfer_id, now.mono, out)
+            out.jobs.append(d.Discard(manifest.transfer_id))
             return
         self.uploads.offer(name, manifest, now.mono, out)
 

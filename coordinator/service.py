@@ -119,6 +119,7 @@ class Service:
             self.core.apply(record)
             newest = record if isinstance(record, Opened | VersionCommitted) else newest
         await asyncio.to_thread(self._check_masters, newest)
+        await asyncio.to_thread(self._sweep)
         log.info(
             "recovered",
             version=self.core.ledger.version,
@@ -154,6 +155,13 @@ class Service:
             check_files(self.masters, newest.version, slots, newest.master_sha256, newest.optimizer_sha256)
         elif newest is not None:
             check_files(self.masters, 0, (), newest.master_sha256, None)
+
+    def _sweep(self) -> None:
+        """Delete what is left of rejected updates: a crash may have come between the journal and the deletion."""
+        for update_id in (*self.updates.ids(), *self.updates.partial_ids()):
+            known = self.core.ledger.known.get(update_id)
+            if known is not None and known.outcome == "rejected":
+                self.updates.delete(update_id)
 
     # -- in ---
 

@@ -165,7 +165,7 @@ class Run:
             case "kill" | "away" | "relapse":
                 return actor.kill(away_s=fault.for_s)
             case "worker":
-                return actor.kill_child()
+                return await self._kill_worker(actor)
             case "forget":
                 self._forgets = True
                 return actor.kill(away_s=fault.for_s)
@@ -188,6 +188,14 @@ class Run:
             case _:
                 assert_never(fault.kind)
         return True
+
+    async def _kill_worker(self, actor: Actor) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READY_S):
+                while not actor.kill_child() and not actor.done.is_set():
+                    await asyncio.sleep(LOOK_S)
+                return not actor.done.is_set()
+        return False
 
     def _later(self, healing: Any) -> bool:
         task = asyncio.create_task(healing)
