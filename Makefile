@@ -13,10 +13,10 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint format types imports unit integration coverage clean
+.PHONY: help setup demo test check lint format types imports unit integration chaos reliability-report bench-memory coverage clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## virtual environment, pinned packages, Mosquitto where permitted (instant when done before)
 	@PYTHON="$(PYTHON)" tools/setup.sh $(or $(MAKECMDGOALS),setup)
@@ -51,6 +51,15 @@ imports: setup ## import-linter: who may import whom
 
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
+
+chaos: setup ## real processes killed, stopped, cut off and starved of disk, from seeds: make chaos SEEDS=0-23
+	@$(VENV)/python -m tests.chaos --seeds $(or $(SEEDS),0-23) --json docs/results/chaos.json
+
+reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
+	@$(VENV)/python -m tools.reliability_report
+
+bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, against 2 (3.2 GB of disk)
+	@$(VENV)/python -m bench.memory --json docs/results/memory.json
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)

@@ -192,7 +192,7 @@ class Run:
     async def _kill_worker(self, actor: Actor) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_S):
-                while not actor.kill_child() and not actor.done.is_set():
+                while not actor.kill_child() and not actor.done.is_set():  # noqa: ASYNC110 - another process's child
                     await asyncio.sleep(LOOK_S)
                 return not actor.done.is_set()
         return False

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from broker.config import Setting, local_settings
 from shared.config import FederationConfig, load_config
-from tests.chaos.plan import BACKOFF_CAP_S, COORDINATOR_NAME, KEEPALIVE_S, STALL_S, Plan
+from tests.chaos.plan import COORDINATOR_NAME, Plan
 from tests.kits import Kits
 from tests.toys import INITIAL, toy_plan
 
@@ -67,8 +67,8 @@ def _local(name: str, plan: Plan, url: str) -> str:
         lines.insert(0, f'name = "{name}"')
     lines.append(f'[broker]\nurl = "{url}"')
     lines.append(
-        f"[link]\nstall_s = {STALL_S}\nbackoff_cap_s = {BACKOFF_CAP_S}\n"
-        f"keepalive_s = {KEEPALIVE_S}\nwindow = {plan.window}"
+        f"[link]\nstall_s = {plan.patience.stall_s}\nbackoff_cap_s = {plan.patience.backoff_cap_s}\n"
+        f"keepalive_s = {plan.patience.keepalive_s}\nwindow = {plan.window}"
     )
     if plan.sealed:
         lines.append(f'[trust]\nkit = "{name}-kit"')

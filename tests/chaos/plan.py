@@ -33,10 +33,6 @@ FaultKind = Literal[
 
 BROKER = "broker"
 COORDINATOR_NAME = "coordinator"
-STALL_S = 1.5
-"""A third of the default, and the cap likewise, so that a run takes seconds."""
-BACKOFF_CAP_S = 3.0
-KEEPALIVE_S = 5
 LONGEST_S = 14.0
 """Longer than every time-out at these settings: three stalls, the back-off's cap, one and a half keepalives."""
 
@@ -51,6 +47,15 @@ class Fault:
     for_s: float = 0.0
     mid_upload: bool = False
     """Wait, before that, until half of some update's chunks have passed the broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """The [link] section of every process; far below the defaults, so that a run takes seconds."""
+
+    stall_s: float = 1.5
+    backoff_cap_s: float = 3.0
+    keepalive_s: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ class Plan:
     points: dict[str, tuple[str, ...]]
     """For each process, `point:n` of its successive lives."""
     faults: tuple[Fault, ...]
+    patience: Patience = Patience()
     disks: tuple[str, ...] = ()
     """Processes whose storage is a small file system of its own."""
     limit: int = 1000
