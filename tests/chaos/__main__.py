@@ -42,7 +42,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seeds", default="0-2", help="one seed, or first-last")
-    parser.add_argument("--kills", type=int, default=5, help="random kills a run, beside those at commit points")
+    parser.add_argument("--kills", type=int, default=4, help="random kills a run, beside those at commit points")
     parser.add_argument("--json", type=Path, help="write what came of all runs to this file")
     parser.add_argument("--keep", type=Path, help="keep the folders of all runs below this one")
     return parser.parse_args()

@@ -93,10 +93,10 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(seed: int, *, kills: int = 5, root: bool = True) -> Plan:
+def make_plan(seed: int, *, kills: int = 4, root: bool = True) -> Plan:
     """The plan of a seed; `kills` random kills beside those at commit points, disks of their own only for root."""
     chance = random.Random(f"chaos/{seed}")
-    sites = chance.choice((2, 3))
+    sites = chance.choice((2, 2, 3))
     names = [COORDINATOR_NAME, *(f"site-{number}" for number in range(1, sites + 1))]
     mode: Mode = chance.choice(("sync", "fedbuff", "fedasync"))
     disks = (chance.choice(names),) if root and seed % 3 == 0 else ()
@@ -104,8 +104,8 @@ def make_plan(seed: int, *, kills: int = 5, root: bool = True) -> Plan:
         seed=seed,
         mode=mode,
         sites=sites,
-        versions={"sync": 8, "fedbuff": 10, "fedasync": 16}[mode],
-        parameters=chance.choice((20_000, 100_000, 400_000)),
+        versions={"sync": 5, "fedbuff": 6, "fedasync": 10}[mode],
+        parameters=chance.choice((20_000, 100_000, 200_000)),
         slice_kib=chance.choice((16, 32, 64)),
         window=chance.choice((2, 4, 8)),
         queue_max=5 if seed % 2 == 0 else 1000,
@@ -135,7 +135,7 @@ def _points(chance: random.Random, seed: int, index: int) -> tuple[str, ...]:
     """The next commit points in turn, so that a row of seeds passes all of them; which passage is left to chance."""
     every = [*BOTH, *(SITE if index else COORDINATOR)]
     random.Random(f"points/{index > 0}").shuffle(every)
-    lives = 8 if index == 0 else 5
+    lives = 5 if index == 0 else 2
     turn = lives * seed if index == 0 else lives * (2 * seed + index)
     return tuple(f"{every[(turn + life) % len(every)]}:{chance.choice((1, 1, 1, 2))}" for life in range(lives))
 
