@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -107,6 +108,8 @@ class Service:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
         )
+        # One thread, so that many updates which arrive together are verified in the memory of one.
+        self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
@@ -132,6 +135,10 @@ class Service:
         self._save_status()
 
     async def _serve(self) -> None:
+        with self._admission:
+            await self._serve_until_stop()
+
+    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             helpers = [
                 self._tasks.create_task(work)
@@ -291,7 +298,9 @@ class Service:
     async def _verify(self, update_id: str) -> None:
         stored = await self.spooler.finish(update_id)
         try:
-            admitted = await asyncio.to_thread(admission.verify, stored, self.plan)
+            admitted = await asyncio.get_running_loop().run_in_executor(
+                self._admission, admission.verify, stored, self.plan
+            )
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
         else:

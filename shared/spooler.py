@@ -18,7 +18,7 @@ from shared.messages import Chunk
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
 
-ROOM_BYTES = 8 * 1024 * 1024
+ROOM_BYTES = 4 * 1024 * 1024
 """Unwritten bytes above which nobody should put more: a batch for the disk while the next one gathers."""
 
 _R = TypeVar("_R")

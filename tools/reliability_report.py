@@ -78,10 +78,10 @@ def chaos() -> Iterator[str]:
     )
     yield ""
     yield (
-        "After each run, from outside: each update that ever lay sealed in an outbox has a receipt, and the receipt agrees "
-        "with the journal; no update is part of two versions; versions have no gaps; `mailboat audit verify` and `audit replay` "
-        "pass; the last tensors are the sum of the counted updates (not for fedasync, whose mixing is no sum); all "
-        "processes ended by themselves; no half file, spool or process is left."
+        "After each run, from outside: each update that ever lay sealed in an outbox has a receipt, and the receipt "
+        "agrees with the journal; no update is part of two versions; versions have no gaps; `mailboat audit verify` "
+        "and `audit replay` pass; the last tensors are the sum of the counted updates (not for fedasync, whose mixing "
+        "is no sum); all processes ended by themselves; no half file, spool or process is left."
     )
     yield ""
     yield from rows(["fault", "times"], [[name, count] for name, count in found["faults"].items()])
@@ -103,8 +103,8 @@ def recovery() -> Iterator[str]:
     credit = settings["window"] * settings["slice_kib"] * 1024
     yield (
         f"Default settings, one update of {settings['update_bytes'] / 1e6:g} MB over {settings['mbit_s']} Mbit/s, "
-        "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted process "
-        "started, link back) to the first new chunk at the broker, its interpreter included. *Resent* are "
+        "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted "
+        "process started, link back) to the first new chunk at the broker, its interpreter included. *Resent* are "
         f"bytes that the broker saw twice; one credit window is {credit / 1e6:.1f} MB. Medians, and the worst."
     )
     yield ""

@@ -36,7 +36,7 @@ from shared.link.dial import WatchedTlsSocket, dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
 
-WAITING_BYTES_MAX = 4 * 1024 * 1024
+WAITING_BYTES_MAX = 2 * 1024 * 1024
 """Messages taken from the network that nobody has asked for yet; above this, no more are taken for a while."""
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""

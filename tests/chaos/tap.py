@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from shared.messages import parse_chunk
 from shared.topics import Channel, parse, topic
 
 RETRY_S = 0.1
+_QUIET = logging.getLogger("tests.chaos.tap")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False  # a broker that is killed is what these tests are about
 
 
 @dataclass(slots=True)
@@ -65,7 +69,7 @@ class Tap:
     async def _listen(self) -> None:
         while True:
             with contextlib.suppress(aiomqtt.MqttError):
-                async with aiomqtt.Client("127.0.0.1", self.port, timeout=2.0) as client:
+                async with aiomqtt.Client("127.0.0.1", self.port, timeout=2.0, logger=_QUIET) as client:
                     for channel in (Channel.UP_DATA, Channel.DOWN_DATA):
                         await client.subscribe(topic(self.federation, channel, "+"), qos=0)
                     await client.subscribe(topic(self.federation, Channel.BULK), qos=0)
