@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.chaos.conduct import Outcome, conduct
 from tests.chaos.disks import may_mount
-from tests.chaos.plan import make_plan
+from tests.chaos.plan import Plan, absent_plan, make_plan
 from tests.chaos.results import row, summary, table
 
 
@@ -27,8 +27,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks are unmounted and processes ended
     first, _, last = options.seeds.partition("-")
     outcomes: list[Outcome] = []
-    for seed in range(int(first), int(last or first) + 1):
-        outcome = _one(seed, options.kills, options.keep)
+    seeds = range(int(first), int(last or first) + 1)
+    plans = (make_plan(seed, kills=options.kills, root=may_mount()) for seed in seeds)
+    for plan in plans if options.absent is None else [absent_plan(options.absent)]:
+        outcome = _one(plan, options.keep)
         outcomes.append(outcome)
         sys.stdout.write(row(outcome) + "\n")
         sys.stdout.flush()
@@ -43,23 +45,23 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seeds", default="0-2", help="one seed, or first-last")
     parser.add_argument("--kills", type=int, default=4, help="random kills a run, beside those at commit points")
+    parser.add_argument("--absent", type=int, help="instead of seeds: a site comes back after so many versions")
     parser.add_argument("--json", type=Path, help="write what came of all runs to this file")
     parser.add_argument("--keep", type=Path, help="keep the folders of all runs below this one")
     return parser.parse_args()
 
 
-def _one(seed: int, kills: int, keep: Path | None) -> Outcome:
-    root = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-", dir=keep))
-    plan = make_plan(seed, kills=kills, root=may_mount())
+def _one(plan: Plan, keep: Path | None) -> Outcome:
+    root = Path(tempfile.mkdtemp(prefix=f"chaos-{plan.seed}-", dir=keep))
     (root / "plan.json").write_text(json.dumps(plan.plain(), indent=1))
     outcome = asyncio.run(conduct(root, plan))
     if outcome.problems:
         (root / "problems.txt").write_text("\n".join(outcome.problems) + "\n")
         time_ = time.strftime("%H:%M:%S")
         sys.stdout.write(
-            f"{time_} seed {seed} FAILED, folder kept: {root}\n"
+            f"{time_} seed {plan.seed} FAILED, folder kept: {root}\n"
             + "".join(f"    {problem}\n" for problem in outcome.problems)
-            + f"    again: python -m tests.chaos --seeds {seed} --kills {kills}\n"
+            + f"    again: {sys.executable} -m tests.chaos {' '.join(sys.argv[1:])}, or --seeds {plan.seed} alone\n"
         )
     elif keep is None:
         shutil.rmtree(root)

@@ -33,6 +33,13 @@ def records(root: Path) -> list[Record]:
         return list(journal.replay())
 
 
+def published(root: Path) -> int:
+    """The newest version, by the audit trail; 0 when there is none yet."""
+    trail = root / COORDINATOR_NAME / "audit.jsonl"
+    lines = trail.read_bytes().splitlines() if trail.exists() else []
+    return sum(b'"committed"' in line for line in lines)
+
+
 def sealed_now(root: Path, site: str) -> set[str]:
     """The updates that lie sealed in a site's outbox."""
     return {path.name.removesuffix(".manifest") for path in (root / site / "outbox").glob("*.manifest")}

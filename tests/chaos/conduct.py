@@ -25,6 +25,8 @@ READY_S = 60.0
 """Longest wait for a process that a fault is meant for; on a busy machine an interpreter starts slowly."""
 HANG_S = 120.0
 """A run in which nothing on any disk has changed for so long, and no process has ended, hangs."""
+FAULTS_S = 3600.0
+"""Longest wait for the end of the last fault; a site may have to miss a thousand versions."""
 LOOK_S = 0.25
 STARVED_S = 2 * LOOK_S
 """A look that comes later than this says that the machine was busy with something else; that time is not counted."""
@@ -132,8 +134,8 @@ class Run:
                 return
             if not await self._apply(fault):
                 self.outcome.missed.append(fault)
-        if self._healing:
-            await asyncio.wait(self._healing)
+        if self._healing and (await asyncio.wait(self._healing, timeout=FAULTS_S))[1]:
+            self.outcome.problems.append(f"hang: a fault was not over {FAULTS_S:.0f} s after the last one began")
 
     async def _mid_upload(self) -> None:
         """Wait until half of the chunks of some update have come by, and not all."""
@@ -181,6 +183,9 @@ class Run:
             case "down":
                 await self.proxies[fault.target].down()
                 return self._later(self._up(self.proxies[fault.target], fault.for_s))
+            case "absent":
+                actor.keep_away()
+                return self._later(self._miss(actor, fault.versions))
             case "full":
                 actor.may_fail = True
                 await asyncio.to_thread(disks.fill, self.root / fault.target)
@@ -206,6 +211,14 @@ class Run:
     async def _resume(self, actor: Actor, after_s: float) -> None:
         await asyncio.sleep(after_s)
         actor.resume()
+
+    async def _miss(self, actor: Actor, versions: int) -> None:
+        """Let the site in again after so many versions, and wait until it was told what became of its update."""
+        while checks.published(self.root) < versions:  # noqa: ASYNC110 - another process makes them
+            await asyncio.sleep(LOOK_S)
+        actor.let_in()
+        while not checks.receipts(self.root, actor.name) and not actor.failure:  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(LOOK_S)
 
     async def _heal(self, proxy: FlakyProxy, after_s: float) -> None:
         await asyncio.sleep(after_s)

@@ -28,6 +28,7 @@ FaultKind = Literal[
     "reset",  # the same with RST
     "hole",  # half-open and silent, no new connection for `for_s`
     "down",  # reset, no new connection for `for_s`
+    "absent",  # the site's next death lasts until the coordinator has published `versions` of them
     "full",  # the process's disk has no room for `for_s`
 ]
 
@@ -45,6 +46,7 @@ class Fault:
     kind: FaultKind
     target: str
     for_s: float = 0.0
+    versions: int = 0
     mid_upload: bool = False
     """Wait, before that, until half of some update's chunks have passed the broker."""
 
@@ -116,6 +118,27 @@ def make_plan(seed: int, *, kills: int = 4, root: bool = True) -> Plan:
         faults=tuple(_faults(chance, names, kills, disks)),
         disks=disks,
         limit=chance.choice((2, 1000)),
+    )
+
+
+def absent_plan(versions: int) -> Plan:
+    """One site goes on, the other dies with a sealed update and comes back after so many versions."""
+    names = (COORDINATOR_NAME, "site-1", "site-2")
+    return Plan(
+        seed=0,
+        mode="sync",
+        sites=2,
+        versions=versions + 5,
+        parameters=1_000,
+        slice_kib=16,
+        window=4,
+        queue_max=1000,
+        sealed=False,
+        training_s=0.0,
+        links={name: Conditions() for name in names},
+        points={"site-2": ("send-offer.before:1",)},
+        faults=(Fault(0.0, "absent", "site-2", versions=versions),),
+        limit=2 * versions,
     )
 
 

@@ -67,6 +67,8 @@ class Actor:
         self._process: asyncio.subprocess.Process | None = None
         self._killed = False
         self._back_after = 0.0
+        self._welcome = asyncio.Event()
+        self._welcome.set()
         self._keeper: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -93,6 +95,14 @@ class Actor:
             return False
         self._killed, self._back_after = True, away_s
         return True
+
+    def keep_away(self) -> None:
+        """Once it dies, let it lie until `let_in`."""
+        self._welcome.clear()
+
+    def let_in(self) -> None:
+        """Start it again, if it lies."""
+        self._welcome.set()
 
     def pause(self) -> bool:
         """Stop it where it stands; False when it did not run."""
@@ -169,6 +179,7 @@ class Actor:
                     return
                 pause = DISK_RESTART_S
             await asyncio.sleep(pause)
+            await self._welcome.wait()
 
     async def _live(self, point: str) -> int:
         environment = {**os.environ, **self._environment, VARIABLE: point, "PYTHONPATH": str(ROOT)}

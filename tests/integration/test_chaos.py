@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from broker.launcher import find_mosquitto
+from coordinator.records import VersionCommitted
 from mailboat.flaky import Conditions
 from shared.faultpoint import BOTH, COORDINATOR, SITE
 from tests.chaos import checks
 from tests.chaos.conduct import Outcome, conduct
 from tests.chaos.disks import may_mount
-from tests.chaos.plan import BROKER, COORDINATOR_NAME, Fault, Plan, make_plan
+from tests.chaos.plan import BROKER, COORDINATOR_NAME, Fault, Plan, absent_plan, make_plan
 
 pytestmark = [
     pytest.mark.integration,
@@ -68,6 +69,16 @@ def test_a_full_disk_stops_the_coordinator_and_room_brings_it_back(tmp_path: Pat
     faults = (Fault(0.5, "full", COORDINATOR_NAME, 3.0), Fault(0.5, "kill", "site-1"))
     outcome = hold(tmp_path, small_plan(*faults, disks=(COORDINATOR_NAME,)))
     assert {death.how for death in outcome.deaths} <= {"kill", "exit 4"}
+
+
+def test_a_site_that_was_away_for_many_versions_hears_of_its_update(tmp_path: Path) -> None:
+    """It died with a sealed update, missed twenty versions, and comes back: the update is merged, as late as it is."""
+    hold(tmp_path, absent_plan(20))
+    (first, *_) = sorted(checks.receipts(tmp_path, "site-2").values(), key=lambda told: told["base_version"])
+    assert (first["base_version"], first["outcome"]) in {(0, "accepted"), (0, "merged")}
+    committed = [fact for fact in checks.records(tmp_path) if isinstance(fact, VersionCommitted)]
+    staleness = [part.staleness for fact in committed for part in fact.contributions]
+    assert max(staleness) >= 20
 
 
 def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
