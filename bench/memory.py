@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -39,7 +40,9 @@ from shared.transfer import Sender
 
 NAME = "memory"
 SLICE_KIB = 512
-RETRY_S = 10.0
+RETRY_S = 30.0
+PATIENCE = LinkSection(stall_s=60.0, keepalive_s=300)
+"""What is measured is memory: a busy machine must not cut the links of the bench."""
 READY_S = 60.0
 
 
@@ -95,7 +98,7 @@ class ProtocolSite:
         self.link = Link(
             LinkOptions(
                 broker=BrokerSection(url=url),
-                link=LinkSection(),
+                link=PATIENCE,
                 client_id=f"{NAME}-{name}",
                 subscriptions=tuple(subscriptions(NAME, "site", name)),
             )
@@ -112,6 +115,8 @@ class ProtocolSite:
             async for event in self.link.events():
                 if isinstance(event, Connected):
                     await self._say(self._hello())
+                    self.sender.restart()
+                    self._moved_at = 0.0
                 elif isinstance(event, Packet):
                     address = parse(event.topic)
                     if address is None or address.channel not in {Channel.ANNOUNCE, Channel.DOWN_CTL}:
@@ -166,7 +171,8 @@ class ProtocolSite:
                 return
 
     async def _say(self, message: Message) -> None:
-        await self.link.publish(topic(NAME, Channel.UP_CTL, self.name), encode(message))
+        with contextlib.suppress(LinkDownError):  # said again when it is back
+            await self.link.publish(topic(NAME, Channel.UP_CTL, self.name), encode(message))
 
     def _hello(self) -> Hello:
         plan = self.load.plan
@@ -202,6 +208,7 @@ async def measure(uploads: int, megabytes: float) -> dict[str, Any]:
         async with run_broker("mosquitto", root / "mosquitto") as broker:
             (root / "coordinator.toml").write_text(
                 f'federation = "federation.toml"\nstorage = "coordinator"\n[broker]\nurl = "{broker.url}"\n'
+                f"[link]\nstall_s = {PATIENCE.stall_s}\nkeepalive_s = {PATIENCE.keepalive_s}\n"
             )
             command = (sys.executable, "-m", "mailboat", "coordinator", "run", "-c", str(root / "coordinator.toml"))
             with (root / "coordinator.log").open("wb") as log:
