@@ -43,7 +43,7 @@ SLICE_KIB = 512
 RETRY_S = 30.0
 PATIENCE = LinkSection(stall_s=60.0, keepalive_s=300)
 """What is measured is memory: a busy machine must not cut the links of the bench."""
-READY_S = 60.0
+READY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)

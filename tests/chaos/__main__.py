@@ -14,16 +14,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.chaos.conduct import Outcome, conduct
 from tests.chaos.disks import may_mount
 from tests.chaos.plan import Plan, absent_plan, make_plan
-from tests.chaos.results import row, summary, table
+from tests.chaos.results import merged, row, summary, table
 
 
 def main() -> int:
     """Run the seeds and say what came of each."""
     options = _options()
+    if options.merge:
+        found = merged([json.loads(path.read_text()) for path in options.merge])
+        _write(options.json, found)
+        sys.stdout.write(table(found))
+        return 1 if found["failed"] else 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks are unmounted and processes ended
     first, _, last = options.seeds.partition("-")
     outcomes: list[Outcome] = []
@@ -34,11 +40,15 @@ def main() -> int:
         outcomes.append(outcome)
         sys.stdout.write(row(outcome) + "\n")
         sys.stdout.flush()
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(summary(outcomes), indent=1) + "\n")
+        _write(options.json, summary(outcomes))
     sys.stdout.write(table(summary(outcomes)))
     return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+def _write(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -46,6 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0-2", help="one seed, or first-last")
     parser.add_argument("--kills", type=int, default=4, help="random kills a run, beside those at commit points")
     parser.add_argument("--absent", type=int, help="instead of seeds: a site comes back after so many versions")
+    parser.add_argument("--merge", type=Path, nargs="+", help="instead of running: sum up what these files say")
     parser.add_argument("--json", type=Path, help="write what came of all runs to this file")
     parser.add_argument("--keep", type=Path, help="keep the folders of all runs below this one")
     return parser.parse_args()

@@ -76,6 +76,32 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of runs of different seeds as those of one."""
+
+    def counted(key: str) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for part in parts:
+            total.update(part[key])
+        return dict(sorted(total.items()))
+
+    points = counted("points")
+    never = set.intersection(*(set(part["points_never_reached"]) for part in parts))
+    return {
+        **parts[0],
+        **{
+            key: sum(part[key] for part in parts)
+            for key in ("kills", "kills_at_points", "updates", "versions", "seconds")
+        },
+        "seeds": sorted(seed for part in parts for seed in part["seeds"]),
+        "points": points,
+        "points_never_reached": [point for point in parts[0]["points_never_reached"] if point in never],
+        "faults": counted("faults"),
+        "failed": {seed: problems for part in parts for seed, problems in part["failed"].items()},
+        "runs": sorted((run for part in parts for run in part["runs"]), key=lambda run: int(run["seed"])),
+    }
+
+
 def table(found: dict[str, Any]) -> str:
     """The sums for the terminal."""
     sums = (
