@@ -1,1 +1,1 @@
-"""Measurements that take minutes: each prints one line, and writes what it saw as JSON when asked."""
+"""Measurements that are too long for a test; each prints what it found, and writes it as JSON."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from shared import durable
 from shared.errors import CorruptError, RefusedError
+from shared.faultpoint import passing
 from shared.tensorfile import F32Array, Shape, TensorSpec, build_header, header_size, parse_header
 
 _NAME = re.compile(r"v(\d{8,})(\.[a-z_]+)?\.safetensors")
@@ -155,8 +156,10 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
         writer = TensorWriter(fd, path.parent, shapes, metadata)
         yield writer
         writer.finish()
+        passing("master.before")
         temporary.replace(path)
     durable.fsync_dir(path.parent)
+    passing("master.after")
 
 
 def slots_sha256(digests: Collection[str]) -> str | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, assert_never
 
@@ -24,12 +25,14 @@ from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
+from coordinator.records import Record
 from coordinator.rows import Restored
 from coordinator.status import live_status
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, NoRoomError, RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_session_id
 from shared.link import Link, LinkOptions
 from shared.mailroom import Mailroom
@@ -125,6 +128,8 @@ class Service:
         """Why nothing more is taken for now; empty while there is room."""
         self._needed = 0
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
+        # One thread, so that many updates which arrive together are verified in the memory of one.
+        self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
@@ -151,6 +156,10 @@ class Service:
         self._save_status()
 
     async def _serve(self) -> None:
+        with self._admission:
+            await self._serve_until_stop()
+
+    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             helpers = [
                 self._tasks.create_task(work)
@@ -208,6 +217,10 @@ class Service:
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
+    async def room(self) -> None:
+        """See Desk."""
+        await self.spooler.room()
+
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""
         if isinstance(error, TurnedAwayError):
@@ -243,10 +256,7 @@ class Service:
             event = await self._events.get()
             decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
             if decision.records:
-                await self._given_room(self.journal.append, decision.records)
-                await self._given_room(self.audit.follow)
-                for record in decision.records:
-                    log.info(record.kind, **_told(record))
+                await self._write_down(decision.records)
                 await self._compact()
             for send in decision.sends:
                 self._tasks.create_task(self._send(send))
@@ -255,6 +265,17 @@ class Service:
                     log.info("complete", version=self.core.ledger.version)
                     return
                 self._start(job)
+
+    async def _write_down(self, facts: Sequence[Record]) -> None:
+        for fact in facts:
+            passing(f"journal-{fact.kind}.before")
+        await self._given_room(self.journal.append, facts)
+        for fact in facts:
+            passing(f"journal-{fact.kind}.after")
+        await self._given_room(self.audit.follow)
+        passing("audit.after")
+        for fact in facts:
+            log.info(fact.kind, **_told(fact))
 
     async def _send(self, send: d.Send) -> None:
         channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
@@ -309,7 +330,9 @@ class Service:
     async def _verify(self, update_id: str) -> None:
         stored = await self.spooler.finish(update_id)
         try:
-            admitted = await asyncio.to_thread(admission.verify, stored, self.plan)
+            admitted = await asyncio.get_running_loop().run_in_executor(
+                self._admission, admission.verify, stored, self.plan
+            )
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
         except CorruptError as error:
@@ -333,6 +356,7 @@ class Service:
         )
         # The one before stays until the new one is in the journal; version 0 stays for replays.
         await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
+        passing("prune.after")
         log.info(
             "merged",
             version=job.plan.version,

@@ -26,6 +26,7 @@ from edge_client.session import Identity, Session
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
@@ -192,6 +193,10 @@ class Agent:
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
+    async def room(self) -> None:
+        """See Desk."""
+        await self.spooler.room()
+
     def refused(self, _site: str | None, error: RefusedError) -> None:
         """See Desk."""
         if isinstance(error, StaleKeyError):
@@ -316,6 +321,7 @@ class Agent:
             await self.disk.until_room(base, self.federation.codec)
             await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
+            passing("train.after")
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
             manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
         finally:

@@ -18,6 +18,7 @@ from typing import Any
 from edge_client.layout import open_layout
 from shared import durable
 from shared.errors import CorruptError
+from shared.faultpoint import passing
 from shared.manifest import Manifest
 from shared.messages import Receipt
 from shared.slices import FileSummary, FrameWriter
@@ -88,8 +89,11 @@ class Outbox:
         else:
             return False
         said = receipt.model_dump(mode="json")
+        passing("settle.before")
         durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
+        passing("settle.middle")
         self.store.delete(receipt.update_id)
+        passing("settle.after")
         return True
 
 

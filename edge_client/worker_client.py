@@ -24,6 +24,9 @@ from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError
 RETRIES = 2
 """A worker that dies three times over one request will die a fourth time."""
 
+WORKER = "edge_client.worker"
+"""The worker's module."""
+
 LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
@@ -166,7 +169,7 @@ class WorkerClient:
         self._ready = False
         self._process = await asyncio.create_subprocess_exec(
             # -P: what lies in the current folder is never imported in place of the installed package.
-            *(sys.executable, "-P", "-m", "edge_client.worker"),
+            *(sys.executable, "-P", "-m", WORKER),
             stdin=PIPE,
             stdout=PIPE,
             env=environment,

@@ -1,7 +1,8 @@
 """Chunks from the link onto the disk: written in a thread of its own, synced once a batch, then reported.
 
 While one batch is being synced the next one gathers, so a slow disk makes batches larger, not queues of syncs longer.
-The memory held here is what has arrived and is not yet written; senders' windows bound it.
+The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `room` in between, so
+that it does not grow with the number of senders.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from shared.messages import Chunk
 from shared.room import Room
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
+
+ROOM_BYTES = 4 * 1024 * 1024
+"""Unwritten bytes above which nobody should put more: a batch for the disk while the next one gathers."""
 
 _R = TypeVar("_R")
 
@@ -46,6 +50,8 @@ class Spooler:
         self._open: dict[str, Partial] = {}
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
+        self._unwritten = 0
+        self._roomy = asyncio.Event()
         # One thread: a Partial belongs to one, and the order of open, write and finish is kept for free.
         self._thread = ThreadPoolExecutor(1, "spooler")
 
@@ -68,7 +74,14 @@ class Spooler:
     def put(self, chunk: Chunk) -> None:
         """Queue one chunk for writing; it keeps its packet in memory until then."""
         self._arrived.append(chunk)
+        self._unwritten += len(chunk.frame)
         self._wake.set()
+
+    async def room(self) -> None:
+        """Return when there is room for more chunks, which is at once unless the disk is slower than the network."""
+        while self._unwritten > ROOM_BYTES:
+            self._roomy.clear()
+            await self._roomy.wait()
 
     async def finish(self, transfer_id: str) -> Stored:
         """Make a complete transfer whole and return it."""
@@ -85,6 +98,8 @@ class Spooler:
             self._wake.clear()
             batch, self._arrived = self._arrived, []
             written, refused = await self._run(self._write, batch)
+            self._unwritten -= sum(len(chunk.frame) for chunk in batch)
+            self._roomy.set()
             for transfer_id, rule in refused:
                 self._refused(transfer_id, rule)
             for transfer_id, indices in written.items():

@@ -28,6 +28,7 @@ from typing import Self
 
 from shared import durable
 from shared.errors import CorruptError, RefusedError
+from shared.faultpoint import passing
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import FileSummary, FrameWriter
@@ -126,9 +127,11 @@ class Partial:
         """Make durable what was written so far, and return its bitmap in the wire's form."""
         have = self.have.to_bytes()
         if self._unsynced:
+            passing("chunks-sync.before")
             with durable.storage_errors(self._store.root):
                 durable.sync_file(self._fd)
             self._unsynced = False
+            passing("chunks-sync.after")
         return have
 
     def finish(self) -> Stored:
@@ -205,9 +208,12 @@ class FrameStore:
     def delete(self, transfer_id: str) -> None:
         """Remove a transfer, whole or arriving; nothing happens when it is not there."""
         # Manifest first, and durably: frames without one are litter, one without frames would look like damage.
+        passing("delete.before")
         durable.remove(self._path(transfer_id, ".manifest"))
         durable.remove(self._path(transfer_id, ".part.manifest"))
+        passing("delete.middle")
         self._path(transfer_id, ".frames").unlink(missing_ok=True)
+        passing("delete.after")
 
     def open_partial(self, manifest: Manifest) -> Partial:
         """Begin or resume receiving a transfer that is not whole yet; disk space for all of it is taken at once.
@@ -243,17 +249,22 @@ class FrameStore:
                         hint="two transfers were given one id",
                     )
                 return existing
+            passing("seal.before")
             temporary.rename(self._path(manifest.transfer_id, ".frames"))
         # The frames' name must be safe before the manifest's: POSIX does not order two renames.
         durable.fsync_dir(self.root)
+        passing("seal.middle")
         durable.write_once(self._path(manifest.transfer_id, ".manifest"), [manifest.to_bytes()])
+        passing("seal.after")
         return self._stored(manifest)
 
     def commit(self, manifest: Manifest) -> Stored:
         """Declare an arriving transfer whole; for `Partial.finish`, which has synced its frames."""
         begun = self._path(manifest.transfer_id, ".part.manifest")
+        passing("transfer-whole.before")
         begun.rename(self._path(manifest.transfer_id, ".manifest"))
         durable.fsync_dir(self.root)
+        passing("transfer-whole.after")
         return self._stored(manifest)
 
     def _begin(self, manifest: Manifest, begun: Path) -> Partial:
@@ -263,8 +274,10 @@ class FrameStore:
             on_error.callback(path.unlink)
             on_error.callback(os.close, fd)
             durable.reserve(fd, manifest.wire_bytes, self.root)
+            passing("spool-open.middle")
             # Makes the name of the file of frames durable as well: same folder.
             durable.write_once(begun, [manifest.to_bytes()])
+            passing("spool-open.after")
             on_error.pop_all()
         return Partial(self, manifest, fd, Bitmap(manifest.frames))
 

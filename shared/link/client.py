@@ -15,6 +15,7 @@ import fcntl
 import logging
 import math
 import socket
+import ssl
 import termios
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import Any
 
 import aiomqtt
 import paho.mqtt.client as mqtt
-from aiomqtt import ProtocolVersion
+from aiomqtt import MqttError, ProtocolVersion
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -76,7 +77,8 @@ class Shared:
     options: LinkOptions
     password: str | None
     counters: Counters
-    sink: Callable[[Packet], None]
+    sink: Callable[[Packet], bool]
+    """Takes what comes in; True when that is enough for now."""
 
 
 class Connection(aiomqtt.Client):
@@ -107,6 +109,7 @@ class Connection(aiomqtt.Client):
         self._answers = 0
         self._queued = 0
         """Bytes handed to the library to be sent; not those of pings, whose answer is what counts."""
+        self._held = False
         self._slots = asyncio.Semaphore(MAX_INFLIGHT)
         self._packet_max = math.inf
         self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -166,6 +169,31 @@ class Connection(aiomqtt.Client):
             self._reason = reason
             self._disconnected.set_result(None)
 
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Read nothing more for now: it waits in the kernel and then with the broker, not in this process."""
+        if not self._held and self._socket.fileno() >= 0:
+            self._held = True
+            self._loop.remove_reader(self._socket.fileno())
+
+    def go_on(self) -> None:
+        """Read again; does nothing when it was not held."""
+        if self._held and self._socket.fileno() >= 0:
+            self._held = False
+            self._loop.add_reader(self._socket.fileno(), self._read)
+            self._loop.call_soon(self._read)  # TLS may hold bytes that the socket does not show
+
+    def _read(self) -> None:
+        try:
+            while not self._held and self._socket.fileno() >= 0:
+                self._client.loop_read()
+                if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+                    return
+        except (OSError, ValueError, MqttError) as error:  # as aiomqtt does: it ends the connection
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
+
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     async def post(self, publication: Publication) -> None:
@@ -217,10 +245,11 @@ class Connection(aiomqtt.Client):
         return len(self._client._in_packet["packet"])  # noqa: SLF001
 
     def signs_of_life(self) -> Signs:
-        """What has moved so far.
+        """What has moved so far; who does not listen must not complain of silence.
 
         Of a TLS connection the bytes on their way are counted encrypted, so that `taken` may fall a little for a while.
         """
+        self._heard += self._held
         waiting = sum(packet["to_process"] for packet in self._client._out_packet)  # noqa: SLF001
         unacked = array.array("i", [0])
         with contextlib.suppress(OSError, ValueError):  # the socket may be closed
@@ -245,18 +274,14 @@ class Connection(aiomqtt.Client):
         if self._client._ping_t:  # noqa: SLF001
             self._client._ping_t = self._client._last_bytes_received = time.monotonic()  # noqa: SLF001
 
-    # -- what paho calls; the signatures are its own -------------------------------------------------------------------
-
-    def _on_socket_register_write(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
-        """At once, not by way of the loop as the base class does: the socket may be closed by then."""
-        self._loop.add_writer(sock.fileno(), self._write)
-
     def _write(self) -> None:
         try:
             self._client.loop_write()
-        except (OSError, ValueError) as error:  # a broken pipe, mostly
+        except (OSError, ValueError) as error:  # as aiomqtt does: it ends the connection
             if not self._disconnected.done():
                 self._disconnected.set_exception(error)
+
+    # -- what paho calls; the signatures are its own -------------------------------------------------------------------
 
     def _on_connect(
         self,
@@ -312,6 +337,15 @@ class Connection(aiomqtt.Client):
             if not subscribing.done():
                 subscribing.set_exception(HungUpError("the broker hung up before it acknowledged the subscriptions"))
 
+    def _on_socket_open(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once, as for writing, and with a reader that can be held."""
+        self._loop.add_reader(sock.fileno(), self._read)
+        self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _on_socket_register_write(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once: aiomqtt puts it off, and by then the descriptor may be closed, or belong to somebody else."""
+        self._loop.add_writer(sock.fileno(), self._write)
+
     def _take_publish(self) -> MQTTErrorCode:
         """Instead of paho's own, which copies the payload six times; for a packet that has come in whole."""
         counters, raw = self._shared.counters, self._client._in_packet  # noqa: SLF001
@@ -325,7 +359,8 @@ class Connection(aiomqtt.Client):
         self._heard += len(body)
         counters.packets_received += 1
         counters.bytes_received += packet_bytes(len(body))
-        self._shared.sink(Packet(topic, found.payload, found.retained))
+        if self._shared.sink(Packet(topic, found.payload, found.retained)):
+            self.hold()
         return mqtt.MQTT_ERR_SUCCESS if found.packet_id is None else self._client.ack(found.packet_id, 1)
 
     def _take_pingresp(self) -> MQTTErrorCode:

@@ -37,6 +37,8 @@ from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
 from shared.link.vigil import LOOK_S, Verdict, Vigil
 
+WAITING_BYTES_MAX = 2 * 1024 * 1024
+"""Messages taken from the network that nobody has asked for yet; above this, no more are taken for a while."""
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
 FIRST_ANSWER_S = 1.0
@@ -70,6 +72,7 @@ class Link:
         self._chance = chance or random.Random()  # from the system's entropy: no two sites in step
         self._queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
         self._held: list[Packet] | None = None
+        self._waiting_bytes = 0
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._spoken: dict[Endpoint, ProtocolVersion] = {}
@@ -129,6 +132,10 @@ class Link:
             if isinstance(item, BaseException):
                 self._queue.put_nowait(item)  # whoever asks again is told again
                 raise item
+            if isinstance(item, Packet):
+                self._waiting_bytes -= len(item.payload)
+                if self._waiting_bytes <= WAITING_BYTES_MAX // 2 and self._connection is not None:
+                    self._connection.go_on()
             yield item
         self._queue.put_nowait(None)
 
@@ -267,12 +274,14 @@ class Link:
             self._queue.put_nowait(packet)
         return connection
 
-    def _take_in(self, packet: Packet) -> None:
+    def _take_in(self, packet: Packet) -> bool:
         """A retained message may overtake the last SUBACK; nothing is reported before `Connected`."""
+        self._waiting_bytes += len(packet.payload)
         if self._held is None:
             self._queue.put_nowait(packet)
         else:
             self._held.append(packet)
+        return self._connection is not None and self._waiting_bytes > WAITING_BYTES_MAX
 
     async def _stay(self, connection: Connection, state: Backoff) -> Backoff:
         """Watch one connection until its end."""

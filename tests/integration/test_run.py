@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.journal import Journal
-from coordinator.records import Finished, Record, VersionCommitted
+from coordinator.records import Finished, Record, Rejected, VersionCommitted
 from shared.errors import RefusedError
 from tests.helpers import run_async
 from tests.toys import INITIAL, toy_coordinator, toy_site, write_toy
@@ -70,6 +71,31 @@ def test_two_processes_under_one_name_the_second_is_refused(tmp_path: Path, mosq
 
     run_async(everybody(), timeout_s=60)
     assert len(_versions(tmp_path)) == 6
+
+
+def test_what_a_crash_left_of_a_rejected_update_goes(tmp_path: Path, mosquitto_url: str) -> None:
+    """A coordinator that died between rejecting an update and deleting its bytes deletes them when it is back."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=1)
+    storage = tmp_path / "coordinator"
+    rejected, unknown = "ab" * 16, "cd" * 16
+
+    async def serve_once() -> None:
+        (storage / "status.json").unlink(missing_ok=True)
+        serving = asyncio.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+        async with asyncio.timeout(20):
+            while not (storage / "status.json").exists():  # noqa: ASYNC110 - a file
+                await asyncio.sleep(0.01)
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    run_async(serve_once())
+    with contextlib.closing(Journal(storage / "journal.sqlite")) as journal:
+        journal.append([Rejected(rejected, "site-1", "0" * 64, "wrong-shape", "tensor w", 1.0)])
+    for update_id in (rejected, unknown):
+        for suffix in ("frames", "part.manifest"):
+            (storage / "updates" / f"{update_id}.{suffix}").write_bytes(b"x")
+    run_async(serve_once())
+    assert {path.name.split(".")[0] for path in (storage / "updates").iterdir()} == {unknown}
 
 
 def test_kill_9_of_site_and_coordinator_in_mid_upload(tmp_path: Path, mosquitto_url: str) -> None:

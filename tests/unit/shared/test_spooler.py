@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from shared.errors import RefusedError, UnavailableError
 from shared.manifest import Manifest
 from shared.messages import Chunk
-from shared.spooler import Spooler
+from shared.spooler import ROOM_BYTES, Spooler
 from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.helpers import run_async
@@ -32,14 +33,12 @@ def _chunk(index: int, frame: bytes | None = None, transfer_id: str = ID) -> Chu
 class Desk:
     """A spooler at work over a store in a folder, and what it has reported."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview]) -> None:
         self.store = FrameStore(folder)
         self.stored: list[tuple[str, tuple[int, ...]]] = []
         self.refused: list[tuple[str, str]] = []
         self.news = asyncio.Event()
-        self.spooler = Spooler(
-            self.store, open_chunk=lambda _manifest, chunk: chunk.frame, stored=self._stored, refused=self._refused
-        )
+        self.spooler = Spooler(self.store, open_chunk=open_chunk, stored=self._stored, refused=self._refused)
 
     def _stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.stored.append((transfer_id, indices))
@@ -62,8 +61,10 @@ class Desk:
 
 
 @asynccontextmanager
-async def _desk(folder: Path) -> AsyncIterator[Desk]:
-    desk = Desk(folder)
+async def _desk(
+    folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview] = lambda _manifest, chunk: chunk.frame
+) -> AsyncIterator[Desk]:
+    desk = Desk(folder, open_chunk)
     async with desk.spooler:
         running = asyncio.create_task(desk.spooler.run())
         try:
@@ -90,6 +91,30 @@ def test_chunks_in_any_order_become_the_transfer_that_was_sent(tmp_path: Path) -
             stored = await desk.spooler.finish(ID)
             assert [stored.read_frame(index) for index in sorted(ALL)] == FRAMES
             assert desk.refused == []
+
+    run_async(work())
+
+
+def test_a_slow_disk_holds_up_whoever_brings_more(tmp_path: Path) -> None:
+    """With too much unwritten there is no room, until the disk has taken it."""
+    disk, many = threading.Event(), ROOM_BYTES // len(FRAMES[0]) + 1
+
+    def open_slowly(_manifest: Manifest, chunk: Chunk) -> memoryview:
+        disk.wait()
+        return chunk.frame
+
+    async def work() -> None:
+        async with _desk(tmp_path, open_slowly) as desk:
+            await desk.spooler.open(MANIFEST)
+            await desk.spooler.room()
+            for _ in range(many):
+                desk.spooler.put(_chunk(0))
+            waiting = asyncio.create_task(desk.spooler.room())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            disk.set()
+            await waiting
+            await desk.until_stored({0})
 
     run_async(work())
 
