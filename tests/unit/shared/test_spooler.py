@@ -33,7 +33,9 @@ def _chunk(index: int, frame: bytes | None = None, transfer_id: str = ID) -> Chu
 class Desk:
     """A spooler at work over a store in a folder, and what it has reported."""
 
-    def __init__(self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview]) -> None:
+    def __init__(
+        self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview] = lambda _manifest, chunk: chunk.frame
+    ) -> None:
         self.store = FrameStore(folder)
         self.stored: list[tuple[str, tuple[int, ...]]] = []
         self.refused: list[tuple[str, str]] = []
