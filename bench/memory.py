@@ -63,7 +63,7 @@ def make_load(root: Path, megabytes: float, deadline_s: float) -> Load:
         f'slice_kib = {SLICE_KIB}\n[aggregation]\nmode = "sync"\nquorum = 100000\ndeadline_s = {deadline_s}\n'
     )
     federation = load_config(root / "federation.toml", FederationConfig)
-    shapes = {f"block.{number:02d}.weight": (values // 10,) for number in range(10)}
+    shapes: dict[str, tuple[int, ...]] = {f"block.{number:02d}.weight": (values // 10,) for number in range(10)}
     plan = SealedPlan(
         architecture="Synthetic",
         depth=10,

@@ -217,9 +217,9 @@ class Service:
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
-    async def room(self) -> None:
+    async def caught_up(self) -> None:
         """See Desk."""
-        await self.spooler.room()
+        await self.spooler.caught_up()
 
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""

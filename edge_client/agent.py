@@ -36,7 +36,7 @@ from shared.messages import Chunk, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.slices import make_transfer_frames
 from shared.spooler import Spooler
-from shared.store import FrameStore, Stored
+from shared.store import FrameStore
 from shared.tasks import first_error
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
@@ -128,6 +128,7 @@ class Agent:
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None
+        self._sealing = False
         self._progress = 0.0
         self._metrics: dict[str, float] = {}
         self._asked_for_keys = -math.inf
@@ -193,9 +194,9 @@ class Agent:
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
-    async def room(self) -> None:
+    async def caught_up(self) -> None:
         """See Desk."""
-        await self.spooler.room()
+        await self.spooler.caught_up()
 
     def refused(self, _site: str | None, error: RefusedError) -> None:
         """See Desk."""
@@ -241,10 +242,13 @@ class Agent:
         while True:
             event = await self._events.get()
             decision = self.session.handle(event, time.monotonic(), time.time())
+            self._sealing = self._sealing and not isinstance(event, d.Trained)
             for message in decision.sends:
                 self._tasks.create_task(self._say(message))
             for job in decision.jobs:
                 if isinstance(job, d.Exit):
+                    if job.rule is None and self._sealing:
+                        break  # not without an answer to the update that is being sealed; the next tick says so again
                     return job
                 self._start(job)
 
@@ -261,7 +265,7 @@ class Agent:
                 self._training = self._tasks.create_task(self._train(job.base))
                 return
             case d.CancelTraining():
-                if self._training is not None:
+                if self._training is not None and not self._sealing:
                     self._training.cancel()
                 return
             case d.SendChunks():
@@ -288,7 +292,7 @@ class Agent:
     async def _verify(self, transfer_id: str) -> None:
         stored = await self.spooler.finish(transfer_id)
         try:
-            await asyncio.to_thread(_check_state, stored)
+            await asyncio.to_thread(stored.verify)
         except RefusedError as error:
             log.warning("refused a state", state=transfer_id, rule=error.rule, reason=error.message)
             await self.spooler.close(transfer_id, delete=True)
@@ -323,6 +327,7 @@ class Agent:
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
             passing("train.after")
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
+            self._sealing = True
             manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
         finally:
             durable.remove(state_file)
@@ -400,9 +405,3 @@ class Agent:
             outbox=len(session.outbox),
             reconnects=counters.reconnects,
         )
-
-
-def _check_state(stored: Stored) -> None:
-    """Read a pulled state once from end to end: frames, slices, file hash."""
-    with stored.open_tensors(verify=True):
-        pass

@@ -41,7 +41,7 @@ class Desk(Protocol):
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """A data packet; its frame is still sealed."""
 
-    async def room(self) -> None:
+    async def caught_up(self) -> None:
         """Return when more can be taken in."""
 
     def refused(self, site: str | None, error: RefusedError) -> None:
@@ -73,7 +73,7 @@ class Mailroom:
                     self._desk.link_down()
                 case Packet():
                     self._sort(event)
-                    await self._desk.room()
+                    await self._desk.caught_up()
 
     async def watch(self) -> None:
         """Notice new, changed and outlived memberships, until cancelled."""

@@ -1,7 +1,7 @@
 """Chunks from the link onto the disk: written in a thread of its own, synced once a batch, then reported.
 
 While one batch is being synced the next one gathers, so a slow disk makes batches larger, not queues of syncs longer.
-The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `room` in between, so
+The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `caught_up` in between, so
 that it does not grow with the number of senders.
 """
 
@@ -19,7 +19,7 @@ from shared.room import Room
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
 
-ROOM_BYTES = 4 * 1024 * 1024
+BACKLOG_BYTES = 4 * 1024 * 1024
 """Unwritten bytes above which nobody should put more: a batch for the disk while the next one gathers."""
 
 _R = TypeVar("_R")
@@ -51,7 +51,7 @@ class Spooler:
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
         self._unwritten = 0
-        self._roomy = asyncio.Event()
+        self._written = asyncio.Event()
         # One thread: a Partial belongs to one, and the order of open, write and finish is kept for free.
         self._thread = ThreadPoolExecutor(1, "spooler")
 
@@ -77,11 +77,11 @@ class Spooler:
         self._unwritten += len(chunk.frame)
         self._wake.set()
 
-    async def room(self) -> None:
-        """Return when there is room for more chunks, which is at once unless the disk is slower than the network."""
-        while self._unwritten > ROOM_BYTES:
-            self._roomy.clear()
-            await self._roomy.wait()
+    async def caught_up(self) -> None:
+        """Return when more chunks may be put, which is at once unless the disk is slower than the network."""
+        while self._unwritten > BACKLOG_BYTES:
+            self._written.clear()
+            await self._written.wait()
 
     async def finish(self, transfer_id: str) -> Stored:
         """Make a complete transfer whole and return it."""
@@ -99,7 +99,7 @@ class Spooler:
             batch, self._arrived = self._arrived, []
             written, refused = await self._run(self._write, batch)
             self._unwritten -= sum(len(chunk.frame) for chunk in batch)
-            self._roomy.set()
+            self._written.set()
             for transfer_id, rule in refused:
                 self._refused(transfer_id, rule)
             for transfer_id, indices in written.items():

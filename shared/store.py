@@ -65,6 +65,11 @@ class Stored:
             if verify:
                 reader.verify_file()
 
+    def verify(self) -> None:
+        """Read it once from end to end: frames, slices, file hash; errors as `open_tensors`."""
+        with self.open_tensors(verify=True):
+            pass
+
     def extract(self, path: Path) -> None:
         """Write the plain safetensors file to `path`, durably; verifies everything first, errors as `open_tensors`."""
         durable.write_once(path, self._verified_slices())

@@ -222,7 +222,7 @@ class Run:
 
     async def _heal(self, proxy: FlakyProxy, after_s: float) -> None:
         await asyncio.sleep(after_s)
-        proxy.heal()
+        await proxy.heal()
 
     async def _up(self, proxy: FlakyProxy, after_s: float) -> None:
         await asyncio.sleep(after_s)

@@ -53,7 +53,7 @@ def hold(root: Path, plan: Plan) -> Outcome:
 
 def test_killed_at_commit_points_nothing_is_lost(tmp_path: Path) -> None:
     """Coordinator and site die at four commit points, the broker forgets everything: each sealed update counts once."""
-    lives = {
+    lives: dict[str, tuple[str, ...]] = {
         COORDINATOR_NAME: ("chunks-sync.after:1", "journal-accepted.after:1"),
         "site-1": ("seal.after:1", "settle.middle:1"),
     }

@@ -16,7 +16,7 @@ import pytest
 from shared.errors import RefusedError, UnavailableError
 from shared.manifest import Manifest
 from shared.messages import Chunk
-from shared.spooler import ROOM_BYTES, Spooler
+from shared.spooler import BACKLOG_BYTES, Spooler
 from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.helpers import run_async
@@ -33,7 +33,9 @@ def _chunk(index: int, frame: bytes | None = None, transfer_id: str = ID) -> Chu
 class Desk:
     """A spooler at work over a store in a folder, and what it has reported."""
 
-    def __init__(self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview]) -> None:
+    def __init__(
+        self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview] = lambda _manifest, chunk: chunk.frame
+    ) -> None:
         self.store = FrameStore(folder)
         self.stored: list[tuple[str, tuple[int, ...]]] = []
         self.refused: list[tuple[str, str]] = []
@@ -97,7 +99,7 @@ def test_chunks_in_any_order_become_the_transfer_that_was_sent(tmp_path: Path) -
 
 def test_a_slow_disk_holds_up_whoever_brings_more(tmp_path: Path) -> None:
     """With too much unwritten there is no room, until the disk has taken it."""
-    disk, many = threading.Event(), ROOM_BYTES // len(FRAMES[0]) + 1
+    disk, many = threading.Event(), BACKLOG_BYTES // len(FRAMES[0]) + 1
 
     def open_slowly(_manifest: Manifest, chunk: Chunk) -> memoryview:
         disk.wait()
@@ -106,10 +108,10 @@ def test_a_slow_disk_holds_up_whoever_brings_more(tmp_path: Path) -> None:
     async def work() -> None:
         async with _desk(tmp_path, open_slowly) as desk:
             await desk.spooler.open(MANIFEST)
-            await desk.spooler.room()
+            await desk.spooler.caught_up()
             for _ in range(many):
                 desk.spooler.put(_chunk(0))
-            waiting = asyncio.create_task(desk.spooler.room())
+            waiting = asyncio.create_task(desk.spooler.caught_up())
             await asyncio.sleep(0)
             assert not waiting.done()
             disk.set()
@@ -319,7 +321,7 @@ def test_a_full_disk_ends_the_writing_with_words(tmp_path: Path, monkeypatch: py
     """The operator reads which folder has no room; nothing that was not written is reported."""
 
     async def work() -> None:
-        desk = Desk(tmp_path)
+        desk = Desk(tmp_path, lambda _manifest, chunk: chunk.frame)
         async with desk.spooler:
             await desk.spooler.open(MANIFEST)
             monkeypatch.setattr(os, "pwrite", _full)
