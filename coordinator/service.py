@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, assert_never
@@ -20,9 +20,9 @@ import structlog
 from coordinator import admission, aggregate
 from coordinator import decisions as d
 from coordinator.core import Core, Instant
+from coordinator.disk import Disk, discard_rejected
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
-from coordinator.ledger import Ledger
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
 from coordinator.records import Record
@@ -39,7 +39,6 @@ from shared.mailroom import Mailroom
 from shared.messages import Announce, Chunk, Message, Presence, Refused
 from shared.plan import SealedPlan
 from shared.pump import Pump
-from shared.room import MIB, POLL_S, Room
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
@@ -116,17 +115,14 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
-        self.room = Room(self.updates.root, config.min_free_mib * MIB, config.spool_mib * MIB)
+        self.disk = Disk(config, self.updates.root)
         self.spooler = Spooler(
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
             refused=self._chunk_refused,
-            room=self.room,
+            room=self.disk.room,
         )
-        self.held = ""
-        """Why nothing more is taken for now; empty while there is room."""
-        self._needed = 0
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
         # One thread, so that many updates which arrive together are verified in the memory of one.
         self._admission = ThreadPoolExecutor(1, "admission")
@@ -269,10 +265,10 @@ class Service:
     async def _write_down(self, facts: Sequence[Record]) -> None:
         for fact in facts:
             passing(f"journal-{fact.kind}.before")
-        await self._given_room(self.journal.append, facts)
+        await self.disk.given_room(self.journal.append, facts)
         for fact in facts:
             passing(f"journal-{fact.kind}.after")
-        await self._given_room(self.audit.follow)
+        await self.disk.given_room(self.audit.follow)
         passing("audit.after")
         for fact in facts:
             log.info(fact.kind, **_told(fact))
@@ -320,7 +316,7 @@ class Service:
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
         except NoRoomError as error:
-            self._hold(error, job.manifest.wire_bytes)
+            self.disk.hold(error, job.manifest.wire_bytes)
             self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, self.config.link.backoff_cap_s))
         except CorruptError as error:
             await self._begin_anew(update_id, error)
@@ -351,7 +347,7 @@ class Service:
 
     async def _merge(self, job: d.Merge) -> None:
         started = time.monotonic()
-        result = await self._given_room(
+        result = await self.disk.given_room(
             aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
         )
         # The one before stays until the new one is in the journal; version 0 stays for replays.
@@ -371,29 +367,6 @@ class Service:
             raise CorruptError(f"{self.states.root}: state {transfer_id} is gone", hint="restore it from a backup")
         return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
 
-    # -- room ---
-
-    async def _given_room(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do work in a thread, as often as it takes: what found the disk full is done when there is room."""
-        while True:
-            try:
-                result = await asyncio.to_thread(work, *args, **kwargs)
-            except NoRoomError as error:
-                self._hold(error)
-                await asyncio.sleep(POLL_S)
-            else:
-                return result
-
-    def _hold(self, error: NoRoomError, needed: int = 0) -> None:
-        if not self.held:
-            log.warning("no room on the disk; waiting for some", reason=error.message)
-        self.held, self._needed = error.message, needed
-
-    async def _look_for_room(self) -> None:
-        if self.held and await asyncio.to_thread(self.room.lacking, self._needed) is None:
-            self.held = ""
-            log.info("there is room again")
-
     # -- status ---
 
     async def _write_status(self) -> None:
@@ -401,7 +374,7 @@ class Service:
             with contextlib.suppress(NoRoomError):  # told by `held`, which is seen again when there is room
                 self._save_status()
             await asyncio.sleep(STATUS_S)
-            await self._look_for_room()
+            await self.disk.look()
 
     def _save_status(self) -> None:
         counters = self.link.counters
@@ -411,22 +384,10 @@ class Service:
             bytes_up=counters.bytes_received,
             bytes_down=counters.bytes_sent,
             at=time.time(),
-            held=self.held,
+            held=self.disk.held,
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
-
-
-def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
-    """Delete the bytes of rejected updates, and return their ids; for a start, after a crash between the two."""
-    rejected = [
-        update_id
-        for update_id in updates.ids() + updates.partial_ids()
-        if update_id in ledger.known and ledger.known[update_id].outcome == "rejected"
-    ]
-    for update_id in rejected:
-        updates.delete(update_id)
-    return rejected
 
 
 def _told(record: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 
 import structlog
 from safetensors.numpy import load_file
@@ -23,6 +23,7 @@ from edge_client.disk import Disk
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.session import Identity, Session
+from edge_client.training import Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
@@ -46,30 +47,6 @@ TICK_S = 0.25
 STATUS_S = 1.0
 
 log = structlog.get_logger("site")
-
-
-class TrainedUpdate(Protocol):
-    """What training reports besides the delta's file."""
-
-    @property
-    def examples(self) -> int:
-        """How many examples the delta was trained on."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Numbers only."""
-
-
-class Trainer(Protocol):
-    """Whoever turns a state into a delta; the worker process in a real run."""
-
-    async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
-    ) -> TrainedUpdate:
-        """Train on the state in file `state` and write the delta to file `delta`, both plain safetensors.
-
-        The delta is float32. `on_progress(share, loss)` is called now and then.
-        """
 
 
 class Agent:

@@ -32,7 +32,6 @@ from shared.transfer import Receiver, Sender, SenderState
 ABANDON_BELOW = 0.5
 """A pull is given up for a newer version while less than this share of it is here."""
 
-
 RETRAIN_S, RETRAIN_CAP_S = 30.0, 3600.0
 """A state whose update was rejected is trained on again if it is still the newest after so long; doubling each time."""
 
@@ -394,9 +393,6 @@ class Session:
     def _stuck_with_rejected(self) -> bool:
         """Whether our update of the newest state was rejected: if everybody's was, nobody else makes a next version."""
         ready = self.ready
-        return (
-            ready is not None
-            and self._has(self.announced)
-            and ready.file_sha256 == self._rejected
-            and ready.file_sha256 in self.trained
-        )
+        if ready is None or not self._has(self.announced):
+            return False
+        return ready.file_sha256 == self._rejected and ready.file_sha256 in self.trained

@@ -1,8 +1,8 @@
 """Chunks from the link onto the disk: written in a thread of its own, synced once a batch, then reported.
 
 While one batch is being synced the next one gathers, so a slow disk makes batches larger, not queues of syncs longer.
-The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `caught_up` in between, so
-that it does not grow with the number of senders.
+The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `caught_up` in between,
+so that it does not grow with the number of senders.
 """
 
 from __future__ import annotations

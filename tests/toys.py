@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from coordinator.journal import Journal
 from coordinator.records import Record
 from coordinator.service import run_coordinator
-from edge_client.agent import Agent, Trainer
+from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.training import Trainer
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
 from shared.errors import MailboatError

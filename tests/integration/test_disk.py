@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from coordinator import admission
+from coordinator.disk import Disk
 from coordinator.records import Accepted, VersionCommitted
-from coordinator.service import Service
 from shared import room
 from shared.errors import NoRoomError
 from shared.plan import SealedPlan
@@ -149,13 +149,13 @@ def test_a_disk_that_is_really_full_ends_nothing(
     config.write_text(config.read_text().replace("min_free_mib = 1", "min_free_mib = 0"))
     ballast = small_disk / "ballast"
     held: list[NoRoomError] = []
-    hold = Service._hold
+    hold = Disk.hold
 
-    def noted(service: Service, error: NoRoomError, needed: int = 0) -> None:
+    def noted(disk: Disk, error: NoRoomError, needed: int = 0) -> None:
         held.append(error)
-        hold(service, error, needed)
+        hold(disk, error, needed)
 
-    monkeypatch.setattr(Service, "_hold", noted)
+    monkeypatch.setattr(Disk, "hold", noted)
 
     def fill() -> None:
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:

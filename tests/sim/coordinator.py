@@ -8,11 +8,11 @@ from typing import Any
 
 from coordinator import decisions as d
 from coordinator.core import Core, Instant
+from coordinator.disk import discard_rejected
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
-from coordinator.service import discard_rejected
 from shared import durable
 from shared.config import CoordinatorConfig
 from shared.errors import RefusedError, UnavailableError

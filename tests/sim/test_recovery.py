@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from coordinator.disk import discard_rejected
 from coordinator.ledger import Known
-from coordinator.service import discard_rejected
 from edge_client.outbox import Outbox
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.messages import Receipt
