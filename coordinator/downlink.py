@@ -89,8 +89,8 @@ class Downlink:
         # Senders take their chunks in ascending order.
         told = [(key[0], _audience(demand[key], hearers), key[1]) for key in sorted(demand)]
         for (transfer_id, audience), run in groupby(told, key=lambda each: each[:2]):
-            leaving = tuple(index for _, _, index in run)
-            out.jobs.extend(Serve(transfer_id, site, leaving) for site in audience)
+            together = tuple(index for _, _, index in run)
+            out.jobs.extend(Serve(transfer_id, hearer, together) for hearer in audience)
 
 
 def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:

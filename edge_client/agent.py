@@ -264,6 +264,8 @@ class Agent:
 
     async def _open_spool(self, manifest: Manifest) -> None:
         have = await self.disk.given_room(self.spooler.open, manifest)
+        # What earlier lives of this process began to pull would otherwise stay until one pull is complete.
+        await asyncio.to_thread(self._forget_states_but, manifest.transfer_id)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
     async def _verify(self, transfer_id: str) -> None:

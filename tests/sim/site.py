@@ -171,6 +171,8 @@ class SiteMachine(Machine):
 
     def _open_spool(self, manifest: Manifest) -> None:
         have = self.spooler.open(manifest)
+        agent: Any = self
+        Agent._forget_states_but(agent, manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
 
     def _verify(self, transfer_id: str) -> None:
