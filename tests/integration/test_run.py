@@ -137,7 +137,8 @@ def test_an_update_being_sealed_when_the_run_ends_gets_its_answer(tmp_path: Path
             while slow.session.training is None:  # noqa: ASYNC110 - the agent says nothing of it
                 await asyncio.sleep(0.01)
             group.create_task(toy_site(tmp_path / "site-1.toml"))
-            while not (slow.session.announced and slow.session.announced.final and slow.session.pull is None):  # noqa: ASYNC110 - the agent says nothing of it
+            session = slow.session
+            while not (session.announced and session.announced.final and session.pull is None):  # noqa: ASYNC110 - nor of that
                 await asyncio.sleep(0.01)
             await asyncio.wait([leaving], timeout=1.0)  # it must not leave yet
             outbox.may.set()
