@@ -84,6 +84,8 @@ def chaos() -> Iterator[str]:
         "is no sum); all processes ended by themselves; no half file, spool or process is left."
     )
     yield ""
+    for note in found.get("notes", []):
+        yield from (f"- {note}", "")
     yield from rows(["fault", "times"], [[name, count] for name, count in found["faults"].items()])
     yield from rows(["killed at", "times"], [[name, count] for name, count in found["points"].items()])
     if found["points_never_reached"]:
