@@ -13,10 +13,13 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint format types imports unit integration coverage clean
+SEEDS ?= 2000
+
+.PHONY: help setup demo test check lint format types imports unit integration sim chaos reliability-report
+.PHONY: bench bench-memory coverage clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## virtual environment, pinned packages, Mosquitto where permitted (instant when done before)
 	@PYTHON="$(PYTHON)" tools/setup.sh $(or $(MAKECMDGOALS),setup)
@@ -27,7 +30,9 @@ demo: setup ## four hospitals fine-tune one model over MQTT on this machine: mak
 test: check ## everything a change must pass: style, types, import rules, all tests, coverage
 	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) $(PARALLEL) --cov --cov-report=term $(ARGS)
+	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
+	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
+	@$(PYTEST) $(PARALLEL) tests/sim
 	@$(MAKE) --no-print-directory coverage-gate
 
 check: setup lint types imports
@@ -52,8 +57,20 @@ imports: setup ## import-linter: who may import whom
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
+chaos: setup ## real processes killed, stopped, cut off and starved of disk, from seeds: make chaos SEEDS=0-23
+	@$(VENV)/python -m tests.chaos --seeds $(or $(SEEDS),0-23) --json docs/results/chaos.json
+
+reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
+	@$(VENV)/python -m tools.reliability_report
+
+bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, against 2 (3.2 GB of disk)
+	@$(VENV)/python -m bench.memory --json docs/results/memory.json
+
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
+	@$(VENV)/python -m tests.sim --seeds $(SEEDS)
 
 coverage: setup ## the last run's coverage, line by line, and the gate
 	@$(VENV)/coverage report
@@ -64,6 +81,9 @@ coverage: setup ## the last run's coverage, line by line, and the gate
 coverage-gate:
 	@printf '[coverage] lines of shared/ and coordinator/, at least 90 %%: '
 	@$(VENV)/coverage report --include='shared/*,coordinator/*' --fail-under=90 --format=total
+
+bench: setup ## 100 MB over a 4 Mbit/s link that is cut every minute, beside the ideal (four minutes): make bench ARGS="--mbit 30"
+	@$(VENV)/python -m bench.goodput $(ARGS) 2> .make/bench.log
 
 clean: ## remove caches, reports and demonstration runs; the virtual environment stays
 	rm -rf .make .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build dist demo-run*

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from coordinator.journal import Journal, JournalReader
+from coordinator.journal import Journal
 from coordinator.masters import file_sha256, master_path
 from coordinator.records import Accepted, VersionCommitted, from_bytes
+from coordinator.rows import JournalReader
 from coordinator.views import JOURNAL
 from shared import audit, durable
 from shared.audit import GENESIS, Row

@@ -53,6 +53,9 @@ DOWNLINK_MERGE_S = 0.3
 IDLE_STALLS = 3
 """An upload or pull that shows no sign of life for this many stall times gives its credit back."""
 
+OVERTAKEN = {"run-complete", "too-stale"}
+"""Rules that an update may keep when it is first offered, and break when it is offered again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instant:
@@ -120,6 +123,8 @@ class Core:
                 self._verified(event, now, out)
             case d.VerifyFailed():
                 self._verify_failed(event, now, out)
+            case d.Postponed():
+                self.uploads.postpone(event, now.mono, out)
             case d.Merged():
                 self._merged(event, now, out)
             case d.Tick():
@@ -225,8 +230,13 @@ class Core:
             out.to(name, _reused(manifest))
             return
         refusal = self._refusal(name, manifest)
-        if refusal is not None:
+        in_admission = under_way is not None and under_way.receiver.complete
+        if refusal is not None and not in_admission:
             self._reject(name, manifest, refusal, now, out)
+            if refusal.rule in OVERTAKEN:
+                # An earlier attempt may have left some of it, or be under way still.
+                self.uploads.settle(manifest.transfer_id, now.mono, out)
+                out.jobs.append(d.Discard(manifest.transfer_id))
             return
         self.uploads.offer(name, manifest, now.mono, out)
 
@@ -294,6 +304,7 @@ class Core:
             if manifest.transfer_id == want.transfer_id:
                 self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
                 return
+        out.to(name, self.announcement())  # the broker kept one of another run, perhaps
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""

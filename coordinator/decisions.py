@@ -74,6 +74,16 @@ class VerifyFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Postponed:
+    """An update cannot be taken now, for a reason of ours (rule and detail); its site keeps it."""
+
+    update_id: str
+    rule: str
+    detail: str
+    retry_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """The files of a new version are durable."""
 
@@ -86,7 +96,7 @@ class Tick:
     """Time passed; about four times a second."""
 
 
-Event = LinkUp | LinkDown | Received | SpoolOpened | ChunksStored | Verified | VerifyFailed | Merged | Tick
+Event = LinkUp | LinkDown | Received | SpoolOpened | ChunksStored | Verified | VerifyFailed | Postponed | Merged | Tick
 
 # -- decisions ---
 

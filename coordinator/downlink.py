@@ -3,13 +3,14 @@
 Every site that pulls has a sender of its own. What (nearly) all present sites would be sent goes once on the bulk topic
 and counts as sent for each of them; anything else goes to each site alone, because whoever is present hears the bulk
 topic, and it is the sites' links that are slow, not ours. A fresh pull waits a moment for others to join, because sites
-hear of a version at the same time.
+hear of a version at the same time. Chunks leave in the order in which each site's sender counts them, whatever their
+topic: a sender takes what was sent before an acknowledged chunk for lost.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 
 from coordinator.decisions import Decision, Serve
 from shared.messages import Want
@@ -80,14 +81,19 @@ class Downlink:
         """Send all that windows admit."""
         self._flush_at = None
         chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
-        demand = Counter((transfer_id, index) for transfer_id, indices in chosen.values() for index in indices)
-        hearers = len(present | self._pulls.keys())
-        shared: dict[str, set[int]] = {}
-        for (transfer_id, index), count in demand.items():
-            if count > 1 and hearers - count <= BYSTANDERS * count:
-                shared.setdefault(transfer_id, set()).add(index)
-        out.jobs.extend(Serve(transfer_id, None, tuple(sorted(indices))) for transfer_id, indices in shared.items())
+        demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
-            alone = tuple(index for index in indices if index not in shared.get(transfer_id, ()))
-            if alone:
-                out.jobs.append(Serve(transfer_id, site, alone))
+            for index in indices:
+                demand.setdefault((transfer_id, index), []).append(site)
+        hearers = len(present | self._pulls.keys())
+        # Senders take their chunks in ascending order.
+        told = [(key[0], _audience(demand[key], hearers), key[1]) for key in sorted(demand)]
+        for (transfer_id, audience), run in groupby(told, key=lambda each: each[:2]):
+            together = tuple(index for _, _, index in run)
+            out.jobs.extend(Serve(transfer_id, hearer, together) for hearer in audience)
+
+
+def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:
+    """Whom to send a chunk that these sites want: everybody at once, or each of them."""
+    count = len(sites)
+    return (None,) if count > 1 and hearers - count <= BYSTANDERS * count else tuple(sites)

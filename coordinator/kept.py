@@ -54,6 +54,14 @@ def check_update(
     return [*found, *(damaged or _content(stored, place, accepted, plan))]
 
 
+def check_frames(storage: Path, update_id: str, manifest_sha256: str) -> list[Finding]:
+    """Compare a kept update with the digest of its manifest, which is all that a snapshot tells of it."""
+    found: list[Finding] = []
+    place = f"updates/{update_id}"
+    stored = _open(storage, place, manifest_sha256, found)
+    return found if stored is None else [*_frames(stored, place)]
+
+
 def check_state(storage: Path, version: int, recorded: RecordedVersion, plan: SealedPlan) -> list[Finding]:
     """Compare a kept published state with the manifest and digests that the journal recorded."""
     found: list[Finding] = []

@@ -1,7 +1,8 @@
 """The durable state of a run: a fold over the journal's records, and nothing else.
 
 Which version is current, which updates wait to be merged, and what became of every update there ever was. Recovery is
-applying the journal from its first record; the result is the state before the crash, because nothing else changes it.
+applying the journal from its first record, or from its newest snapshot (`coordinator.snapshots`); the result is the
+state before the crash, because nothing else changes it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import assert_never
 
-from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Dropped,
+    Finished,
+    Opened,
+    Record,
+    Rejected,
+    Snapshot,
+    VersionCommitted,
+)
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Outcome, Receipt
 
@@ -28,13 +38,24 @@ class Known:
     weight: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """SHA-256 (hex) of a version's master, and of its optimizer's slots, None where it has none."""
+
+    master: str
+    optimizer: str | None
+
+
 class Ledger:
     """See the module's docstring; `version` is -1 until the run was opened."""
 
     def __init__(self) -> None:
         self.version = -1
+        self.opened: Opened | None = None
         self.states: dict[int, Manifest] = {}
         """Published state of each version."""
+        self.files: dict[int, Files] = {}
+        """Float32 files of each version; only those of the newest one and of version 0 are kept."""
         self.known: dict[str, Known] = {}
         self.pending: list[Accepted] = []
         """Accepted and not yet merged, in acceptance order."""
@@ -50,7 +71,9 @@ class Ledger:
         match record:
             case Opened():
                 self.version = 0
+                self.opened = record
                 self.states[0] = manifest_from_bytes(record.state)
+                self.files[0] = Files(record.master_sha256, None)
             case Accepted():
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.pending.append(record)
@@ -68,6 +91,8 @@ class Ledger:
                 self._apply_version(record)
             case Finished():
                 self.finished = True
+            case Snapshot():
+                pass  # it sums up what was applied before it
             case _:
                 assert_never(record)
 
@@ -75,6 +100,7 @@ class Ledger:
         assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
         self.version = record.version
         self.states[record.version] = manifest_from_bytes(record.state)
+        self.files[record.version] = Files(record.master_sha256, record.optimizer_sha256)
         merged = {part.update_id for part in record.contributions}
         self.pending = [update for update in self.pending if update.update_id not in merged]
         for part in record.contributions:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from shared import durable
 from shared.errors import CorruptError, RefusedError
+from shared.faultpoint import passing
 from shared.tensorfile import F32Array, Shape, TensorSpec, build_header, header_size, parse_header
 
 _NAME = re.compile(r"v(\d{8,})(\.[a-z_]+)?\.safetensors")
@@ -37,6 +38,12 @@ def slot_path(folder: Path, version: int, slot: str) -> Path:
     return folder / f"v{version:08d}.{slot}.safetensors"
 
 
+def version_of(path: Path) -> int | None:
+    """The version whose master or slot a file is, by its name; None for any other file."""
+    found = _NAME.fullmatch(path.name)
+    return None if found is None else int(found[1])
+
+
 class TensorFile(Mapping[str, F32Array]):
     """A plain safetensors file of float32 tensors, open for reading; each look-up reads one tensor from the disk.
 
@@ -44,17 +51,15 @@ class TensorFile(Mapping[str, F32Array]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        try:
+        with ExitStack() as on_error:
+            self._file = on_error.enter_context(path.open("rb", buffering=0))
             size = path.stat().st_size
             head = header_size(self._file.read(8), size)
             header = parse_header(os.pread(self._file.fileno(), head, 0), size)
             self._begin = header.size
             self._specs = {spec.name: spec for spec in header.specs}
             self._check_types()
-        except BaseException:
-            self._file.close()
-            raise
+            on_error.pop_all()
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -151,8 +156,10 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
         writer = TensorWriter(fd, path.parent, shapes, metadata)
         yield writer
         writer.finish()
+        passing("master.before")
         temporary.replace(path)
     durable.fsync_dir(path.parent)
+    passing("master.after")
 
 
 def slots_sha256(digests: Collection[str]) -> str | None:
@@ -196,8 +203,8 @@ def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:
     durable.remove_temporaries(folder)
     deleted = []
     for path in sorted(folder.glob("v*.safetensors")):
-        found = _NAME.fullmatch(path.name)
-        if found is not None and int(found[1]) not in {0, *keep}:
+        version = version_of(path)
+        if version is not None and version not in {0, *keep}:
             path.unlink()
             deleted.append(path.name)
     return deleted

@@ -5,12 +5,16 @@ update and published state down to its frames, the float32 files, and the receip
 nothing stops at the first finding. A coordinator may run meanwhile: the journal is read first, and what it committed
 later is not looked at.
 
+Where a segment of the journal was moved away, the proof begins with the newest snapshot, which the chain binds: it says
+which rows are missed and their file's SHA-256, and checks each file against the digests that the snapshot carries.
+
 A chain alone proves that no row was changed by itself; one who rewrites all rows makes a sound chain. What such a
 rewriter cannot reach are the receipts at the sites, so they are compared here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +24,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from coordinator import records
-from coordinator.journal import Journal, JournalReader
-from coordinator.kept import check_master, check_state, check_update
+from coordinator.journal import Journal
+from coordinator.kept import check_frames, check_master, check_state, check_update
 from coordinator.ledger import Known
 from coordinator.optimizers import SLOTS
+from coordinator.rows import JournalReader, Restored
 from coordinator.trail import Finding, Trail, row_place
 from coordinator.views import JOURNAL
 from shared import audit
-from shared.audit import GENESIS, Row
+from shared.audit import GENESIS, Mark, Row
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import describe_invalid
@@ -61,6 +66,8 @@ class Proof:
     """Accepted ones, each with its frames."""
     receipts: int
     findings: tuple[Finding, ...]
+    pruned: tuple[str, ...] = ()
+    """Rows that are not here, and the SHA-256 of the file that holds them."""
 
 
 @dataclass(slots=True)
@@ -90,23 +97,36 @@ def prove(
         reader = Journal.open_read(storage / JOURNAL)
     except UNREADABLE as error:
         return Proof(0, GENESIS.hex(), -1, 0, 0, (Finding("journal-unreadable", JOURNAL, _below(error)),))
+    pruned: tuple[str, ...] = ()
     with reader as journal:
-        findings += _follow(journal, trail, chain, unreadable)
+        try:
+            restored = journal.restore()
+            pruned = tuple(str(segment) for segment in journal.pruned())
+        except (*UNREADABLE, RefusedError):
+            restored = None
+            findings.append(Finding("snapshot-unreadable", JOURNAL, "its snapshot is not what was written"))
+        if restored is not None and pruned:
+            trail.begin(restored.row.seq, restored.ledger)
+            chain.seq, chain.head = restored.row.seq, restored.row.hash
+        findings += _follow(journal, trail, chain, unreadable, restored)
         findings += _masters(storage, trail, journal, chain.seq)
         findings += _transfers(storage, trail, progress)
-        findings += _audit_lines(storage / AUDIT, journal, chain.seq, unreadable)
+        lines = _Lines(restored.mark if restored and pruned else None, chain.seq, unreadable)
+        findings += _audit_lines(storage / AUDIT, journal, lines)
     held = 0
     for folder in receipts:
         for path in _receipt_files(folder):
             held += 1
             findings += _receipt(path, trail)
-    return Proof(chain.seq, chain.head.hex(), trail.version, len(trail.accepted), held, tuple(findings))
+    return Proof(chain.seq, chain.head.hex(), trail.version, len(_kept(trail)), held, tuple(findings), pruned)
 
 
 # -- the journal ---
 
 
-def _follow(journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set[int]) -> Iterator[Finding]:
+def _follow(
+    journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set[int], restored: Restored | None
+) -> Iterator[Finding]:
     while True:
         try:
             row = next(journal.rows(chain.seq, limit=1), None)
@@ -126,6 +146,8 @@ def _follow(journal: JournalReader, trail: Trail, chain: _Chain, unreadable: set
         except CorruptError as error:
             yield Finding("chain", row_place(row.seq), error.message.removeprefix(f"{JOURNAL}: "))
         chain.seq, chain.head = row.seq, row.hash
+        if restored is not None and row.seq == restored.row.seq and (what := trail.differs(restored.ledger)):
+            yield Finding("snapshot-differs", row_place(row.seq), f"other {what} than the rows before it tell")
         yield from _content(row, trail, unreadable)
     if not trail.versions:
         yield Finding("not-opened", JOURNAL, "no row opens the run")
@@ -149,27 +171,39 @@ def _below(error: CorruptError | UnicodeDecodeError) -> str:
     return error.message.rpartition("/")[2] if isinstance(error, CorruptError) else "its text is not UTF-8"
 
 
-def _audit_lines(path: Path, journal: JournalReader, length: int, unreadable: set[int]) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """What the lines of audit.jsonl are compared with: `mark` where the first rows are not here."""
+
+    mark: Mark | None
+    length: int
+    unreadable: set[int]
+
+
+def _audit_lines(path: Path, journal: JournalReader, lines: _Lines) -> Iterator[Finding]:
     """Compare audit.jsonl with the rows; a coordinator that runs may have added to both since row `length`."""
     if not path.exists():
         yield Finding("audit-gone", AUDIT, "start the coordinator once: it writes the file anew from the journal")
         return
-    rows = journal.rows()
-    number = 0
+    begin = number = lines.mark.seq if lines.mark else 0
+    rows = journal.rows(begin)
     try:
         with path.open("rb") as file:
+            if lines.mark is not None and hashlib.sha256(file.read(lines.mark.size)).hexdigest() != lines.mark.sha256:
+                yield Finding("audit-line", f"{AUDIT}: up to line {number}", "not the lines that were written")
+                return
             # Lines first: a row is committed before its line is written, so each line must have one.
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(file, start=begin + 1):
                 row = next(rows, None)
                 if row is None:
                     yield Finding("audit-line", f"{AUDIT}: line {number}", "the journal has no such row")
                     return
-                if row.seq not in unreadable and not _says(line, row):
+                if row.seq not in lines.unreadable and not _says(line, row):
                     yield Finding("audit-line", f"{AUDIT}: line {number}", f"differs from row {row.seq} of the journal")
     except UNREADABLE:
         return  # told already, as journal-unreadable
-    if number < length:
-        yield Finding("audit-short", AUDIT, f"ends after line {number}, the journal has {length} rows")
+    if number < lines.length:
+        yield Finding("audit-short", AUDIT, f"ends after line {number}, the journal has {lines.length} rows")
 
 
 def _says(line: bytes, row: Row) -> bool:
@@ -200,17 +234,28 @@ def _went_on(journal: JournalReader, length: int) -> bool:
 
 
 def _transfers(storage: Path, trail: Trail, progress: Progress) -> Iterator[Finding]:
-    total, done = len(trail.versions) + len(trail.accepted), 0
+    kept = _kept(trail)
+    total, done = len(trail.versions) + len(kept), 0
     for version, recorded in trail.versions.items():
         yield from check_state(storage, version, recorded, trail.plan)
         done += 1
         progress(done / total)
-    for _seq, accepted in trail.accepted.values():
+    for update_id in kept:
+        if update_id not in trail.accepted:
+            yield from check_frames(storage, update_id, trail.known[update_id].manifest_sha256)
+            done += 1
+            continue
+        _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
         sha256 = base.file_sha256 if base else None
         yield from check_update(storage, accepted, sha256, trail.plan, trail.federation)
         done += 1
         progress(done / total)
+
+
+def _kept(trail: Trail) -> list[str]:
+    """Ids of the updates whose bytes are kept: all but those that were rejected."""
+    return [update_id for update_id, known in trail.known.items() if known.outcome != "rejected"]
 
 
 # -- receipts ---

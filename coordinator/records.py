@@ -133,10 +133,26 @@ class Finished:
     at: Real
 
 
-Record = Opened | Accepted | Rejected | Dropped | VersionCommitted | Finished
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The rows before this one are summed up in a snapshot, and were moved out of the journal into a segment."""
+
+    kind: ClassVar[str] = "snapshot"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    """The newest version then."""
+    updates: Count
+    """Updates decided by then."""
+    sha256: Sha256Hex
+    """Of the snapshot's bytes."""
+    at: Real
+
+
+Record = Opened | Accepted | Rejected | Dropped | VersionCommitted | Finished | Snapshot
 
 _KINDS: dict[str, TypeAdapter[Record]] = {
-    each.kind: TypeAdapter(each) for each in (Opened, Accepted, Rejected, Dropped, VersionCommitted, Finished)
+    each.kind: TypeAdapter(each) for each in (Opened, Accepted, Rejected, Dropped, VersionCommitted, Finished, Snapshot)
 }
 
 

@@ -1,10 +1,10 @@
 """When a round closes: sync, buffered-async (FedBuff) and fully async (FedAsync) as three rules over the same facts.
 
-Sync (FedAvg, arXiv 1602.05629) closes when the quorum has contributed and every site that is present has an update on
-the current version, or had one that was rejected; the deadline stands in for those who do not come. FedBuff (arXiv
-2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on sites that will
-not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round that has
-something to merge.
+Sync (FedAvg, arXiv 1602.05629) closes when a quorum of sites has answered and every site that is present has; a site
+answers with an update, or with one that is rejected; the deadline stands in for those present who do not come.
+FedBuff (arXiv 2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on
+sites that will not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round
+that has something to merge.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RoundView:
     open_s: float
     """Seconds since this version was announced."""
     answered: frozenset[str]
-    """Sites whose update on this version was rejected: nothing more is to come from them before the next one."""
+    """Sites whose update on this version was rejected: they have answered, and are not waited for."""
     settled: bool
     """Whether presence can be trusted: sites had time to say hello since we started."""
 
@@ -49,6 +49,6 @@ def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
                 return section.buffer
             return len(view.pending) if overdue or nobody_left else 0
         case "sync":
-            quorum = len({update.site for update in view.pending}) >= section.quorum
+            quorum = len(view.answered.union(update.site for update in view.pending)) >= section.quorum
             everybody = view.settled and view.present <= contributed
             return len(view.pending) if quorum and (everybody or overdue) else 0

@@ -8,26 +8,31 @@ long (opening, verifying, merging) is a task of its own whose result comes back 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, ParamSpec, TypeVar, assert_never
 
 import structlog
 
 from coordinator import admission, aggregate
 from coordinator import decisions as d
 from coordinator.core import Core, Instant
+from coordinator.disk import Disk, discard_rejected
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
-from coordinator.records import Opened, VersionCommitted
+from coordinator.records import Record
+from coordinator.rows import Restored
 from coordinator.status import live_status
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
-from shared.errors import CorruptError, RefusedError
+from shared.errors import CorruptError, NoRoomError, RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_session_id
 from shared.link import Link, LinkOptions
 from shared.mailroom import Mailroom
@@ -43,8 +48,15 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
+DAMAGED_RETRY_S = 1.0
+"""When a site offers an update again that our disk spoilt."""
+
+COMPACT_ROWS = 10_000
+"""Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
 log = structlog.get_logger("coordinator")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 async def run_coordinator(
@@ -61,8 +73,11 @@ async def run_coordinator(
     try:
         if not journal.length:
             journal.append([open_run(storage, federation, plan, initial)])
-        audit = AuditLog(storage / "audit.jsonl", journal.rows)
-        await Service(config, federation, plan, journal, audit).run()
+        restored = journal.restore()
+        pruned = max((segment.last for segment in journal.pruned()), default=0)
+        mark = restored.mark if restored else None
+        audit = AuditLog(storage / "audit.jsonl", journal.rows, mark=mark, pruned=pruned)
+        await Service(config, federation, plan, journal, audit).run(restored)
     finally:
         journal.close()
 
@@ -100,24 +115,31 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
+        self.disk = Disk(config, self.updates.root)
         self.spooler = Spooler(
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
             refused=self._chunk_refused,
+            room=self.disk.room,
         )
+        self._compact_at = journal.length - journal.loose + COMPACT_ROWS
+        # One thread, so that many updates which arrive together are verified in the memory of one.
+        self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
-    async def run(self) -> None:
-        """Recover, then serve until Stop."""
+    async def run(self, restored: Restored | None = None) -> None:
+        """Recover, from the journal's newest snapshot where there is one, then serve until Stop."""
         for store in (self.updates, self.states):
             store.recover()
-        newest: Opened | VersionCommitted | None = None
-        for record in self.journal.replay():
+        if restored is not None:
+            self.core.ledger = restored.ledger
+        for record in self.journal.replay(restored.row if restored else None):
             self.core.apply(record)
-            newest = record if isinstance(record, Opened | VersionCommitted) else newest
-        await asyncio.to_thread(self._check_masters, newest)
+        discard_rejected(self.updates, self.core.ledger)
+        await asyncio.to_thread(self._check_masters)
+        await self._compact()
         log.info(
             "recovered",
             version=self.core.ledger.version,
@@ -130,6 +152,10 @@ class Service:
         self._save_status()
 
     async def _serve(self) -> None:
+        with self._admission:
+            await self._serve_until_stop()
+
+    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             helpers = [
                 self._tasks.create_task(work)
@@ -146,13 +172,25 @@ class Service:
             for helper in helpers:
                 helper.cancel()
 
-    def _check_masters(self, newest: Opened | VersionCommitted | None) -> None:
+    def _check_masters(self) -> None:
         """Prove that the master on disk is the one that the journal speaks of, before anything is built on it."""
-        if isinstance(newest, VersionCommitted):
-            slots = SLOTS[self.federation.aggregation.server.optimizer]
-            check_files(self.masters, newest.version, slots, newest.master_sha256, newest.optimizer_sha256)
-        elif newest is not None:
-            check_files(self.masters, 0, (), newest.master_sha256, None)
+        ledger = self.core.ledger
+        files = ledger.files[ledger.version]
+        slots = SLOTS[self.federation.aggregation.server.optimizer]
+        check_files(self.masters, ledger.version, slots, files.master, files.optimizer)
+
+    async def _compact(self) -> None:
+        """Sum up the journal when a restart would have many rows to replay; the ledger stands still meanwhile."""
+        if self.journal.length < self._compact_at:
+            return
+        self._compact_at = self.journal.length + COMPACT_ROWS
+        started = time.monotonic()
+        try:
+            moved = await asyncio.to_thread(self.journal.compact, self.core.ledger, self.audit.mark, time.time())
+        except NoRoomError as error:
+            log.warning("did not sum up the journal", reason=error.message)
+            return
+        log.info("summed up the journal", rows=moved, s=round(time.monotonic() - started, 3))
 
     # -- in ---
 
@@ -174,6 +212,10 @@ class Service:
         """See Desk."""
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+
+    async def caught_up(self) -> None:
+        """See Desk."""
+        await self.spooler.caught_up()
 
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""
@@ -210,10 +252,8 @@ class Service:
             event = await self._events.get()
             decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
             if decision.records:
-                await asyncio.to_thread(self.journal.append, decision.records)
-                await asyncio.to_thread(self.audit.follow)
-                for record in decision.records:
-                    log.info(record.kind, **_told(record))
+                await self._write_down(decision.records)
+                await self._compact()
             for send in decision.sends:
                 self._tasks.create_task(self._send(send))
             for job in decision.jobs:
@@ -221,6 +261,17 @@ class Service:
                     log.info("complete", version=self.core.ledger.version)
                     return
                 self._start(job)
+
+    async def _write_down(self, facts: Sequence[Record]) -> None:
+        for fact in facts:
+            passing(f"journal-{fact.kind}.before")
+        await self.disk.given_room(self.journal.append, facts)
+        for fact in facts:
+            passing(f"journal-{fact.kind}.after")
+        await self.disk.given_room(self.audit.follow)
+        passing("audit.after")
+        for fact in facts:
+            log.info(fact.kind, **_told(fact))
 
     async def _send(self, send: d.Send) -> None:
         channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
@@ -264,25 +315,44 @@ class Service:
             have = await self.spooler.open(job.manifest)
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        except NoRoomError as error:
+            self.disk.hold(error, job.manifest.wire_bytes)
+            self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, self.config.link.backoff_cap_s))
+        except CorruptError as error:
+            await self._begin_anew(update_id, error)
         else:
             self._events.put_nowait(d.SpoolOpened(update_id, have))
 
     async def _verify(self, update_id: str) -> None:
         stored = await self.spooler.finish(update_id)
         try:
-            admitted = await asyncio.to_thread(admission.verify, stored, self.plan)
+            admitted = await asyncio.get_running_loop().run_in_executor(
+                self._admission, admission.verify, stored, self.plan
+            )
         except RefusedError as error:
             self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
+        except CorruptError as error:
+            await self._begin_anew(update_id, error)
         else:
             self._events.put_nowait(d.Verified(update_id, admitted.norm))
 
+    async def _begin_anew(self, update_id: str, error: CorruptError) -> None:
+        """The disk spoilt an update before it was accepted: nothing was promised, and its site has it still."""
+        log.error(
+            "an update was damaged on this disk; its site will send it again", update=update_id, why=error.message
+        )
+        await self.spooler.close(update_id, delete=True)
+        detail = "the coordinator's disk damaged what had arrived"
+        self._events.put_nowait(d.Postponed(update_id, "damaged-at-rest", detail, DAMAGED_RETRY_S))
+
     async def _merge(self, job: d.Merge) -> None:
         started = time.monotonic()
-        result = await asyncio.to_thread(
+        result = await self.disk.given_room(
             aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
         )
         # The one before stays until the new one is in the journal; version 0 stays for replays.
         await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
+        passing("prune.after")
         log.info(
             "merged",
             version=job.plan.version,
@@ -301,8 +371,10 @@ class Service:
 
     async def _write_status(self) -> None:
         while True:
-            self._save_status()
+            with contextlib.suppress(NoRoomError):  # told by `held`, which is seen again when there is room
+                self._save_status()
             await asyncio.sleep(STATUS_S)
+            await self.disk.look()
 
     def _save_status(self) -> None:
         counters = self.link.counters
@@ -312,6 +384,7 @@ class Service:
             bytes_up=counters.bytes_received,
             bytes_down=counters.bytes_sent,
             at=time.time(),
+            held=self.disk.held,
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)

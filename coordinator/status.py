@@ -47,9 +47,13 @@ class LiveStatus(_Live):
     at: float
     """Unix seconds when this was written."""
     sites: dict[str, SiteStatus]
+    held: str = ""
+    """Why no update is taken for now: the disk has no room."""
 
 
-def live_status(core: Core, *, connected: bool, bytes_up: int, bytes_down: int, at: float) -> LiveStatus:
+def live_status(
+    core: Core, *, connected: bool, bytes_up: int, bytes_down: int, at: float, held: str = ""
+) -> LiveStatus:
     """Sum up the core's state; counters and clock come from the shell."""
     present = core.sites.present
     sites = {}
@@ -81,4 +85,5 @@ def live_status(core: Core, *, connected: bool, bytes_up: int, bytes_down: int, 
         bytes_down=bytes_down,
         at=at,
         sites=sites,
+        held=held,
     )

@@ -7,15 +7,26 @@ the rules determine is worked out anew: the weights of a version, its staleness,
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
-from coordinator.ledger import Known
+from coordinator.ledger import Known, Ledger
 from coordinator.merging import MergePlan, plan_merge
 from coordinator.optimizers import SLOTS
-from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Contribution,
+    Dropped,
+    Finished,
+    Opened,
+    Record,
+    Rejected,
+    Snapshot,
+    VersionCommitted,
+)
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
 from shared.errors import RefusedError
@@ -75,6 +86,33 @@ class Trail:
         """Accepted and not yet merged, in order of acceptance."""
         self.finished = False
 
+    def begin(self, seq: int, ledger: Ledger) -> None:
+        """Start from the snapshot of row `seq`, because the rows before it are not here."""
+        self.version, self.finished = ledger.version, ledger.finished
+        for version, state in ledger.states.items():
+            files = ledger.files[version]
+            self.versions[version] = RecordedVersion(
+                seq, state.transfer_id, state.file_sha256, state.digest, files.master, files.optimizer
+            )
+        self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
+        self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
+        self.accepted = {accepted.update_id: (seq, accepted) for accepted in ledger.pending}
+
+    def differs(self, ledger: Ledger) -> str | None:
+        """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
+        ours = {
+            version: (recorded.manifest_sha256, recorded.master_sha256, recorded.optimizer_sha256)
+            for version, recorded in self.versions.items()
+        }
+        theirs = {
+            version: (state.digest, ledger.files[version].master, ledger.files[version].optimizer)
+            for version, state in ledger.states.items()
+        }
+        said = (ours, list(self.known.items()), list(self.pending.values()), self.finished)
+        told = (theirs, list(ledger.known.items()), ledger.pending, ledger.finished)
+        names = ("versions", "decided updates", "waiting updates", "end of the run")
+        return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
+
     def take(self, seq: int, record: Record) -> list[Finding]:
         """Follow one fact, as far as it can be followed, and return what is wrong with it."""
         where = row_place(seq)
@@ -101,7 +139,7 @@ class Trail:
     def _take(self, seq: int, record: Record) -> Iterator[Broken]:
         if (self.version < 0) != isinstance(record, Opened):
             yield "opened-once", f"{record.kind} {'before the run was' if self.version < 0 else 'again, it was'} opened"
-        if self.finished and not isinstance(record, Rejected):
+        if self.finished and not isinstance(record, Rejected | Snapshot):
             yield "after-the-end", f"{record.kind} after the run was finished"
         match record:
             case Opened():
@@ -116,6 +154,9 @@ class Trail:
                 yield from self._committed(seq, record)
             case Finished():
                 yield from self._finished(record)
+            case Snapshot():
+                if (record.version, record.updates) != (self.version, len(self.known)):
+                    yield "snapshot-differs", f"it sums up version {record.version} and {record.updates} updates"
             case _:
                 assert_never(record)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from coordinator.decisions import CloseSpool, Decision, OpenSpool, Verify
+from coordinator.decisions import CloseSpool, Decision, OpenSpool, Postponed, Verify
 from shared.manifest import Manifest
-from shared.messages import Want
+from shared.messages import Wait, Want
 from shared.transfer import Receiver, ReceiverState
 
 PACE_RETRY_S = 5.0
@@ -110,6 +110,13 @@ class Uploads:
         self._grant_waiting(now, out)
         return upload
 
+    def postpone(self, event: Postponed, now: float, out: Decision) -> None:
+        """Give an upload up for a reason of ours: its site is told why, and when to offer it again."""
+        upload = self.settle(event.update_id, now, out)
+        if upload is not None:
+            wait = Wait(transfer_id=event.update_id, rule=event.rule, detail=event.detail, retry_s=event.retry_s)
+            out.to(upload.site, wait)
+
     def tick(self, now: float, out: Decision) -> None:
         """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""
         for transfer_id, upload in list(self._by_id.items()):
@@ -137,8 +144,7 @@ class Uploads:
         manifest, receiver = upload.manifest, upload.receiver
         window, retry_s = self.window, 0.0
         if not receiver.complete:
-            if not upload.reserved:
-                upload.reserved = self._reserve(manifest)
+            self._reserve(upload)
             receiver.credit(granted=bool(upload.reserved))
             if not upload.reserved:
                 window, retry_s = 0, PACE_RETRY_S
@@ -151,11 +157,17 @@ class Uploads:
             Want(transfer_id=manifest.transfer_id, have=receiver.have.to_bytes(), window=window, retry_s=retry_s),
         )
 
-    def _reserve(self, manifest: Manifest) -> int:
-        """Bytes to set aside for this upload now; 0 when the budget is spent."""
-        chunks = min(self.window, manifest.frames)
-        free = (self.budget_bytes - self.reserved) // manifest.slice_size
-        return min(chunks, free) * manifest.slice_size if free >= 1 else 0
+    def _reserve(self, upload: Upload) -> None:
+        """Set aside what this upload lacks of a whole window, as far as the budget goes.
+
+        A window that was cut short grows as soon as there is room, but not before those that wait for their first.
+        """
+        if upload.reserved and self._waiting:
+            return
+        size = upload.manifest.slice_size
+        lacking = min(self.window, upload.manifest.frames) - upload.reserved // size
+        free = (self.budget_bytes - self.reserved) // size
+        upload.reserved += max(0, min(lacking, free)) * size
 
     def _grant_waiting(self, now: float, out: Decision) -> None:
         while self._waiting:

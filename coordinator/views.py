@@ -5,13 +5,15 @@ Everything follows from the journal's records, and nothing is kept; `load_run` m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from coordinator.journal import Journal
+from coordinator.ledger import Ledger
 from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.rows import Restored
 from shared.errors import ConfigError
 from shared.manifest import Manifest, manifest_from_bytes
 
@@ -99,15 +101,27 @@ def load_run(storage: Path) -> RunView:
     if not path.exists():
         raise _not_begun(storage)
     with Journal.open_read(path) as journal:
-        return read_run(journal.replay(), storage)
+        restored = journal.restore() if journal.pruned() else None
+        if restored is None:
+            return read_run(journal.replay(), storage)
+        return read_run(journal.replay(restored.row), storage, since=restored)
 
 
-def read_run(records: Iterable[Record], where: Path) -> RunView:
-    """Return the view of `records`, given in order; ConfigError names the folder `where` when there are none."""
+def read_run(records: Iterable[Record], where: Path, *, since: Restored | None = None) -> RunView:
+    """Return the view of `records`, given in order; ConfigError names the folder `where` when there are none.
+
+    With a snapshot `since`, they are those behind it. Of what it sums up it knows what became of each update, and not
+    when; the time of the snapshot stands for that, and contributions to its versions are left out.
+    """
     opened: Opened | None = None
     versions: list[VersionView] = []
     updates: dict[str, UpdateLife] = {}
     finished_at: float | None = None
+    if since is not None:
+        opened, finished_at = since.ledger.opened, since.row.at if since.ledger.finished else None
+        versions += _summed_up(since.ledger, since.row.at)
+        updates |= {update_id: _settled(update_id, since) for update_id in since.ledger.known}
+        updates |= {each.update_id: _born(each) for each in since.ledger.pending}
     for record in records:
         match record:
             case Opened():
@@ -188,6 +202,29 @@ def _born(record: Accepted | Rejected) -> UpdateLife:
         examples=record.examples,
         norm=record.norm,
         file_sha256=record.file_sha256,
+    )
+
+
+def _summed_up(ledger: Ledger, at: float) -> Iterator[VersionView]:
+    for version, state in ledger.states.items():
+        yield VersionView(version, at, state, ledger.files[version].master, ())
+
+
+def _settled(update_id: str, since: Restored) -> UpdateLife:
+    known, at = since.ledger.known[update_id], since.row.at
+    fate: Fate = "waiting" if known.outcome == "accepted" else known.outcome
+    return UpdateLife(
+        update_id=update_id,
+        site=known.site,
+        manifest_sha256=known.manifest_sha256,
+        decided_at=at,
+        fate=fate,
+        rule=known.rule,
+        detail=known.detail,
+        settled_at=at if fate in {"merged", "dropped"} else None,
+        version=known.version,
+        staleness=known.staleness,
+        weight=known.weight,
     )
 
 

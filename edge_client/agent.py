@@ -11,29 +11,33 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 
 import structlog
 from safetensors.numpy import load_file
 
 from edge_client import decisions as d
+from edge_client.disk import Disk
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.session import Identity, Session
+from edge_client.training import Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import RefusedError
+from shared.faultpoint import passing
 from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
+from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Chunk, Message, Presence, Receipt, Status
+from shared.messages import Chunk, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.slices import make_transfer_frames
 from shared.spooler import Spooler
-from shared.store import FrameStore, Stored
+from shared.store import FrameStore
 from shared.tasks import first_error
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
@@ -43,30 +47,6 @@ TICK_S = 0.25
 STATUS_S = 1.0
 
 log = structlog.get_logger("site")
-
-
-class TrainedUpdate(Protocol):
-    """What training reports besides the delta's file."""
-
-    @property
-    def examples(self) -> int:
-        """How many examples the delta was trained on."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Numbers only."""
-
-
-class Trainer(Protocol):
-    """Whoever turns a state into a delta; the worker process in a real run."""
-
-    async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
-    ) -> TrainedUpdate:
-        """Train on the state in file `state` and write the delta to file `delta`, both plain safetensors.
-
-        The delta is float32. `on_progress(share, loss)` is called now and then.
-        """
 
 
 class Agent:
@@ -121,9 +101,11 @@ class Agent:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
         )
+        self.disk = Disk(config, outbox.store.root)
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None
+        self._sealing = False
         self._progress = 0.0
         self._metrics: dict[str, float] = {}
         self._asked_for_keys = -math.inf
@@ -180,12 +162,18 @@ class Agent:
 
     def take_message(self, _site: str | None, message: Message) -> None:
         """See Desk."""
+        if isinstance(message, Wait):
+            log.warning("asked to wait", update=message.transfer_id, rule=message.rule, reason=message.detail)
         self._events.put_nowait(d.Received(message))
 
     def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
         """See Desk."""
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+
+    async def caught_up(self) -> None:
+        """See Desk."""
+        await self.spooler.caught_up()
 
     def refused(self, _site: str | None, error: RefusedError) -> None:
         """See Desk."""
@@ -219,9 +207,11 @@ class Agent:
         self._events.put_nowait(d.ChunkSent(transfer_id))
 
     async def _tick(self) -> None:
+        receiving = 0
         while True:
             await asyncio.sleep(TICK_S)
-            self._events.put_nowait(d.Tick())
+            before, receiving = receiving, self.link.receiving
+            self._events.put_nowait(d.Tick(receiving=receiving > before))
 
     # -- decide ---
 
@@ -229,10 +219,13 @@ class Agent:
         while True:
             event = await self._events.get()
             decision = self.session.handle(event, time.monotonic(), time.time())
+            self._sealing = self._sealing and not isinstance(event, d.Trained)
             for message in decision.sends:
                 self._tasks.create_task(self._say(message))
             for job in decision.jobs:
                 if isinstance(job, d.Exit):
+                    if job.rule is None and self._sealing:
+                        break  # not without an answer to the update that is being sealed; the next tick says so again
                     return job
                 self._start(job)
 
@@ -249,7 +242,7 @@ class Agent:
                 self._training = self._tasks.create_task(self._train(job.base))
                 return
             case d.CancelTraining():
-                if self._training is not None:
+                if self._training is not None and not self._sealing:
                     self._training.cancel()
                 return
             case d.SendChunks():
@@ -270,13 +263,15 @@ class Agent:
     # -- jobs ---
 
     async def _open_spool(self, manifest: Manifest) -> None:
-        have = await self.spooler.open(manifest)
+        have = await self.disk.given_room(self.spooler.open, manifest)
+        # What earlier lives of this process began to pull would otherwise stay until one pull is complete.
+        await asyncio.to_thread(self._forget_states_but, manifest.transfer_id)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
     async def _verify(self, transfer_id: str) -> None:
         stored = await self.spooler.finish(transfer_id)
         try:
-            await asyncio.to_thread(_check_state, stored)
+            await asyncio.to_thread(stored.verify)
         except RefusedError as error:
             log.warning("refused a state", state=transfer_id, rule=error.rule, reason=error.message)
             await self.spooler.close(transfer_id, delete=True)
@@ -306,14 +301,18 @@ class Agent:
         try:
             stored = await asyncio.to_thread(self.states.get, base.transfer_id)
             assert stored is not None, "a state that is ready is in the store"
-            await asyncio.to_thread(stored.extract, state_file)
+            await self.disk.until_room(base, self.federation.codec)
+            await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
+            passing("train.after")
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
-            manifest = await asyncio.to_thread(self._seal, base, trained.examples, delta_file)
+            self._sealing = True
+            manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
         finally:
             durable.remove(state_file)
             durable.remove(delta_file)
-        log.info("sealed", update=manifest.transfer_id, version=number, bytes=manifest.wire_bytes, **self._metrics)
+        told = {"update": manifest.transfer_id, "version": number, "bytes": manifest.wire_bytes}
+        log.info("sealed", **beside(told, self._metrics))
         self._events.put_nowait(d.Trained(manifest))
 
     def _on_progress(self, share: float, loss: float) -> None:
@@ -350,16 +349,17 @@ class Agent:
         )
 
     async def _settle(self, receipt: Receipt) -> None:
-        if not await asyncio.to_thread(self.outbox.settle, receipt):
+        if not await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt):
             return
         told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes:
-        stored = self.outbox.store.get(transfer_id)
-        if stored is None:  # settled while it was queued: what we would send is not needed any more
+        found = self.outbox.read_frame(transfer_id, index)
+        if found is None:  # settled while it was queued: what we would send is not needed any more
             raise SettledError
-        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
+        manifest, frame = found
+        return self.guard.seal_chunk(manifest, index, frame)
 
     # -- status ---
 
@@ -375,7 +375,7 @@ class Agent:
         return Status(
             site=self.config.name,
             session=self.identity.session,
-            phase=session.phase,
+            phase="held" if self.disk.held else session.phase,
             version=at.state.version if at else None,
             progress=self._progress if session.training else 0.0,
             metrics=self._metrics,
@@ -384,9 +384,3 @@ class Agent:
             outbox=len(session.outbox),
             reconnects=counters.reconnects,
         )
-
-
-def _check_state(stored: Stored) -> None:
-    """Read a pulled state once from end to end: frames, slices, file hash."""
-    with stored.open_tensors(verify=True):
-        pass

@@ -79,6 +79,9 @@ class ChunkSent:
 class Tick:
     """Time passed; about four times a second."""
 
+    receiving: bool = False
+    """More of a message that is not here whole has come in since the last one."""
+
 
 Event = (
     LinkUp | LinkDown | Received | SpoolOpened | ChunksStored | StateReady | StateBroken | Trained | ChunkSent | Tick

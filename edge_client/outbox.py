@@ -10,30 +10,39 @@ and removes the bytes. Everything here blocks on the disk.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_client.layout import open_layout
 from shared import durable
 from shared.errors import CorruptError
+from shared.faultpoint import passing
 from shared.manifest import Manifest
 from shared.messages import Receipt
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 
-_RECEIPTS = "[0-9a-f]" * 32 + ".json"
+_RECEIPTS = "receipts"
+_NAMES = "[0-9a-f]" * 32 + ".json"
 
 
 class Outbox:
     """The folder of one site; one process writes it."""
 
     def __init__(self, storage: Path) -> None:
+        open_layout(storage)
         self.store = FrameStore(storage / "outbox")
-        self._receipts = storage / "receipts"
+        self._receipts = storage / _RECEIPTS
+        self._storage = storage
+        self._lock = threading.Lock()
         durable.make_folder(self._receipts)
         self.store.recover()
         durable.remove_temporaries(self._receipts)
-        for path in self._receipts.glob(_RECEIPTS):
+        # A predecessor that was killed may have left a receipt whose name is not on the disk yet.
+        durable.fsync_dir(self._receipts)
+        for path in receipt_paths(storage):
             self.store.delete(path.stem)
 
     def pending(self) -> list[Manifest]:
@@ -42,9 +51,13 @@ class Outbox:
         return sorted(found, key=lambda manifest: (manifest.update.base_version, manifest.created))
 
     def trained(self) -> set[str]:
-        """Digests of the states that this site has trained on, so that it does not train on one twice."""
+        """Digests of the states that this site has trained on, so that it does not train on one twice.
+
+        Those are left out whose updates were all rejected: whoever starts a site again may have mended the cause.
+        """
         waiting = {manifest.update.base_sha256 for manifest in self.pending()}
-        return waiting | {self._load(path)["base_sha256"] for path in self._receipts.glob(_RECEIPTS)}
+        answered = [read_receipt(path) for path in receipt_paths(self._storage)]
+        return waiting | {each["base_sha256"] for each in answered if each["outcome"] != "rejected"}
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -53,29 +66,49 @@ class Outbox:
         """
         return self.store.seal(frames, build).manifest
 
+    def read_frame(self, update_id: str, index: int) -> tuple[Manifest, bytes] | None:
+        """Return an update's manifest and one of its frames, or None when it is settled, in whatever thread."""
+        with self._lock:
+            stored = self.store.get(update_id)
+            return None if stored is None else (stored.manifest, stored.read_frame(index))
+
     def settle(self, receipt: Receipt) -> bool:
         """Keep a receipt, then delete the update's bytes; False when it is about no update of ours."""
+        with self._lock:
+            return self._settle(receipt)
+
+    def _settle(self, receipt: Receipt) -> bool:
         path = self._receipts / f"{receipt.update_id}.json"
         stored = self.store.get(receipt.update_id)
         if stored is not None:
             facts = stored.manifest.update
             origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
         elif path.exists():
-            earlier = self._load(path)
+            earlier = read_receipt(path)
             origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
         else:
             return False
         said = receipt.model_dump(mode="json")
+        passing("settle.before")
         durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
+        passing("settle.middle")
         self.store.delete(receipt.update_id)
+        passing("settle.after")
         return True
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        try:
-            loaded: Any = json.loads(path.read_bytes())
-        except ValueError:
-            loaded = None
-        match loaded:
-            case {"base_version": int(), "base_sha256": str()}:
-                return dict(loaded)
-        raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")
+
+def receipt_paths(storage: Path) -> list[Path]:
+    """The receipts in a site's folder, by update id."""
+    return sorted((storage / _RECEIPTS).glob(_NAMES))
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return a receipt's fields and the state that its update was trained on; CorruptError when it is none."""
+    try:
+        loaded: Any = json.loads(path.read_bytes())
+    except ValueError:
+        loaded = None
+    match loaded:
+        case {"base_version": int(), "base_sha256": str(), "outcome": str()}:
+            return dict(loaded)
+    raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")

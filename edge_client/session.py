@@ -6,7 +6,8 @@ Four things go on at once, and none waits for another without need:
 
     link     say hello on each connection and to each coordinator that boots anew, until welcome or refused
     pull     fetch the announced state, unless it is here; one state at a time
-    train    train once on each state that arrives; needs no link; pauses when the outbox is full
+    train    train once on each state that arrives; needs no link; pauses when the outbox is full; once more, later,
+             when the update was rejected and nothing newer has come
     push     offer the oldest sealed update, send what the coordinator wants, until its receipt is here
 
 The site is the side that comes and goes, so it owns the timers, and there is one: whatever it waits for that has shown
@@ -25,12 +26,14 @@ from edge_client import decisions as d
 from edge_client.patience import Patience
 from shared.config import LinkSection
 from shared.manifest import Manifest
-from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Want, Welcome
+from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Wait, Want, Welcome
 from shared.transfer import Receiver, Sender, SenderState
 
 ABANDON_BELOW = 0.5
 """A pull is given up for a newer version while less than this share of it is here."""
 
+RETRAIN_S, RETRAIN_CAP_S = 30.0, 3600.0
+"""A state whose update was rejected is trained on again if it is still the newest after so long; doubling each time."""
 
 IDLE_HELLO_S = 30.0
 """An idle site says hello this often: 300 bytes, in case the broker lost an announcement."""
@@ -95,6 +98,9 @@ class Session:
         self._boot: str | None = None
         self._hello_patience = self._patience()
         self._idle_patience = Patience(IDLE_HELLO_S, IDLE_HELLO_S)
+        self._rejected = ""
+        """Digest of the state whose update was rejected last."""
+        self._retrain_patience = Patience(RETRAIN_S, RETRAIN_CAP_S)
 
     def _patience(self) -> Patience:
         return Patience(self.link.stall_s, self.link.backoff_cap_s)
@@ -150,7 +156,7 @@ class Session:
             case d.ChunkSent():
                 self._chunk_sent(event.update_id, now)
             case d.Tick():
-                self._tick(now, wall, out)
+                self._tick(event, now, wall, out)
             case _:
                 assert_never(event)
         self._go_on(now, out)
@@ -201,6 +207,8 @@ class Session:
                 out.jobs.append(d.Exit(message.rule, message.detail))
             case Want():
                 self._wanted(message, now, out)
+            case Wait():
+                self._wait(message, now)
             case Receipt():
                 self._receipt(message, now, out)
             case _:
@@ -273,6 +281,13 @@ class Session:
             push.patience.wait(now, want.retry_s)
         self._send_chunks(push, now, out)
 
+    def _wait(self, wait: Wait, now: float) -> None:
+        """The coordinator cannot take the update now; its bytes stay here, and it is offered again when asked to."""
+        push = self.push
+        if push is not None and push.manifest.transfer_id == wait.transfer_id:
+            push.sender.restart()
+            push.patience.wait(now, wait.retry_s)
+
     def _send_chunks(self, push: Push, now: float, out: d.Decision) -> None:
         indices = push.sender.take()
         if indices:
@@ -294,6 +309,9 @@ class Session:
             if self.push is not None and self.push.manifest is mine:
                 self.push.sender.settle()
                 self.push = None
+            if receipt.outcome == "rejected" and mine.update.base_sha256 != self._rejected:
+                self._rejected = mine.update.base_sha256
+                self._retrain_patience.moved(now)
         elif mine is not None:
             return
         out.jobs.append(d.Settle(receipt))
@@ -349,7 +367,7 @@ class Session:
         self.push.patience.moved(now)
         out.sends.append(Offer(manifest=oldest))
 
-    def _tick(self, now: float, wall: float, out: d.Decision) -> None:
+    def _tick(self, tick: d.Tick, now: float, wall: float, out: d.Decision) -> None:
         if not self.connected:
             return
         if not self.welcome:
@@ -360,10 +378,21 @@ class Session:
         if self.push is not None and not self.push.unsent and self.push.patience.spent(now):
             self.push.sender.restart()
             out.sends.append(Offer(manifest=self.push.manifest))
-        if self.pull is not None and self.pull.patience.spent(now):
+        if self.pull is not None and tick.receiving:
+            self.pull.patience.moved(now)
+        elif self.pull is not None and self.pull.patience.spent(now):
             self._want(now, out, restart=True)
+        if self._stuck_with_rejected() and self._retrain_patience.spent(now):
+            self.trained.discard(self._rejected)
         # With nothing to do but wait for an announcement, make sure that none was lost.
         if self.phase != "waiting":
             self._idle_patience.moved(now)
         elif self._idle_patience.spent(now):
             self._greet(now, wall, out)
+
+    def _stuck_with_rejected(self) -> bool:
+        """Whether our update of the newest state was rejected: if everybody's was, nobody else makes a next version."""
+        ready = self.ready
+        if ready is None or not self._has(self.announced):
+            return False
+        return ready.file_sha256 == self._rejected and ready.file_sha256 in self.trained

@@ -7,12 +7,14 @@ from importlib.metadata import version
 import structlog
 
 from edge_client.agent import Agent
+from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from edge_client.worker_client import WorkerClient
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.ids import new_session_id
+from shared.lock import FolderLock
 
 log = structlog.get_logger("site")
 
@@ -24,8 +26,13 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
     wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
     """
     durable.make_folder(config.storage)
-    outbox = Outbox(config.storage)
     worker = WorkerClient(config, federation)
+    with FolderLock(config.storage / LOCK, holder="site"):
+        outbox = Outbox(config.storage)
+        await _take_part(config, federation, outbox, worker)
+
+
+async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: Outbox, worker: WorkerClient) -> None:
     async with worker:
         loaded = await worker.load()
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))

@@ -23,6 +23,9 @@ from shared.errors import ConfigError, RefusedError
 Progress = Callable[[float, float], None]
 """Called after each step with the share done (0 to 1) and the step's loss."""
 
+EVALUATION_BATCH = 16
+"""Windows scored at once: no gradients are kept, so more fit than in training."""
+
 FINAL_RATE = 0.1
 """The learning rate falls linearly to this share of its peak over one update."""
 

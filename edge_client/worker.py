@@ -26,7 +26,8 @@ from edge_client.data import Note, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, load_model, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
-from edge_client.trainer import Dataset, evaluate, make_dataset, round_section, round_seed, train
+from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
+from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
 
 PROGRESS_S = 0.2
@@ -44,6 +45,8 @@ class Worker:
         self._send = send
         self._job: pipe.Load
         self._loaded: LoadedModel
+        self._loaded_for: tuple[str, FederationConfig] | None = None
+        """Source and federation of the model: other notes under the same two need no other model."""
         self._training: Dataset
         self._held_out: Dataset
         self._other: tuple[Path, Dataset] | None = None
@@ -71,11 +74,15 @@ class Worker:
     def _load(self, job: pipe.Load) -> pipe.Loaded:
         if job.threads:
             torch.set_num_threads(job.threads)
-        self._job, self._other = job, None
-        self._loaded = load_model(job.source, job.federation)
+        if self._loaded_for != (job.source, job.federation):
+            self._other = None
+            self._loaded = load_model(job.source, job.federation)
+            self._loaded_for = (job.source, job.federation)
+        self._job = job
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
-        self._training, self._held_out = self._dataset(kept), self._dataset(held_out)
+        size = job.federation.training.batch_size
+        self._training, self._held_out = self._dataset(kept, size), self._dataset(held_out, EVALUATION_BATCH)
         reason = self._training.prepared.reason
         if reason:
             log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
@@ -120,17 +127,14 @@ class Worker:
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:
-            self._other = (notes, self._dataset(self._read(notes).notes))
+            self._other = (notes, self._dataset(self._read(notes).notes, EVALUATION_BATCH))
         return self._other[1]
 
     def _read(self, notes: Path) -> NoteSet:
         return load_notes(notes, labels=self._job.federation.task.labels, skip_bad=self._job.skip_bad)
 
-    def _dataset(self, notes: Sequence[Note]) -> Dataset:
-        federation = self._job.federation
-        return make_dataset(
-            self._loaded, notes, batch_size=federation.training.batch_size, seed=federation.federation.seed
-        )
+    def _dataset(self, notes: Sequence[Note], batch_size: int) -> Dataset:
+        return make_dataset(self._loaded, notes, batch_size=batch_size, seed=self._job.federation.federation.seed)
 
 
 LESS_MEMORY = "lower training.batch_size or task.max_length, train fewer layers, or give this machine more memory"

@@ -24,6 +24,9 @@ from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError
 RETRIES = 2
 """A worker that dies three times over one request will die a fourth time."""
 
+WORKER = "edge_client.worker"
+"""The worker's module."""
+
 LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
@@ -53,18 +56,9 @@ class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn."""
 
     def __init__(self, config: SiteConfig, federation: FederationConfig) -> None:
-        self._load = pipe.Load(
-            federation=federation,
-            source=str(config.model_dir or federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._federation = federation
+        self.serve(config)
         self._process: Process | None = None
-        self._ready = False
-        """True when the running worker has loaded model and notes."""
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -74,6 +68,20 @@ class WorkerClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stop()
+
+    def serve(self, config: SiteConfig) -> None:
+        """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
+        self._load = pipe.Load(
+            federation=self._federation,
+            source=str(config.model_dir or self._federation.model.base),
+            notes=config.data.notes,
+            skip_bad=config.data.skip_bad,
+            holdout=config.data.holdout,
+            threads=config.threads,
+            site=config.name,
+        )
+        self._ready = False
+        """True when the running worker has loaded model and these notes."""
 
     @property
     def pid(self) -> int | None:
@@ -160,7 +168,11 @@ class WorkerClient:
             environment["OMP_NUM_THREADS"] = str(self._load.threads)
         self._ready = False
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "edge_client.worker", stdin=PIPE, stdout=PIPE, env=environment
+            # -P: what lies in the current folder is never imported in place of the installed package.
+            *(sys.executable, "-P", "-m", WORKER),
+            stdin=PIPE,
+            stdout=PIPE,
+            env=environment,
         )
         return self._process
 

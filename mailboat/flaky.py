@@ -15,7 +15,7 @@ import contextlib
 import random
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,10 +23,13 @@ from typing import Any, Literal, Self
 READ_BYTES = 65_536
 QUEUE_READS = 64
 """Reads that wait for their delay in each direction of a connection: at most 4 MiB."""
-SLOW_BUFFER_S = 0.5
-"""Kernel buffer on a link of limited rate, as time; a larger one would hide the rate from the sender."""
+SLOW_BUFFER_S = 0.25
+"""Kernel buffer on a link of limited rate, as time; the kernel doubles it. A larger one would hide the rate from the
+sender, who would see it in lumps."""
 SLOW_BUFFER_MIN_BYTES = 32_768
 
+PLUGS = 2
+"""Connections that fill the shortest queue there is."""
 STEPS_PER_S = 20
 """How often a limited rate is doled out, so that it feels like a rate and not like bursts."""
 
@@ -49,8 +52,8 @@ class Conditions:
 class Fault:
     """One fault of a script, `after_s` seconds after the one before has ended.
 
-    `cut` closes all connections in order, `reset` with RST; `hole` makes them half-open for ever and answers no new one
-    for `for_s` seconds; `down` resets them and refuses new ones for `for_s` seconds.
+    `cut` closes all connections in order, `reset` with RST; `hole` makes them half-open for ever and leaves every new
+    one without an answer for `for_s` seconds; `down` resets them and refuses new ones for `for_s` seconds.
     """
 
     after_s: float
@@ -63,6 +66,16 @@ def demo_faults(seed: int, name: str) -> Iterator[Fault]:
     chance = random.Random(f"{seed}/{name}")
     while True:
         yield Fault(chance.uniform(2.0, 6.0), "down", chance.uniform(0.5, 4.0))
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that crossed the bad network so far, on all connections together, also those that a fault then lost."""
+
+    up: int = 0
+    """From those who connect."""
+    down: int = 0
+    """To them."""
 
 
 class FlakyProxy:
@@ -85,12 +98,12 @@ class FlakyProxy:
         self._server: asyncio.Server | None = None
         self._script: asyncio.Task[None] | None = None
         self._pipes: dict[asyncio.Task[None], _Pipe] = {}
-        self._hole = asyncio.Event()
-        self._hole.set()  # set: no hole
+        self._plugs: list[socket.socket] = []
         self.accepted = 0
         """Connections so far."""
         self.fault_count = 0
         """Faults of the script so far."""
+        self.traffic = Traffic()
 
     @property
     def port(self) -> int:
@@ -132,20 +145,41 @@ class FlakyProxy:
             pipe.end(reset=True)
 
     def hole(self) -> None:
-        """Forward nothing more on the connections there are, ever, and answer no new one until `heal`."""
-        self._hole.clear()
+        """Forward nothing more on the connections there are, ever, and leave new ones without an answer until `heal`.
+
+        A queue of connections that is full makes the kernel ignore the next ones, as a cable that was pulled does.
+        """
         for pipe in self._pipes.values():
             pipe.swallows = True
+        if self._server is None or self._plugs:
+            return
+        self._server.close()
+        self._server = None
+        full = _bound(self.port)
+        full.listen(0)
+        self._plugs.append(full)
+        for _ in range(PLUGS):
+            plug = socket.socket()
+            plug.setblocking(False)
+            plug.connect_ex(("127.0.0.1", self.port))
+            self._plugs.append(plug)
 
-    def heal(self) -> None:
-        """Forward new connections again."""
-        self._hole.set()
+    async def heal(self) -> None:
+        """Answer new connections again."""
+        self._unplug()
+        await self.up()
+
+    def _unplug(self) -> None:
+        for plug in self._plugs:
+            plug.close()
+        self._plugs.clear()
 
     async def down(self) -> None:
         """Reset every connection and refuse new ones until `up`."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        self._unplug()
         self.reset()
 
     async def up(self) -> None:
@@ -167,7 +201,7 @@ class FlakyProxy:
                 case "hole":
                     self.hole()
                     await asyncio.sleep(fault.for_s)
-                    self.heal()
+                    await self.heal()
                 case "down":
                     await self.down()
                     await asyncio.sleep(fault.for_s)
@@ -181,10 +215,10 @@ class FlakyProxy:
             reader,
             writer,
             self._conditions,
+            self.traffic,
             random.Random(f"{self._seed}/{self.accepted}"),
             limits[self.accepted] if self.accepted < len(limits) else None,
         )
-        pipe.swallows = not self._hole.is_set()
         self.accepted += 1
         task = asyncio.create_task(pipe.run(*self._target))
         self._pipes[task] = pipe
@@ -199,6 +233,7 @@ class _Pipe:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         conditions: Conditions,
+        traffic: Traffic,
         chance: random.Random,
         cut_after: int | None,
     ) -> None:
@@ -206,6 +241,7 @@ class _Pipe:
         self._near = (reader, writer)
         self._writers = [writer]
         self._conditions = conditions
+        self._traffic = traffic
         self._chance = chance
         self._left = cut_after
         self._ended = asyncio.Event()
@@ -234,8 +270,8 @@ class _Pipe:
             return
         ended = asyncio.create_task(self._ended.wait())
         directions = {
-            asyncio.create_task(self._forward(reader, far_writer)),
-            asyncio.create_task(self._forward(far_reader, writer)),
+            asyncio.create_task(self._forward(reader, far_writer, self._count_up)),
+            asyncio.create_task(self._forward(far_reader, writer, self._count_down)),
         }
         running: set[asyncio.Task[Any]] = set(directions)
         try:
@@ -261,19 +297,29 @@ class _Pipe:
             raise
         return await asyncio.open_connection(sock=far, limit=READ_BYTES)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One direction: read, pace, delay, write."""
+    def _count_up(self, size: int) -> None:
+        self._traffic.up += size
+
+    def _count_down(self, size: int) -> None:
+        self._traffic.down += size
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[int], None]
+    ) -> None:
+        """One direction: read, pace, count, delay, write."""
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUE_READS)
         delivery = asyncio.create_task(self._deliver(waiting, writer))
         try:
             with contextlib.suppress(OSError):
-                await self._collect(reader, waiting)
+                await self._collect(reader, waiting, count)
                 await waiting.join()
         finally:
             delivery.cancel()
             await asyncio.wait([delivery])
 
-    async def _collect(self, reader: asyncio.StreamReader, waiting: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _collect(
+        self, reader: asyncio.StreamReader, waiting: asyncio.Queue[tuple[float, bytes]], count: Callable[[int], None]
+    ) -> None:
         loop, link = asyncio.get_running_loop(), self._conditions
         rate = link.bytes_per_s
         read_bytes = READ_BYTES if rate is None else min(READ_BYTES, max(1024, round(rate / STEPS_PER_S)))
@@ -283,6 +329,8 @@ class _Pipe:
             if rate is not None:
                 free_at += len(data) / rate
                 await asyncio.sleep(free_at - loop.time())
+            if not self.swallows:
+                count(len(data))
             due = max(due, free_at + link.latency_s + self._chance.uniform(0.0, link.jitter_s))
             await waiting.put((due, data))
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from edge_client.model import LoadedModel
     from edge_client.tasks import Scores
 
-_BATCH = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -93,8 +91,8 @@ def _with_state(storage: Path, federation: FederationConfig, state: Manifest) ->
 
 def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
     from edge_client.data.load import load_notes
-    from edge_client.trainer import evaluate, make_dataset
+    from edge_client.trainer import EVALUATION_BATCH, evaluate, make_dataset
 
     found = load_notes(notes, labels=federation.task.labels, skip_bad=skip_bad)
-    dataset = make_dataset(loaded, found.notes, batch_size=_BATCH, seed=federation.federation.seed)
+    dataset = make_dataset(loaded, found.notes, batch_size=EVALUATION_BATCH, seed=federation.federation.seed)
     return Measured(len(found.notes), found.skipped, evaluate(loaded, dataset))

@@ -53,6 +53,8 @@ class Overview:
     waiting_for: str
     coordinator: str
     sites: tuple[SiteRow, ...]
+    held: str = ""
+    """Why the coordinator takes no update for now."""
 
 
 def load_overview(storage: Path, federation: FederationConfig, *, now: float) -> Overview:
@@ -87,6 +89,7 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
         ),
         coordinator=_coordinator(live, running=running, connected=connected, now=now),
         sites=rows,
+        held=live.held if running and live is not None else "",
     )
 
 

@@ -11,6 +11,7 @@ The first row's previous hash is 32 zero bytes. The zero byte ends the kind, so 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,13 +19,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgpack
 
-from shared.errors import CorruptError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, UnavailableError
 from shared.manifest import manifest_from_bytes
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_PIECE = 1 << 20
 GENESIS = bytes(32)
 """Hash before the first row."""
 
@@ -128,6 +133,8 @@ def _told(line: Line) -> str:
             return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
         case "finished":
             return f"version {line['version']} is the last"
+        case "snapshot":
+            return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return "written by a newer release"
 
 
@@ -178,25 +185,44 @@ def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
 # -- the file ---
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where audit.jsonl stood after row `seq`: its bytes so far, and their SHA-256 in hex."""
+
+    seq: int
+    size: int
+    sha256: str
+
+
 class AuditLog:
     """`audit.jsonl`, kept in step with a journal; for one thread at a time.
 
     `source(after)` yields the journal's rows with seq above `after`. Opening compares every line with its row and
     writes the file anew from the first difference on: a file that is missing, short, torn in its last line, edited or
-    too long ends up as the journal says. Nothing is synced: what a power cut takes is written at the next start.
+    too long ends up as the journal says. Lines up to `mark`, written by an earlier process, are compared by their
+    digest alone. Rows up to `pruned` are not in the source any more: a file whose lines of them were lost begins
+    behind them. Nothing is synced: what a power cut takes is written at the next start.
     """
 
-    def __init__(self, path: Path, source: Callable[[int], Iterable[Row]]) -> None:
+    def __init__(
+        self, path: Path, source: Callable[[int], Iterable[Row]], *, mark: Mark | None = None, pruned: int = 0
+    ) -> None:
         self.path = path
         self._source = source
-        self._seq = 0
+        self._seq = pruned
         self._size = 0
+        self._sha256 = hashlib.sha256()
         with self._named():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-            self._measure()
+            self._measure(mark)
         self.mended = self.follow()
         """Lines that opening had to write."""
+
+    @property
+    def mark(self) -> Mark:
+        """Where the file stands."""
+        return Mark(self._seq, self._size, self._sha256.hexdigest())
 
     def follow(self) -> int:
         """Write the lines of all rows that are not there yet and return their number.
@@ -209,17 +235,26 @@ class AuditLog:
             file.truncate(self._size)
             file.seek(self._size)
             for row in self._source(self._seq):
-                self._size += _write_all(file, line_bytes(row))
+                line = line_bytes(row)
+                self._size += _write_all(file, line)
+                self._sha256.update(line)
                 self._seq = row.seq
         return self._seq - before
 
-    def _measure(self) -> None:
+    def _measure(self, mark: Mark | None) -> None:
         """Set number and end of the last line that is as it must be."""
         with self.path.open("rb") as file:
-            for row in self._source(0):
+            if mark is not None:
+                begun = _digest(file, mark.size)
+                if begun.hexdigest() == mark.sha256:
+                    self._seq, self._size, self._sha256 = mark.seq, mark.size, begun
+                else:
+                    file.seek(0)
+            for row in self._source(self._seq):
                 wanted = line_bytes(row)
                 if file.readline() != wanted:
                     return
+                self._sha256.update(wanted)
                 self._seq, self._size = row.seq, self._size + len(wanted)
 
     @contextlib.contextmanager
@@ -227,7 +262,8 @@ class AuditLog:
         try:
             yield
         except OSError as error:
-            raise UnavailableError(
+            family = NoRoomError if error.errno in {errno.ENOSPC, errno.EDQUOT} else UnavailableError
+            raise family(
                 f"{self.path} cannot be written: {error.strerror}", hint="make room or mend its permissions"
             ) from None
 
@@ -237,3 +273,12 @@ def _write_all(file: FileIO, data: bytes) -> int:
     while rest:
         rest = rest[file.write(rest) :]
     return len(data)
+
+
+def _digest(file: IO[bytes], size: int) -> _Hash:
+    """SHA-256 over the next `size` bytes, or fewer where the file ends."""
+    digest = hashlib.sha256()
+    while size and (piece := file.read(min(size, _PIECE))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest

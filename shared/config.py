@@ -117,7 +117,8 @@ class AggregationSection(Section):
 
     mode: Mode = "sync"
     quorum: int = Field(default=1, ge=1, le=100_000)
-    """Fewest updates that close a sync round; it also waits for every site present, up to the deadline."""
+    """Fewest sites that must have answered, with an update or with one that is rejected, to close a sync round; it also
+    waits for every site present, up to the deadline."""
     buffer: int = Field(default=3, ge=1, le=100_000)
     """K of FedBuff."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -217,7 +218,9 @@ class LinkSection(Section):
     """Patience of the link; one time-out: no progress for `stall_s`."""
 
     stall_s: Positive = 5.0
+    """What made no progress for so long is asked for again; a connection on which no byte moves is given up sooner."""
     backoff_cap_s: Positive = 15.0
+    """Longest wait before the next attempt to connect."""
     keepalive_s: int = Field(default=30, ge=5, le=3600)
     window: int = Field(default=16, ge=1, le=4096)
     """Chunks in flight per transfer."""
@@ -240,6 +243,10 @@ class CoordinatorConfig(Section):
     trust: LocalTrustSection = LocalTrustSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
+    spool_mib: int = Field(default=0, ge=0)
+    """Most bytes that arriving and kept updates may take here; 0 sets no bound. Beyond it sites are told to wait."""
+    min_free_mib: int = Field(default=1024, ge=0)
+    """Bytes that no upload may take from the disk; the journal, the next version and other programs need them."""
     exit_when_done: bool = False
 
 
@@ -268,6 +275,10 @@ class SiteConfig(Section):
     """Torch threads of the training worker; 0 leaves the choice to torch."""
     outbox_max: int = Field(default=4, ge=1)
     """Sealed updates that may wait for the network before training pauses."""
+    outbox_mib: int = Field(default=0, ge=0)
+    """Most bytes that sealed updates may take here before training pauses; 0 sets no bound."""
+    min_free_mib: int = Field(default=512, ge=0)
+    """Bytes that stay free on the disk; training pauses rather than take them."""
 
 
 # -- loading ---

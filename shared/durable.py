@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.errors import CorruptError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, UnavailableError
 
 TEMPORARY_PREFIX = ".tmp-"
 _COMPARE_BYTES = 1 << 20
@@ -50,7 +50,10 @@ SYNCS = SyncCount()
 
 @contextmanager
 def storage_errors(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Turn 'no space', 'over quota' and 'read-only' into UnavailableError; `needed` is the bytes wanted, if known."""
+    """Turn 'no space' and 'over quota' into NoRoomError, 'read-only' into UnavailableError.
+
+    `needed` is the bytes wanted, if known.
+    """
     try:
         yield
     except OSError as error:
@@ -58,7 +61,8 @@ def storage_errors(folder: Path, needed: int = 0) -> Iterator[None]:
             raise
         reason, hint = _STORAGE_ERRORS[error.errno]
         amount = f"; at least {needed:,} bytes were needed" if needed else ""
-        raise UnavailableError(f"{folder}: {reason}{amount}", hint=hint) from error
+        family = UnavailableError if error.errno == errno.EROFS else NoRoomError
+        raise family(f"{folder}: {reason}{amount}", hint=hint) from error
 
 
 def sync_file(fd: int) -> None:

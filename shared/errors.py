@@ -5,6 +5,7 @@
     ├── RefusedError      exit 3   a peer, its bytes or a data file broke a named rule; retrying the same is useless
     ├── CorruptError      exit 3   bytes that we wrote are not what we wrote; stop and look
     └── UnavailableError  exit 4   broker, disk, memory or peer is not there now; retrying later may help
+        └── NoRoomError            a disk is full: go on when there is room
 
 A bug of ours is none of these: it is an AssertionError or whatever Python raises, and it keeps its traceback.
 
@@ -57,3 +58,7 @@ class UnavailableError(MailboatError):
     """Something outside this process is missing for now: broker, disk space, memory, a peer."""
 
     exit_code: ClassVar[int] = 4
+
+
+class NoRoomError(UnavailableError):
+    """A disk is full or a quota used up; what is to be written can be written once there is room."""

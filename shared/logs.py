@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -91,11 +91,21 @@ def _for_people(*, colours: bool) -> structlog.typing.Processor:
     return render
 
 
+def beside(facts: Mapping[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, to be logged in one line; `metric_` stands before a foreign name that the line has already.
+
+    A trainer may give its metrics any name, and a name given twice would be an error.
+    """
+    taken = _OWN_NAMES | bound() | facts.keys()
+    return {**facts, **{f"metric_{name}" if name in taken else name: value for name, value in foreign.items()}}
+
+
 def bound() -> frozenset[str]:
     """The names of the ids that every line of this task carries."""
     return frozenset(structlog.contextvars.get_contextvars())
 
 
+_OWN_NAMES = frozenset({"event", "timestamp", "level", "part"})
 _COLOURS = {"debug": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31m"}
 _PLAIN = "\x1b[0m"
 _LONG_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")

@@ -13,6 +13,7 @@ from typing import Protocol
 from structlog.typing import FilteringBoundLogger
 
 from shared.errors import RefusedError
+from shared.faultpoint import passing
 from shared.link import Connected, Disconnected, Link, LinkDownError, Packet
 from shared.messages import Chunk, Message, UnknownMessageError, parse_chunk
 from shared.topics import Channel, parse, topic
@@ -39,6 +40,9 @@ class Desk(Protocol):
 
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """A data packet; its frame is still sealed."""
+
+    async def caught_up(self) -> None:
+        """Return when more can be taken in."""
 
     def refused(self, site: str | None, error: RefusedError) -> None:
         """Something that may not pass; it is logged already."""
@@ -69,6 +73,7 @@ class Mailroom:
                     self._desk.link_down()
                 case Packet():
                     self._sort(event)
+                    await self._desk.caught_up()
 
     async def watch(self) -> None:
         """Notice new, changed and outlived memberships, until cancelled."""
@@ -86,10 +91,12 @@ class Mailroom:
         except RefusedError as error:  # its receiver lost its membership a moment ago
             self._log.debug("did not send a message", kind=message.kind, rule=error.rule, reason=error.message)
             return
+        passing(f"send-{message.kind}.before")
         try:
             await self._link.publish(topic(self._federation, channel, site), sealed, retain=channel.retained)
         except LinkDownError:
             return
+        passing(f"send-{message.kind}.after")
 
     def _sort(self, packet: Packet) -> None:
         address = parse(packet.topic)

@@ -108,6 +108,16 @@ class Want(Message):
 Outcome = Literal["accepted", "rejected", "merged", "dropped"]
 
 
+class Wait(Message):
+    """Coordinator to site: this update is not taken now, under the named rule; keep it, and offer it again later."""
+
+    kind: ClassVar[str] = "wait"
+    transfer_id: TransferId
+    rule: Rule
+    detail: Text
+    retry_s: NonNegative
+
+
 class Receipt(Message):
     """Coordinator to site: the update is durable, and what became of it so far."""
 
@@ -124,7 +134,8 @@ class Receipt(Message):
     weight: NonNegative | None = None
 
 
-Phase = Literal["starting", "waiting", "pulling", "training", "uploading", "done", "stopped", "failed"]
+Phase = Literal["starting", "waiting", "pulling", "training", "held", "uploading", "done", "stopped", "failed"]
+"""`held`: the disk has no room for another update."""
 
 
 class Status(Message):
@@ -168,7 +179,7 @@ class Presence(Message):
 
 
 _TYPES: dict[str, type[Message]] = {
-    kind.kind: kind for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Receipt, Status, Announce, Presence)
+    kind.kind: kind for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Wait, Receipt, Status, Announce, Presence)
 }
 
 
@@ -227,7 +238,13 @@ def decode_body(data: bytes) -> Message:
     body = _unpack(data, "bad-message")
     version, kind = body.pop("v", None), body.pop("t", None)
     if version != SCHEMA_VERSION:
-        raise RefusedError(f"a message of another schema version than {SCHEMA_VERSION}", rule="bad-schema-version")
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise RefusedError(
+            f"a message of schema version {version if isinstance(version, int) else '?'}, this release speaks "
+            f"{SCHEMA_VERSION}",
+            rule="bad-schema-version",
+            hint=f"update the release at {'this' if newer else 'the other'} end",
+        )
     if not isinstance(kind, str) or kind not in _TYPES:
         raise UnknownMessageError("a message of unknown type", rule="unknown-message")
     if "manifest" in body:

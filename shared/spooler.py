@@ -1,7 +1,8 @@
 """Chunks from the link onto the disk: written in a thread of its own, synced once a batch, then reported.
 
 While one batch is being synced the next one gathers, so a slow disk makes batches larger, not queues of syncs longer.
-The memory held here is what has arrived and is not yet written; senders' windows bound it.
+The memory held here is what has arrived and is not yet written; whoever puts chunks waits for `caught_up` in between,
+so that it does not grow with the number of senders.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
-from shared.errors import RefusedError
+from shared.errors import NoRoomError, RefusedError
 from shared.manifest import Manifest
 from shared.messages import Chunk
+from shared.room import Room
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
+
+BACKLOG_BYTES = 4 * 1024 * 1024
+"""Unwritten bytes above which nobody should put more: a batch for the disk while the next one gathers."""
 
 _R = TypeVar("_R")
 
@@ -25,7 +30,7 @@ class Spooler:
 
     `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
     `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(transfer_id, rule)` when one
-    was not what its manifest says (it is dropped; the sender will be asked for it again).
+    was not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
     """
 
     def __init__(
@@ -35,14 +40,18 @@ class Spooler:
         open_chunk: Callable[[Manifest, Chunk], bytes | memoryview],
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str, str], None],
+        room: Room | None = None,
     ) -> None:
         self._store = store
         self._open_chunk = open_chunk
         self._stored = stored
         self._refused = refused
+        self._room = room
         self._open: dict[str, Partial] = {}
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
+        self._unwritten = 0
+        self._written = asyncio.Event()
         # One thread: a Partial belongs to one, and the order of open, write and finish is kept for free.
         self._thread = ThreadPoolExecutor(1, "spooler")
 
@@ -56,7 +65,8 @@ class Spooler:
     async def open(self, manifest: Manifest) -> bytes:
         """Begin or resume a transfer and return the bitmap of what is there; full when it is whole already.
 
-        UnavailableError when the disk has no room; RefusedError(rule='manifest-changed') when the id began to arrive,
+        NoRoomError when the disk has no room, or `room` says so; CorruptError when what is there of it is damaged,
+        which `close` with `delete` mends; RefusedError(rule='manifest-changed') when the id began to arrive,
         or has arrived, under another manifest.
         """
         return await self._run(self._open_now, manifest)
@@ -64,7 +74,14 @@ class Spooler:
     def put(self, chunk: Chunk) -> None:
         """Queue one chunk for writing; it keeps its packet in memory until then."""
         self._arrived.append(chunk)
+        self._unwritten += len(chunk.frame)
         self._wake.set()
+
+    async def caught_up(self) -> None:
+        """Return when more chunks may be put, which is at once unless the disk is slower than the network."""
+        while self._unwritten > BACKLOG_BYTES:
+            self._written.clear()
+            await self._written.wait()
 
     async def finish(self, transfer_id: str) -> Stored:
         """Make a complete transfer whole and return it."""
@@ -81,6 +98,8 @@ class Spooler:
             self._wake.clear()
             batch, self._arrived = self._arrived, []
             written, refused = await self._run(self._write, batch)
+            self._unwritten -= sum(len(chunk.frame) for chunk in batch)
+            self._written.set()
             for transfer_id, rule in refused:
                 self._refused(transfer_id, rule)
             for transfer_id, indices in written.items():
@@ -98,6 +117,11 @@ class Spooler:
                 raise RefusedError("this id has arrived under another manifest", rule="manifest-changed")
             return Bitmap(manifest.frames, range(manifest.frames)).to_bytes()
         self._close(manifest.transfer_id, delete=False)
+        # One that began to arrive has had its room since then.
+        if self._room is not None and not self._store.begun(manifest.transfer_id):
+            lacking = self._room.lacking(manifest.wire_bytes)
+            if lacking is not None:
+                raise NoRoomError(f"no room for transfer {manifest.transfer_id}: {lacking}", hint="make room")
         partial = self._open[manifest.transfer_id] = self._store.open_partial(manifest)
         return partial.have.to_bytes()
 

@@ -28,6 +28,7 @@ from typing import Self
 
 from shared import durable
 from shared.errors import CorruptError, RefusedError
+from shared.faultpoint import passing
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import FileSummary, FrameWriter
@@ -63,6 +64,11 @@ class Stored:
             yield reader
             if verify:
                 reader.verify_file()
+
+    def verify(self) -> None:
+        """Read it once from end to end: frames, slices, file hash; errors as `open_tensors`."""
+        with self.open_tensors(verify=True):
+            pass
 
     def extract(self, path: Path) -> None:
         """Write the plain safetensors file to `path`, durably; verifies everything first, errors as `open_tensors`."""
@@ -126,9 +132,11 @@ class Partial:
         """Make durable what was written so far, and return its bitmap in the wire's form."""
         have = self.have.to_bytes()
         if self._unsynced:
+            passing("chunks-sync.before")
             with durable.storage_errors(self._store.root):
                 durable.sync_file(self._fd)
             self._unsynced = False
+            passing("chunks-sync.after")
         return have
 
     def finish(self) -> Stored:
@@ -168,6 +176,8 @@ class FrameStore:
             if not any(frames.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest")):
                 frames.unlink()
                 removed.append(frames.name)
+        # A predecessor that was killed may have named files and not synced the names; we build on what we see.
+        durable.fsync_dir(self.root)
         return removed
 
     def ids(self) -> list[str]:
@@ -177,6 +187,10 @@ class FrameStore:
     def partial_ids(self) -> list[str]:
         """Ids of the transfers that are still arriving, ascending."""
         return sorted(path.name.removesuffix(".part.manifest") for path in self.root.glob("*.part.manifest"))
+
+    def begun(self, transfer_id: str) -> bool:
+        """Whether a transfer is still arriving."""
+        return self._path(transfer_id, ".part.manifest").exists()
 
     def get(self, transfer_id: str) -> Stored | None:
         """Return a whole transfer, or None.
@@ -199,15 +213,19 @@ class FrameStore:
     def delete(self, transfer_id: str) -> None:
         """Remove a transfer, whole or arriving; nothing happens when it is not there."""
         # Manifest first, and durably: frames without one are litter, one without frames would look like damage.
+        passing("delete.before")
         durable.remove(self._path(transfer_id, ".manifest"))
         durable.remove(self._path(transfer_id, ".part.manifest"))
+        passing("delete.middle")
         self._path(transfer_id, ".frames").unlink(missing_ok=True)
+        passing("delete.after")
 
     def open_partial(self, manifest: Manifest) -> Partial:
         """Begin or resume receiving a transfer that is not whole yet; disk space for all of it is taken at once.
 
-        Resuming reads what is there and compares each frame with its hash (1.5 GB/s). UnavailableError when the disk
-        has no room; RefusedError(rule='manifest-changed') when this id began to arrive under another manifest.
+        Resuming reads what is there, compares each frame with its hash (1.5 GB/s) and writes it again. UnavailableError
+        when the disk has no room; RefusedError(rule='manifest-changed') when this id began to arrive under another
+        manifest.
         """
         assert not self._path(manifest.transfer_id, ".manifest").exists(), "this transfer is whole"
         begun = self._path(manifest.transfer_id, ".part.manifest")
@@ -236,17 +254,22 @@ class FrameStore:
                         hint="two transfers were given one id",
                     )
                 return existing
+            passing("seal.before")
             temporary.rename(self._path(manifest.transfer_id, ".frames"))
         # The frames' name must be safe before the manifest's: POSIX does not order two renames.
         durable.fsync_dir(self.root)
+        passing("seal.middle")
         durable.write_once(self._path(manifest.transfer_id, ".manifest"), [manifest.to_bytes()])
+        passing("seal.after")
         return self._stored(manifest)
 
     def commit(self, manifest: Manifest) -> Stored:
         """Declare an arriving transfer whole; for `Partial.finish`, which has synced its frames."""
         begun = self._path(manifest.transfer_id, ".part.manifest")
+        passing("transfer-whole.before")
         begun.rename(self._path(manifest.transfer_id, ".manifest"))
         durable.fsync_dir(self.root)
+        passing("transfer-whole.after")
         return self._stored(manifest)
 
     def _begin(self, manifest: Manifest, begun: Path) -> Partial:
@@ -256,8 +279,10 @@ class FrameStore:
             on_error.callback(path.unlink)
             on_error.callback(os.close, fd)
             durable.reserve(fd, manifest.wire_bytes, self.root)
+            passing("spool-open.middle")
             # Makes the name of the file of frames durable as well: same folder.
             durable.write_once(begun, [manifest.to_bytes()])
+            passing("spool-open.after")
             on_error.pop_all()
         return Partial(self, manifest, fd, Bitmap(manifest.frames))
 
@@ -269,6 +294,7 @@ class FrameStore:
             have = Bitmap(manifest.frames, _intact_frames(fd, manifest))
             # They were read from memory, perhaps; the process that wrote them may have died before it synced.
             durable.sync_file(fd)
+            durable.fsync_dir(self.root)
             on_error.pop_all()
         return Partial(self, manifest, fd, have)
 
@@ -290,6 +316,8 @@ def _intact_frames(fd: int, manifest: Manifest) -> Iterator[int]:
     for index, (offset, length) in enumerate(zip(frame_offsets(manifest), manifest.frame_lengths, strict=True)):
         frame = os.pread(fd, length, offset)
         if frame[:4] != _NOTHING and hashlib.sha256(frame).digest() == manifest.frame_hash(index):
+            # After a failed sync the kernel may take these bytes for saved, and only a new write is synced again.
+            durable.write_all(fd, frame, offset)
             yield index
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for everybody: a free port and a real Mosquitto."""
+"""For everybody: a free port, a real Mosquitto, and no hurry for generated examples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from broker.launcher import RunningBroker, find_mosquitto, run_broker
+
+# A busy machine makes any example slow; what must not hang has the time-out of the whole test.
+hypothesis.settings.register_profile("mailboat", deadline=None)
+hypothesis.settings.load_profile("mailboat")
 
 
 @pytest.fixture

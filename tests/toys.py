@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from coordinator.journal import Journal
+from coordinator.records import Record
 from coordinator.service import run_coordinator
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.training import Trainer
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
 from shared.errors import MailboatError
@@ -27,6 +31,8 @@ from shared.ids import new_session_id
 from shared.plan import SealedPlan, load_plan
 from tests.kits import Kits
 
+HASTY = "stall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
+"""[link] of tests that wait for a time-out; others measure the defaults."""
 INITIAL = 1.0
 """Every value of version 0."""
 
@@ -86,9 +92,14 @@ def write_toy(
     slice_kib: int = 64,
     codec: str = "f32",
     sealed: bool = False,
+    link: str = HASTY,
+    urls: Mapping[str, str] = MappingProxyType({}),
     extra: str = "",
 ) -> None:
-    """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well."""
+    """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
+
+    `urls` holds another broker URL for some, by name; `extra` follows [aggregation].
+    """
     if sealed:
         kits = Kits(root, "toy")
         for number in range(1, sites + 1):
@@ -97,7 +108,7 @@ def write_toy(
 
     def local(name: str) -> str:
         kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
-        return f'[broker]\nurl = "{url}"\n[link]\nstall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n{kit}'
+        return f'[broker]\nurl = "{urls.get(name, url)}"\n[link]\n{link}{kit}'
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
@@ -105,18 +116,19 @@ def write_toy(
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
-        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n{local("coordinator")}'
+        f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n'
+        f"min_free_mib = 1\n{local('coordinator')}"
     )
     for number in range(1, sites + 1):
         (root / f"site-{number}.toml").write_text(
-            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n'
+            f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\nmin_free_mib = 1\n'
             f"{local(f'site-{number}')}"
             f'[data]\nnotes = "none"\n'
         )
     federation = load_config(root / "federation.toml", FederationConfig)
     plan = toy_plan(federation, parameters)
     storage = root / "coordinator"
-    storage.mkdir()
+    storage.mkdir(exist_ok=True)
     (storage / "plan.json").write_text(plan.model_dump_json())
     initial = {name: np.full(shape, INITIAL, np.float32) for name, shape in plan.tensors.items()}
     save_file(initial, storage / "initial.safetensors")
@@ -131,9 +143,18 @@ async def toy_coordinator(path: Path) -> None:
 
 
 async def toy_site(
-    path: Path, *, step: float = 1.0, seconds: float = 0.05, examples: int = 10, plan: SealedPlan | None = None
+    path: Path,
+    *,
+    step: float = 1.0,
+    seconds: float = 0.05,
+    examples: int = 10,
+    plan: SealedPlan | None = None,
+    trainer: Trainer | None = None,
 ) -> None:
-    """What `mailboat site run` does after loading the model; `plan` is what it made of that."""
+    """What `mailboat site run` does after loading the model.
+
+    `plan` is what it made of that, `trainer` stands in for the toy.
+    """
     config = load_config(path, SiteConfig)
     federation = load_config(config.federation, FederationConfig)
     plan = plan or load_plan(config.federation.parent / "coordinator" / "plan.json", federation)
@@ -146,8 +167,14 @@ async def toy_site(
         frozen_sha256=plan.frozen_sha256,
         software="toy",
     )
-    trainer = ToyTrainer(step=step, seconds=seconds, examples=examples)
-    await Agent(config, federation, identity, Outbox(config.storage), trainer).run()
+    toy = ToyTrainer(step=step, seconds=seconds, examples=examples)
+    await Agent(config, federation, identity, Outbox(config.storage), trainer or toy).run()
+
+
+def toy_records(root: Path) -> list[Record]:
+    """The journal of the run below `root`, from its first record."""
+    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+        return list(journal.replay())
 
 
 def main(role: str, path: str) -> None:

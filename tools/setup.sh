@@ -21,10 +21,19 @@ fail() {
 # What the environment depends on. The path belongs to it: a virtual environment does not survive being moved.
 fingerprint() { { pwd; cat pyproject.toml constraints.txt tools/setup.sh; } | sha256sum | cut -d' ' -f1; }
 
-find_mosquitto() {
+# Whether the set-up that was done covers what is asked for: a demonstration's lacks what only tests need.
+covered() {
+    [ -x "$VENV/bin/python" ] || return
+    local done_for
+    read -r done_for 2>/dev/null <"$STAMP" || return
+    [ "$done_for" = "$(fingerprint) full" ] || { [ "$TARGET" = demo ] && [ "$done_for" = "$(fingerprint) demo" ]; }
+}
+
+# Daemons lie where an ordinary user's PATH does not lead.
+find_daemon() {
     local path
-    path=$(command -v mosquitto || true)
-    for path in "$path" /usr/sbin/mosquitto /usr/local/sbin/mosquitto; do
+    path=$(command -v "$1" || true)
+    for path in "$path" "/usr/sbin/$1" "/usr/local/sbin/$1" "/usr/local/bin/$1"; do
         if [ -n "$path" ] && [ -x "$path" ]; then printf '%s\n' "$path"; return; fi
     done
     return 1
@@ -36,27 +45,37 @@ may_install() {
     command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || { command -v sudo >/dev/null && sudo -n true 2>/dev/null; }; }
 }
 
-install_mosquitto() {
-    say "Mosquitto is missing: installing the system's package (about half a minute)"
-    # The package may start a service of its own on port 1883. It is left alone: every broker of ours takes a free port.
+install_package() {
+    say "$1 is missing: installing the system's package (about half a minute)"
+    # The package may start a service of its own on its usual port. It is left alone: our brokers take free ports.
     local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q)
-    as_root "${apt[@]}" install -y --no-install-recommends mosquitto >>"$LOG" 2>&1 && return
+    as_root "${apt[@]}" install -y --no-install-recommends "$1" >>"$LOG" 2>&1 && return
     as_root "${apt[@]}" update >>"$LOG" 2>&1 || true # a machine without a package list, or with an old one
-    as_root "${apt[@]}" install -y --no-install-recommends mosquitto >>"$LOG" 2>&1
+    as_root "${apt[@]}" install -y --no-install-recommends "$1" >>"$LOG" 2>&1
 }
 
-provide_mosquitto() {
-    local found
-    if ! find_mosquitto >/dev/null && may_install; then
-        install_mosquitto || say "the package could not be installed (see $LOG)"
+# provide_daemon PACKAGE CONSEQUENCE...: package and program have one name; without it the consequences are said.
+provide_daemon() {
+    local name=$1 found line
+    shift
+    if ! find_daemon "$name" >/dev/null && may_install; then
+        install_package "$name" || say "the package could not be installed (see $LOG)"
     fi
-    if found=$(find_mosquitto); then
-        say "Mosquitto: $found"
-    else
-        say "Mosquitto is not installed and there is no permission to install it:"
-        say "the EMBEDDED broker (amqtt) is used instead. It is for demonstrations only;"
-        say "tests that need Mosquitto are skipped and say so. To change that: apt-get install mosquitto"
+    if found=$(find_daemon "$name"); then
+        say "$name: $found"
+        return
     fi
+    say "$name is not installed and there is no permission to install it:"
+    for line in "$@"; do say "$line"; done
+    say "To change that: apt-get install $name"
+}
+
+provide_brokers() {
+    provide_daemon mosquitto \
+        "the EMBEDDED broker (amqtt) is used instead. It is for demonstrations only;" \
+        "tests that need Mosquitto are skipped and say so."
+    [ "$TARGET" = demo ] && return
+    provide_daemon nats-server "the tests of a clustered broker are skipped and say so."
 }
 
 find_python() {
@@ -109,17 +128,15 @@ provide_packages() {
 main() {
     readonly TARGET=${1:-setup}
     mkdir -p .make
-    if [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then
-        exit 0
-    fi
+    if covered; then exit 0; fi
     : >"$LOG"
     local start=$SECONDS
     say "first set-up of this folder; later calls skip it (details in $LOG)"
-    provide_mosquitto
+    provide_brokers
     provide_venv
     provide_torch
     provide_packages
-    fingerprint >"$STAMP"
+    printf '%s %s\n' "$(fingerprint)" "$([ "$TARGET" = demo ] && echo demo || echo full)" >"$STAMP"
     say "done in $((SECONDS - start)) s"
 }
 

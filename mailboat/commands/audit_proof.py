@@ -70,6 +70,8 @@ def verify(
         out.print(f"run       version {proof.version}, {proof.updates} updates accepted", markup=False)
         if receipts:
             out.print(f"receipts  {proof.receipts} held by sites", markup=False)
+        for missed in proof.pruned:
+            out.print(f"pruned    {missed}; checked from the snapshot behind them on", markup=False)
         for finding in proof.findings:
             out.print(f"wrong     {finding}", markup=False, style="bold red")
         if not proof.findings:

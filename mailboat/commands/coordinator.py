@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mailboat import console
+from mailboat.problems import tell_problems
 
 if TYPE_CHECKING:
     from shared.config import CoordinatorConfig, FederationConfig
@@ -72,6 +74,39 @@ def run_command(
     _tell_plan(plan, federation)
     job = run_coordinator(coordinator, federation, plan, coordinator.storage / INITIAL)
     foreground.run(until_done(job, coordinator.broker, give_up_s=give_up_s))
+
+
+@app.command()
+def fsck(
+    *,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what can be mended; delete what crashes left over.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the journal against every file beside it, while the coordinator does not run.
+
+    Says what is damaged and what to do; nothing that the journal needs is ever deleted. Returns 0 when nothing is
+    damaged (any more), 3 when damage is left.
+    """
+    from coordinator.fsck import check
+    from mailboat.sealing import PLAN
+    from shared.plan import load_plan
+
+    coordinator, federation = _load(config)
+    plan = load_plan(coordinator.storage / PLAN, federation)
+    checked = check(coordinator.storage, federation, plan, repair=repair)
+    tell_problems(
+        coordinator.storage,
+        checked.problems,
+        [
+            f"journal   {checked.rows} rows, the last one has hash {checked.head}",
+            f"run       version {checked.version}, {checked.updates} updates kept",
+            *(f"pruned    {missed}" for missed in checked.pruned),
+        ],
+        as_json=dataclasses.asdict(checked) if as_json else None,
+    )
 
 
 def _load(config: Path) -> tuple[CoordinatorConfig, FederationConfig]:

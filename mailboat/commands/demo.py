@@ -86,6 +86,14 @@ AlphaOption = Annotated[
     float, typer.Option(help="How alike the sites' label mixes are: 0.1 very different, 100 nearly the same.")
 ]
 NotesOption = Annotated[int, typer.Option(min=2, help="Training notes of each site.")]
+LrOption = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-7,
+        help=f"The sites' peak learning rate; default: {defaults.LR} for the shipped model, "
+        f"{defaults.OTHER_MODEL_LR} for others.",
+    ),
+]
 FlakyOption = Annotated[
     bool, typer.Option("--flaky", help="Cut every site's link again and again, and kill one site in mid-work.")
 ]
@@ -114,6 +122,7 @@ def demo(  # noqa: PLR0913 - one argument an option
     task: TaskOption = Task.NER,
     alpha: AlphaOption = defaults.ALPHA,
     notes: NotesOption = defaults.NOTES,
+    lr: LrOption = None,
     flaky: FlakyOption = False,
     baselines: BaselinesOption = True,
     seed: SeedOption = defaults.SEED,
@@ -146,6 +155,7 @@ def demo(  # noqa: PLR0913 - one argument an option
             codec=codec.value,
             alpha=alpha,
             notes=notes,
+            lr=lr,
             flaky=flaky,
             seed=seed,
             baselines=baselines,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mailboat.problems import tell_problems
 
 app = typer.Typer(help="One hospital's part: train on local notes, send updates.", no_args_is_help=True)
 
@@ -39,3 +42,25 @@ def run_command(
     logs.configure(verbose=verbose, as_json=True if log_json else None)
     logs.bind(federation=federation.federation.name, site=site.name)
     foreground.run(until_done(run_site(site, federation), site.broker, give_up_s=give_up_s))
+
+
+@app.command()
+def fsck(
+    *,
+    config: Annotated[Path, typer.Option("--config", "-c", help="The site's configuration file.")] = Path("site.toml"),
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what crashes left over, and states that are damaged.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the updates that wait here, the receipts and the states, while the site does not run.
+
+    An update without its receipt is never deleted. Returns 0 when nothing is damaged (any more), 3 when damage is left.
+    """
+    from edge_client.fsck import check
+    from shared.config import SiteConfig, load_config
+
+    site = load_config(config, SiteConfig)
+    checked = check(site.storage, repair=repair)
+    said = [f"outbox    {checked.waiting} updates wait for their receipt", f"receipts  {checked.receipts}"]
+    tell_problems(site.storage, checked.problems, said, as_json=dataclasses.asdict(checked) if as_json else None)

@@ -1,9 +1,9 @@
 """What there would be without a federation: each site trained alone, and all notes in one place.
 
-The same trainer, model, layers and settings, from the same version 0, and as many epochs in all as a site of the
-federation has trained. Only the schedule differs: one training from end to end, with one rise and fall of the learning
-rate and one optimizer, which is how anybody would train alone. Notes that a site holds back for its local F1 are held
-back here too, so that everybody has trained on equally many.
+The same trainer, model and layers, from the same version 0. Only the schedule differs: one training from end to end,
+with one rise and fall of the learning rate and one optimizer, which is how anybody would train alone, and with epochs,
+batch and rate that suit such a training (`defaults.BASELINE_EPOCHS` and below). Notes that a site holds back for its
+local F1 are held back here too, so that everybody has trained on equally many.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +30,6 @@ from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.tasks import first_error
 
 POOLED = "pooled"
-LANES_MAX = 2
-"""Trainings side by side; each takes one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +41,36 @@ class Baselines:
 
 
 def baseline_federation(plan: Plan) -> FederationConfig:
-    """Return the federation with all local epochs of the run in one training."""
+    """Return the federation with a training that suits a baseline, all epochs at once."""
     training = plan.federation.training
-    whole = training.model_copy(update={"epochs": training.epochs * plan.rounds})
+    whole = training.model_copy(
+        update={
+            "epochs": min(defaults.BASELINE_EPOCHS, training.epochs * plan.rounds),
+            "batch_size": defaults.BASELINE_BATCH_SIZE,
+            "lr": defaults.BASELINE_LR * training.lr,
+        }
+    )
     return plan.federation.model_copy(update={"training": whole})
 
 
-@asynccontextmanager
-async def baseline_worker(plan: Plan, name: str, notes: Path) -> AsyncIterator[WorkerClient]:
-    """A worker that would train on `notes` with all epochs at once."""
-    config = SiteConfig(
+def baseline_site(plan: Plan, name: str) -> SiteConfig:
+    """Return a site that has the notes of `name`, a started site or POOLED."""
+    return SiteConfig(
         name=name,
         federation=plan.layout.federation,
         storage=plan.layout.scratch / name,
-        data=DataSection(notes=notes, holdout=defaults.HOLDOUT),
+        data=DataSection(
+            notes=plan.layout.pooled if name == POOLED else plan.layout.notes / name, holdout=defaults.HOLDOUT
+        ),
         threads=1,
     )
-    async with WorkerClient(config, baseline_federation(plan)) as worker:
-        yield worker
 
 
 async def run_baselines(plan: Plan, warm: WorkerClient, view: View) -> Baselines:
     """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two.
 
-    `warm` is a `baseline_worker` of the first started site.
+    `warm` is a worker of any `baseline_site` under the `baseline_federation`. A worker keeps its model from one
+    training to the next: PyTorch takes longer to start than a site alone takes to train.
     """
     await asyncio.to_thread(pool, plan.layout, plan.started)
     scores: dict[str, Score] = {}
@@ -80,23 +82,21 @@ async def run_baselines(plan: Plan, warm: WorkerClient, view: View) -> Baselines
         view.progress(", ".join(f"{_label(each)} {done:.0%}" for each, done in shares.items() if each not in scores))
 
     async def train(name: str, worker: WorkerClient) -> None:
+        worker.serve(baseline_site(plan, name))
         scores[name] = await _train_and_score(plan.layout, name, worker, partial(on_progress, name))
+        view.say(f"{_label(name)}: {told(scores[name])}")
 
-    async def lane() -> None:
+    async def lane(worker: WorkerClient) -> None:
         while waiting:
-            name = waiting.pop(0)
-            if name == plan.started[0]:
-                await train(name, warm)
-            else:
-                notes = plan.layout.pooled if name == POOLED else plan.layout.notes / name
-                async with baseline_worker(plan, name, notes) as worker:
-                    await train(name, worker)
-            view.say(f"{_label(name)}: {told(scores[name])}")
+            await train(waiting.pop(0), worker)
 
     with first_error():
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(LANES_MAX, os.cpu_count() or 1)):
-                tasks.create_task(lane())
+        async with (
+            WorkerClient(baseline_site(plan, POOLED), baseline_federation(plan)) as second,
+            asyncio.TaskGroup() as tasks,
+        ):
+            for worker in (warm, second)[: os.cpu_count()]:
+                tasks.create_task(lane(worker))
     return Baselines({name: scores[name] for name in plan.started}, scores[POOLED])
 
 

@@ -26,6 +26,7 @@ from shared.config import (
     SiteConfig,
     StalenessKind,
     StalenessSection,
+    TaskSection,
     TrainingSection,
 )
 from shared.errors import ConfigError
@@ -53,6 +54,8 @@ class DemoOptions:
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
     heldout: int = defaults.HELDOUT_NOTES
+    lr: float | None = None
+    """Peak learning rate of the sites; None for the one that suits the model."""
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True
@@ -115,11 +118,6 @@ class Layout:
     def storage(self) -> Path:
         """What the coordinator keeps: journal, states, status."""
         return self.root / "coordinator"
-
-    @property
-    def full(self) -> Path:
-        """The same federation with every parameter trained, of which one transfer is measured."""
-        return self.root / "full-model"
 
     @property
     def scratch(self) -> Path:
@@ -221,6 +219,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
     return FederationConfig(
         federation=FederationSection(name=name, versions=rules.versions, seed=options.seed, sites=names),
         model=ModelSection(base=model_source(options.model)),
+        task=TaskSection(max_length=defaults.MAX_LENGTH),
         layers=LayersSection(plan=options.layers),
         codec=codec_section(options.codec),
         aggregation=AggregationSection(
@@ -229,12 +228,29 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             buffer=rules.buffer,
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
-            server=ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM),
+            server=server_section(options.mode),
         ),
         training=TrainingSection(
-            epochs=defaults.EPOCHS, batch_size=defaults.BATCH_SIZE, lr=defaults.LR, final_lr=defaults.FINAL_LR
+            epochs=defaults.EPOCHS,
+            batch_size=defaults.BATCH_SIZE,
+            lr=learning_rate(options),
+            final_lr=defaults.FINAL_LR,
         ),
     )
+
+
+def server_section(mode: Mode) -> ServerSection:
+    """Return momentum for versions that all sites made together; many small late ones already carry each other on."""
+    if mode == "sync":
+        return ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM)
+    return ServerSection()
+
+
+def learning_rate(options: DemoOptions) -> float:
+    """Return the sites' peak rate: the one asked for, or the one for the shipped model or for any other."""
+    if options.lr is not None:
+        return options.lr
+    return defaults.LR if options.model is None else defaults.OTHER_MODEL_LR
 
 
 def model_source(given: str | None) -> str:
@@ -274,15 +290,8 @@ def site_config(plan: Plan, name: str, broker_url: str) -> SiteConfig:
 
 
 def write_federation(plan: Plan) -> None:
-    """Write `federation.toml`, and that of the full-model comparison with every parameter trained."""
+    """Write `federation.toml`."""
     plan.layout.federation.write_text(to_toml(plan.federation), encoding="utf-8")
-    full = plan.federation.model_copy(
-        update={"layers": LayersSection(plan="all"), "codec": CodecSection(up="f32", down="f32")}
-    )
-    plan.layout.full.mkdir()
-    (plan.layout.full / "federation.toml").write_text(to_toml(full), encoding="utf-8")
-    measured = CoordinatorConfig(federation=plan.layout.full / "federation.toml", storage=plan.layout.full / "storage")
-    (plan.layout.full / "coordinator.toml").write_text(to_toml(measured), encoding="utf-8")
 
 
 def write_processes(plan: Plan, broker_url: str, site_urls: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, cast
 
 from broker.launcher import RunningBroker, run_broker
 from edge_client.worker_client import WorkerClient
-from mailboat.demo.baselines import Baselines, baseline_worker, run_baselines
+from mailboat.demo.baselines import Baselines, baseline_federation, baseline_site, run_baselines
 from mailboat.demo.facts import Facts
 from mailboat.demo.federate import COORDINATOR, Federation
 from mailboat.demo.live import View
@@ -26,7 +26,7 @@ from mailboat.demo.screen import size
 from mailboat.demo.wire import FullTransfer, measure_full_transfer
 from mailboat.flaky import FlakyProxy, demo_faults
 from mailboat.reach import reachable
-from mailboat.sealing import INITIAL, PLAN, describe
+from mailboat.sealing import PLAN, describe
 from mailboat.synth import make_notes
 from shared.errors import UnavailableError
 from shared.link.endpoints import parse_endpoints
@@ -156,7 +156,7 @@ class _Demonstration:
     async def _steps(self, children: Children, broker: BrokerFacts) -> Result:
         plan, layout = self._plan, self._plan.layout
         alone = plan.started[0]
-        async with baseline_worker(plan, alone, layout.notes / alone) as worker:
+        async with WorkerClient(baseline_site(plan, alone), baseline_federation(plan)) as worker:
             self._begin("resolving the plan (loading the base model)")
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(worker.load())
@@ -168,8 +168,7 @@ class _Demonstration:
             self._begin("baselines and comparison")
             async with asyncio.TaskGroup() as tasks:
                 compared = tasks.create_task(self._baselines(worker))
-                measured = tasks.create_task(self._full_transfer(children, broker.url))
-                tasks.create_task(self._export(children, facts.version))
+                measured = tasks.create_task(self._export(children, facts.version, broker.url))
         baselines, full = compared.result(), measured.result()
         return Result(
             facts=facts,
@@ -206,22 +205,16 @@ class _Demonstration:
     async def _baselines(self, warm: WorkerClient) -> Baselines | None:
         return await run_baselines(self._plan, warm, self._view) if self._plan.options.baselines else None
 
-    async def _full_transfer(self, children: Children, broker_url: str) -> FullTransfer:
-        """Load the model once more with every parameter trained, and move that file over the broker."""
-        full = self._plan.layout.full
-        await children.run("seal-full-model", *_SEAL, str(full / "coordinator.toml"))
-        federation = f"{self._plan.federation.federation.name}-full"
-        measured = await measure_full_transfer(
-            full / "storage" / INITIAL, broker_url, federation, self._plan.started[0]
-        )
-        self._view.say(f"one full-model transfer took {size(measured.sent_bytes)} on the wire")
-        return measured
-
-    async def _export(self, children: Children, version: int) -> None:
+    async def _export(self, children: Children, version: int, broker_url: str) -> FullTransfer:
+        """Write the model that came out, and move it once over the broker, whole."""
         layout = self._plan.layout
         arguments = ("--config", str(layout.coordinator), "--version", str(version), "--out", str(layout.export))
         await children.run("export", "export", *arguments)
         self._view.say(f"version {version} written to {layout.export}")
+        federation = f"{self._plan.federation.federation.name}-full"
+        measured = await measure_full_transfer(layout.export, broker_url, federation, self._plan.started[0])
+        self._view.say(f"one full-model transfer took {size(measured.sent_bytes)} on the wire")
+        return measured
 
 
 _SEAL = ("coordinator", "seal", "--quiet", "--config")

@@ -1,9 +1,10 @@
 """What full-model federated averaging would have sent, measured: one transfer of every parameter, counted on the wire.
 
-A FedAvg client (arXiv 1602.05629) downloads the whole model, trains, and uploads the whole model, as float32. Here that
-file is moved once, uncompressed, through the same broker and the same link as the run's own transfers, and the bytes
-are counted where the run's are counted: whole PUBLISH packets, at the sender's and at the receiver's link. Times the
-number of transfers that the run made, that is what full-model FedAvg would have taken for the same rounds.
+A FedAvg client (arXiv 1602.05629) downloads the whole model, trains, and uploads the whole model, as float32. Here the
+exported model's weights are moved once, uncompressed, through the same broker and the same link as the run's own
+transfers, and the bytes are counted where the run's are counted: whole PUBLISH packets, at the sender's and at the
+receiver's link. Times the number of transfers that the run made, that is what full-model FedAvg would have taken for
+the same rounds.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ class FullTransfer:
     """One transfer of the whole model, as counted."""
 
     file_bytes: int
-    """The safetensors file: every parameter, float32."""
+    """The safetensors files: every parameter, float32."""
     sent_bytes: int
     """At the sender's link."""
     received_bytes: int
     """At the receiver's link."""
 
 
-async def measure_full_transfer(file: Path, broker_url: str, federation: str, site: str) -> FullTransfer:
-    """Publish `file` in chunks as site `site` would, receive it as the coordinator would, and return what was counted.
+async def measure_full_transfer(model: Path, broker_url: str, federation: str, site: str) -> FullTransfer:
+    """Publish the weights in the folder `model` in chunks as site `site` would, receive them as the coordinator would.
 
-    The file must fit into memory. UnavailableError when the connection breaks or nothing moves for a minute;
-    CorruptError when other bytes arrive than were sent.
+    Returns what was counted. The weights must fit into memory. UnavailableError when the connection breaks or nothing
+    moves for a minute; CorruptError when other bytes arrive than were sent.
     """
     name = topic(federation, Channel.UP_DATA, site)
-    data = await asyncio.to_thread(file.read_bytes)
+    data = await asyncio.to_thread(_weights, model)
     sender = Link(_options(broker_url, f"{federation}-full-out"))
     receiver = Link(_options(broker_url, f"{federation}-full-in", name))
     async with receiver, sender:
@@ -61,6 +62,11 @@ async def measure_full_transfer(file: Path, broker_url: str, federation: str, si
     if arriving.result() != hashlib.sha256(data).digest():
         raise CorruptError("other bytes arrived than were sent", hint="look at the broker's log")
     return FullTransfer(len(data), sender.counters.bytes_sent, receiver.counters.bytes_received)
+
+
+def _weights(model: Path) -> bytes:
+    """All shards, one after the other; a small model has one."""
+    return b"".join(shard.read_bytes() for shard in sorted(model.glob("*.safetensors")))
 
 
 def _options(broker_url: str, client_id: str, *subscriptions: str) -> LinkOptions:

@@ -19,13 +19,13 @@ from shared.config import BrokerSection, LinkSection
 from shared.errors import MailboatError, RefusedError, UnavailableError
 from shared.ids import new_session_id
 from shared.link import LinkOptions, Packet
-from shared.link.client import Connection, ConnectRefusedError, HungUpError, Shared
+from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
 from shared.link.counters import Counters
 from shared.link.dial import dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
 from shared.link.link import PROTOCOL_NAMES
 from shared.link.model import LinkDownError, Publication
-from shared.link.refusals import connect_refusal, tls_refusal
+from shared.link.refusals import connect_refusal, subscribe_refusal, tls_refusal
 from shared.messages import (
     SCHEMA_VERSION,
     Announce,
@@ -94,7 +94,7 @@ async def check_broker(party: Party) -> tuple[list[Finding], str | None]:
 async def _try_protocol(party: Party, endpoint: Endpoint, name: str) -> Finding:
     what = f"MQTT {name}"
     try:
-        async with _connected(party, endpoint, name, lambda _packet: None):
+        async with _connected(party, endpoint, name, lambda _packet: False):
             return ok(what, f"{endpoint} accepts it")
     except MailboatError as error:
         if name == "5" and getattr(error, "rule", "") == "unsupported-protocol":
@@ -108,8 +108,8 @@ async def _try_access(party: Party, endpoint: Endpoint, name: str) -> list[Findi
     own = tuple(subscriptions(party.federation, party.role, party.site))
     mine, foreign = _probes(party)
     try:
-        async with _connected(party, endpoint, name, lambda _packet: None) as connection:
-            await connection.subscribe_all(own)
+        async with _connected(party, endpoint, name, lambda _packet: False) as connection:
+            await _subscribe(connection, endpoint, own)
             findings.append(ok("access", f"{len(own)} topics may be read"))
             await connection.post(Publication(mine, _unknown_message()))
             if name == "5":
@@ -123,6 +123,13 @@ async def _try_access(party: Party, endpoint: Endpoint, name: str) -> list[Findi
     except MailboatError as error:
         findings.append(fail("access", error))
     return findings
+
+
+async def _subscribe(connection: Connection, endpoint: Endpoint, topics: tuple[str, ...]) -> None:
+    try:
+        await connection.subscribe_all(topics)
+    except NotGrantedError as refused:
+        raise subscribe_refusal(refused.topic, str(refused), str(endpoint)) from None
 
 
 async def _try_foreign(connection: Connection, foreign: str) -> Finding:
@@ -196,15 +203,17 @@ async def _listening(
     """A connection to the first endpoint that answers, and the messages that come in on `topics`."""
     inbox: asyncio.Queue[Message] = asyncio.Queue()
 
-    def take(packet: Packet) -> None:
+    def take(packet: Packet) -> bool:
         if packet.payload:
             with contextlib.suppress(RefusedError):
                 inbox.put_nowait(decode(packet.payload))
+        return False
 
     endpoints = parse_endpoints(party.broker.url)
     reached = [endpoint for endpoint in endpoints if await reachable((endpoint,))]
-    async with _connected(party, (reached or endpoints)[0], protocol, take) as connection:
-        await connection.subscribe_all(topics)
+    endpoint = (reached or endpoints)[0]
+    async with _connected(party, endpoint, protocol, take) as connection:
+        await _subscribe(connection, endpoint, topics)
         yield connection, inbox
 
 
@@ -220,7 +229,7 @@ async def _first(inbox: asyncio.Queue[Message], wanted: Callable[[Message], M | 
 
 @contextlib.asynccontextmanager
 async def _connected(
-    party: Party, endpoint: Endpoint, protocol: str, sink: Callable[[Packet], None]
+    party: Party, endpoint: Endpoint, protocol: str, sink: Callable[[Packet], bool]
 ) -> AsyncIterator[Connection]:
     """One connection with exactly this protocol; MailboatError that says why there is none."""
     client_id = f"{party.federation}-{party.site or 'coordinator'}-{secrets.token_hex(4)}"

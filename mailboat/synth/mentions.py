@@ -8,9 +8,9 @@ from mailboat.synth.lexicon import Concept, load_lists
 from mailboat.synth.profiles import SiteProfile
 
 # The share of mentions composed from parts ("left knee swelling"): most are met once, so that no list can hold them.
-COMPOSED = 0.15
+COMPOSED = 0.08
 # The share of written-out mentions that begin with a modifier. It belongs to the span, as determiners do in i2b2.
-MODIFIED = 0.30
+MODIFIED = 0.20
 
 
 def draw_mention(label: str, profile: SiteProfile, rng: random.Random) -> tuple[str, ...]:

@@ -14,13 +14,13 @@ from mailboat.synth.lexicon import LABELS, SECTIONS, STYLES, Concept, load_conce
 T = TypeVar("T")
 
 # The share of each label's concepts that every site uses; the rest is dealt out, each concept to one site.
-SHARED_CONCEPTS = 0.25
+SHARED_CONCEPTS = 0.4
 # How often a site writes one of the concepts dealt to another, against one of its own.
-FOREIGN_WEIGHT = 0.04
+FOREIGN_WEIGHT = 0.1
 # Within its own words a site draws by rank r with weight 1 / (r + 3)^ZIPF: few are frequent, many are rare.
 ZIPF = 0.6
-# The share of lines from the pool that all sites have in common, most of which fit any label.
-COMMON_LINES = 0.35
+# The share of lines from the pool that all sites have in common, some of which fit any label.
+COMMON_LINES = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Habits:
 HABITS: Mapping[str, Habits] = MappingProxyType(
     {
         "narrative": Habits(
-            forms=(0.70, 0.25, 0.05),
+            forms=(0.75, 0.20, 0.05),
             case="sentence",
             people=("the patient", "he", "she"),
             headers=(
@@ -64,13 +64,13 @@ HABITS: Mapping[str, Habits] = MappingProxyType(
             ),
         ),
         "terse": Habits(
-            forms=(0.20, 0.15, 0.65),
+            forms=(0.40, 0.15, 0.45),
             case="short-upper",
             people=("pt",),
             headers=("CC", "HPI", "COURSE", "LABS / STUDIES", "DISPO"),
         ),
         "dictated": Habits(
-            forms=(0.25, 0.70, 0.05),
+            forms=(0.45, 0.50, 0.05),
             case="lower",
             people=("he", "she", "this patient"),
             headers=(
@@ -82,7 +82,7 @@ HABITS: Mapping[str, Habits] = MappingProxyType(
             ),
         ),
         "checklist": Habits(
-            forms=(0.40, 0.30, 0.30),
+            forms=(0.55, 0.25, 0.20),
             case="title",
             people=("Pt", "Patient"),
             headers=(

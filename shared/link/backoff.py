@@ -22,9 +22,11 @@ UNREACHABLE_FLOOR_S = 0.75
 OUTAGE_SHARE = 1 / 60
 """A wait never adds more than this share to an outage."""
 
-PATIENCE_UNKNOWN_S = 10.0
+PATIENCE_UNKNOWN_S = 3.0
 PATIENCE_MIN_S = 1.0
 PATIENCE_MAX_S = 10.0
+PATIENCE_SPREAD = 0.75
+"""A patience is drawn from this share of itself upwards, so that those who began in step do not stay in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Backoff:
     """How often in a row the broker answered and did not want us, or dropped us at once."""
     unreachable: int = 0
     """How often in a row there was no answer."""
+    kept_waiting: int = 0
+    """How often in a row the broker's machine took the connection and the broker did not answer in time."""
 
 
 def dropped(state: Backoff, *, now: float, lasted_s: float, taken_over: bool) -> Backoff:
@@ -45,11 +49,12 @@ def dropped(state: Backoff, *, now: float, lasted_s: float, taken_over: bool) ->
     return Backoff(since=now)
 
 
-def failed(state: Backoff, *, answered: bool) -> Backoff:
+def failed(state: Backoff, *, answered: bool, kept_waiting: bool = False) -> Backoff:
     """An attempt to connect has failed; `answered` when the broker itself said no."""
+    waits = state.kept_waiting + kept_waiting
     if answered:
-        return replace(state, turned_away=state.turned_away + 1, unreachable=0)
-    return replace(state, unreachable=state.unreachable + 1)
+        return replace(state, turned_away=state.turned_away + 1, unreachable=0, kept_waiting=0)
+    return replace(state, unreachable=state.unreachable + 1, kept_waiting=waits)
 
 
 def ceiling_s(state: Backoff, *, now: float, cap_s: float) -> float:
@@ -61,27 +66,33 @@ def ceiling_s(state: Backoff, *, now: float, cap_s: float) -> float:
     return min(cap_s, PROMPT_S)
 
 
-def delay_s(state: Backoff, *, now: float, cap_s: float, uniform: Callable[[float, float], float]) -> float:
-    """The next wait in seconds, drawn with `uniform(low, high)`."""
-    return uniform(0.0, ceiling_s(state, now=now, cap_s=cap_s))
+def delay_s(
+    state: Backoff, *, now: float, spent_s: float, cap_s: float, uniform: Callable[[float, float], float]
+) -> float:
+    """The next wait in seconds, drawn with `uniform(low, high)`.
+
+    `spent_s` is how long the last attempt waited for an answer; where none came, that was waiting enough and counts.
+    """
+    drawn = uniform(0.0, ceiling_s(state, now=now, cap_s=cap_s))
+    return max(0.0, drawn - spent_s) if state.unreachable and not state.turned_away else drawn
 
 
-def patience_s(*, outage_s: float, usual_s: float | None) -> float:
-    """How long one attempt may take before the next one starts, in seconds.
+def patience_s(
+    state: Backoff, *, now: float, usual_s: float | None, reached: bool, uniform: Callable[[float, float], float]
+) -> float:
+    """How long the next step of an attempt may take before the next attempt starts, in seconds.
 
-    `usual_s` is how long the last good attempt took. A packet lost on a dead link is not sent again for seconds, so
-    that giving up early and asking afresh finds the link's return sooner; but a link may also have become slow, and so
-    the patience grows with the outage.
+    `usual_s` is how long the last good attempt took. Until the broker's machine is `reached`, patience is short: a
+    packet lost on a dead link is not sent again for seconds, and asking afresh finds the link's return sooner; it grows
+    with the outage, since a link may also have become slow. A broker that was reached and does not answer has perhaps
+    thousands to greet, and giving up on it only adds to its work: for each attempt in a row that it kept waiting, it is
+    given twice the time.
     """
     if usual_s is None:
-        return PATIENCE_UNKNOWN_S
-    return min(PATIENCE_MAX_S, max(PATIENCE_MIN_S, 4 * usual_s, outage_s / 20))
-
-
-def stall_patience_s(*, stalls: int, stall_s: float, keepalive_s: float) -> float:
-    """How long a connection with something unacknowledged may show no sign of life.
-
-    It doubles with each connection in a row that was cut for it, up to the keepalive, so that a link which is merely
-    slow is not cut for ever.
-    """
-    return min(max(stall_s, keepalive_s), stall_s * 2.0 ** min(stalls, 32))
+        longest = PATIENCE_UNKNOWN_S
+    else:
+        longest = max(PATIENCE_MIN_S, 4 * usual_s, (now - state.since) * OUTAGE_SHARE)
+    if reached:
+        longest *= 2.0 ** min(state.kept_waiting, 32)
+    longest = min(PATIENCE_MAX_S, longest)
+    return uniform(PATIENCE_SPREAD * longest, longest)

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import math
 import socket
+import ssl
 import termios
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import Any
 
 import aiomqtt
 import paho.mqtt.client as mqtt
-from aiomqtt import ProtocolVersion
+from aiomqtt import MqttError, ProtocolVersion
 from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -35,6 +36,7 @@ from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
 from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
 from shared.link.packets import MalformedPublishError, packet_bytes, parse_publish, publish_packet_bytes
+from shared.link.vigil import Signs
 
 MAX_INFLIGHT = 20
 """Publications handed to the library and not acknowledged; a broker may ask for fewer (Receive Maximum)."""
@@ -55,6 +57,15 @@ class ConnectRefusedError(Exception):
         self.code = code
 
 
+class NotGrantedError(Exception):
+    """The broker did not grant the subscription to `topic`; the reason code is `code`."""
+
+    def __init__(self, topic: str, code: int, text: str) -> None:
+        super().__init__(text)
+        self.topic = topic
+        self.code = code
+
+
 class HungUpError(Exception):
     """The broker ended the connection before it answered CONNECT."""
 
@@ -66,7 +77,8 @@ class Shared:
     options: LinkOptions
     password: str | None
     counters: Counters
-    sink: Callable[[Packet], None]
+    sink: Callable[[Packet], bool]
+    """Takes what comes in; True when that is enough for now."""
 
 
 class Connection(aiomqtt.Client):
@@ -93,6 +105,11 @@ class Connection(aiomqtt.Client):
         self._socket = sock
         self._modern = modern
         self._heard = 0
+        """Bytes of messages, and one for each acknowledgement; the beginning of the next message is counted apart."""
+        self._answers = 0
+        self._queued = 0
+        """Bytes handed to the library to be sent; not those of pings, whose answer is what counts."""
+        self._held = False
         self._slots = asyncio.Semaphore(MAX_INFLIGHT)
         self._packet_max = math.inf
         self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
@@ -104,8 +121,10 @@ class Connection(aiomqtt.Client):
         """Put our parts in the place of paho's; the tests of the link fail when a release of paho moves them."""
         paho.manual_ack_set(True)
         self._plain_queue = paho._packet_queue  # noqa: SLF001
+        self._plain_pingresp = paho._handle_pingresp  # noqa: SLF001
         paho._create_socket = lambda: self._socket  # type: ignore[method-assign] # noqa: SLF001
         paho._handle_publish = self._take_publish  # type: ignore[method-assign] # noqa: SLF001
+        paho._handle_pingresp = self._take_pingresp  # type: ignore[method-assign] # noqa: SLF001
         paho._packet_queue = self._queue_packet  # type: ignore[method-assign] # noqa: SLF001
 
     # -- opening and closing -------------------------------------------------------------------------------------------
@@ -119,14 +138,14 @@ class Connection(aiomqtt.Client):
         await self._connected
 
     async def subscribe_all(self, topics: tuple[str, ...]) -> None:
-        """Subscribe with QoS 1; RefusedError names the first topic that the broker does not grant."""
+        """Subscribe with QoS 1; NotGrantedError names the first topic that the broker does not grant."""
         if not topics:
             return
         granted = await self.subscribe([(topic, 1) for topic in topics], timeout=math.inf)
         for topic, code in zip(topics, granted, strict=True):
             assert isinstance(code, ReasonCode)  # an int only with the callbacks of paho 1
             if code.value >= refusals.FAILURE:
-                raise refusals.subscribe_refusal(topic, str(code), self.broker)
+                raise NotGrantedError(topic, code.value, str(code))
 
     async def lost(self) -> str:
         """Wait for the end of the connection and return what is known of its reason."""
@@ -149,6 +168,31 @@ class Connection(aiomqtt.Client):
         if not self._disconnected.done():
             self._reason = reason
             self._disconnected.set_result(None)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Read nothing more for now: it waits in the kernel and then with the broker, not in this process."""
+        if not self._held and self._socket.fileno() >= 0:
+            self._held = True
+            self._loop.remove_reader(self._socket.fileno())
+
+    def go_on(self) -> None:
+        """Read again; does nothing when it was not held."""
+        if self._held and self._socket.fileno() >= 0:
+            self._held = False
+            self._loop.add_reader(self._socket.fileno(), self._read)
+            self._loop.call_soon(self._read)  # TLS may hold bytes that the socket does not show
+
+    def _read(self) -> None:
+        try:
+            while not self._held and self._socket.fileno() >= 0:
+                self._client.loop_read()
+                if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+                    return
+        except (OSError, ValueError, MqttError) as error:  # as aiomqtt does: it ends the connection
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -180,6 +224,8 @@ class Connection(aiomqtt.Client):
         reason = await answer
         if reason.value == refusals.NO_MATCHING_SUBSCRIBERS:
             self._shared.counters.unmatched += 1
+        elif reason.value in refusals.PASSING:
+            raise LinkDownError(f"broker {self.broker} did not take a message: {reason}")
         elif reason.value >= refusals.FAILURE:
             raise refusals.publish_refusal(publication.topic, str(reason), self.broker)
 
@@ -194,17 +240,30 @@ class Connection(aiomqtt.Client):
     # -- watching ------------------------------------------------------------------------------------------------------
 
     @property
-    def awaits_ack(self) -> bool:
-        """Whether a publication waits for its acknowledgement."""
-        return bool(self._acks)
+    def receiving(self) -> int:
+        """Bytes of the message that is coming in."""
+        return len(self._client._in_packet["packet"])  # noqa: SLF001
 
-    def signs_of_life(self) -> tuple[int, int]:
-        """Bytes that have come in, and bytes that the peer's machine has yet to take; a change is progress."""
+    def signs_of_life(self) -> Signs:
+        """What has moved so far; who does not listen must not complain of silence.
+
+        Of a TLS connection the bytes on their way are counted encrypted, so that `taken` may fall a little for a while.
+        """
+        self._heard += self._held
         waiting = sum(packet["to_process"] for packet in self._client._out_packet)  # noqa: SLF001
         unacked = array.array("i", [0])
         with contextlib.suppress(OSError, ValueError):  # the socket may be closed
             fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unacked)
-        return self._heard + len(self._client._in_packet["packet"]), waiting + unacked[0]  # noqa: SLF001
+        return Signs(
+            heard=self._heard + self.receiving,
+            answers=self._answers,
+            taken=self._queued - waiting - unacked[0],
+            owed=bool(self._acks),
+        )
+
+    def ask_for_life(self) -> None:
+        """Send a ping."""
+        self._client._send_pingreq()  # noqa: SLF001 - paho sends one only after a whole keepalive
 
     def excuse_ping(self) -> None:
         """Start the wait for an answer to a ping anew.
@@ -214,6 +273,13 @@ class Connection(aiomqtt.Client):
         """
         if self._client._ping_t:  # noqa: SLF001
             self._client._ping_t = self._client._last_bytes_received = time.monotonic()  # noqa: SLF001
+
+    def _write(self) -> None:
+        try:
+            self._client.loop_write()
+        except (OSError, ValueError) as error:  # as aiomqtt does: it ends the connection
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     # -- what paho calls; the signatures are its own -------------------------------------------------------------------
 
@@ -271,6 +337,15 @@ class Connection(aiomqtt.Client):
             if not subscribing.done():
                 subscribing.set_exception(HungUpError("the broker hung up before it acknowledged the subscriptions"))
 
+    def _on_socket_open(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once, as for writing, and with a reader that can be held."""
+        self._loop.add_reader(sock.fileno(), self._read)
+        self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _on_socket_register_write(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+        """At once: aiomqtt puts it off, and by then the descriptor may be closed, or belong to somebody else."""
+        self._loop.add_writer(sock.fileno(), self._write)
+
     def _take_publish(self) -> MQTTErrorCode:
         """Instead of paho's own, which copies the payload six times; for a packet that has come in whole."""
         counters, raw = self._shared.counters, self._client._in_packet  # noqa: SLF001
@@ -284,8 +359,13 @@ class Connection(aiomqtt.Client):
         self._heard += len(body)
         counters.packets_received += 1
         counters.bytes_received += packet_bytes(len(body))
-        self._shared.sink(Packet(topic, found.payload, found.retained))
+        if self._shared.sink(Packet(topic, found.payload, found.retained)):
+            self.hold()
         return mqtt.MQTT_ERR_SUCCESS if found.packet_id is None else self._client.ack(found.packet_id, 1)
+
+    def _take_pingresp(self) -> MQTTErrorCode:
+        self._answers += 1
+        return self._plain_pingresp()
 
     def _queue_packet(
         self,
@@ -296,6 +376,7 @@ class Connection(aiomqtt.Client):
         info: mqtt.MQTTMessageInfo | None = None,
     ) -> MQTTErrorCode:
         """As paho's own, which would copy the rest of the packet for each write to the socket."""
+        self._queued += len(packet) if command != PacketTypes.PINGREQ << 4 else 0
         return self._plain_queue(command, memoryview(packet), mid, qos, info)  # type: ignore[arg-type]
 
     def _on_publish(

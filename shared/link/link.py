@@ -20,7 +20,7 @@ import contextlib
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -30,12 +30,15 @@ from aiomqtt import MqttError, ProtocolVersion
 from shared.errors import MailboatError, UnavailableError
 from shared.link import backoff, refusals
 from shared.link.backoff import Backoff
-from shared.link.client import Connection, ConnectRefusedError, HungUpError, Shared
+from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
 from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket, dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
+from shared.link.vigil import LOOK_S, Verdict, Vigil
 
+WAITING_BYTES_MAX = 2 * 1024 * 1024
+"""Messages taken from the network that nobody has asked for yet; above this, no more are taken for a while."""
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
 FIRST_ANSWER_S = 1.0
@@ -48,9 +51,10 @@ _log = structlog.get_logger("link")
 class _FailedError(Exception):
     """One attempt to connect has failed; `answered` when it was the broker that said no."""
 
-    def __init__(self, text: str, *, answered: bool) -> None:
+    def __init__(self, text: str, *, answered: bool, kept_waiting: bool = False) -> None:
         super().__init__(text)
         self.answered = answered
+        self.kept_waiting = kept_waiting
 
 
 class Link:
@@ -68,12 +72,13 @@ class Link:
         self._chance = chance or random.Random()  # from the system's entropy: no two sites in step
         self._queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
         self._held: list[Packet] | None = None
+        self._waiting_bytes = 0
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._spoken: dict[Endpoint, ProtocolVersion] = {}
         self._doubtful: set[Endpoint] = set()
         self._usual_s: float | None = None
-        self._stalls = 0
+        self._vigil = Vigil(options.link.stall_s, options.link.keepalive_s)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -112,6 +117,11 @@ class Link:
         """Whether a connection stands now."""
         return self._connection is not None
 
+    @property
+    def receiving(self) -> int:
+        """Bytes that have come in of a message that is not here whole; on a slow link one takes a while."""
+        return 0 if self._connection is None else self._connection.receiving
+
     async def events(self) -> AsyncIterator[Event]:
         """What happens, in order; for one reader at a time. Ends when the link is closed.
 
@@ -122,6 +132,10 @@ class Link:
             if isinstance(item, BaseException):
                 self._queue.put_nowait(item)  # whoever asks again is told again
                 raise item
+            if isinstance(item, Packet):
+                self._waiting_bytes -= len(item.payload)
+                if self._waiting_bytes <= WAITING_BYTES_MAX // 2 and self._connection is not None:
+                    self._connection.go_on()
             yield item
         self._queue.put_nowait(None)
 
@@ -138,23 +152,25 @@ class Link:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        state, turn = Backoff(since=time.monotonic()), 0
+        state = Backoff(since=time.monotonic())
+        turn = self._chance.randrange(len(self._endpoints))  # so that sites spread over the nodes of a cluster
         last_words = "no attempt was made"
         try:
             async with asyncio.timeout(self.options.give_up_s) as first_contact:
                 while True:
                     endpoint = self._endpoints[turn % len(self._endpoints)]
                     turn += 1
+                    began = time.monotonic()
                     try:
                         connection = await self._attempt(endpoint, state)
                     except _FailedError as failure:
                         last_words = f"{endpoint}: {failure}"
-                        state = backoff.failed(state, answered=failure.answered)
+                        state = backoff.failed(state, answered=failure.answered, kept_waiting=failure.kept_waiting)
                         self._report(endpoint, state, str(failure))
                     else:
                         first_contact.reschedule(None)
                         state = await self._stay(connection, state)
-                    await asyncio.sleep(self._delay_s(state))
+                    await asyncio.sleep(self._delay_s(state, time.monotonic() - began))
         except TimeoutError:
             places = ", ".join(str(endpoint) for endpoint in self._endpoints)
             raise UnavailableError(
@@ -162,9 +178,9 @@ class Link:
                 hint="check that the broker runs, that broker.url names it, and that a firewall lets this machine out",
             ) from None
 
-    def _delay_s(self, state: Backoff) -> float:
-        cap_s = self.options.link.backoff_cap_s
-        return backoff.delay_s(state, now=time.monotonic(), cap_s=cap_s, uniform=self._chance.uniform)
+    def _delay_s(self, state: Backoff, spent_s: float) -> float:
+        cap_s, uniform = self.options.link.backoff_cap_s, self._chance.uniform
+        return backoff.delay_s(state, now=time.monotonic(), spent_s=spent_s, cap_s=cap_s, uniform=uniform)
 
     def _report(self, endpoint: Endpoint, state: Backoff, reason: str) -> None:
         first = state.unreachable + state.turned_away == 1  # an outage is one event, not one for each attempt
@@ -173,13 +189,9 @@ class Link:
     async def _attempt(self, endpoint: Endpoint, state: Backoff) -> Connection:
         """One connection with all subscriptions and hellos; _FailedError when trying again may help."""
         started = time.monotonic()
-        patience_s = backoff.patience_s(outage_s=started - state.since, usual_s=self._usual_s)
         protocol = self._protocol(endpoint)
         try:
-            async with asyncio.timeout(patience_s):
-                connection = await self._set_up(endpoint, protocol)
-        except TimeoutError:
-            raise _FailedError(f"no answer within {patience_s:.1f} s", answered=False) from None
+            connection = await self._in_time(endpoint, protocol, state)
         except ConnectRefusedError as refused:
             if refused.code == refusals.UNSUPPORTED_PROTOCOL and protocol is ProtocolVersion.V5:
                 self._spoken[endpoint] = ProtocolVersion.V311
@@ -187,6 +199,10 @@ class Link:
             if fatal := refusals.connect_refusal(refused.code, str(endpoint), self.options.client_id):
                 raise fatal from None
             raise _FailedError(f"the broker refuses: {refused}", answered=True) from None
+        except NotGrantedError as refused:
+            if refused.code in refusals.PASSING and state.turned_away + 1 < refusals.SUBSCRIBE_TRIES:
+                raise _FailedError(f"not subscribed to {refused.topic}: {refused}", answered=True) from None
+            raise refusals.subscribe_refusal(refused.topic, str(refused), str(endpoint)) from None
         except HungUpError as hung_up:
             if endpoint not in self._spoken and protocol is ProtocolVersion.V5:
                 # Perhaps a broker that does not know MQTT 5 and cannot say so; or just the network.
@@ -204,13 +220,35 @@ class Link:
         self._spoken[endpoint] = protocol
         return connection
 
+    async def _in_time(self, endpoint: Endpoint, protocol: ProtocolVersion, state: Backoff) -> Connection:
+        """Set up a connection, each step within the patience that what happened so far leaves for it."""
+        started, reached = time.monotonic(), False
+
+        def patience_s() -> float:
+            uniform = self._chance.uniform
+            return backoff.patience_s(state, now=started, usual_s=self._usual_s, reached=reached, uniform=uniform)
+
+        def one_step() -> None:
+            nonlocal reached
+            reached = True
+            deadline.reschedule(asyncio.get_running_loop().time() + patience_s())
+
+        try:
+            async with asyncio.timeout(patience_s()) as deadline:
+                return await self._set_up(endpoint, protocol, one_step)
+        except TimeoutError:
+            waited_s = time.monotonic() - started
+            raise _FailedError(f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=reached) from None
+
     def _protocol(self, endpoint: Endpoint) -> ProtocolVersion:
         guess = ProtocolVersion.V311 if endpoint in self._doubtful else ProtocolVersion.V5
         return self._spoken.get(endpoint, guess)
 
-    async def _set_up(self, endpoint: Endpoint, protocol: ProtocolVersion) -> Connection:
+    async def _set_up(self, endpoint: Endpoint, protocol: ProtocolVersion, one_step: Callable[[], None]) -> Connection:
+        """The steps of an attempt; `one_step` is called after each, since each shows that the broker answers."""
         self._held, started = [], time.monotonic()
         sock = await dial(endpoint, self._tls if endpoint.tls else None, dead_after_s=self.options.link.stall_s)
+        one_step()
         connection = Connection(self._shared, sock, broker=str(endpoint), protocol=protocol)
         # A broker that knows only 3.1.1 takes properties for a will, or for a name, and waits for the rest of it.
         unsure = endpoint not in self._spoken and protocol is ProtocolVersion.V5
@@ -224,7 +262,9 @@ class Link:
                 if first_answer.expired():
                     raise HungUpError(f"the broker did not answer within {answer_s:.1f} s") from None
                 raise
+            one_step()
             await connection.subscribe_all(self.options.subscriptions)
+            one_step()
             for publication in self.options.hello:
                 await connection.post(publication)
             unless_done.pop_all()
@@ -234,12 +274,14 @@ class Link:
             self._queue.put_nowait(packet)
         return connection
 
-    def _take_in(self, packet: Packet) -> None:
+    def _take_in(self, packet: Packet) -> bool:
         """A retained message may overtake the last SUBACK; nothing is reported before `Connected`."""
+        self._waiting_bytes += len(packet.payload)
         if self._held is None:
             self._queue.put_nowait(packet)
         else:
             self._held.append(packet)
+        return self._connection is not None and self._waiting_bytes > WAITING_BYTES_MAX
 
     async def _stay(self, connection: Connection, state: Backoff) -> Backoff:
         """Watch one connection until its end."""
@@ -255,28 +297,27 @@ class Link:
         return backoff.dropped(state, now=now, lasted_s=now - since, taken_over=connection.taken_over)
 
     async def _watch(self, connection: Connection) -> str:
-        """Return why the connection ended; cut it when the peer owes an answer and nothing moves.
-
-        A peer that vanished without a word would otherwise be noticed only by MQTT's keepalive, a minute later.
-        """
-        section = self.options.link
-        signs, moved_at = connection.signs_of_life(), time.monotonic()
+        """Return why the connection ended; give it up when the vigil says so."""
+        vigil, looked_at = self._vigil, time.monotonic()
+        vigil.begin()
         ending = asyncio.ensure_future(connection.lost())
         try:
-            while not (await asyncio.wait([ending], timeout=section.stall_s / 5))[0]:
-                before, signs = signs, connection.signs_of_life()
-                if signs != before or not (connection.awaits_ack or signs[1]):
-                    moved_at = time.monotonic()
-                    if signs[1] < before[1]:
+            while not (await asyncio.wait([ending], timeout=LOOK_S))[0]:
+                before, looked_at = looked_at, time.monotonic()
+                patience_s = vigil.silence_s
+                match vigil.look(connection.signs_of_life(), looked_at - before):
+                    case Verdict.ASK:
+                        connection.ask_for_life()
+                    case Verdict.MOVED:
                         connection.excuse_ping()
-                    self._stalls = 0 if signs[0] != before[0] else self._stalls
-                    continue
-                patience_s = backoff.stall_patience_s(
-                    stalls=self._stalls, stall_s=section.stall_s, keepalive_s=section.keepalive_s
-                )
-                if time.monotonic() - moved_at >= patience_s:
-                    self._stalls += 1
-                    connection.abandon(f"nothing moved for {patience_s:g} s while the broker owed an acknowledgement")
+                    case Verdict.SILENT:
+                        connection.abandon(
+                            f"nothing moved for {patience_s:g} s although the broker was asked to answer"
+                        )
+                    case Verdict.OWING:
+                        connection.abandon("the broker answers, but owes an acknowledgement for too long")
+                    case Verdict.WAIT:
+                        pass
             return ending.result()
         finally:
             ending.cancel()

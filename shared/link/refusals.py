@@ -15,6 +15,12 @@ KEEPALIVE_TIMEOUT = 0x8D
 SESSION_TAKEN_OVER = 0x8E
 FAILURE = 0x80
 """Codes from here on say no."""
+PASSING = {0x80, 0x83, 0x97}
+"""Unspecified and implementation specific errors, and a quota that is spent: another time it may be yes. A cluster
+says 0x80 to a subscription while it chooses a leader; in MQTT 3.1.1 that is also the only way to say 'not allowed'."""
+SUBSCRIBE_TRIES = 7
+"""So many passing refusals of a subscription in a row are believed: with the default back-off some 20 s, well above the
+time that a cluster takes to choose a leader."""
 
 _CONNECT = {
     0x85: ("client-id-rejected", "does not accept the client id {client_id!r}", "choose another name for this side"),

@@ -23,9 +23,9 @@ from tests.commands import Running, running
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
-RUN_S = 280.0
+RUN_S = 540.0
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from mailboat.flaky import Conditions, FlakyProxy
 from shared.config import BrokerSection, LinkSection
 from shared.link import Connected, Disconnected, Event, Link, LinkDownError, LinkOptions, Packet, Publication
+from shared.link.link import WAITING_BYTES_MAX
 from tests.helpers import run_async
 
 pytestmark = pytest.mark.integration
@@ -69,6 +70,27 @@ def test_messages_arrive_in_order(kind: str, protocol: str, tmp_path: Path) -> N
                 await sender.publish("mb/b/x", b"%d" % number)
             got = [await until(incoming, Packet) for _ in range(50)]
             assert got == [Packet("mb/b/x", b"%d" % number, retained=False) for number in range(50)]
+
+    run_async(run())
+
+
+def test_who_does_not_read_is_not_flooded(mosquitto_url: str) -> None:
+    """A link whose events nobody takes stops taking in messages, and goes on where it stopped when somebody does."""
+
+    async def run() -> None:
+        async with (
+            connected(options(mosquitto_url, "b", "d")) as (receiver, incoming),
+            connected(options(mosquitto_url, "a")) as (sender, _),
+        ):
+            payloads = [bytes([number]) * 524_288 for number in range(64)]
+            async with asyncio.TaskGroup() as group:
+                for payload in payloads:
+                    group.create_task(sender.publish("d", payload))
+            taken = receiver.counters.bytes_received
+            assert WAITING_BYTES_MAX < taken < WAITING_BYTES_MAX + 2 * 524_388
+            got = [await until(incoming, Packet) for _ in range(64)]
+            assert [getattr(packet, "payload", b"") for packet in got] == payloads
+            assert receiver.counters.reconnects == 0
 
     run_async(run())
 
@@ -214,7 +236,7 @@ class TestReconnect:
                 proxy.hole()
                 with pytest.raises(LinkDownError):
                     await sender.publish("d", b"x")
-                proxy.heal()
+                await proxy.heal()
                 await until(events, Connected)
                 await sender.publish("d", b"x")
 
@@ -224,7 +246,7 @@ class TestReconnect:
         """A chunk that takes longer than two keepalives and the patience gets through: its bytes show that it lives."""
 
         async def run() -> None:
-            section = LinkSection.model_construct(keepalive_s=2, stall_s=2.5)
+            section = LinkSection.model_construct(keepalive_s=2, stall_s=5.0)
             async with (
                 FlakyProxy(*place(mosquitto_url), conditions=Conditions(bytes_per_s=200_000)) as proxy,
                 connected(options(proxy.url, "a", link=section)) as (sender, _),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +19,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.journal import Journal
-from coordinator.records import Finished, Record, VersionCommitted
+from coordinator.records import Finished, Record, Rejected, VersionCommitted
+from edge_client.agent import Agent
+from edge_client.outbox import Outbox
+from edge_client.session import Identity
+from shared.config import FederationConfig, SiteConfig, load_config
 from shared.errors import RefusedError
+from shared.ids import new_session_id
+from shared.manifest import Manifest
+from shared.plan import load_plan
+from shared.slices import FileSummary, FrameWriter
 from tests.helpers import run_async
-from tests.toys import INITIAL, toy_coordinator, toy_site, write_toy
+from tests.toys import INITIAL, ToyTrainer, toy_coordinator, toy_site, write_toy
 
 
 def _records(root: Path) -> list[Record]:
@@ -70,6 +82,71 @@ def test_two_processes_under_one_name_the_second_is_refused(tmp_path: Path, mosq
 
     run_async(everybody(), timeout_s=60)
     assert len(_versions(tmp_path)) == 6
+
+
+def test_what_a_crash_left_of_a_rejected_update_goes(tmp_path: Path, mosquitto_url: str) -> None:
+    """A coordinator that died between rejecting an update and deleting its bytes deletes them when it is back."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=1)
+    storage = tmp_path / "coordinator"
+    rejected, unknown = "ab" * 16, "cd" * 16
+
+    async def serve_once() -> None:
+        (storage / "status.json").unlink(missing_ok=True)
+        serving = asyncio.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+        async with asyncio.timeout(20):
+            while not (storage / "status.json").exists():  # noqa: ASYNC110 - a file
+                await asyncio.sleep(0.01)
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    run_async(serve_once())
+    with contextlib.closing(Journal(storage / "journal.sqlite")) as journal:
+        journal.append([Rejected(rejected, "site-1", "0" * 64, "wrong-shape", "tensor w", 1.0)])
+    for update_id in (rejected, unknown):
+        for suffix in ("frames", "part.manifest"):
+            (storage / "updates" / f"{update_id}.{suffix}").write_bytes(b"x")
+    run_async(serve_once())
+    assert {path.name.split(".")[0] for path in (storage / "updates").iterdir()} == {unknown}
+
+
+class SlowOutbox(Outbox):
+    """Seals only when it may."""
+
+    may = threading.Event()
+
+    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
+        """As ever, but later."""
+        assert self.may.wait(30)
+        return super().seal(frames, build)
+
+
+def test_an_update_being_sealed_when_the_run_ends_gets_its_answer(tmp_path: Path, mosquitto_url: str) -> None:
+    """A site does not leave with an update in its outbox that the coordinator has not spoken about."""
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=1, mode="fedasync")
+    config = load_config(tmp_path / "site-2.toml", SiteConfig)
+    federation = load_config(config.federation, FederationConfig)
+    plan = load_plan(tmp_path / "coordinator" / "plan.json", federation)
+    me = Identity("site-2", new_session_id(), plan.fingerprint, plan.config_sha256, plan.frozen_sha256, "toy")
+    outbox = SlowOutbox(config.storage)
+    slow = Agent(config, federation, me, outbox, ToyTrainer(step=1.0, seconds=0.0, examples=1))
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            leaving = group.create_task(slow.run())
+            while slow.session.training is None:  # noqa: ASYNC110 - the agent says nothing of it
+                await asyncio.sleep(0.01)
+            group.create_task(toy_site(tmp_path / "site-1.toml"))
+            session = slow.session
+            while not (session.announced and session.announced.final and session.pull is None):  # noqa: ASYNC110 - nor of that
+                await asyncio.sleep(0.01)
+            await asyncio.wait([leaving], timeout=1.0)  # it must not leave yet
+            outbox.may.set()
+
+    run_async(everybody(), timeout_s=60)
+    (receipt,) = (tmp_path / "site-2" / "receipts").glob("*.json")
+    assert json.loads(receipt.read_bytes())["rule"] == "run-complete"
+    assert not list((tmp_path / "site-2" / "outbox").iterdir())
 
 
 def test_kill_9_of_site_and_coordinator_in_mid_upload(tmp_path: Path, mosquitto_url: str) -> None:

@@ -1,343 +1,225 @@
-"""A small false world: the real cores of coordinator and sites, a virtual clock, a careless broker, one seed.
+"""One seed, one world: a coordinator, its sites, a broker, and whatever befalls them; then calm, and an end.
 
-What is real: `coordinator.core.Core`, `edge_client.session.Session`, and every message's encoding and decoding.
-What is false, and honestly so: the broker (drops, doubles and delays what it likes, forgets everything at a restart),
-the disks (what was stored before a crash stays stored; journal records are kept in the order of appending), training
-(takes a while and always succeeds) and tensors (there are none). Order is kept on one topic, as MQTT keeps it.
+What is real: `Core`, `Session`, `Ledger`, the journal (SQLite), `FrameStore`, `Outbox`, the spooler's staging, and
+every message's encoding and decoding. What is false, and says so in its module: time, the broker, the disks below the
+stores, tensors (digests of their inputs stand for them), and the two shells, which do here in virtual time what
+`service.py` and `agent.py` do with tasks.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from coordinator import decisions as cd
-from coordinator.core import Core, Instant
-from coordinator.merging import MergeResult
-from coordinator.records import Opened, Record
-from edge_client import decisions as sd
-from edge_client.session import Identity, Session
-from shared.config import CoordinatorConfig, FederationConfig, LinkSection
-from shared.manifest import Manifest
-from shared.messages import Presence, decode, encode
-from shared.plan import SealedPlan
-from shared.transfer import Bitmap
-from tests.factories import digest, make_plan, make_state, make_update
+from shared.messages import Announce, encode
+from shared.topics import Channel
+from tests.factories import digest, make_plan, make_state
+from tests.sim import disk
+from tests.sim.broker import Broker
+from tests.sim.clock import Clock
+from tests.sim.coordinator import FIRST_MASTER, CoordinatorMachine
+from tests.sim.machine import Machine
+from tests.sim.site import SiteMachine
+from tests.sim.weather import Scenario, Weather, scenario
+from tests.sim.witness import ViolationError, Witness, demand
 
-LINK = LinkSection(stall_s=2.0, window=4)
-STEP_S = 0.25
+CALM_S = 900.0
+"""Virtual seconds in which everything must have come to its end once the faults have stopped."""
 
+EVENT_S = 1.0
+"""How often fate draws."""
 
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """Chances per message, and per second for crashes; 0 everywhere is a perfect world."""
-
-    drop: float = 0.0
-    double: float = 0.0
-    delay_s: float = 0.05
-    site_crash: float = 0.0
-    coordinator_crash: float = 0.0
-    link_cut: float = 0.0
-
-
-@dataclass
-class SiteHost:
-    """A site's machine: what survives a crash of its process."""
-
-    name: str
-    session: Session | None = None
-    up: bool = False
-    outbox: dict[str, Manifest] = field(default_factory=dict)
-    receipts: dict[str, str] = field(default_factory=dict)
-    trained: set[str] = field(default_factory=set)
-    spool: dict[str, set[int]] = field(default_factory=dict)
-    whole: set[str] = field(default_factory=set)
-    sealed: list[str] = field(default_factory=list)
-    left: sd.Exit | None = None
-    born: int = 0
+SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 class World:
-    """See the module's docstring; `run` steps it, `check` holds what must hold at any time."""
+    """A scenario under way; `run` is its whole life."""
 
-    def __init__(self, federation: FederationConfig, sites: list[str], *, seed: int, faults: Faults) -> None:
-        self.rng = random.Random(seed)
-        self.federation = federation
-        self.plan: SealedPlan = make_plan(federation)
-        self.faults = faults
-        self.now = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self._last_on: dict[str, float] = {}
-        self.retained: bytes | None = None
-        self.journal: list[Record] = []
-        self.spools: dict[str, set[int]] = {}
-        self.hosts = {name: SiteHost(name) for name in sites}
-        self.core: Core | None = None
-        self.coordinator_linked = False
-        self.calm = False
-        self.journal.append(
-            Opened(
-                self.plan.fingerprint,
-                self.plan.config_sha256,
-                self.plan.frozen_sha256,
-                make_state(self.plan, 0).to_bytes(),
-                digest("m0"),
-            )
+    def __init__(self, plan: Scenario, folder: Path, trace: Callable[[str], None] | None = None) -> None:
+        self.scenario = plan
+        self.rng = random.Random(f"world {plan.seed}")
+        self.clock = Clock()
+        self.weather = plan.weather
+        self.broker = Broker(self.clock, self._chance("broker"), plan.weather)
+        self.sealed_plan = make_plan(plan.federation)
+        self.witness = Witness(plan, FIRST_MASTER)
+        self._trace = trace
+        machine: dict[str, Any] = {"clock": self.clock, "broker": self.broker, "told": self.tell}
+        self.coordinator = CoordinatorMachine(
+            plan, self.sealed_plan, self.witness, folder / "journal.sqlite", rng=self._chance("coordinator"), **machine
         )
-        self._boots = itertools.count(1)
-        self.start_coordinator()
-        for name in sites:
-            self.start_site(name)
-
-    # -- time and wire ---
-
-    def later(self, seconds: float, action: Callable[[], None]) -> None:
-        """Do something after virtual seconds."""
-        heapq.heappush(self._queue, (self.now + seconds, next(self._order), action))
-
-    def wire(self, topic: str, action: Callable[[], None]) -> None:
-        """Carry one message on a topic: perhaps not at all, perhaps twice, never overtaking another on its topic."""
-        if not self.calm and self.rng.random() < self.faults.drop:
-            return
-        for _ in range(2 if not self.calm and self.rng.random() < self.faults.double else 1):
-            due = max(self._last_on.get(topic, 0.0), self.now + self.rng.random() * self.faults.delay_s)
-            self._last_on[topic] = due
-            self.later(due - self.now, action)
-
-    def run(self, seconds: float) -> None:
-        """Let virtual time pass, ticking every process."""
-        end = self.now + seconds
-        while self.now < end and not self.done:
-            step = min(end, self.now + STEP_S)
-            while self._queue and self._queue[0][0] <= step:
-                self.now, _, action = heapq.heappop(self._queue)
-                action()
-            self.now = step
-            self._misbehave()
-            self.to_core(cd.Tick())
-            for name in self.hosts:
-                self.to_site(name, sd.Tick())
-            self.check()
-
-    @property
-    def done(self) -> bool:
-        """Whether every site has left."""
-        return all(host.left is not None for host in self.hosts.values())
-
-    def _misbehave(self) -> None:
-        if self.calm:
-            return
-        chance = self.rng.random
-        for host in self.hosts.values():
-            if host.up and chance() < self.faults.site_crash * STEP_S:
-                self.crash_site(host.name)
-                self.later(self.rng.uniform(0.5, 20), lambda name=host.name: self.start_site(name))  # type: ignore[misc]
-            elif host.up and chance() < self.faults.link_cut * STEP_S:
-                self.cut(host.name, self.rng.uniform(0.1, 10))
-        if self.core is not None and chance() < self.faults.coordinator_crash * STEP_S:
-            self.core = None
-            self.later(self.rng.uniform(0.5, 10), self.start_coordinator)
-
-    # -- coordinator ---
-
-    def start_coordinator(self) -> None:
-        """Boot from the journal alone."""
-        if self.core is not None:
-            return
-        config = CoordinatorConfig.model_validate({"federation": "f", "storage": "s", "credit_mib": 1})
-        config = config.model_copy(update={"link": LINK})
-        self.core = Core(self.federation, self.plan, config=config, boot=f"{next(self._boots):016x}")
-        for record in self.journal:
-            self.core.apply(record)
-        self.to_core(cd.LinkUp())
-
-    def to_core(self, event: cd.Event) -> None:
-        """Hand an event to the coordinator and carry out what it decides, in the promised order."""
-        core = self.core
-        if core is None:
-            return
-        decision = core.handle(event, Instant(self.now, self.now))
-        self.journal.extend(decision.records)
-        for send in decision.sends:
-            data = encode(send.message)
-            if send.site is None:
-                self.retained = data
-                for name in self.hosts:
-                    self.wire(f"announce {name}", lambda name=name, data=data: self.deliver(name, data))  # type: ignore[misc]
-            else:
-                self.wire(f"ctl {send.site}", lambda name=send.site, data=data: self.deliver(name, data))  # type: ignore[misc]
-        for job in decision.jobs:
-            self._coordinator_job(core, job)
-
-    def _coordinator_job(self, core: Core, job: cd.Job) -> None:
-        def answer(event: cd.Event, seconds: float = 0.01) -> None:
-            self.later(seconds, lambda: self.to_core(event) if self.core is core else None)
-
-        match job:
-            case cd.OpenSpool():
-                held = self.spools.setdefault(job.manifest.transfer_id, set())
-                have = Bitmap(job.manifest.frames, held).to_bytes()
-                answer(cd.SpoolOpened(job.manifest.transfer_id, have))
-            case cd.Verify():
-                answer(cd.Verified(job.update_id, 1.0))
-            case cd.Merge():
-                state = make_state(self.plan, job.plan.version)
-                answer(cd.Merged(job.plan, MergeResult(state, digest("m"), None)), 0.1)
-            case cd.Serve():
-                for index in job.indices:
-                    for name in [job.site] if job.site else list(self.hosts):
-                        self.wire(f"data {name}", lambda n=name, i=index, j=job: self._state_chunk(n, j.transfer_id, i))  # type: ignore[misc]
-            case _:
-                pass
-
-    def _update_chunk(self, site: str, update_id: str, index: int) -> None:
-        core = self.core
-        if core is not None and core.uploads.accepts(site, update_id, index):
-            self.spools[update_id].add(index)
-            stored = cd.ChunksStored(update_id, (index,))
-            self.later(0.02, lambda: self.to_core(stored) if self.core is core else None)
-
-    # -- sites ---
-
-    def start_site(self, name: str) -> None:
-        """Boot a site from its disk alone, with a new session."""
-        host = self.hosts[name]
-        if host.up or host.left is not None:
-            return
-        host.born += 1
-        me = Identity(
-            site=name,
-            session=digest(f"{name} {host.born}")[:16],
-            fingerprint=self.plan.fingerprint,
-            config_sha256=self.plan.config_sha256,
-            frozen_sha256=self.plan.frozen_sha256,
-            software="test",
-        )
-        outbox = sorted(host.outbox.values(), key=lambda manifest: manifest.update.base_version)
-        host.session = Session(me, link=LINK, outbox=outbox, trained=host.trained, outbox_max=2)
-        host.up = True
-        self._connect(host)
-
-    def _connect(self, host: SiteHost) -> None:
-        if host.session is None or host.session.connected:
-            return
-        if self.retained is not None:
-            self.wire(f"announce {host.name}", lambda data=self.retained: self.deliver(host.name, data))  # type: ignore[misc]
-        self.to_site(host.name, sd.LinkUp())
-
-    def crash_site(self, name: str) -> None:
-        """Kill the process; the broker tells of it by the last will."""
-        host = self.hosts[name]
-        assert host.session is not None
-        will = Presence(site=name, session=host.session.identity.session, online=False)
-        host.session, host.up = None, False
-        self.wire(f"presence {name}", lambda: self.to_core(cd.Received(name, will)))
-
-    def cut(self, name: str, seconds: float) -> None:
-        """Cut one site's link for a while."""
-        host = self.hosts[name]
-        if host.session is None or not host.session.connected:
-            return
-        session = host.session
-        will = Presence(site=name, session=session.identity.session, online=False)
-        self.wire(f"presence {name}", lambda: self.to_core(cd.Received(name, will)))
-        self.to_site(name, sd.LinkDown())
-        self.later(seconds, lambda: self._connect(host) if host.session is session else None)
-
-    def deliver(self, name: str, data: bytes) -> None:
-        """A control message or the announcement reaches a site."""
-        host = self.hosts[name]
-        if host.session is not None and host.session.connected:
-            self.to_site(name, sd.Received(decode(data)))
-
-    def _state_chunk(self, name: str, transfer_id: str, index: int) -> None:
-        host = self.hosts[name]
-        session = host.session
-        if session is not None and session.connected and session.accepts(transfer_id, index):
-            host.spool.setdefault(transfer_id, set()).add(index)
-            stored = sd.ChunksStored(transfer_id, (index,))
-            self.later(0.02, lambda: self.to_site(name, stored) if host.session is session else None)
-
-    def to_site(self, name: str, event: sd.Event) -> None:
-        """Hand an event to a site and carry out what it decides."""
-        host = self.hosts[name]
-        session = host.session
-        if session is None:
-            return
-        decision = session.handle(event, self.now, self.now)
-        for message in decision.sends:
-            data = encode(message)
-            self.wire(f"up {name}", lambda data=data: self.to_core(cd.Received(name, decode(data))))  # type: ignore[misc]
-        for job in decision.jobs:
-            self._site_job(host, session, job)
-
-    def _site_job(self, host: SiteHost, session: Session, job: sd.Job) -> None:
-        def answer(event: sd.Event, seconds: float = 0.01) -> None:
-            self.later(seconds, lambda: self.to_site(host.name, event) if host.session is session else None)
-
-        match job:
-            case sd.OpenSpool():
-                held = host.spool.setdefault(job.manifest.transfer_id, set())
-                answer(sd.SpoolOpened(job.manifest.transfer_id, Bitmap(job.manifest.frames, held).to_bytes()))
-            case sd.CloseSpool():
-                host.spool.pop(job.transfer_id, None)
-            case sd.Verify():
-                assert session.pull is not None
-                answer(sd.StateReady(session.pull.manifest))
-            case sd.Train():
-                self.later(self.rng.uniform(0.5, 4.0), lambda: self._trained(host, session, job.base))
-            case sd.SendChunks():
-                for index in job.indices:
-                    self.wire(f"updata {host.name}", lambda i=index: self._update_chunk(host.name, job.update_id, i))  # type: ignore[misc]
-                    answer(sd.ChunkSent(job.update_id), 0.03)
-            case sd.Settle():
-                if host.outbox.pop(job.receipt.update_id, None) or job.receipt.update_id in host.receipts:
-                    host.receipts[job.receipt.update_id] = job.receipt.outcome
-            case sd.Exit():
-                host.left, host.session, host.up = job, None, False
-            case _:
-                pass
-
-    def _trained(self, host: SiteHost, session: Session, base: Manifest) -> None:
-        if host.session is not session or session.training is not base:
-            return
-        update = make_update(self.plan, host.name, base, frames=self.rng.randint(1, 12))
-        host.outbox[update.transfer_id] = update
-        host.trained.add(base.file_sha256)
-        host.sealed.append(update.transfer_id)
-        self.to_site(host.name, sd.Trained(update))
-
-    # -- what must hold ---
-
-    def check(self) -> None:
-        """Promises that hold at any time, whatever the faults."""
-        core = self.core
-        counted = [
-            part.update_id
-            for record in self.journal
-            if hasattr(record, "contributions")
-            for part in record.contributions
+        self.sites = [
+            SiteMachine(plan, site, self.sealed_plan, self.witness, rng=self._chance(site.name), **machine)
+            for site in plan.sites
         ]
-        assert len(counted) == len(set(counted)), "an update was counted twice"
-        if core is not None:
-            assert core.uploads.reserved <= core.uploads.budget_bytes
-            for host in self.hosts.values():
-                for update_id in host.receipts:
-                    assert update_id in core.ledger.known, "a receipted update is unknown to the coordinator"
-            twin = Core(
-                self.federation,
-                self.plan,
-                config=CoordinatorConfig.model_validate({"federation": "f", "storage": "s"}),
-                boot=core.boot,
+        self.machines: list[Machine] = [self.coordinator, *self.sites]
+        self.stormy = True
+
+    def _chance(self, name: str) -> random.Random:
+        return random.Random(f"{name} {self.scenario.seed}")
+
+    def tell(self, *words: Any) -> None:
+        """Write a line of the trace, if there is one."""
+        if self._trace is not None:
+            self._trace(f"{self.clock.now:8.3f}  " + "  ".join(_brief(word) for word in words))
+
+    # -- life ---
+
+    def run(self) -> None:
+        """The storm, the calm, and the checks of the end; ViolationError, or whatever the code raises, if not."""
+        plan = self.scenario
+        if plan.weather.old_retained:
+            self.broker.ancient[Channel.ANNOUNCE, None] = self._announcement_of_old()
+            self.broker.retained = dict(self.broker.ancient)
+        self.coordinator.journal_fails = plan.weather.journal_errors
+        for machine in self.machines:
+            machine.disk.sync_fails = plan.weather.failed_syncs
+            machine.disk.forgets_on_error = bool(plan.seed % 2)
+        self.clock.later(0, self.coordinator.start)
+        for site, machine in zip(plan.sites, self.sites, strict=True):
+            machine.bad_updates = plan.weather.bad_updates
+            self.clock.later(site.comes_s, machine.start)
+            if site.leaves_s is not None:
+                self.clock.later(site.leaves_s, self._gone_for_good, machine)
+        self.clock.later(EVENT_S, self._fate)
+        self.clock.run(plan.storm_s, self.done)
+        self._calm()
+        self.clock.run(self.clock.now + CALM_S, self.done)
+        self.tell("world", "the end")
+        self._check_end()
+
+    def done(self) -> bool:
+        """Whether every site that stays has left of its own will."""
+        return all(site.gone for site in self.sites)
+
+    def close(self) -> None:
+        """Let go of the journal's file."""
+        self.coordinator.ended()
+
+    def _gone_for_good(self, machine: SiteMachine) -> None:
+        if not machine.gone:
+            self.tell(machine.name, "goes away for ever")
+            machine.die("gone")
+            machine.gone = True
+
+    def _calm(self) -> None:
+        self.tell("world", "calm")
+        self.stormy = False
+        quiet = Weather()
+        self.broker.weather = quiet
+        self.broker.up = True
+        self.coordinator.journal_fails = 0.0
+        for machine in self.machines:
+            machine.disk.full, machine.disk.sync_fails = False, 0.0
+            machine.frozen_until, machine.fuse = 0.0, None
+            machine.start()
+        for site in self.sites:
+            site.bad_updates = 0.0
+        for connection in list(self.broker.connections):
+            if connection.hole:
+                self.broker.cut(connection)
+
+    def _check_end(self) -> None:
+        stayed = [site for site in self.sites if site.site.leaves_s is None or site.exit is not None]
+        waiting = [site.name for site in stayed if site.exit is None]
+        demand(not waiting, f"{CALM_S:g} s after the last fault {waiting} still take part")
+        for site in stayed:
+            demand(site.exit is not None and site.exit.rule is None, f"{site.name} was turned away: {site.exit}")
+        self.coordinator.run(self.coordinator.die, "to be read again")
+        self.coordinator.gone = False
+        self.coordinator.start()
+        self.clock.run(self.clock.now + 60.0, lambda: False)
+        self.witness.ended(stayed, self.coordinator.updates)
+
+    # -- fate ---
+
+    def _happens(self, per_minute: float) -> bool:
+        return self.rng.random() < per_minute * EVENT_S / 60.0
+
+    def _fate(self) -> None:
+        if not self.stormy:
+            return
+        self.clock.later(EVENT_S, self._fate)
+        for machine in self.machines:
+            self._befalls(machine)
+            self._befalls_link(machine)
+        if self._happens(self.weather.broker_restarts) and self.broker.up:
+            self.tell("broker", "restarts")
+            self.broker.restart(self.rng.uniform(0.1, 5.0))
+        if self._happens(6.0):
+            self.broker.remember()
+
+    def _befalls(self, machine: Machine) -> None:
+        weather, rng = self.weather, self.rng
+        if self._happens(weather.kills):
+            self._steps(machine, power=False)
+        if self._happens(weather.power_losses):
+            self._steps(machine, power=True)
+        if self._happens(weather.freezes):
+            machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
+            self.tell(machine.name, "stands still until", machine.frozen_until)
+        if self._happens(weather.clock_jumps):
+            machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
+        if self._happens(weather.full_disks):
+            self.tell(machine.name, "disk full")
+            machine.disk.full = True
+            self.clock.later(rng.uniform(1, 10), self._make_room, machine)
+
+    def _befalls_link(self, machine: Machine) -> None:
+        connection = machine.connection
+        if connection is not None and self._happens(self.weather.cuts):
+            self.tell(machine.name, "cut")
+            self.broker.cut(connection)
+        elif connection is not None and self._happens(self.weather.holes):
+            self.tell(machine.name, "in a hole")
+            self.broker.dead(connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
+
+    def _steps(self, machine: Machine, *, power: bool) -> None:
+        """Let a machine die some steps from now: between any two."""
+        if machine.running and machine.fuse is None:
+            machine.dies_of_power = power
+            machine.fuse = self.rng.choice((0, 1, 2, 3, 5, 8, 13, 21, 34))
+
+    @staticmethod
+    def _make_room(machine: Machine) -> None:
+        machine.disk.full = False
+
+    def _announcement_of_old(self) -> bytes:
+        """What an earlier run of the same federation left at the broker."""
+        version = self.rng.randint(1, self.scenario.federation.federation.versions)
+        return encode(
+            Announce(
+                boot=digest("old")[:16],
+                fingerprint=self.sealed_plan.fingerprint,
+                config_sha256=self.sealed_plan.config_sha256,
+                frozen_sha256=self.sealed_plan.frozen_sha256,
+                manifest=make_state(self.sealed_plan, version, salt="old"),
+                final=bool(self.scenario.seed % 2),
+                target=version,
             )
-            for record in self.journal:
-                twin.apply(record)
-            assert (twin.ledger.version, twin.ledger.known, twin.ledger.pending) == (
-                core.ledger.version,
-                core.ledger.known,
-                core.ledger.pending,
-            )
+        )
+
+
+def _brief(word: Any) -> str:
+    text = str(word) if isinstance(word, str) else repr(word)
+    return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def run_world(seed: int, trace: Callable[[str], None] | None = None) -> World:
+    """Run the world of a seed to its end; see World.run for what it raises."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder,
+        disk.installed(random.Random(seed)),
+    ):
+        world = World(scenario(seed), Path(folder), trace)
+        try:
+            world.run()
+        except ViolationError:
+            world.tell("world", "violated")
+            raise
+        finally:
+            world.close()
+        return world

@@ -243,7 +243,10 @@ def test_a_state_that_was_never_published_is_not_served() -> None:
     update = _update_of(bench, "north")
     bench.upload("north", update)
     for wanted in ("f" * 32, update.transfer_id):
-        assert bench.receive("south", Want(transfer_id=wanted, have=b"", window=4)).jobs == []
+        answer = bench.receive("south", Want(transfer_id=wanted, have=b"", window=4))
+        assert answer.jobs == []
+        # Whoever asks for such a thing has heard of another run.
+        assert said(answer, Announce, "south") == [bench.core.announcement()]
         assert bench.tick(DOWNLINK_MERGE_S).jobs == []
 
 

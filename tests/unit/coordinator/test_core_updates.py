@@ -10,7 +10,7 @@ import pytest
 from coordinator import decisions as d
 from coordinator.records import Accepted, Rejected
 from shared.manifest import Manifest
-from shared.messages import Offer, Receipt, Want
+from shared.messages import Offer, Receipt, Wait, Want
 from tests.cores import CoordinatorBench, bits, said
 from tests.factories import SLICE, digest, make_federation, make_state, make_update
 
@@ -112,7 +112,7 @@ def test_an_offer_that_breaks_a_rule_is_rejected_before_a_byte_is_taken(rule: st
     assert (record.update_id, record.site, record.rule) == (offered.transfer_id, "north", rule)
     (receipt,) = said(decision, Receipt, "north")
     assert (receipt.outcome, receipt.rule, receipt.manifest_sha256) == ("rejected", rule, offered.digest)
-    assert decision.jobs == []
+    assert decision.jobs == [d.Discard(offered.transfer_id)]  # an earlier attempt may have left some of it
 
 
 def test_a_version_that_was_never_published_is_no_base() -> None:
@@ -240,3 +240,42 @@ def test_an_update_that_resumes_from_disk_is_taken_as_it_is() -> None:
     (want,) = said(bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0, 1, 2))), Want, "north")
     assert (want.have, want.window) == (bits(5, 0, 1, 2), 4)
     assert make_state(bench.plan, 0).transfer_id != want.transfer_id == update.transfer_id
+
+
+def test_an_update_that_cannot_be_taken_now_is_forgotten_and_its_site_told_why() -> None:
+    """No record is made of it; offered again it begins anew, and is accepted like any other."""
+    bench = _bench()
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    decision = bench.handle(d.Postponed(update.transfer_id, "no-room", "1 MiB free", 15.0))
+    assert decision.records == []
+    assert said(decision, Wait, "north") == [
+        Wait(transfer_id=update.transfer_id, rule="no-room", detail="1 MiB free", retry_s=15.0)
+    ]
+    assert bench.core.uploads.reserved == 0
+    assert bench.handle(d.Postponed(update.transfer_id, "no-room", "1 MiB free", 15.0)).sends == []
+    assert [type(record) for record in bench.upload("north", update).records] == [Accepted]
+
+
+def test_an_update_that_is_overtaken_in_mid_upload_leaves_nothing_behind() -> None:
+    """Offered again when it is too late, it is rejected, its upload ends and its bytes go."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, 0)))
+    _advance(bench, 1)
+    decision = bench.receive("north", Offer(manifest=update))
+    assert said(decision, Receipt, "north")[0].rule == "too-stale"
+    assert decision.jobs == [d.Discard(update.transfer_id)]
+    assert bench.core.uploads.get(update.transfer_id) is None
+
+
+def test_an_update_in_admission_is_not_overtaken() -> None:
+    """Its bytes are all here and being read: what was in time when it was offered is in time."""
+    bench = _bench(limit=0)
+    update = _update(bench)
+    bench.receive("north", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(5, *range(5))))
+    _advance(bench, 1)
+    assert bench.receive("north", Offer(manifest=update)).records == []
+    assert said(bench.handle(d.Verified(update.transfer_id, 1.0)), Receipt, "north")[0].outcome == "accepted"

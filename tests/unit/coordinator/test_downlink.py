@@ -96,11 +96,11 @@ def test_nobody_else_to_wait_for() -> None:
 
 
 def test_what_one_site_lacks_alone_goes_to_that_site() -> None:
-    """Common chunks go on the bulk topic, the rest directly; nobody is sent what it holds."""
+    """Common chunks go on the bulk topic, the rest directly, each in its place; nobody is sent what it holds."""
     downlink = _downlink()
     _want(downlink, "x", 0, present="xy")
     served = _want(downlink, "y", 2, present="xy")
-    assert served == [Serve(A, None, (1, 3, 4)), Serve(A, "x", (2,)), Serve(A, "y", (0,))]
+    assert served == [Serve(A, "y", (0,)), Serve(A, None, (1,)), Serve(A, "x", (2,)), Serve(A, None, (3, 4))]
 
 
 def test_pulls_of_two_states_are_not_mixed() -> None:
@@ -165,7 +165,7 @@ def test_an_acknowledgement_meanwhile_does_not_cut_the_wait_short() -> None:
     _want(downlink, "x", present="x")
     assert _want(downlink, "y", present="xyz", now=1.0) == []
     assert _want(downlink, "x", 0, 1, 2, 3, present="xyz", now=1.1) == []
-    assert _tick(downlink, 1.3) == [Serve(A, "x", (4, 5, 6, 7)), Serve(A, "y", (0, 1, 2, 3))]
+    assert _tick(downlink, 1.3) == [Serve(A, "y", (0, 1, 2, 3)), Serve(A, "x", (4, 5, 6, 7))]
 
 
 def test_a_full_bitmap_ends_a_pull() -> None:
@@ -239,3 +239,17 @@ def test_in_flight_to_a_site_never_exceeds_its_window(moves: list[tuple[str, boo
         for job in served:
             assert job.indices
             assert len(set(job.indices)) == len(job.indices)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("xyz"), st.sets(st.integers(0, FRAMES - 1), max_size=FRAMES - 1)), max_size=6)
+)
+def test_chunks_leave_in_the_order_in_which_a_site_counts_them(wants: list[tuple[str, set[int]]]) -> None:
+    """Whatever goes to all and whatever to one: what a site hears of one flush ascends, as its sender took it."""
+    downlink = _downlink()
+    for site, held in wants:
+        served = _want(downlink, site, *sorted(held), window=FRAMES, present="xyz")
+        for hearer in "xyz":
+            heard = [index for job in served if job.site in {None, hearer} for index in job.indices]
+            assert heard == sorted(heard)

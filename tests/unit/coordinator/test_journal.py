@@ -5,15 +5,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgpack
 import pytest
 
-from coordinator.journal import PAGE_ROWS, Journal
+from coordinator.journal import Journal
 from coordinator.records import Accepted, Dropped, Finished, Record, to_bytes
+from coordinator.rows import PAGE_ROWS
 from shared.audit import GENESIS, linked
 from shared.errors import ConfigError, CorruptError, RefusedError, UnavailableError
 
@@ -223,8 +225,8 @@ def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
 def test_a_journal_of_a_newer_release_is_refused(tmp_path: Path, opener: Callable[[Path], object]) -> None:
     """A later schema is named with both versions, by writer and reader."""
     filled(tmp_path / "j")
-    sql(tmp_path / "j", "UPDATE meta SET value = 2 WHERE key = 'schema'")
-    with pytest.raises(RefusedError, match="schema version 2, this release knows 1"):
+    sql(tmp_path / "j", "UPDATE meta SET value = 3 WHERE key = 'schema'")
+    with pytest.raises(RefusedError, match="schema version 3, this release knows 2"):
         opener(tmp_path / "j")
 
 
@@ -313,3 +315,73 @@ def test_a_killed_writer_loses_nothing_that_it_promised(tmp_path: Path) -> None:
             stored = len(list(journal.replay()))
             assert stored == journal.length >= promised
             assert stored % 2 == 0
+
+
+def test_reading_at_rest_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Nobody writes: a reader makes no file beside the journal, and one in a folder without write permission reads."""
+    filled(tmp_path / "j")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(replayed(tmp_path / "j")) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_writer_that_starts_under_a_reader_is_noticed(tmp_path: Path) -> None:
+    """A reader that began at rest sees what is written since, also when the writer came and went."""
+    filled(tmp_path / "j", 2)
+    with Journal.open_read(tmp_path / "j") as reader:
+        assert len(list(reader.rows())) == 2
+        with Journal(tmp_path / "j") as journal:
+            journal.append([accepted(2)])
+            assert len(list(reader.rows())) == 3
+        assert len(list(reader.rows())) == 3
+    with Journal.open_read(tmp_path / "j") as reader:
+        with Journal(tmp_path / "j") as journal:
+            journal.append([accepted(3)])
+        assert len(list(reader.rows())) == 4
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from coordinator.journal import Journal
+from shared.errors import MailboatError
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+try:
+    with Journal.open_read(Path(sys.argv[1])) as journal:
+        print(len(list(journal.replay())))
+except MailboatError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def media() -> Iterator[Path]:
+    """A folder that others may look into, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="mailboat-media-") as name:
+        yield Path(name)
+
+
+def test_reading_where_nothing_may_be_written(media: Path) -> None:
+    """At rest a journal is read from a folder without write permission; one that a crash left says what to do."""
+    folder = media
+    filled(folder / "j")
+    # Whoever reads owns neither folder nor file, as on a mounted backup.
+    (folder / "j").chmod(0o444)
+    folder.chmod(0o555)
+    assert in_child(READ_ONLY, str(folder / "j")).communicate(timeout=60)[0] == "5\n"
+    folder.chmod(0o755)
+    with Journal(folder / "j") as journal:
+        journal.append([accepted(5)])
+        left = (folder / "j-wal").read_bytes()
+        main = (folder / "j").read_bytes()
+    (folder / "j").chmod(0o644)
+    (folder / "j").write_bytes(main)
+    (folder / "j-wal").write_bytes(left)
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    said = in_child(READ_ONLY, str(folder / "j")).communicate(timeout=60)[0]
+    folder.chmod(0o755)
+    assert "was not closed in good order" in said
+    assert "copy the folder to where it may be written" in said

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import records
-from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Contribution,
+    Dropped,
+    Finished,
+    Opened,
+    Record,
+    Rejected,
+    Snapshot,
+    VersionCommitted,
+)
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts
 
@@ -40,6 +50,7 @@ SAMPLES: dict[str, Record] = {
     ),
     "committed_without_slots": VersionCommitted(1, (), STATE, "3d" * 32, None, 1_763_629_304.5),
     "finished": Finished(10, 1_763_629_305.5),
+    "snapshot": Snapshot(9, 27, "5a" * 32, 1_763_629_306.5),
 }
 
 

@@ -106,9 +106,11 @@ def test_fedbuff(pending: str, present: str, open_s: float, settled: bool, merge
 @pytest.mark.parametrize(
     ("mode", "pending", "answered", "merged", "why"),
     [
-        ("sync", "a b", "c", 2, "c's update was rejected, and it trains once on a version"),
+        ("sync", "a b", "c", 2, "c's update was rejected: it has answered"),
         ("sync", "a b", "", 0, "c is still training"),
-        ("sync", "a", "bc", 0, "a rejected update does not count for the quorum"),
+        ("sync", "a", "bc", 1, "a quorum has answered, though two of the answers were rejected"),
+        ("sync", "a", "b", 0, "c is still training"),
+        ("sync", "", "abc", 0, "nothing to merge"),
         ("fedbuff", "a b", "c", 2, "nobody is left to fill the buffer"),
         ("fedbuff", "", "abc", 0, "nothing to merge"),
     ],
@@ -116,7 +118,7 @@ def test_fedbuff(pending: str, present: str, open_s: float, settled: bool, merge
 def test_a_site_that_was_rejected_is_not_waited_for(
     mode: Mode, pending: str, answered: str, merged: int, why: str
 ) -> None:
-    """It has had its answer; nothing more comes from it before the next version."""
+    """It has answered, and nothing more need come from it before the next version."""
     assert _count(mode, pending, "abc", answered=answered) == merged, why
 
 
@@ -124,3 +126,9 @@ def test_a_site_that_was_rejected_is_not_waited_for(
 def test_fedasync(pending: str, settled: bool) -> None:
     """Each update makes a version, at once and one at a time."""
     assert _count("fedasync", pending, "abc", settled=settled, open_s=0.0) == 1
+
+
+@pytest.mark.parametrize(("answered", "merged"), [("b", 1), ("", 0)])
+def test_at_the_deadline_a_rejected_update_counts_as_an_answer(answered: str, merged: int) -> None:
+    """A quorum of all sites is reached although one of them never sends an update that passes."""
+    assert _count("sync", "a", "abc", answered=answered, open_s=DEADLINE_S) == merged

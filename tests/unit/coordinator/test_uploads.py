@@ -338,3 +338,25 @@ def test_the_budget_holds_whatever_happens_in_whatever_order(
     for each in KNOWN:
         uploads.settle(each.transfer_id, now, Decision())
     assert uploads.reserved == 0
+
+
+def test_a_window_that_was_cut_short_grows_when_there_is_room() -> None:
+    """What a finished upload gives back goes to one that was granted little, if nobody waits for a first grant."""
+    uploads = _uploads(budget_chunks=5, window=4)
+    first, second = _update("a"), _update("b")
+    _begin(uploads, first)
+    assert _windows(_begin(uploads, second)) == {"b": 1}
+    _store(uploads, first, *range(8))
+    assert _windows(_store(uploads, second, 0)) == {"b": 4}
+    assert uploads.reserved == 4 * SLICE
+
+
+def test_who_waits_comes_before_who_has_little() -> None:
+    """Room goes to the one without any credit first."""
+    uploads = _uploads(budget_chunks=5, window=4)
+    first, second, third = _update("a"), _update("b"), _update("c")
+    for update in (first, second, third):
+        _begin(uploads, update)
+    assert _windows(_store(uploads, second, 0)) == {"b": 1}
+    assert _windows(_store(uploads, first, *range(8)))["c"] == 4
+    assert _windows(_store(uploads, second, 1)) == {"b": 1}

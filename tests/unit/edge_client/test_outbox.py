@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from shared.errors import CorruptError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Receipt
 from shared.slices import FileSummary
+from shared.store import Stored
 from tests.factories import digest
 from tests.unit.shared.transfers import manifest_builder, tensors_of, writer_of
 
@@ -59,7 +61,7 @@ def test_a_sealed_update_waits_across_restarts(tmp_path: Path) -> None:
 def test_updates_wait_in_the_order_in_which_they_were_trained(tmp_path: Path) -> None:
     """By base version, then by time; ids are drawn at random and say nothing."""
     outbox = Outbox(tmp_path)
-    _seal(outbox, ONE, base=2, created=9.0)
+    _seal(outbox, ONE, base=2, created=1.0)  # the clock was set back meanwhile
     _seal(outbox, TWO, base=1, created=3.0)
     _seal(outbox, THREE, base=1, created=2.0)
     assert [manifest.transfer_id for manifest in outbox.pending()] == [THREE, TWO, ONE]
@@ -99,6 +101,30 @@ def test_a_receipt_for_nothing_of_ours_is_not_kept(tmp_path: Path) -> None:
     assert _names(tmp_path / "receipts") == []
 
 
+def test_a_receipt_does_not_take_a_frame_from_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are read in one thread and updates settled in another: a frame is read whole, or not at all."""
+    outbox = Outbox(tmp_path)
+    sealed = _seal(outbox, ONE)
+    look_up = outbox.store.get
+    settling = threading.Thread(target=outbox.settle, args=(_receipt(ONE),))
+
+    def interrupted(update_id: str) -> Stored | None:
+        found = look_up(update_id)
+        if threading.current_thread() is threading.main_thread():
+            settling.start()
+            settling.join(0.2)
+        return found
+
+    monkeypatch.setattr(outbox.store, "get", interrupted)
+    found = outbox.read_frame(ONE, 0)
+    assert found is not None
+    assert found[0] == sealed
+    assert len(found[1]) == sealed.frame_lengths[0]
+    settling.join()
+    monkeypatch.undo()
+    assert outbox.read_frame(ONE, 0) is None
+
+
 def test_a_crash_between_receipt_and_deletion_is_mended_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,8 +162,16 @@ def test_states_that_were_trained_on_are_remembered(tmp_path: Path) -> None:
     assert outbox.trained() == set()
     _seal(outbox, ONE, base=1)
     _seal(outbox, TWO, base=2)
-    outbox.settle(_receipt(ONE, outcome="rejected", rule="non-finite"))
+    outbox.settle(_receipt(ONE))
     assert Outbox(tmp_path).trained() == {digest("base 1"), digest("base 2")}
+
+
+def test_a_state_whose_update_was_rejected_may_be_trained_on_again(tmp_path: Path) -> None:
+    """After a restart: the cause may be mended, and no other update of this state exists."""
+    outbox = Outbox(tmp_path)
+    _seal(outbox, ONE, base=1)
+    outbox.settle(_receipt(ONE, outcome="rejected", rule="non-finite"))
+    assert Outbox(tmp_path).trained() == set()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7", "\xff"])

@@ -103,8 +103,11 @@ def test_a_coordinator_that_boots_anew_is_greeted() -> None:
 def test_an_announcement_before_the_first_welcome_needs_no_second_hello() -> None:
     """The retained one comes with the subscription, while our hello is on its way."""
     bench = SessionBench()
-    bench.handle(d.LinkUp())
-    assert bench.announce(boot=BOOT).sends == []
+    for boot in (BOOT, REBOOT):  # also when the coordinator restarted while we were away
+        bench.handle(d.LinkUp())
+        assert bench.announce(boot=boot).sends == []
+        bench.welcome(boot)
+        bench.handle(d.LinkDown())
 
 
 def test_an_announcement_of_another_federation_is_ignored() -> None:
@@ -117,7 +120,7 @@ def test_an_announcement_of_another_federation_is_ignored() -> None:
 
 def test_an_idle_site_says_hello_now_and_then() -> None:
     """In case the broker lost an announcement; not while it has something to do."""
-    bench = SessionBench(trained={SessionBench().state().file_sha256})
+    bench = SessionBench(trained={SessionBench().state(version).file_sha256 for version in (0, 1)})
     bench.connect()
     bench.announce()
     bench.pulled(bench.state())
@@ -128,6 +131,9 @@ def test_an_idle_site_says_hello_now_and_then() -> None:
     bench.announce(bench.state(1))
     bench.opened(bench.state(1))
     assert Hello not in {type(message) for _, message in bench.ticks(2 * IDLE_HELLO_S)}
+    bench.pulled(bench.state(1))
+    assert bench.session.phase == "waiting"
+    assert [type(message) for _, message in bench.ticks(IDLE_HELLO_S)] == [Hello]
 
 
 @pytest.mark.parametrize("up", [True, False])
@@ -245,6 +251,20 @@ def test_what_is_taken_of_the_data_topics() -> None:
     assert not accepts(state.transfer_id, 0)
 
 
+def test_a_chunk_that_takes_longer_than_the_patience_is_waited_for() -> None:
+    """On a slow link no second copy is asked for while the first one comes in; when it stops coming, one is."""
+    bench = SessionBench()
+    bench.connect()
+    state = bench.state()
+    bench.announce(state)
+    bench.opened(state)
+    for _ in range(100):
+        bench.now += 0.25
+        assert bench.handle(d.Tick(receiving=True)).sends == []
+    waits = [(after, message) for after, message in bench.ticks(6.0) if isinstance(message, Want)]
+    assert [(after, message.restart) for after, message in waits] == [(5.0, True)]
+
+
 def test_a_pull_that_stalls_asks_again_from_scratch() -> None:
     """Whatever was in flight is lost; asked ever more slowly while nothing comes, and afresh once something does."""
     bench = _pulling()
@@ -322,6 +342,8 @@ def test_what_the_disk_says_of_a_pull_that_was_given_up_is_ignored() -> None:
     bench.announce(bench.state(1))
     assert bench.opened(bench.state()) == d.Decision()
     assert _stored(bench, 0) == d.Decision()
+    bench.opened(bench.state(1))
+    assert _stored(bench, 0, 1) == d.Decision()
     assert bench.session.pull is not None
     assert len(bench.session.pull.receiver.have) == 0
 

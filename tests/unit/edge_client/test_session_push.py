@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from edge_client import decisions as d
+from edge_client.session import RETRAIN_S
 from shared.manifest import Manifest
-from shared.messages import Offer, Receipt
+from shared.messages import Offer, Receipt, Wait
 from tests.sessions import STALL_S, SessionBench, jobs, other_digest, sent
 
 FIRST, SECOND = (SessionBench().update(version, frames=8) for version in (0, 1))
@@ -193,3 +194,50 @@ def test_every_outcome_settles(outcome: Any) -> None:
     assert bench.receive(receipt).jobs == [d.Settle(receipt)]
     outbox: list[Manifest] = bench.session.outbox
     assert outbox == []
+
+
+def test_an_update_that_the_coordinator_cannot_take_is_offered_again_when_it_said() -> None:
+    """Also in the middle of sending: what is in flight is forgotten, and nothing goes out before."""
+    bench = _pushing()
+    assert bench.want(FIRST).jobs
+    _sent(bench, 4)
+    wait = Wait(transfer_id=FIRST.transfer_id, rule="no-room", detail="1 MiB free", retry_s=12.0)
+    assert bench.receive(wait) == d.Decision()
+    assert bench.receive(wait.model_copy(update={"transfer_id": SECOND.transfer_id})) == d.Decision()
+    assert bench.ticks(13) == [(12.0, Offer(manifest=FIRST))]
+    assert bench.want(FIRST).jobs == [d.SendChunks(FIRST.transfer_id, (0, 1, 2, 3))]
+
+
+def _rejected_on_the_newest() -> SessionBench:
+    """A site whose only update, of the newest state, was rejected; it has nothing to do."""
+    update = SessionBench().update()
+    bench = SessionBench(outbox=[update], trained={update.update.base_sha256})
+    bench.connect()
+    bench.announce()
+    bench.opened(bench.state(), *range(5))
+    bench.pulled(bench.state())
+    bench.receive(bench.receipt(update, outcome="rejected", rule="non-finite"))
+    return bench
+
+
+def test_a_rejected_site_trains_again_when_nothing_newer_comes() -> None:
+    """If everybody's update was rejected, nobody else makes the next version; not at once, and ever more rarely."""
+    bench = _rejected_on_the_newest()
+    assert not jobs(bench.tick(RETRAIN_S - 1), d.Train)
+    assert jobs(bench.tick(1.0), d.Train) == [d.Train(bench.state())]
+    again = bench.update(update_id="e" * 32)
+    bench.handle(d.Trained(again))
+    bench.receive(bench.receipt(again, outcome="rejected", rule="non-finite"))
+    assert not jobs(bench.tick(2 * RETRAIN_S - 1), d.Train)
+    bench.welcome()
+    assert jobs(bench.tick(1.0), d.Train) == [d.Train(bench.state())]
+
+
+def test_a_rejected_site_goes_on_with_what_is_newer() -> None:
+    """The state whose update was rejected is history then."""
+    bench = _rejected_on_the_newest()
+    bench.announce(bench.state(1))
+    bench.opened(bench.state(1), *range(5))
+    assert jobs(bench.pulled(bench.state(1)), d.Train) == [d.Train(bench.state(1))]
+    bench.handle(d.Trained(bench.update(1)))
+    assert not jobs(bench.tick(10 * RETRAIN_S), d.Train)

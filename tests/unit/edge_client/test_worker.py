@@ -96,9 +96,30 @@ def test_a_round_through_the_worker(ground: Path, tmp_path: Path) -> None:
     run_async(story(), timeout_s=100)
 
 
+def test_one_process_serves_one_site_after_the_other(ground: Path, tmp_path: Path) -> None:
+    """A worker that is given other notes trains as a fresh one would, in the process that it has."""
+    other = config(ground, notes=ground / "other.conll")
+
+    async def delta(client: WorkerClient, name: str) -> bytes:
+        await client.train(ground / "v0.safetensors", 0, tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    async def story() -> None:
+        async with WorkerClient(other, FEDERATION) as fresh:
+            wanted = await delta(fresh, "fresh")
+        async with WorkerClient(config(ground), FEDERATION) as client:
+            own, pid = await delta(client, "own"), client.pid
+            client.serve(other)
+            assert await delta(client, "other") == wanted != own
+            assert client.pid == pid
+
+    run_async(story(), timeout_s=100)
+
+
 def test_a_killed_worker_starts_again_and_gives_the_same_delta(ground: Path, tmp_path: Path) -> None:
     """Killed (-9) in mid-training, the worker is started again, both log it, and the delta is the same."""
-    federation = tiny.federation(layers={"plan": "0,3"})
+    # Long enough not to end before the first word of its progress has been read.
+    federation = tiny.federation(layers={"plan": "0,3"}, training={"epochs": 30})
 
     async def story() -> list[MutableMapping[str, Any]]:
         async with WorkerClient(config(ground), federation) as client:

@@ -43,16 +43,6 @@ def test_the_files_say_what_the_plan_says(tmp_path: Path) -> None:
         assert load_config(plan.layout.site(name), SiteConfig) == site_config(plan, name, BROKER)
 
 
-def test_the_comparison_trains_every_parameter_of_the_same_federation(tmp_path: Path) -> None:
-    """The full-model configuration differs in layers and codec alone."""
-    plan = plan_for(tmp_path)
-    plan.layout.root.mkdir()
-    write_federation(plan)
-    full = load_config(plan.layout.full / "federation.toml", FederationConfig)
-    assert (full.layers.plan, full.codec.up, full.codec.down) == ("all", "f32", "f32")
-    assert full.model_copy(update={"layers": plan.federation.layers, "codec": plan.federation.codec}) == plan.federation
-
-
 def test_text_with_quotes_and_backslashes_survives_toml(tmp_path: Path) -> None:
     """A path may hold anything."""
     config = CoordinatorConfig(federation=Path('/a "b"\\c\x7f/é.toml'), storage=Path("/s"))

@@ -56,29 +56,8 @@ class TestBackoff:
     ) -> None:
         """Every wait lies between zero and the ceiling, which is at most the cap."""
         state = after_failures(failures, answered=answered)
-        wait = backoff.delay_s(state, now=now, cap_s=15.0, uniform=random.Random(seed).uniform)
+        wait = backoff.delay_s(state, now=now, spent_s=0.0, cap_s=15.0, uniform=random.Random(seed).uniform)
         assert 0.0 <= wait <= backoff.ceiling_s(state, now=now, cap_s=15.0) <= 15.0
-
-    def test_sites_do_not_come_back_in_step(self) -> None:
-        """A hundred sites that lost the broker together spread their first try over the whole span."""
-        state = backoff.dropped(Backoff(since=0.0), now=50.0, lasted_s=50.0, taken_over=False)
-        waits = [backoff.delay_s(state, now=50.0, cap_s=15.0, uniform=random.Random(n).uniform) for n in range(100)]
-        assert max(waits) > 0.4
-        assert min(waits) < 0.1
-        assert len(set(waits)) == 100
-
-    @pytest.mark.parametrize(
-        ("outage_s", "usual_s", "patience_s"),
-        [(0, None, 10.0), (0, 0.01, 1.0), (0, 0.6, 2.4), (60, 0.01, 3.0), (9000, 0.01, 10.0), (0, 9.0, 10.0)],
-    )
-    def test_patience_with_one_attempt(self, outage_s: float, usual_s: float | None, patience_s: float) -> None:
-        """An attempt may take four times the usual, more as the outage goes on, and ten seconds at most."""
-        assert backoff.patience_s(outage_s=outage_s, usual_s=usual_s) == pytest.approx(patience_s)
-
-    def test_patience_with_a_stalled_connection_doubles(self) -> None:
-        """A slow link is not cut for ever: the patience doubles up to the keepalive."""
-        patience = [backoff.stall_patience_s(stalls=n, stall_s=5.0, keepalive_s=30.0) for n in (0, 1, 2, 3, 999)]
-        assert patience == [5.0, 10.0, 20.0, 30.0, 30.0]
 
 
 class TestPackets:

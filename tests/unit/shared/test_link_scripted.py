@@ -15,7 +15,7 @@ from shared.errors import RefusedError, UnavailableError
 from shared.link import Connected, Disconnected, Event, Link, LinkDownError, LinkOptions, Packet, Publication
 from tests.helpers import run_async
 
-CONNECT, PUBLISH, SUBSCRIBE, DISCONNECT = 1, 3, 8, 14
+CONNECT, PUBLISH, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 12, 14
 CONNACK_5 = b"\x20\x03\x00\x00\x00"
 CONNACK_311 = b"\x20\x02\x00\x00"
 REFUSE_5 = b"\x20\x02\x00\x01"
@@ -35,6 +35,7 @@ class Script:
     puback: bytes | None = b""
     """What follows the packet id; None sends nothing."""
     before_suback: bytes = b""
+    pingresp: bool = True
     levels: list[int] = field(default_factory=list)
     packets: list[int] = field(default_factory=list)
     connections: list[asyncio.StreamWriter] = field(default_factory=list)
@@ -74,6 +75,8 @@ async def serve(script: Script, reader: asyncio.StreamReader, writer: asyncio.St
                 properties = b"\x00" if script.levels[-1] == 5 else b""
                 answer = body[:2] + properties + script.suback
                 writer.write(script.before_suback + bytes([0x90, len(answer)]) + answer)
+            elif kind == PINGREQ and script.pingresp:
+                writer.write(b"\xd0\x00")
             elif kind == PUBLISH and script.puback is not None:
                 (topic,) = struct.unpack_from(">H", body)
                 answer = body[2 + topic : 4 + topic] + script.puback
@@ -285,18 +288,21 @@ class TestPublish:
         run_async(run())
 
 
-def test_stalled_connection_is_cut() -> None:
-    """When an acknowledgement is due and nothing moves for `stall_s`, the link gives the connection up by itself."""
+@pytest.mark.parametrize(("pingresp", "reason"), [(False, "nothing moved"), (True, "acknowledgement")])
+def test_stalled_connection_is_cut(pingresp: bool, reason: str) -> None:
+    """A broker that is silent when asked, or answers and never acknowledges, is given up by the link itself."""
 
     async def run() -> None:
-        async with scripted(Script(level_5(), puback=None)) as url, Link(options(url)) as link:
+        script = Script(level_5(), puback=None, pingresp=pingresp)
+        section = LinkSection(stall_s=0.5 if pingresp else 5.0, backoff_cap_s=0.05)
+        async with scripted(script) as url, Link(options(url, link=section)) as link:
             events = link.events()
             await anext(events)
             with pytest.raises(LinkDownError):
                 await link.publish("t/x", b"x")
             ended = await anext(events)
             assert isinstance(ended, Disconnected)
-            assert "acknowledgement" in ended.reason
+            assert reason in ended.reason
             assert isinstance(await anext(events), Connected)
 
     run_async(run(), timeout_s=10)

@@ -54,6 +54,20 @@ def test_a_terminal_gets_short_lines_for_people() -> None:
     assert re.fullmatch(r"\x1b\[33m.*  warning: disconnected  reason=reset by peer\x1b\[0m", disconnected)
 
 
+def test_a_trainer_may_give_its_metrics_any_name() -> None:
+    """A metric under a name that the line has already is told apart from it, whatever that name is."""
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    logs.bind(site="north")
+    names = ("version", "update", "bytes", "event", "level", "part", "timestamp", "site", "loss")
+    told = logs.beside({"update": "ab", "version": 3, "bytes": 7}, dict.fromkeys(names, 0.5))
+    structlog.get_logger("site").info("sealed", **told)
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["update"], line["version"], line["bytes"]) == ("sealed", "ab", 3, 7)
+    assert (line["level"], line["part"], line["site"], line["loss"]) == ("info", "site", "north", 0.5)
+    assert all(line[f"metric_{name}"] == 0.5 for name in names if name != "loss")
+
+
 def test_the_form_can_be_asked_for() -> None:
     """`as_json` overrules what the stream is, in either direction."""
     terminal, pipe = Terminal(), io.StringIO()

@@ -24,6 +24,7 @@ from shared.messages import (
     Refused,
     Status,
     UnknownMessageError,
+    Wait,
     Want,
     Welcome,
     chunk_header,
@@ -59,6 +60,7 @@ EXAMPLES: list[Message] = [
     Refused(session=SESSION, rule="other-config", detail="federation.toml differs"),
     Offer(manifest=UPDATE),
     Want(transfer_id=ID, have=b"\x05", window=16, restart=True),
+    Wait(transfer_id=ID, rule="no-room", detail="12.0 MiB free on the disk", retry_s=15.0),
     Receipt(update_id=ID, manifest_sha256=digest("m"), outcome="merged", version=3, staleness=1, weight=0.25),
     Status(site="north", session=SESSION, phase="training", version=2, progress=0.5, metrics={"loss": 0.25}),
     Announce(

@@ -13,13 +13,17 @@ import pytest
 
 from shared.errors import CorruptError
 from shared.link import LinkDownError
-from shared.messages import parse_chunk
+from shared.messages import chunk_header, parse_chunk
 from shared.pump import IN_FLIGHT, Pump, SettledError
 from shared.store import FrameStore
 from tests.helpers import run_async
 from tests.unit.shared.transfers import ID, manifest_builder, tensors_of, writer_of
 
 TOPIC = "somewhere"
+
+
+def _packet(transfer_id: str, index: int, frame: bytes) -> bytes:
+    return chunk_header(transfer_id, index, len(frame)) + frame
 
 
 class Wire:
@@ -41,7 +45,7 @@ class Wire:
         self.read.append(index)
         if index in self.gone:
             raise SettledError
-        return f"{transfer_id[:2]} {index}".encode()
+        return _packet(transfer_id, index, f"{transfer_id[:2]} {index}".encode())
 
     async def _publish(self, topic: str, payload: bytes) -> None:
         assert topic == TOPIC
@@ -168,7 +172,9 @@ def test_what_reading_raises_ends_the_pump(tmp_path: Path) -> None:
         published.append(chunk.index)
 
     async def work() -> None:
-        pump = Pump(lambda _id, index: stored.read_frame(index), publish, lambda _id, _index: None)
+        pump = Pump(
+            lambda name, index: _packet(name, index, stored.read_frame(index)), publish, lambda _id, _index: None
+        )
         pump.put(TOPIC, ID, [0, 1, 2])
         with pytest.raises(ExceptionGroup) as group:
             await pump.run()

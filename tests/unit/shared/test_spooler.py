@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from shared.errors import RefusedError, UnavailableError
 from shared.manifest import Manifest
 from shared.messages import Chunk
-from shared.spooler import Spooler
+from shared.spooler import BACKLOG_BYTES, Spooler
 from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.helpers import run_async
@@ -32,14 +33,14 @@ def _chunk(index: int, frame: bytes | None = None, transfer_id: str = ID) -> Chu
 class Desk:
     """A spooler at work over a store in a folder, and what it has reported."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview] = lambda _manifest, chunk: chunk.frame
+    ) -> None:
         self.store = FrameStore(folder)
         self.stored: list[tuple[str, tuple[int, ...]]] = []
         self.refused: list[tuple[str, str]] = []
         self.news = asyncio.Event()
-        self.spooler = Spooler(
-            self.store, open_chunk=lambda _manifest, chunk: chunk.frame, stored=self._stored, refused=self._refused
-        )
+        self.spooler = Spooler(self.store, open_chunk=open_chunk, stored=self._stored, refused=self._refused)
 
     def _stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.stored.append((transfer_id, indices))
@@ -62,8 +63,10 @@ class Desk:
 
 
 @asynccontextmanager
-async def _desk(folder: Path) -> AsyncIterator[Desk]:
-    desk = Desk(folder)
+async def _desk(
+    folder: Path, open_chunk: Callable[[Manifest, Chunk], memoryview] = lambda _manifest, chunk: chunk.frame
+) -> AsyncIterator[Desk]:
+    desk = Desk(folder, open_chunk)
     async with desk.spooler:
         running = asyncio.create_task(desk.spooler.run())
         try:
@@ -94,6 +97,30 @@ def test_chunks_in_any_order_become_the_transfer_that_was_sent(tmp_path: Path) -
     run_async(work())
 
 
+def test_a_slow_disk_holds_up_whoever_brings_more(tmp_path: Path) -> None:
+    """With too much unwritten there is no room, until the disk has taken it."""
+    disk, many = threading.Event(), BACKLOG_BYTES // len(FRAMES[0]) + 1
+
+    def open_slowly(_manifest: Manifest, chunk: Chunk) -> memoryview:
+        disk.wait()
+        return chunk.frame
+
+    async def work() -> None:
+        async with _desk(tmp_path, open_slowly) as desk:
+            await desk.spooler.open(MANIFEST)
+            await desk.spooler.caught_up()
+            for _ in range(many):
+                desk.spooler.put(_chunk(0))
+            waiting = asyncio.create_task(desk.spooler.caught_up())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            disk.set()
+            await waiting
+            await desk.until_stored({0})
+
+    run_async(work())
+
+
 def test_what_arrives_together_is_synced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sync for a batch, in the order of arrival, and the report comes after it."""
     events: list[str] = []
@@ -113,6 +140,28 @@ def test_what_arrives_together_is_synced_together(tmp_path: Path, monkeypatch: p
             events.append("told")
             assert desk.stored == [(ID, (2, 0, 1))]
             assert events == ["sync", "told"]
+
+    run_async(work())
+
+
+def test_a_spooler_without_work_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes when something has arrived, and is not heard of otherwise."""
+    batches: list[int] = []
+
+    async def work() -> None:
+        async with _desk(tmp_path) as desk:
+            write = desk.spooler._write
+
+            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+                batches.append(len(batch))
+                return write(batch)
+
+            monkeypatch.setattr(desk.spooler, "_write", counted)
+            await desk.spooler.open(MANIFEST)
+            desk.spooler.put(_chunk(0))
+            await desk.until_stored({0})
+            await asyncio.sleep(0.02)
+            assert batches == [1]
 
     run_async(work())
 
@@ -147,7 +196,9 @@ def test_opening_again_forgets_nothing(tmp_path: Path) -> None:
             await desk.spooler.open(MANIFEST)
             desk.spooler.put(_chunk(1))
             await desk.until_stored({1})
+            before = desk.spooler._open[ID]
             assert _have(await desk.spooler.open(MANIFEST)) == {1}
+            assert before._closed
             await desk.spooler.close(ID)
             assert _have(await desk.spooler.open(MANIFEST)) == {1}
 
@@ -270,7 +321,7 @@ def test_a_full_disk_ends_the_writing_with_words(tmp_path: Path, monkeypatch: py
     """The operator reads which folder has no room; nothing that was not written is reported."""
 
     async def work() -> None:
-        desk = Desk(tmp_path)
+        desk = Desk(tmp_path, lambda _manifest, chunk: chunk.frame)
         async with desk.spooler:
             await desk.spooler.open(MANIFEST)
             monkeypatch.setattr(os, "pwrite", _full)

@@ -1,0 +1,67 @@
+"""The coordinator's disk: nothing is taken without room for it, and a full disk ends nothing.
+
+What finds the disk full is done when there is room. Meanwhile the coordinator says so in its log and in its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from coordinator.ledger import Ledger
+from shared.config import CoordinatorConfig
+from shared.errors import NoRoomError
+from shared.room import MIB, POLL_S, Room
+from shared.store import FrameStore
+
+log = structlog.get_logger("coordinator")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Disk:
+    """The file system that holds `updates`; `held` says why nothing more is taken, and is empty while there is room."""
+
+    def __init__(self, config: CoordinatorConfig, updates: Path) -> None:
+        self.room = Room(updates, config.min_free_mib * MIB, config.spool_mib * MIB)
+        self.held = ""
+        self._needed = 0
+
+    async def given_room(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do work in a thread, as often as it takes: what found the disk full is done when there is room."""
+        while True:
+            try:
+                result = await asyncio.to_thread(work, *args, **kwargs)
+            except NoRoomError as error:
+                self.hold(error)
+                await asyncio.sleep(POLL_S)
+            else:
+                return result
+
+    def hold(self, error: NoRoomError, needed: int = 0) -> None:
+        """Something found no room for `needed` bytes."""
+        if not self.held:
+            log.warning("no room on the disk; waiting for some", reason=error.message)
+        self.held, self._needed = error.message, needed
+
+    async def look(self) -> None:
+        """See whether there is room again."""
+        if self.held and await asyncio.to_thread(self.room.lacking, self._needed) is None:
+            self.held = ""
+            log.info("there is room again")
+
+
+def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
+    """Delete the bytes of rejected updates, and return their ids; for a start, after a crash between the two."""
+    rejected = [
+        update_id
+        for update_id in updates.ids() + updates.partial_ids()
+        if update_id in ledger.known and ledger.known[update_id].outcome == "rejected"
+    ]
+    for update_id in rejected:
+        updates.delete(update_id)
+    return rejected

@@ -1,0 +1,69 @@
+"""A site's disk: no training without room for what it will make, and no end because the disk is full.
+
+What finds the disk full is done when there is room. Meanwhile the site says so in its log and in its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from shared.config import CodecName, CodecSection, SiteConfig
+from shared.errors import NoRoomError
+from shared.manifest import Manifest
+from shared.room import MIB, POLL_S, Room
+
+VALUE_BYTES: dict[CodecName, int] = {"f32": 4, "bf16": 2, "int8": 1}
+
+log = structlog.get_logger("site")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Disk:
+    """The file system that holds `outbox`; `held` says why the site waits, and is empty while it does not."""
+
+    def __init__(self, config: SiteConfig, outbox: Path) -> None:
+        self.room = Room(outbox, config.min_free_mib * MIB, config.outbox_mib * MIB)
+        self.held = ""
+
+    async def until_room(self, base: Manifest, codec: CodecSection) -> None:
+        """Return when there is room to train on a state: its plain file, a float32 delta, and the sealed update."""
+        values = base.file_size // VALUE_BYTES[codec.down]
+        sealed = values * VALUE_BYTES[codec.up]
+        needed = base.file_size + 4 * values + sealed
+        try:
+            while (why := await asyncio.to_thread(self._lacking, needed, sealed)) is not None:
+                await self._wait(why)
+            self._go_on()
+        finally:
+            self.held = ""  # also when the run ended meanwhile
+
+    async def given_room(self, work: Callable[P, Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do work as often as it takes: what found the disk full is done when there is room."""
+        while True:
+            try:
+                result = await work(*args, **kwargs)
+            except NoRoomError as error:
+                await self._wait(error.message)
+            else:
+                self._go_on()
+                return result
+
+    def _lacking(self, needed: int, kept: int) -> str | None:
+        return self.room.lacking(needed, kept=kept)
+
+    async def _wait(self, why: str) -> None:
+        if not self.held:
+            log.warning("no room on the disk; waiting for some", reason=why)
+        self.held = why
+        await asyncio.sleep(POLL_S)
+
+    def _go_on(self) -> None:
+        if self.held:
+            self.held = ""
+            log.info("there is room again")

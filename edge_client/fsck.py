@@ -1,0 +1,131 @@
+"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states.
+
+    settled-update   an update whose receipt is here; the crash came before its bytes were deleted
+    litter           files under temporary names, frames that no manifest speaks of
+    damaged-state    a state that is not what was sent; it can be pulled again
+    damaged-update   an update without receipt that is not what was sealed; there is no other copy
+    damaged-receipt  a receipt that cannot be read; the coordinator's journal says the same
+
+With `repair` the first three are deleted. The last two are left for people to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.layout import LOCK, check_layout
+from edge_client.outbox import read_receipt, receipt_paths
+from shared import durable
+from shared.errors import ConfigError, CorruptError, RefusedError
+from shared.lock import FolderLock
+from shared.problems import Problem
+from shared.store import FrameStore
+
+_TRAIN_AGAIN = (
+    "look for disk errors, restore it from a backup, or move its files away: the site then trains on that version again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was looked at, and all that was found."""
+
+    waiting: int
+    """Updates without receipt."""
+    receipts: int
+    problems: tuple[Problem, ...]
+
+
+def check(storage: Path, *, repair: bool = False) -> Checked:
+    """Look at a site's whole folder, and with `repair` delete what may go.
+
+    Raises ConfigError when no site has run there, UnavailableError while one does, RefusedError(rule='newer-schema')
+    when a newer release wrote it.
+    """
+    if not (storage / "outbox").is_dir():
+        raise ConfigError(f"{storage}: no site has run there", hint="name the configuration of a site that has")
+    with FolderLock(storage / LOCK, holder="site"):
+        check_layout(storage)
+        receipts = receipt_paths(storage)
+        problems = [
+            *_receipts(receipts),
+            *_outbox(storage, {path.stem for path in receipts}, repair=repair),
+            *_states(storage, repair=repair),
+            *_litter(storage, repair=repair),
+        ]
+        waiting = len(FrameStore(storage / "outbox").ids())
+    return Checked(waiting, len(receipts), tuple(problems))
+
+
+def _receipts(paths: list[Path]) -> Iterator[Problem]:
+    for path in paths:
+        try:
+            read_receipt(path)
+        except CorruptError as error:
+            yield Problem(
+                "damage", "damaged-receipt", _place(path), "not a receipt as a site writes it", False, error.hint
+            )
+
+
+def _outbox(storage: Path, settled: set[str], *, repair: bool) -> Iterator[Problem]:
+    store = FrameStore(storage / "outbox")
+    for update_id in store.ids():
+        where = f"outbox/{update_id}"
+        if update_id in settled:
+            if repair:
+                store.delete(update_id)
+            yield _leftover("settled-update", where, "its receipt is here", repair=repair)
+            continue
+        broken = _broken(store, update_id)
+        if broken:
+            yield Problem("damage", "damaged-update", where, broken, False, _TRAIN_AGAIN)
+
+
+def _states(storage: Path, *, repair: bool) -> Iterator[Problem]:
+    if not (storage / "states").is_dir():
+        return
+    store = FrameStore(storage / "states")
+    for state_id in store.ids():
+        broken = _broken(store, state_id)
+        if broken:
+            if repair:
+                store.delete(state_id)
+            advice = "" if repair else "--repair deletes it, and it is pulled again"
+            yield Problem("damage", "damaged-state", f"states/{state_id}", broken, repair, advice)
+
+
+def _broken(store: FrameStore, transfer_id: str) -> str:
+    """What is wrong with a whole transfer; empty when it is what its manifest says, down to the file's hash."""
+    try:
+        stored = store.get(transfer_id)
+        if stored is not None:
+            with stored.open_tensors(verify=True) as reader:
+                for _ in reader.tensors():
+                    pass
+    except (CorruptError, RefusedError) as error:
+        return error.message.rpartition("/")[2]
+    return ""
+
+
+def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
+    for name in ("outbox", "receipts", "states"):
+        folder = storage / name
+        loose = [
+            path
+            for path in folder.glob("*.frames")
+            if not any(path.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest"))
+        ]
+        for path in sorted([*folder.glob(f"{durable.TEMPORARY_PREFIX}*"), *loose]):
+            if repair:
+                path.unlink()
+            yield _leftover("litter", _place(path), "a file that was being written", repair=repair)
+
+
+def _leftover(rule: str, where: str, what: str, *, repair: bool) -> Problem:
+    return Problem("leftover", rule, where, what, repair, "" if repair else "--repair deletes it")
+
+
+def _place(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"

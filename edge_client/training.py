@@ -1,0 +1,31 @@
+"""What the agent asks of whoever trains, without knowing what training is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+
+class TrainedUpdate(Protocol):
+    """What training reports besides the delta's file."""
+
+    @property
+    def examples(self) -> int:
+        """How many examples the delta was trained on."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers only."""
+
+
+class Trainer(Protocol):
+    """Whoever turns a state into a delta; the worker process in a real run."""
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> TrainedUpdate:
+        """Train on the state in file `state` and write the delta to file `delta`, both plain safetensors.
+
+        The delta is float32. `on_progress(share, loss)` is called now and then.
+        """

@@ -1,0 +1,248 @@
+"""The coordinator's machine: the real core, ledger, journal and staging; `service.py`'s duties in virtual time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from coordinator import decisions as d
+from coordinator.core import Core, Instant
+from coordinator.disk import discard_rejected
+from coordinator.journal import Journal
+from coordinator.masters import check_files, master_path, prune_masters
+from coordinator.merging import MergePlan, MergeResult
+from coordinator.records import Opened, VersionCommitted
+from shared import durable
+from shared.config import CoordinatorConfig
+from shared.errors import RefusedError, UnavailableError
+from shared.manifest import Manifest, StateFacts
+from shared.messages import parse_chunk
+from shared.plan import SealedPlan
+from shared.store import FrameStore
+from shared.topics import Channel
+from tests.sim.broker import Address
+from tests.sim.machine import Machine, opened
+from tests.sim.shells import VirtualPump, VirtualSpooler
+from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
+from tests.sim.weather import Scenario
+from tests.sim.witness import Witness
+
+READS = {Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE}
+FIRST_MASTER = b"the base model's own layers"
+
+
+class CoordinatorMachine(Machine):
+    """See the module's docstring; `journal_path` is on a real file system."""
+
+    core: Core
+    updates: FrameStore
+    states: FrameStore
+    spooler: VirtualSpooler
+    pump: VirtualPump
+
+    def __init__(
+        self, scenario: Scenario, plan: SealedPlan, witness: Witness, journal_path: Path, **machine: Any
+    ) -> None:
+        super().__init__("coordinator", latency_s=0.005, **machine)
+        self.scenario = scenario
+        self.plan = plan
+        self.witness = witness
+        self.journal_path = journal_path
+        self.journal: Journal | None = None
+        self.journal_fails = 0.0
+        self.config = CoordinatorConfig.model_validate({"federation": "f", "storage": "s"}).model_copy(
+            update={"link": scenario.link}
+        )
+
+    # -- life ---
+
+    def boot(self) -> None:
+        """As `run_coordinator` and `Service.run`, up to the link."""
+        root = self.disk.path()
+        self.updates, self.states = FrameStore(root / "updates"), FrameStore(root / "states")
+        self.masters = root / "masters"
+        durable.make_folder(self.masters)
+        self.journal = Journal(self.journal_path)
+        if not self.journal.length:
+            self.step()
+            self.journal.append([self._genesis()])
+        boot = hashlib.sha256(f"boot {self.scenario.seed} {self.life}".encode()).hexdigest()[:16]
+        self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot)
+        # Less than any configuration admits, so that a few chunks spend it.
+        self.core.uploads.budget_bytes = self.scenario.budget_chunks * 4096
+        for store in (self.updates, self.states):
+            store.recover()
+        records = []
+        newest: Opened | VersionCommitted | None = None
+        for record in self.journal.replay():
+            self.core.apply(record)
+            records.append(record)
+            newest = record if isinstance(record, Opened | VersionCommitted) else newest
+        assert newest is not None
+        version = newest.version if isinstance(newest, VersionCommitted) else 0
+        check_files(self.masters, version, (), newest.master_sha256, None)
+        discard_rejected(self.updates, self.core.ledger)
+        self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
+        self.pump = VirtualPump(self, self._read_state_chunk, None)
+        self.witness.recovered(self.core, records, self.updates)
+
+    def ended(self) -> None:
+        """See Machine; the journal's lock goes with the process."""
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+
+    def _genesis(self) -> Opened:
+        durable.replace_atomic(master_path(self.masters, 0), FIRST_MASTER)
+        state = self._publish(0, FIRST_MASTER)
+        return Opened(
+            fingerprint=self.plan.fingerprint,
+            config_sha256=self.plan.config_sha256,
+            frozen_sha256=self.plan.frozen_sha256,
+            state=state.to_bytes(),
+            master_sha256=hashlib.sha256(FIRST_MASTER).hexdigest(),
+        )
+
+    def _publish(self, version: int, master: bytes) -> Manifest:
+        frames = ToyFrames(published_frames(master, self.scenario.state_frames))
+        facts, wall = StateFacts(version=version), self.wall
+        sealing: Any = frames
+        return self.states.seal(
+            sealing, lambda summary: manifest_of(self.plan, summary.file_sha256[:32], summary, facts, wall)
+        ).manifest
+
+    # -- link ---
+
+    def reads(self, address: Address) -> bool:
+        """See Machine."""
+        return address[0] in READS
+
+    def will(self) -> None:
+        """See Machine."""
+
+    def greeting(self) -> None:
+        """See Machine."""
+
+    def link_up(self) -> None:
+        """See Machine."""
+        self.decide(d.LinkUp())
+
+    def link_down(self) -> None:
+        """See Machine."""
+        self.pump.clear()
+        self.decide(d.LinkDown())
+
+    def taken(self, address: Address, data: bytes) -> None:
+        """See Machine."""
+        channel, site = address
+        assert site is not None
+        if channel is not Channel.UP_DATA:
+            self.decide(d.Received(site, opened(data)))
+            return
+        chunk = parse_chunk(data)
+        if self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
+            self.spooler.put(chunk)
+
+    def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
+        self.later(0, self.decide, d.ChunksStored(transfer_id, indices))
+
+    def ticked(self) -> None:
+        """See Machine."""
+        self.decide(d.Tick())
+
+    # -- decide ---
+
+    def decide(self, event: d.Event) -> None:
+        """As `Service._decide`: durable, then said, then done."""
+        self.witness.deciding = True
+        decision = self.core.handle(event, Instant(self.clock.now, self.wall))
+        if decision.records:
+            self._append(decision)
+        self.witness.deciding = False
+        for send in decision.sends:
+            self.witness.says(self.core, send)
+            channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
+            self.post((channel, send.site), send.message)
+        for job in decision.jobs:
+            self.step()
+            self._start(job)
+        self.witness.bounds(self.core, self.spooler)
+
+    def _append(self, decision: d.Decision) -> None:
+        assert self.journal is not None
+        self.step()
+        if self.disk.full:
+            raise UnavailableError("the journal's disk is full")
+        fails = self.rng.random() < self.journal_fails
+        if fails and self.rng.random() < 0.5:
+            raise UnavailableError("the journal failed, nothing was written")
+        self.told("journal", *decision.records)
+        self.witness.commits(decision.records)
+        self.journal.append(decision.records)
+        self.witness.stored(self.core)
+        if fails:
+            raise UnavailableError("the journal failed, after it had written")
+        self.step()
+
+    def _start(self, job: d.Job) -> None:
+        match job:
+            case d.OpenSpool():
+                self.spooler.soon(self._open_spool, job.manifest)
+            case d.CloseSpool():
+                self.witness.closed(job.transfer_id)
+                self.spooler.close(job.transfer_id)
+            case d.Discard():
+                self.spooler.close(job.update_id, delete=True)
+            case d.Verify():
+                self.spooler.soon(self._finish, job.update_id)
+            case d.Merge():
+                self.later(self.rng.uniform(0.02, 1.0), self._merge, job.plan)
+            case d.Serve():
+                channel = Channel.BULK if job.site is None else Channel.DOWN_DATA
+                self.pump.put((channel, job.site), job.transfer_id, job.indices)
+            case d.Stop():
+                raise AssertionError("this coordinator stays")
+
+    # -- jobs ---
+
+    def _open_spool(self, manifest: Manifest) -> None:
+        try:
+            have = self.spooler.open(manifest)
+        except RefusedError as error:
+            self.later(0, self.decide, d.VerifyFailed(manifest.transfer_id, error.rule, error.message))
+        else:
+            self.witness.resumed(manifest, have)
+            self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
+
+    def _finish(self, update_id: str) -> None:
+        stored = self.spooler.spooler._finish(update_id)
+        self.later(self.rng.uniform(0.01, 0.3), self._admit, stored)
+
+    def _admit(self, stored: Any) -> None:
+        update_id = stored.manifest.transfer_id
+        try:
+            norm = admit(stored)
+        except RefusedError as error:
+            self.decide(d.VerifyFailed(update_id, error.rule, error.message))
+        else:
+            self.decide(d.Verified(update_id, norm))
+
+    def _merge(self, plan: MergePlan) -> None:
+        before = master_path(self.masters, plan.base_version).read_bytes()
+        parts = []
+        for part in plan.recorded():
+            stored = self.updates.get(part.update_id)
+            assert stored is not None, "an accepted update is in the store"
+            parts.append((part, read_whole(stored)))
+        master = merged_master(before, parts)
+        durable.replace_atomic(master_path(self.masters, plan.version), master)
+        state = self._publish(plan.version, master)
+        prune_masters(self.masters, {plan.base_version, plan.version})
+        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None)
+        self.later(0.01, self.decide, d.Merged(plan, result))
+
+    def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
+        stored = self.states.get(transfer_id)
+        assert stored is not None, "a state of the ledger is in the store"
+        return stored.read_frame(index)

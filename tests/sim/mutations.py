@@ -1,0 +1,191 @@
+"""Deliberate bugs in the real code, each of which the worlds must find within a stated number of seeds from 0.
+
+A checker that finds nothing is worth nothing: this list is what shows that they look.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import edge_client.session
+import tests.sim.coordinator
+from coordinator.core import Core
+from coordinator.journal import Journal
+from coordinator.ledger import Known, Ledger
+from coordinator.records import Record, Rejected, VersionCommitted
+from coordinator.uploads import Uploads
+from edge_client.outbox import Outbox
+from edge_client.patience import Patience
+from shared import durable, store
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.messages import Receipt
+from shared.store import Partial
+from shared.transfer import Bitmap, Sender
+
+Change = tuple[object, str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A bug: what it is, how to make it, and how many seeds may pass before it is found."""
+
+    name: str
+    within: int
+    changes: tuple[Change, ...]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The code has this bug inside the block."""
+        before = [(owner, name, vars(owner)[name]) for owner, name, _ in self.changes]
+        for owner, name, changed in self.changes:
+            setattr(owner, name, changed)
+        try:
+            yield
+        finally:
+            for owner, name, was in before:
+                setattr(owner, name, was)
+
+
+def _changed(owner: object, name: str, change: Callable[[Any], Any]) -> Change:
+    """A function made of the one that is there."""
+    return owner, name, change(vars(owner)[name])
+
+
+# -- disk ---
+
+
+def _ack_without_sync(self: Partial) -> bytes:
+    return self.have.to_bytes()
+
+
+def _unchecked_write(self: Partial, index: int, frame: bytes | memoryview) -> bool:
+    if index not in self.have and len(frame) == self.manifest.frame_lengths[index]:
+        durable.write_all(self._fd, frame, self._offsets[index])
+        self._unsynced = True
+    return self.have.add(index)
+
+
+def _all_frames(_fd: int, manifest: Manifest) -> Iterator[int]:
+    return iter(range(manifest.frames))
+
+
+def _nothing(*_args: Any) -> Any:
+    return []
+
+
+# -- journal and ledger ---
+
+
+def _append_later(real: Callable[[Journal, Sequence[Record]], Any]) -> Callable[[Journal, Sequence[Record]], Any]:
+    def append(self: Journal, facts: Sequence[Record]) -> Any:
+        if not self.length:  # without its first record no run begins at all
+            return real(self, facts)
+        owed = self.__dict__.setdefault("owed", [])
+        rows = real(self, owed) if owed else ()
+        self.__dict__["owed"] = list(facts)
+        return rows
+
+    return append
+
+
+class _Forgetful(dict[str, Known]):
+    """Knows everything and admits nothing."""
+
+    def __contains__(self, _key: object) -> bool:
+        return False
+
+    def get(self, _key: str, _default: Any = None) -> Any:
+        return None
+
+
+def _without_dedupe(real: Callable[[Ledger], None]) -> Callable[[Ledger], None]:
+    def init(self: Ledger) -> None:
+        real(self)
+        self.known = _Forgetful()
+
+    return init
+
+
+def _counts_again(self: Ledger, record: VersionCommitted) -> None:
+    self.version = record.version
+    self.states[record.version] = manifest_from_bytes(record.state)
+    for part in record.contributions:
+        self.known[part.update_id].outcome = "merged"
+
+
+def _apply_but_rejections(real: Callable[[Core, Record], None]) -> Callable[[Core, Record], None]:
+    def apply(self: Core, record: Record) -> None:
+        if not isinstance(record, Rejected):
+            real(self, record)
+
+    return apply
+
+
+# -- credits and windows ---
+
+
+def _leaky_close(real: Callable[..., None]) -> Callable[..., None]:
+    def close(self: Uploads, transfer_id: str, now: float, out: Any) -> None:
+        self.budget_bytes -= self._by_id[transfer_id].reserved
+        real(self, transfer_id, now, out)
+
+    return close
+
+
+def _generous(self: Uploads, upload: Any) -> None:
+    upload.reserved = min(self.window, upload.manifest.frames) * upload.manifest.slice_size
+
+
+def _take_all(self: Sender) -> list[int]:
+    return [index for index in self.have.missing() if self.state.name == "SENDING"]
+
+
+def _shifted(size: int, data: bytes) -> Bitmap:
+    return Bitmap(size, (i for i in range(min(size, 8 * len(data))) if data[i >> 3] >> (i & 7) & 1 and i < size - 1))
+
+
+# -- the site ---
+
+
+def _settle_backwards(self: Outbox, receipt: Receipt) -> bool:
+    stored = self.store.get(receipt.update_id)
+    if stored is None:
+        return False
+    facts = stored.manifest.update
+    origin = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+    self.store.delete(receipt.update_id)
+    said = json.dumps({**origin, **receipt.model_dump(mode="json")}).encode()
+    durable.replace_atomic(self._receipts / f"{receipt.update_id}.json", said)
+    return True
+
+
+def _never(*_args: Any) -> bool:
+    return False
+
+
+MUTATIONS = (
+    Mutation("chunks are acknowledged before they are synced", 60, ((Partial, "sync", _ack_without_sync),)),
+    Mutation("a chunk's digest is not checked", 60, ((Partial, "write", _unchecked_write),)),
+    Mutation("what lies in a spool is believed without its digest", 60, ((store, "_intact_frames", _all_frames),)),
+    Mutation("names are not synced", 60, ((durable, "fsync_dir", _nothing),)),
+    Mutation("the receipt goes out before the commit", 60, (_changed(Journal, "append", _append_later),)),
+    Mutation("a known update is taken as new", 60, (_changed(Ledger, "__init__", _without_dedupe),)),
+    Mutation("an update counts in two versions", 60, ((Ledger, "_apply_version", _counts_again),)),
+    Mutation("rejections are forgotten in a crash", 60, (_changed(Core, "apply", _apply_but_rejections),)),
+    Mutation(
+        "bytes of a rejected update stay after a crash", 400, ((tests.sim.coordinator, "discard_rejected", _nothing),)
+    ),
+    Mutation("credits of a closed upload are not returned", 60, (_changed(Uploads, "_close", _leaky_close),)),
+    Mutation("the budget is not looked at", 60, ((Uploads, "_reserve", _generous),)),
+    Mutation("the window does not bound", 60, ((Sender, "take", _take_all),)),
+    Mutation("the bitmap ends one too early", 60, ((Bitmap, "from_bytes", staticmethod(_shifted)),)),
+    Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
+    Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),
+    Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
+    Mutation("an idle site does not say hello", 100, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
+    Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),
+)

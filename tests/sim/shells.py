@@ -1,0 +1,108 @@
+"""What both shells have between link, disk and decisions, in virtual time: the pump and the spooler's thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from shared.manifest import Manifest
+from shared.messages import Chunk, chunk_header
+from shared.spooler import Spooler
+from shared.store import FrameStore
+from tests.sim.broker import Address
+from tests.sim.machine import Machine
+
+CHUNK_S = 0.02
+"""A chunk onto the link, at best."""
+
+
+def _as_it_came(_manifest: Manifest, chunk: Chunk) -> memoryview:
+    return chunk.frame
+
+
+class VirtualPump:
+    """`shared.pump.Pump` in virtual time: chunks in order, one after the other, forgotten when the link drops."""
+
+    def __init__(
+        self, machine: Machine, read: Callable[[str, int], bytes | None], sent: Callable[[str], None] | None
+    ) -> None:
+        self._machine = machine
+        self._read = read
+        self._sent = sent
+        self._orders: deque[tuple[Address, str, int]] = deque()
+        self._busy = False
+
+    def put(self, address: Address, transfer_id: str, indices: Iterable[int]) -> None:
+        """Queue chunks."""
+        self._orders.extend((address, transfer_id, index) for index in indices)
+        self._go_on()
+
+    def clear(self) -> None:
+        """The link is down."""
+        self._orders.clear()
+
+    def _go_on(self) -> None:
+        if not self._busy and self._orders:
+            self._busy = True
+            self._machine.later(CHUNK_S, self._next)
+
+    def _next(self) -> None:
+        self._busy = False
+        if self._orders:
+            address, transfer_id, index = self._orders.popleft()
+            frame = self._read(transfer_id, index)
+            machine, sent = self._machine, self._sent
+            if frame is not None and machine.connection is not None:
+                packet = chunk_header(transfer_id, index, len(frame)) + frame
+                acked = None if sent is None else (lambda: machine.later(0, sent, transfer_id))
+                machine.broker.publish(machine.connection, address, packet, acked)
+        self._go_on()
+
+
+class VirtualSpooler:
+    """The real `Spooler`'s work, one thing after the other, each some time after it was asked for."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        store: FrameStore,
+        stored: Callable[[str, tuple[int, ...]], None],
+        refused: Callable[[str], None],
+    ) -> None:
+        self.spooler = Spooler(store, open_chunk=_as_it_came, stored=stored, refused=lambda _id, rule: refused(rule))
+        self._machine = machine
+        self._stored = stored
+        self._refused = refused
+        self._free_at = 0.0
+        self.arrived: list[Chunk] = []
+        self.most_arrived = 0
+
+    def soon(self, work: Callable[..., None], *args: Any) -> None:
+        """Do something in the thread, after all that was asked for before."""
+        machine = self._machine
+        self._free_at = max(self._free_at, machine.clock.now) + machine.rng.uniform(0.001, 0.05)
+        machine.later(self._free_at - machine.clock.now, work, *args)
+
+    def put(self, chunk: Chunk) -> None:
+        """A chunk arrived."""
+        self.arrived.append(chunk)
+        self.most_arrived = max(self.most_arrived, len(self.arrived))
+        if len(self.arrived) == 1:
+            self.soon(self._write)
+
+    def _write(self) -> None:
+        batch, self.arrived = self.arrived, []
+        written, refused = self.spooler._write(batch)
+        for _, rule in refused:
+            self._refused(rule)
+        for transfer_id, indices in written.items():
+            self._stored(transfer_id, tuple(indices))
+
+    def open(self, manifest: Manifest) -> bytes:
+        """See Spooler.open; in the thread."""
+        return self.spooler._open_now(manifest)
+
+    def close(self, transfer_id: str, *, delete: bool = False) -> None:
+        """See Spooler.close."""
+        self.soon(self.spooler._close, transfer_id, delete)

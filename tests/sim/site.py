@@ -1,0 +1,229 @@
+"""A site's machine: the real session, outbox and staging; `agent.py`'s duties in virtual time, training but a wait."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from edge_client import decisions as d
+from edge_client.agent import Agent
+from edge_client.outbox import Outbox
+from edge_client.session import Identity, Session
+from shared.errors import RefusedError
+from shared.manifest import Manifest, UpdateFacts
+from shared.messages import Message, Presence, Receipt, encode, parse_chunk
+from shared.plan import SealedPlan
+from shared.store import FrameStore
+from shared.topics import Channel
+from tests.sim.broker import Address
+from tests.sim.machine import Machine, opened
+from tests.sim.shells import VirtualPump, VirtualSpooler
+from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
+from tests.sim.weather import Scenario, SitePlan
+from tests.sim.witness import Witness
+
+ALL = {Channel.ANNOUNCE, Channel.BULK}
+OWN = {Channel.DOWN_CTL, Channel.DOWN_DATA}
+
+
+class SiteMachine(Machine):
+    """See the module's docstring; `exit` is how the process left."""
+
+    session: Session
+    outbox: Outbox
+    states: FrameStore
+    spooler: VirtualSpooler
+    pump: VirtualPump
+
+    def __init__(self, scenario: Scenario, site: SitePlan, plan: SealedPlan, witness: Witness, **machine: Any) -> None:
+        super().__init__(site.name, latency_s=site.latency_s, **machine)
+        self.scenario = scenario
+        self.site = site
+        self.plan = plan
+        self.witness = witness
+        self.bad_updates = 0.0
+        self.exit: d.Exit | None = None
+        self.trainings = 0
+
+    # -- life ---
+
+    def boot(self) -> None:
+        """As `run_site` and `Agent.run`, up to the link."""
+        root = self.disk.path()
+        self.outbox = Outbox(root)
+        self.states = FrameStore(root / "states")
+        self.states.recover()
+        self.identity = Identity(
+            site=self.name,
+            session=hashlib.sha256(f"{self.name} {self.scenario.seed} {self.life}".encode()).hexdigest()[:16],
+            fingerprint=self.plan.fingerprint,
+            config_sha256=self.plan.config_sha256,
+            frozen_sha256=self.plan.frozen_sha256,
+            software="test",
+        )
+        pending = self.outbox.pending()
+        self.witness.reopened(self.name, pending, self.outbox)
+        self.session = Session(
+            self.identity,
+            link=self.scenario.link,
+            outbox=pending,
+            trained=self.outbox.trained(),
+            outbox_max=self.scenario.outbox_max,
+        )
+        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, lambda _rule: None)
+        self.pump = VirtualPump(self, self._read_update_chunk, self._chunk_sent)
+        self._training = 0
+        self._leaving = False
+
+    def ended(self) -> None:
+        """See Machine."""
+
+    # -- link ---
+
+    def _presence(self, *, online: bool) -> tuple[Address, bytes]:
+        said = Presence(site=self.name, session=self.identity.session, online=online)
+        return (Channel.PRESENCE, self.name), encode(said)
+
+    def reads(self, address: Address) -> bool:
+        """See Machine."""
+        return address[0] in ALL or (address[0] in OWN and address[1] == self.name)
+
+    def will(self) -> tuple[Address, bytes]:
+        """See Machine."""
+        return self._presence(online=False)
+
+    def greeting(self) -> tuple[Address, bytes]:
+        """See Machine."""
+        return self._presence(online=True)
+
+    def link_up(self) -> None:
+        """See Machine."""
+        self.decide(d.LinkUp())
+
+    def link_down(self) -> None:
+        """See Machine."""
+        self.pump.clear()
+        self.decide(d.LinkDown())
+
+    def taken(self, address: Address, data: bytes) -> None:
+        """See Machine."""
+        if address[0] in {Channel.ANNOUNCE, Channel.DOWN_CTL}:
+            self.decide(d.Received(opened(data)))
+            return
+        chunk = parse_chunk(data)
+        if self.session.accepts(chunk.transfer_id, chunk.index):
+            self.spooler.put(chunk)
+
+    def ticked(self) -> None:
+        """See Machine."""
+        self.decide(d.Tick())
+
+    def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
+        self.later(0, self.decide, d.ChunksStored(transfer_id, indices))
+
+    def _chunk_sent(self, transfer_id: str) -> None:
+        self.decide(d.ChunkSent(transfer_id))
+
+    # -- decide ---
+
+    def decide(self, event: d.Event) -> None:
+        """As `Agent._decide`."""
+        if self._leaving:
+            return
+        if isinstance(event, d.Received):
+            self.witness.hears(self.name, event.message)
+        decision = self.session.handle(event, self.clock.now, self.wall)
+        for message in decision.sends:
+            self._say(message)
+        for job in decision.jobs:
+            self.step()
+            self._start(job)
+        self.witness.site_bounds(self)
+
+    def _say(self, message: Message) -> None:
+        self.post((Channel.UP_CTL, self.name), message)
+
+    def _start(self, job: d.Job) -> None:
+        match job:
+            case d.OpenSpool():
+                self.spooler.soon(self._open_spool, job.manifest)
+            case d.CloseSpool():
+                self.spooler.close(job.transfer_id, delete=True)
+            case d.Verify():
+                self.spooler.soon(self._verify, job.transfer_id)
+            case d.Train():
+                self._training += 1
+                self.witness.trains(self.name, job.base)
+                seconds = self.site.training_s * self.rng.uniform(0.5, 1.5)
+                self.later(seconds, self._trained, job.base, self._training)
+            case d.CancelTraining():
+                self._training += 1
+            case d.SendChunks():
+                self.witness.sends_chunks(self.name, job)
+                self.pump.put((Channel.UP_DATA, self.name), job.update_id, job.indices)
+            case d.Settle():
+                self.spooler.soon(self._settle, job.receipt)
+            case d.Exit():
+                self._leaving = True
+                self.spooler.soon(self._leave, job)
+
+    # -- jobs ---
+
+    def _open_spool(self, manifest: Manifest) -> None:
+        have = self.spooler.open(manifest)
+        agent: Any = self
+        Agent._forget_states_but(agent, manifest.transfer_id)
+        self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
+
+    def _verify(self, transfer_id: str) -> None:
+        stored = self.spooler.spooler._finish(transfer_id)
+        try:
+            read_whole(stored)
+        except RefusedError:
+            self.spooler.spooler._close(transfer_id, delete=True)
+            self.later(0, self.decide, d.StateBroken(transfer_id))
+            return
+        # The agent's own rule of what may go; it looks at nothing but these two.
+        agent: Any = self
+        Agent._forget_states_but(agent, transfer_id)
+        self.later(0, self.decide, d.StateReady(stored.manifest))
+
+    def _trained(self, base: Manifest, training: int) -> None:
+        if training != self._training:
+            return
+        stored = self.states.get(base.transfer_id)
+        assert stored is not None, "a state that is ready is in the store"
+        self.witness.trained_on(self.name, base, read_whole(stored))
+        self.trainings += 1
+        update_id = f"{self.rng.getrandbits(128):032x}"
+        bad = self.rng.random() < self.bad_updates
+        frames = frames_of(update_id, self.rng.randint(1, 8), BAD if bad else b"\x01")
+        facts = UpdateFacts(
+            site=self.name,
+            base_version=base.state.version,
+            base_sha256=base.file_sha256,
+            examples=self.rng.randint(1, 50),
+            metrics={},
+        )
+        wall = self.wall
+        self.witness.begins_to_seal(update_id, frames)
+        sealing: Any = ToyFrames(frames)
+        manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
+        self.witness.seals(self.name, manifest)
+        self.told(self.name, "sealed", update_id[:8], "of version", base.state.version, "bad" if bad else "")
+        self.decide(d.Trained(manifest))
+
+    def _settle(self, receipt: Receipt) -> None:
+        if self.outbox.settle(receipt):
+            self.witness.settles(self.name, receipt)
+
+    def _leave(self, how: d.Exit) -> None:
+        self.told(self.name, "leaves", how.rule or "the run is complete")
+        self.exit = how
+        if how.rule is None:
+            self.witness.leaves(self.name, self.session.ready)
+        self.leave()
+
+    def _read_update_chunk(self, transfer_id: str, index: int) -> bytes | None:
+        found = self.outbox.read_frame(transfer_id, index)
+        return None if found is None else found[1]

@@ -1,0 +1,77 @@
+"""Two thousand worlds, each from its seed: what must hold at any time does, and after the faults comes the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.transfer import Sender
+from tests.sim.mutations import MUTATIONS, Mutation
+from tests.sim.runner import first_failure, try_seed
+from tests.sim.weather import Weather, scenario
+from tests.sim.world import run_world
+
+SEEDS = 2000
+CHUNK = 25
+ROOT = Path(__file__).parents[2]
+
+# A hundred milliseconds a world; but what a machine takes that does much else is not known.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_the_promises_hold_in_every_world(first: int) -> None:
+    """Whatever breaks, drops, doubles, fills up, dies or comes late; see `witness.py` for what is promised."""
+    failure = first_failure(range(first, first + CHUNK))
+    assert failure is None, str(failure)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_a_deliberate_bug_is_found(mutation: Mutation) -> None:
+    """Within the number of seeds that the list states; and the code as it is holds in the world that found it."""
+    with mutation.applied():
+        found = first_failure(range(mutation.within))
+    assert found is not None, f"{mutation.within} worlds do not notice that {mutation.name}"
+    assert try_seed(found.seed) is None
+    assert f"--seed {found.seed} --trace" in str(found)
+
+
+def test_a_mutation_is_gone_after_its_block() -> None:
+    """Or the next test would test another program."""
+    before = Sender.take
+    (mutation,) = [each for each in MUTATIONS if each.changes[0][:2] == (Sender, "take")]
+    with mutation.applied():
+        assert Sender.take is not before
+    assert Sender.take is before
+
+
+def test_a_seed_is_one_world_in_any_process() -> None:
+    """Every byte that the broker saw is the same again, whatever order Python gives to its sets."""
+    seed = 7
+    told = [f"{run_world(seed).broker.digest:08x}" for _ in range(2)]
+    for hash_seed in ("1", "2"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "tests.sim", "--seed", str(seed), "--trace"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told.append(ran.stdout.split()[-1])
+        assert "Announce(" in ran.stdout
+    assert len(set(told)) == 1
+
+
+def test_every_kind_of_fault_and_every_mode_occurs() -> None:
+    """A fault that no seed draws would be a promise that nothing tests."""
+    worlds = [scenario(seed) for seed in range(200)]
+    for name in Weather.__slots__:
+        assert len({getattr(world.weather, name) for world in worlds}) > 1, name
+    assert {world.federation.aggregation.mode for world in worlds} == {"sync", "fedbuff", "fedasync"}
+    assert any(site.leaves_s is not None for world in worlds for site in world.sites)
+    assert any(str(world).endswith("no faults") for world in worlds)

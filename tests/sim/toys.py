@@ -1,0 +1,93 @@
+"""Payloads of a few bytes that depend on their inputs as real tensors do: one other input, another digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from coordinator.records import Contribution
+from shared.errors import RefusedError
+from shared.manifest import Manifest, StateFacts, UpdateFacts
+from shared.plan import SealedPlan
+from shared.slices import FileSummary, Frame
+from shared.store import Stored
+from tests.factories import SLICE
+
+BAD = b"\xff"
+"""How the first frame of an update begins that must not pass admission."""
+
+
+def frames_of(text: str, count: int, head: bytes = b"\x01") -> list[bytes]:
+    """`count` frames that follow from a text."""
+    return [head + hashlib.sha256(f"{text} {index}".encode()).digest() for index in range(count)]
+
+
+class ToyFrames:
+    """Frames in the place of a `shared.slices.FrameWriter`."""
+
+    def __init__(self, frames: Sequence[bytes]) -> None:
+        self._frames = frames
+
+    def __iter__(self) -> Iterator[Frame]:
+        return (Frame(data, hashlib.sha256(data).digest()) for data in self._frames)
+
+    @property
+    def summary(self) -> FileSummary:
+        """Their sizes and hashes, as of full slices."""
+        return FileSummary(
+            slice_size=SLICE,
+            group=4,
+            file_size=SLICE * len(self._frames),
+            file_sha256=file_sha256(self._frames),
+            frame_lengths=tuple(len(frame) for frame in self._frames),
+            frame_hashes=b"".join(frame.sha256 for frame in self),
+        )
+
+
+def file_sha256(frames: Iterable[bytes]) -> str:
+    """What a toy manifest says of its file."""
+    return hashlib.sha256(b"".join(frames)).hexdigest()
+
+
+def manifest_of(
+    plan: SealedPlan, transfer_id: str, summary: FileSummary, facts: StateFacts | UpdateFacts, created: float
+) -> Manifest:
+    """The manifest of a toy transfer."""
+    return Manifest(
+        transfer_id=transfer_id,
+        federation="ward",
+        fingerprint=plan.fingerprint,
+        codec="f32",
+        **dataclasses.asdict(summary),
+        created=created,
+        facts=facts,
+    )
+
+
+def read_whole(stored: Stored) -> list[bytes]:
+    """All frames of a transfer; RefusedError when they are not those of the manifest."""
+    frames = [stored.read_frame(index) for index in range(stored.manifest.frames)]
+    if file_sha256(frames) != stored.manifest.file_sha256:
+        raise RefusedError("the file has another hash", rule="file-hash")
+    return frames
+
+
+def admit(stored: Stored) -> float:
+    """In the place of `coordinator.admission.verify`: the norm, or RefusedError."""
+    if read_whole(stored)[0].startswith(BAD):
+        raise RefusedError("a tensor holds NaN", rule="non-finite")
+    return 1.0
+
+
+def merged_master(master: bytes, parts: Iterable[tuple[Contribution, Sequence[bytes]]]) -> bytes:
+    """The next master: of the one before, and each contribution's weight and payload, in order."""
+    told = hashlib.sha256(master)
+    for part, frames in parts:
+        told.update(f"{part.update_id} {part.weight!r} {part.base_version} {file_sha256(frames)}".encode())
+    return told.hexdigest().encode()
+
+
+def published_frames(master: bytes, count: int) -> list[bytes]:
+    """The state that is published of a master."""
+    return frames_of(master.decode(), count)

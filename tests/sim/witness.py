@@ -1,0 +1,333 @@
+"""Checkers that keep books of their own, from what was said and stored, and believe nothing that the code believes.
+
+Held at any time:
+    an update with a receipt stays known, with an outcome that only moves on, and its bytes stay readable
+    no update counts in two versions, or counts at all without having been sealed and accepted
+    versions are contiguous, and each one's digests are those of a recomputation from its recorded inputs
+    the state after replay is the state before the crash
+    granted credits stay within the budget, windows within what was granted, disk and memory within their bounds
+    what a bitmap has promised is there after any crash; a sealed update stays in the outbox until its receipt
+    a site trains on what was published, and on nothing else
+After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last
+version.
+
+There is no privacy ledger yet, and so no check of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from coordinator.core import Core
+from coordinator.decisions import Send
+from coordinator.ledger import Ledger
+from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from edge_client import decisions as sd
+from edge_client.outbox import Outbox
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.messages import Message, Receipt, Want
+from shared.store import FrameStore
+from shared.transfer import Bitmap
+from tests.factories import SLICE
+from tests.sim.toys import file_sha256, merged_master, published_frames, read_whole
+from tests.sim.weather import Scenario
+
+if TYPE_CHECKING:
+    from tests.sim.shells import VirtualSpooler
+    from tests.sim.site import SiteMachine
+
+MOVES_TO = {
+    "accepted": {"accepted", "merged", "dropped"},
+    "rejected": {"rejected"},
+    "merged": {"merged"},
+    "dropped": {"dropped"},
+}
+TOGETHER = ({"accepted", "merged"}, {"accepted", "dropped"}, {"rejected"})
+"""What a site may be told of one update, in whatever order its words arrive."""
+
+STATES_AT_A_SITE = 4
+"""Ready, training, pulling, and the one that was just verified."""
+
+
+class ViolationError(AssertionError):
+    """Something happened that must not happen."""
+
+
+def demand(condition: object, message: str) -> None:
+    """Raise ViolationError unless the condition holds."""
+    if not condition:
+        raise ViolationError(message)
+
+
+class Witness:
+    """See the module's docstring."""
+
+    def __init__(self, scenario: Scenario, first_master: bytes) -> None:
+        self.scenario = scenario
+        self.deciding = False
+        """A decision was made and is not yet stored: a crash now undoes it."""
+        self._payload: dict[str, list[bytes]] = {}
+        self.sealed: dict[str, Manifest] = {}
+        self.receipts: dict[str, str] = {}
+        """Outcome that a site was last told, by update."""
+        self._kept: dict[str, set[str]] = {name: set() for name in scenario.names}
+        self._records: list[Record] = []
+        self._uncertain: list[Record] = []
+        """Handed to the journal; whether they are there is known when it returns, or after the next start."""
+        self._pending: set[str] = set()
+        self.decided: dict[str, str] = {}
+        self.version = -1
+        self.finished = False
+        self._master = first_master
+        self._published: dict[str, list[bytes]] = {}
+        self._acknowledged: dict[str, set[int]] = {}
+        self._granted: dict[str, int] = {}
+        self._window: dict[str, int] = {}
+        self._handed: dict[str, int] = {}
+        self._before: Ledger | None = None
+
+    # -- the journal ---
+
+    def commits(self, records: list[Record]) -> None:
+        """The coordinator hands facts to the journal."""
+        self._uncertain = list(records)
+
+    def stored(self, core: Core) -> None:
+        """The journal has returned: they are facts."""
+        self._take(self._uncertain)
+        self._uncertain = []
+        self._before = core.ledger
+
+    def _take(self, records: list[Record]) -> None:
+        for record in records:
+            self._fact(record)
+        self._records += records
+
+    def _fact(self, record: Record) -> None:
+        demand(not self.finished or isinstance(record, Rejected), f"{record.kind} after the end")
+        match record:
+            case Opened():
+                self._publish(0, record.state, record.master_sha256)
+            case Accepted():
+                mine = self.sealed.get(record.update_id)
+                demand(mine is not None, f"update {record.update_id} was accepted and never sealed")
+                demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
+                self.decided[record.update_id] = "accepted"
+                self._pending.add(record.update_id)
+            case Rejected():
+                demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
+                self.decided[record.update_id] = "rejected"
+            case Dropped():
+                demand(record.update_id in self._pending, f"update {record.update_id} was dropped, but not pending")
+                self._pending.remove(record.update_id)
+                self.decided[record.update_id] = "dropped"
+            case VersionCommitted():
+                self._committed(record)
+            case Finished():
+                demand(record.version == self.version, f"finished at {record.version}, not {self.version}")
+                demand(not self._pending, "finished with updates pending")
+                self.finished = True
+
+    def _committed(self, record: VersionCommitted) -> None:
+        demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
+        demand(record.contributions, f"version {record.version} of nothing")
+        for part in record.contributions:
+            demand(
+                part.update_id in self._pending,
+                f"update {part.update_id} counts in version {record.version}, but was "
+                f"{self.decided.get(part.update_id, 'never seen')}",
+            )
+            self._pending.remove(part.update_id)
+            self.decided[part.update_id] = "merged"
+            facts = self.sealed[part.update_id].update
+            demand(facts.base_version == part.base_version, "a contribution names another base than its update")
+            demand(part.staleness == record.version - 1 - part.base_version, "a contribution of another staleness")
+        self._master = merged_master(
+            self._master, [(part, self._payload[part.update_id]) for part in record.contributions]
+        )
+        self._publish(record.version, record.state, record.master_sha256)
+
+    def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
+        demand(
+            hashlib.sha256(self._master).hexdigest() == master_sha256, f"version {version} is not what its inputs give"
+        )
+        frames = published_frames(self._master, self.scenario.state_frames)
+        manifest = manifest_from_bytes(state)
+        demand(manifest.file_sha256 == file_sha256(frames), f"version {version} publishes another state")
+        self._published[manifest.file_sha256] = frames
+        self.version = version
+
+    def recovered(self, core: Core, records: list[Record], updates: FrameStore) -> None:
+        """A coordinator has read its journal again."""
+        known, uncertain = len(self._records), self._uncertain
+        demand(records[:known] == self._records, "the journal lost or changed what it had stored")
+        rest = records[known:]
+        demand(not known or rest in ([], uncertain), "the journal holds what was never handed to it")
+        self._uncertain = []
+        self._take(rest)
+        self._same_ledger(core.ledger, bool(rest))
+        for update_id, outcome in self.receipts.items():
+            now = core.ledger.known.get(update_id)
+            demand(now is not None, f"update {update_id} has a receipt ({outcome}) and is forgotten")
+            demand(now is not None and now.outcome in MOVES_TO[outcome], f"update {update_id} was {outcome} and is not")
+        for update_id, outcome in self.decided.items():
+            if outcome in {"accepted", "merged"}:
+                stored = updates.get(update_id)
+                demand(stored is not None, f"accepted update {update_id} is not in the store")
+                demand(stored is not None and read_whole(stored) == self._payload[update_id], "its bytes changed")
+        # Grants and what was on its way are forgotten with the process.
+        self._granted.clear()
+
+    def _same_ledger(self, now: Ledger, moved_on: bool) -> None:
+        before, self._before = self._before, now
+        if before is not None and not moved_on and not self.deciding:
+            for name in ("version", "states", "known", "pending", "finished"):
+                demand(getattr(before, name) == getattr(now, name), f"after replay the ledger's {name} differ")
+        self.deciding = False
+
+    # -- the coordinator's words ---
+
+    def says(self, core: Core, send: Send) -> None:
+        """The coordinator is about to send something."""
+        match send.message:
+            case Want():
+                self._wants(core, send.message)
+            case Receipt(rule="id-reused"):
+                raise ViolationError("two updates under one id")
+            case _:
+                pass
+
+    def _wants(self, core: Core, want: Want) -> None:
+        manifest = self.sealed.get(want.transfer_id)
+        if manifest is None:
+            return
+        have = Bitmap.from_bytes(manifest.frames, want.have)
+        self._acknowledged[want.transfer_id] = {index for index in range(manifest.frames) if index in have}
+        self._granted[want.transfer_id] = min(want.window, manifest.frames - len(have)) * SLICE
+
+    def closed(self, transfer_id: str) -> None:
+        """The coordinator took a grant back."""
+        self._granted.pop(transfer_id, None)
+
+    def resumed(self, manifest: Manifest, have: bytes) -> None:
+        """An update's spool was opened: what was acknowledged is there."""
+        held = Bitmap.from_bytes(manifest.frames, have)
+        lost = [index for index in self._acknowledged.get(manifest.transfer_id, ()) if index not in held]
+        demand(not lost, f"chunks {lost} of update {manifest.transfer_id} were acknowledged and are lost")
+
+    def bounds(self, core: Core, spooler: VirtualSpooler) -> None:
+        """After each decision of the coordinator."""
+        uploads, sites = core.uploads, len(self.scenario.sites)
+        demand(uploads.reserved <= uploads.budget_bytes, "more is reserved than the budget holds")
+        demand(len(uploads._by_id) <= 2 * sites, "more uploads than one under way and one in admission for each site")
+        demand(len(spooler.spooler._open) <= 2 * sites, "more files open than that")
+        demand(
+            len(spooler.arrived) * SLICE <= 2 * uploads.budget_bytes,
+            f"{len(spooler.arrived)} chunks in memory, twice the budget is {2 * uploads.budget_bytes // SLICE}",
+        )
+        for update_id in [each for each in self._granted if each not in uploads._by_id]:
+            del self._granted[update_id]
+        granted = sum(self._granted.values())
+        demand(granted <= uploads.budget_bytes, f"{granted} bytes are granted, the budget is {uploads.budget_bytes}")
+
+    # -- sites ---
+
+    def begins_to_seal(self, update_id: str, frames: list[bytes]) -> None:
+        """A site has trained."""
+        self._payload[update_id] = frames
+
+    def seals(self, site: str, manifest: Manifest) -> None:
+        """An update is sealed: from here on it is never lost."""
+        self.sealed[manifest.transfer_id] = manifest
+        self._kept[site].add(manifest.transfer_id)
+
+    def reopened(self, site: str, pending: list[Manifest], outbox: Outbox) -> None:
+        """A site has started and looked into its outbox."""
+        for manifest in pending:
+            if manifest.transfer_id not in self.sealed:  # it died after the rename and before it knew
+                self.seals(site, manifest)
+            for index, frame in enumerate(self._payload[manifest.transfer_id]):
+                found = outbox.read_frame(manifest.transfer_id, index)
+                demand(found is not None and found[1] == frame, f"sealed update {manifest.transfer_id} changed")
+        here = {manifest.transfer_id for manifest in pending}
+        for update_id in sorted(self._kept[site] - here):
+            # It may have died between the receipt and knowing of it.
+            demand(
+                outbox._receipts.__truediv__(f"{update_id}.json").exists(),
+                f"update {update_id} of {site} left the outbox without a receipt",
+            )
+            self._kept[site].remove(update_id)
+        self._window.pop(site, None)
+
+    def hears(self, site: str, message: Message) -> None:
+        """A message reached a site."""
+        if isinstance(message, Receipt):
+            before = self.receipts.setdefault(message.update_id, message.outcome)
+            both = {before, message.outcome}
+            demand(
+                any(both <= each for each in TOGETHER),
+                f"update {message.update_id} was {before} and is {message.outcome}",
+            )
+            if message.outcome in MOVES_TO[before]:  # an earlier word may come late
+                self.receipts[message.update_id] = message.outcome
+        elif isinstance(message, Want):
+            self._window[site] = message.window
+            self._handed[site] = 0
+
+    def settles(self, site: str, receipt: Receipt) -> None:
+        """A site has kept a receipt and let the update's bytes go."""
+        self._kept[site].discard(receipt.update_id)
+        demand(receipt.rule or receipt.outcome in {"accepted", "merged"}, f"{receipt.outcome} without a rule")
+
+    def sends_chunks(self, site: str, job: sd.SendChunks) -> None:
+        """A site hands chunks to its link: between two words of the coordinator no more than the window."""
+        self._handed[site] = self._handed.get(site, 0) + len(job.indices)
+        window = self._window.get(site, 0)
+        demand(self._handed[site] <= window, f"{site} sends {self._handed[site]} chunks in a window of {window}")
+
+    def trains(self, site: str, base: Manifest) -> None:
+        """A site begins to train."""
+        demand(base.file_sha256 in self._published, f"{site} trains on a state that was never published")
+
+    def trained_on(self, site: str, base: Manifest, frames: list[bytes]) -> None:
+        """A site has trained on these bytes."""
+        demand(self._published.get(base.file_sha256) == frames, f"{site} trained on other bytes than were published")
+
+    def leaves(self, site: str, ready: Manifest | None) -> None:
+        """A site has ended its run: it holds the last version."""
+        demand(self.finished, f"{site} left before the end")
+        demand(
+            ready is not None
+            and self._published.get(ready.file_sha256) == published_frames(self._master, self.scenario.state_frames),
+            f"{site} left without the last version",
+        )
+
+    def site_bounds(self, machine: SiteMachine) -> None:
+        """After each decision of a site."""
+        session = machine.session
+        demand(len(session.outbox) <= machine.scenario.outbox_max, f"{machine.name} holds too many updates")
+        names = machine.disk.folders["states"].names
+        states = {name.partition(".")[0] for name in names if not name.startswith(".tmp-")}
+        demand(len(states) <= STATES_AT_A_SITE, f"{machine.name} keeps {len(states)} states")
+
+    # -- the end ---
+
+    def ended(self, stayed: list[SiteMachine], updates: FrameStore) -> None:
+        """The world came to its end: nothing is open."""
+        target = self.scenario.federation.federation.versions
+        demand(self.finished, "the run is not finished")
+        demand(self.version == target, f"the last version is {self.version}, not {target}")
+        for machine in stayed:
+            name = machine.name
+            demand(not self._kept[name], f"{name} still waits for receipts of {sorted(self._kept[name])}")
+            mine = [each for each, manifest in self.sealed.items() if manifest.update.site == name]
+            for update_id in mine:
+                demand(update_id in self.decided, f"update {update_id} of {name} was never decided")
+        kept = {each for each, outcome in self.decided.items() if outcome != "rejected"}
+        litter = sorted(set(updates.ids() + updates.partial_ids()) - kept - self._unanswered(stayed))
+        demand(not litter, f"the coordinator keeps bytes of {litter}, which no rule keeps")
+
+    def _unanswered(self, stayed: list[SiteMachine]) -> set[str]:
+        names = {machine.name for machine in stayed}
+        return {each for each, manifest in self.sealed.items() if manifest.update.site not in names}

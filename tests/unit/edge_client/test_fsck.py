@@ -1,0 +1,139 @@
+"""A site's folder: its schema, its one writer, and what a check finds there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_client.fsck import check
+from edge_client.layout import LAYOUT, LOCK, check_layout
+from edge_client.outbox import Outbox
+from shared.errors import ConfigError, CorruptError, RefusedError, UnavailableError
+from shared.lock import FolderLock
+from shared.manifest import Manifest, UpdateFacts
+from shared.messages import Receipt
+from shared.slices import FileSummary
+from shared.store import FrameStore
+from tests.factories import digest
+from tests.unit.shared.transfers import manifest_builder, tensors_of, writer_of
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "storage" / "site-schema1"
+ONE, TWO = "1" * 32, "2" * 32
+
+
+def seal(outbox: Outbox, update_id: str) -> Manifest:
+    """Put an update there."""
+    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+
+    def build(summary: FileSummary) -> Manifest:
+        return manifest_builder(transfer_id=update_id)(summary).model_copy(update={"facts": facts})
+
+    return outbox.seal(writer_of(tensors_of()), build)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site's folder with one update that waits and one that has its receipt."""
+    outbox = Outbox(tmp_path)
+    seal(outbox, ONE)
+    manifest = seal(outbox, TWO)
+    outbox.settle(Receipt(update_id=TWO, manifest_sha256=manifest.digest, outcome="accepted"))
+    FrameStore(tmp_path / "states").seal(writer_of(tensors_of(1)), manifest_builder())
+    return tmp_path
+
+
+def rules(storage: Path, *, repair: bool = False) -> list[tuple[str, bool]]:
+    """Rule and whether it is repaired, of each problem."""
+    return [(each.rule, each.repaired) for each in check(storage, repair=repair).problems]
+
+
+def spoil(path: Path) -> None:
+    """Turn one bit over in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_sound_site_has_no_problem(site: Path) -> None:
+    """Both ways of asking; what waits and what has its receipt are counted."""
+    for repair in (False, True):
+        found = check(site, repair=repair)
+        assert (found.waiting, found.receipts, found.problems) == (1, 1, ())
+
+
+def test_leftovers_go_and_the_waiting_update_stays(site: Path) -> None:
+    """An update whose receipt is here, temporary files and frames without a manifest are deleted on demand."""
+    for suffix in ("frames", "manifest"):
+        shutil.copy(site / "outbox" / f"{ONE}.{suffix}", site / "outbox" / f"{TWO}.{suffix}")
+    (site / "outbox" / ".tmp-12").write_bytes(b"half")
+    (site / "states" / f"{ONE}.frames").write_bytes(b"half")
+    left = [("settled-update", False), ("litter", False), ("litter", False)]
+    assert rules(site) == left
+    assert rules(site, repair=True) == [(rule, True) for rule, _ in left]
+    assert rules(site) == []
+    assert len(Outbox(site).pending()) == 1
+
+
+def test_a_damaged_state_can_be_pulled_again(site: Path) -> None:
+    """It is deleted on demand; until then it is damage."""
+    spoil(next((site / "states").glob("*.frames")))
+    assert rules(site) == [("damaged-state", False)]
+    assert rules(site, repair=True) == [("damaged-state", True)]
+    assert FrameStore(site / "states").ids() == []
+
+
+def test_a_damaged_update_is_never_deleted(site: Path) -> None:
+    """There is no other copy: the check says what a person can do."""
+    spoil(site / "outbox" / f"{ONE}.frames")
+    (problem,) = check(site, repair=True).problems
+    assert (problem.rule, problem.where, problem.repaired) == ("damaged-update", f"outbox/{ONE}", False)
+    assert "trains on that version again" in problem.advice
+    assert (site / "outbox" / f"{ONE}.frames").exists()
+
+
+def test_a_damaged_receipt_is_named(site: Path) -> None:
+    """By its file, and it stays."""
+    (site / "receipts" / f"{TWO}.json").write_bytes(b"{")
+    (problem,) = check(site, repair=True).problems
+    assert (problem.rule, problem.repaired) == ("damaged-receipt", False)
+
+
+def test_a_running_site_and_an_empty_folder_say_so(site: Path, tmp_path: Path) -> None:
+    """One process at a time, and the configuration of a site that has run."""
+    with FolderLock(site / LOCK, holder="site"), pytest.raises(UnavailableError, match="another site runs there"):
+        check(site)
+    with pytest.raises(ConfigError, match="no site has run there"):
+        check(tmp_path / "none")
+
+
+def test_a_folder_of_an_earlier_release_is_carried_on(tmp_path: Path) -> None:
+    """A site of before there was a schema: its update waits, its receipt stands, and the schema is written down."""
+    storage = Path(shutil.copytree(GOLDEN, tmp_path / "site"))
+    assert not (storage / LAYOUT).exists()
+    assert rules(storage) == []
+    outbox = Outbox(storage)
+    assert [manifest.transfer_id for manifest in outbox.pending()] == [ONE]
+    assert outbox.trained() == {digest("base")}
+    assert (storage / LAYOUT).read_text() == '{"schema": 1}\n'
+    assert rules(storage) == []
+
+
+def test_a_folder_of_a_newer_release_is_refused(site: Path) -> None:
+    """Before anything in it is read or removed, with the release to use."""
+    (site / LAYOUT).write_text('{"schema": 2}\n')
+    (site / "outbox" / ".tmp-12").write_bytes(b"half")
+    for opener in (Outbox, check):
+        with pytest.raises(RefusedError, match="schema version 2, this release knows 1") as caught:
+            opener(site)
+        assert "its updates wait" in caught.value.hint
+    assert (site / "outbox" / ".tmp-12").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": "1"}'])
+def test_a_schema_that_is_none_is_corrupt(site: Path, text: str) -> None:
+    """It was not written by us."""
+    (site / LAYOUT).write_text(text)
+    with pytest.raises(CorruptError, match=LAYOUT):
+        check_layout(site)

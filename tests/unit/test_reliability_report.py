@@ -1,0 +1,94 @@
+"""The report on reliability says what the measurements say, and nothing where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import reliability_report as report
+
+CHAOS: dict[str, Any] = {
+    "machine": {"date": "2026-01-02", "cores": 3},
+    "seeds": [4, 5],
+    "kills": 41,
+    "kills_at_points": 17,
+    "points": {"site seal.before": 2},
+    "points_never_reached": ["coordinator delete.middle"],
+    "faults": {"kill site": 9},
+    "updates": 33,
+    "versions": 20,
+    "failed": {},
+    "runs": [
+        dict.fromkeys(
+            ("seed", "mode", "sites", "sealed", "queue_max", "versions", "kills", "faults", "updates", "ok"), 7
+        ),
+    ],
+}
+RECOVERY: dict[str, Any] = {
+    "settings": {"update_bytes": 8_000_000, "slice_kib": 128, "window": 16, "mbit_s": 8},
+    "faults": {
+        "site killed": [
+            {"recovery_s": 1.5, "resent_bytes": 1_000_000, "starved": 0.0},
+            {"recovery_s": 2.5, "resent_bytes": 3_000_000, "starved": 0.01},
+            {"recovery_s": 99.0, "resent_bytes": 2_000_000, "starved": 0.5},
+        ]
+    },
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes the report from the measurements given, and returns it."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "docs" / "results")
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+
+    def write(**measured: dict[str, Any]) -> str:
+        for name, found in measured.items():
+            (tmp_path / "docs" / "results" / f"{name}.json").write_text(json.dumps(found))
+        report.main()
+        return (tmp_path / "docs" / "reliability.md").read_text()
+
+    return write
+
+
+def test_without_measurements_it_says_how_to_make_them(written: Any) -> None:
+    """No number stands where nothing was measured."""
+    text = written()
+    for command in ("make chaos", "make bench-memory", "make sim SEEDS=100000"):
+        assert f"Not measured yet: `{command}`." in text
+    assert "kills" not in text
+
+
+def test_numbers_come_from_the_files(written: Any) -> None:
+    """Sums, date and machine are those of the JSON; a point that was never reached is named."""
+    text = written(chaos=CHAOS)
+    assert "**41 kills** by SIGKILL, 17 of them" in text
+    assert "date 2026-01-02, cores 3" in text
+    assert "none lost, none counted twice" in text
+    assert "Never reached in these runs: coordinator delete.middle." in text
+
+
+def test_a_failed_seed_is_said(written: Any) -> None:
+    """A run that failed is not hidden behind the sums."""
+    text = written(chaos={**CHAOS, "failed": {"5": ["lost"]}})
+    assert "seeds that failed: ['5']" in text
+    assert "none lost" not in text
+
+
+def test_times_of_a_busy_machine_are_left_out(written: Any) -> None:
+    """Median and worst are of the calm measurements; bytes do not depend on the clock and are all counted."""
+    text = written(recovery=RECOVERY)
+    assert "| site killed | 2 of 3 | 2.00 | 2.50 | 2.00 | 3.00 |" in text
+    assert "1 times are left out" in text
+
+
+def test_other_measurements_appear_as_they_are(written: Any) -> None:
+    """What another program measured is shown under its own names."""
+    text = written(sim={"seeds": 2000, "found": {"no dedupe": 3}, "runs": [{"a": 1, "b": 2}]})
+    assert "| seeds | 2000 |" in text
+    assert "| no dedupe | 3 |" in text
+    assert "| a | b |" in text

@@ -1,0 +1,174 @@
+"""Writes docs/reliability.md from the measurements in docs/results/*.json: `make reliability-report`.
+
+Every number in it comes from a file there, with its machine and its date; a section without a file says how to measure.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+STARVED_MAX = 0.1
+"""Share of the time for which a machine may have been busy with something else, for a time to be reported."""
+
+HEAD = """# Reliability
+
+What was measured of the promises in [architecture.md](architecture.md#promises): nothing receipted is lost, nothing is
+counted twice, whatever is killed or cut off. This file is written by `make reliability-report` from the JSON files in
+[results](results); it holds measured numbers only, and each section says on which machine and when.
+
+- [Real processes under faults](#real-processes-under-faults) · [Recovery](#recovery) · [Memory](#memory) ·
+  [Simulated worlds](#simulated-worlds) · [Goodput](#goodput) · [Beside other frameworks](#beside-other-frameworks)
+"""
+
+
+def main() -> None:
+    """Write the file."""
+    lines = [*HEAD.splitlines(), *chaos(), *recovery(), *memory(), *others(), *peers()]
+    (ROOT / "docs" / "reliability.md").write_text("\n".join(lines).rstrip() + "\n")
+    sys.stdout.write("docs/reliability.md is written\n")
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """The measurements of that name, or None when there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def section(title: str, command: str, found: dict[str, Any] | None) -> Iterator[str]:
+    """The heading, and where the numbers come from."""
+    yield from ("", f"## {title}", "")
+    if found is None:
+        yield f"Not measured yet: `{command}`."
+        return
+    where = found.get("machine", {})
+    told = ", ".join(f"{key} {value}" for key, value in where.items())
+    yield f"`{command}`{'; ' + told if told else ''}."
+    yield ""
+
+
+def rows(header: list[str], body: list[list[Any]]) -> Iterator[str]:
+    """A table; an empty body makes none."""
+    if body:
+        yield "| " + " | ".join(header) + " |"
+        yield "|" + "---|" * len(header)
+        for line in body:
+            yield "| " + " | ".join(map(str, line)) + " |"
+        yield ""
+
+
+def chaos() -> Iterator[str]:
+    """Kills, faults and what came of them."""
+    found = load("chaos")
+    yield from section("Real processes under faults", "make chaos", found)
+    if found is None:
+        return
+    failed = sorted(found["failed"])
+    verdict = f"seeds that failed: {failed}" if failed else "none lost, none counted twice, no run that hung"
+    yield (
+        f"{len(found['seeds'])} runs from seeds, each with a real Mosquitto, coordinator, sites and disks: "
+        f"**{found['kills']} kills** by SIGKILL, {found['kills_at_points']} of them at a named commit point; "
+        f"{found['updates']} updates, {found['versions']} versions: **{verdict}**."
+    )
+    yield ""
+    yield (
+        "After each run, from outside: each update that ever lay sealed in an outbox has a receipt, and the receipt "
+        "agrees with the journal; no update is part of two versions; versions have no gaps; `mailboat audit verify` "
+        "and `audit replay` pass; the last tensors are the sum of the counted updates (not for fedasync, whose mixing "
+        "is no sum); all processes ended by themselves; no half file, spool or process is left."
+    )
+    yield ""
+    yield from rows(["fault", "times"], [[name, count] for name, count in found["faults"].items()])
+    yield from rows(["killed at", "times"], [[name, count] for name, count in found["points"].items()])
+    if found["points_never_reached"]:
+        yield "Never reached in these runs: " + ", ".join(found["points_never_reached"]) + "."
+        yield ""
+    columns = ["seed", "mode", "sites", "sealed", "queue_max", "versions", "kills", "faults", "updates", "ok"]
+    yield from rows(columns, [[run[column] for column in columns] for run in found["runs"]])
+
+
+def recovery() -> Iterator[str]:
+    """One fault in mid-upload, default settings."""
+    found = load("recovery")
+    yield from section("Recovery", "python -m tests.chaos.recovery --json docs/results/recovery.json", found)
+    if found is None:
+        return
+    settings = found["settings"]
+    credit = settings["window"] * settings["slice_kib"] * 1024
+    yield (
+        f"Default settings, one update of {settings['update_bytes'] / 1e6:g} MB over {settings['mbit_s']} Mbit/s, "
+        "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted "
+        "process started, link back) to the first new chunk at the broker, its interpreter included. *Resent* are "
+        f"bytes that the broker saw twice; one credit window is {credit / 1e6:.1f} MB. Medians, and the worst."
+    )
+    yield ""
+    body = []
+    left_out = 0
+    for name, measured in found["faults"].items():
+        calm = [one for one in measured if one["starved"] <= STARVED_MAX]
+        left_out += len(measured) - len(calm)
+        times = [one["recovery_s"] for one in calm if one["recovery_s"] is not None]
+        resent = [one["resent_bytes"] / 1e6 for one in measured]
+        seen = [f"{statistics.median(times):.2f}", f"{max(times):.2f}"] if times else ["-", "-"]
+        sent = [f"{statistics.median(resent):.2f}", f"{max(resent):.2f}"] if resent else ["-", "-"]
+        body.append([name, f"{len(times)} of {len(measured)}", *seen, *sent])
+    yield from rows(["fault", "timed", "recovery s", "worst s", "resent MB", "worst MB"], body)
+    if left_out:
+        yield f"{left_out} times are left out: over {STARVED_MAX:.0%} of them the machine was busy with something else."
+        yield ""
+
+
+def memory() -> Iterator[str]:
+    """The coordinator's peak over concurrent uploads."""
+    found = load("memory")
+    yield from section("Memory", "make bench-memory", found)
+    if found is None:
+        return
+    body = [
+        [run["uploads"], *(f"{run[key] / 1e6:.0f}" for key in ("wire_bytes_each", "idle_bytes", "peak_bytes"))]
+        for run in found["runs"]
+    ]
+    yield from rows(["uploads at once", "MB each", "idle MB", "peak MB"], body)
+    yield f"Peak memory of the coordinator's process, last against first: {found['ratio']:.2f}."
+    yield ""
+
+
+def others() -> Iterator[str]:
+    """What other measurements left, as they name it."""
+    for title, name, command in (
+        ("Simulated worlds", "sim", "make sim SEEDS=100000"),
+        ("Goodput", "goodput", "python -m bench.goodput"),
+    ):
+        found = load(name)
+        yield from section(title, command, found)
+        yield from _plain(found or {})
+
+
+def _plain(found: dict[str, Any]) -> Iterator[str]:
+    scalars = [[key, value] for key, value in found.items() if isinstance(value, str | int | float | bool)]
+    yield from rows(["", ""], scalars)
+    for key, value in found.items():
+        if key == "machine":
+            continue
+        if isinstance(value, dict):
+            yield from rows([key, ""], [[name, count] for name, count in value.items()])
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            columns = [*value[0]]
+            yield from rows(columns, [[line.get(column, "") for column in columns] for line in value])
+
+
+def peers() -> Iterator[str]:
+    """The same outage given to others."""
+    found = load("peers")
+    yield from section("Beside other frameworks", "make bench-peers-reliability", found)
+    yield from _plain(found or {})
+
+
+if __name__ == "__main__":
+    main()
