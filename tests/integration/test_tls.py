@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_a_certificate_opens_its_own_topics_alone(federation: Federation) -> Non
     """
 
     async def run() -> tuple[list[Packet], list[Packet]]:
-        up, down = (lambda site, c=c: topic("toy", c, site) for c in (Channel.UP_CTL, Channel.DOWN_CTL))
+        up, down = (partial(topic, "toy", channel) for channel in (Channel.UP_CTL, Channel.DOWN_CTL))
         heard: list[list[Packet]] = [[], []]
         async with (
             link(federation.broker("coordinator"), up("+"), "#") as coordinator,
