@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mailboat.commands.provision import approve, init, revoke
 from mailboat.enrolment import authority_fingerprint, parse_request
 from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError
-from shared.link import Connected, Link, LinkOptions, Packet
+from shared.link import Connected, Event, Link, LinkOptions, Packet
 from shared.topics import Channel, topic
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
@@ -161,33 +161,42 @@ def test_a_certificate_opens_its_own_topics_alone(federation: Federation) -> Non
     Its own pass on the very same links, so the silence is a refusal and not a broken link.
     """
 
-    async def run() -> tuple[list[Packet], list[Packet]]:
+    async def run() -> tuple[set[bytes], set[bytes]]:
         up, down = (partial(topic, "toy", channel) for channel in (Channel.UP_CTL, Channel.DOWN_CTL))
-        heard: list[list[Packet]] = [[], []]
         async with (
             link(federation.broker("coordinator"), up("+"), "#") as coordinator,
             link(federation.broker("site-1"), down("site-1"), down("site-2"), "#") as site,
         ):
             events = coordinator.events(), site.events()
-            for each in events:
-                assert isinstance(await anext(each), Connected)
+            protocol = [await connected(each) for each in events][1]
             for others in (up("site-2"), topic("toy", Channel.ANNOUNCE)):
-                with pytest.raises(RefusedError, match=others):
+                # MQTT 3.1.1, which a broker that is slow to answer is spoken to in, has no words for a refusal.
+                with pytest.raises(RefusedError, match=others) if protocol == "5" else nullcontext():
                     await site.publish(others, b"forged")
             await site.publish(up("site-1"), b"last")
             await coordinator.publish(down("site-2"), b"not for you")
             await coordinator.publish(down("site-1"), b"last")
-            for each, packets in zip(events, heard, strict=True):
-                while not packets or packets[-1].payload != b"last":
-                    event = await anext(each)
-                    if isinstance(event, Packet):
-                        packets.append(event)
-        return heard[0], heard[1]
+            return await heard_until_last(events[0]), await heard_until_last(events[1])
 
     with serving(federation):
-        at_coordinator, at_site = run_async(run(), timeout_s=20)
-    assert {packet.payload for packet in at_coordinator} == {b"last"}
-    assert {packet.payload for packet in at_site} == {b"last"}
+        assert run_async(run(), timeout_s=20) == ({b"last"}, {b"last"})
+
+
+async def connected(events: AsyncIterator[Event]) -> str:
+    """Wait until the link stands; the protocol that it speaks."""
+    event = await anext(events)
+    assert isinstance(event, Connected)
+    return event.protocol
+
+
+async def heard_until_last(events: AsyncIterator[Event]) -> set[bytes]:
+    """What a link hears up to the message `last`."""
+    heard = set()
+    while b"last" not in heard:
+        event = await anext(events)
+        assert isinstance(event, Packet)
+        heard.add(event.payload)
+    return heard
 
 
 def test_nobody_enters_without_a_certificate_of_the_federation(federation: Federation) -> None:
