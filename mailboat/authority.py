@@ -49,7 +49,7 @@ REGISTER = "register.json"
 COORDINATOR_KIT = "coordinator-kit"
 BROKER = "broker"
 GRANTS = "grants"
-SERVER_KEY, SERVER_CERT, CRL = "server.key", "server.crt", "crl.pem"
+SERVER_KEY, SERVER_CERT, CRL, ACL = "server.key", "server.crt", "crl.pem", "acl"
 
 AUTHORITY_DAYS = 3650
 """CA, coordinator's membership and CRL: their end is the federation's."""
@@ -96,7 +96,6 @@ def create(
     kits.write_private(folder / CA_KEY, kits.private_pem(ca_key))
     kits.write_private(folder / CA_CERT, provision.certificate_pem(ca))
     kits.write_private(folder / BROKER / SERVER_KEY, kits.private_pem(server_key))
-    kits.write_private(folder / BROKER / "acl", render_acl(federation).encode())
     kits.write_private(folder / BROKER / "mosquitto.conf", production_config(broker_folder, port).encode())
     kit = folder / COORDINATOR_KIT
     kits.generate_keys(kit)
@@ -200,7 +199,7 @@ def revoke(authority: Authority, name: str, *, now: int) -> Authority:
 
 
 def publish(authority: Authority) -> None:
-    """Write what follows from the register: revocations and CRL, the coordinator's roster."""
+    """Write what follows from the register: revocations, CRL and access rules, the coordinator's roster."""
     register = authority.register
     revoked = {entry.serial: entry.revoked_at for entry in register.entries if entry.state == "revoked"}
     crl = provision.make_crl(
@@ -217,6 +216,10 @@ def publish(authority: Authority) -> None:
     if not _has(kit / kits.REVOCATIONS, signed):
         kits.write_private(broker / CRL, crl)  # first: what is compared is the list below, equal signatures each time
         kits.write_private(kit / kits.REVOCATIONS, signed)
+    gone = {entry.name for entry in register.entries if entry.state == "revoked" and not register.current(entry.name)}
+    rules = render_acl(register.federation, COORDINATOR_USER, barred=gone).encode()
+    if not _has(broker / ACL, rules):
+        kits.write_private(broker / ACL, rules)
     for folder in (kit, broker):
         if not _has(folder / CA_CERT, ca):
             kits.write_private(folder / CA_CERT, ca)

@@ -199,7 +199,7 @@ def _tell_roster(folder: Path) -> None:
 def _tell_revoked(folder: Path) -> None:
     console.say(f"copy {folder}/coordinator-kit/revocations and roster into the coordinator's kit, unless it uses this")
     console.say("very folder; a running coordinator sees it within seconds and ends that site's part")
-    console.say(f"copy {folder}/broker/crl.pem to the broker's folder, then: {_SIGHUP}")
+    console.say(f"copy {folder}/broker/crl.pem and acl to the broker's folder, then: {_SIGHUP}")
 
 
 def _row(entry: Entry, now: int) -> dict[str, str | int]:

@@ -194,8 +194,9 @@ async def heard_until_last(events: AsyncIterator[Event]) -> set[bytes]:
     heard = set()
     while b"last" not in heard:
         event = await anext(events)
-        assert isinstance(event, Packet)
-        heard.add(event.payload)
+        if isinstance(event, Packet):
+            heard.add(event.payload)
+            assert heard <= {b"last"}, heard
     return heard
 
 
@@ -250,6 +251,56 @@ def test_a_revoked_certificate_is_refused_after_sighup(federation: Federation) -
         admit(folder, "site-2", federation.root / "site-2-again-kit")
         admitted(federation.broker("site-2-again"))
         refused(federation.broker("site-2"))
+
+
+def test_a_revoked_site_is_cut_off_on_a_connection_that_stands(federation: Federation) -> None:
+    """After SIGHUP the revoked site's live session can say and hear nothing, while its neighbour's goes on.
+
+    Admitted again with new keys, the name may speak and hear as before; whoever holds the old ones ends.
+    """
+    folder, log = federation.root / "authority", federation.root / "mosquitto.log"
+    up, down = (partial(topic, "toy", channel) for channel in (Channel.UP_CTL, Channel.DOWN_CTL))
+
+    async def reload(broker: subprocess.Popen[bytes]) -> None:
+        size = log.stat().st_size
+        broker.send_signal(signal.SIGHUP)
+        await _grows(log, size)
+
+    async def run(broker: subprocess.Popen[bytes]) -> list[set[bytes]]:
+        async with (
+            link(federation.broker("coordinator"), up("+")) as coordinator,
+            link(federation.broker("site-1"), down("site-1")) as gone,
+            link(federation.broker("site-2"), down("site-2")) as here,
+        ):
+            links = (coordinator, gone, here)
+            events = [each.events() for each in links]
+            protocol = [await connected(each) for each in events][1]
+            await coordinator.publish(down("site-1"), b"last")
+            await gone.publish(up("site-1"), b"last")
+            heard = [await heard_until_last(events[0]), await heard_until_last(events[1])]
+            revoke("site-1", folder=folder)
+            await reload(broker)
+            await coordinator.publish(down("site-1"), b"too late")
+            with pytest.raises(RefusedError, match=up("site-1")) if protocol == "5" else nullcontext():
+                await gone.publish(up("site-1"), b"too late")
+            await coordinator.publish(down("site-2"), b"last")
+            await here.publish(up("site-2"), b"last")
+            heard += [await heard_until_last(events[0]), await heard_until_last(events[2])]
+            admit(folder, "site-1", federation.root / "site-1-again-kit")
+            await reload(broker)
+            async with link(federation.broker("site-1-again"), down("site-1")) as again:
+                new = again.events()
+                await connected(new)
+                await coordinator.publish(down("site-1"), b"last")
+                await again.publish(up("site-1"), b"last")
+                heard += [await heard_until_last(events[0]), await heard_until_last(new)]
+            with pytest.raises(RefusedError) as refusal:
+                await heard_until_last(events[1])
+            assert "certificate" in refusal.value.rule
+        return heard
+
+    with serving(federation) as broker:
+        assert run_async(run(broker), timeout_s=30) == [{b"last"}] * 6
 
 
 async def _grows(log: Path, size: int) -> None:
