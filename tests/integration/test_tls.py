@@ -20,6 +20,7 @@ from coordinator.records import Finished, VersionCommitted
 from mailboat import authority as bench
 from mailboat.commands.enroll import accept, enroll
 from mailboat.commands.provision import approve, init, revoke
+from mailboat.doctor.network import Party, check_broker
 from mailboat.enrolment import authority_fingerprint, parse_request
 from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError
@@ -247,6 +248,8 @@ def test_a_revoked_certificate_is_refused_after_sighup(federation: Federation) -
             broker.send_signal(signal.SIGHUP)
             run_async(_grows(log, size))
             assert "certificate" in refused(federation.broker(gone)).rule
+            findings, _ = run_async(check_broker(Party("toy", gone, federation.broker(gone))))
+            assert ["certificate" in each.message for each in findings if each.level == "FAIL"] == [True, True]
             admitted(federation.broker(here))
         admit(folder, "site-2", federation.root / "site-2-again-kit")
         admitted(federation.broker("site-2-again"))
