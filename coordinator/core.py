@@ -84,6 +84,8 @@ class Core:
         self.plan = plan
         self.boot = boot
         self.settle_s = link.stall_s
+        # What a site needs at the longest to notice that its link is dead and to connect again.
+        self.back_within_s = link.stall_s + link.backoff_cap_s
         self.exit_when_done = config.exit_when_done
         idle_s = IDLE_STALLS * link.stall_s
         self.ledger = Ledger()
@@ -213,7 +215,7 @@ class Core:
 
     def _gone(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         was_speaking = self.sites[name].session == session
-        promoted = self.sites.left(name, session)
+        promoted = self.sites.left(name, session, now.mono)
         if was_speaking:
             self.uploads.site_gone(name, now.mono, out)
             self.downlink.site_gone(name)
@@ -365,7 +367,8 @@ class Core:
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
         lingered = now.mono - self._round_opened >= self.settle_s
-        if self.ledger.finished and self.exit_when_done and lingered and not self.sites.present:
+        expected = self.sites.expected(now.mono, back_within_s=self.back_within_s)
+        if self.ledger.finished and self.exit_when_done and lingered and not expected:
             out.jobs.append(d.Stop())
 
 

@@ -19,6 +19,9 @@ from enum import Enum, auto
 
 from shared.messages import Status
 
+LAST_WORDS = frozenset({"done", "stopped", "failed"})
+"""Phases of a site that leaves of its own will."""
+
 REMEMBERED_SESSIONS = 8
 """Superseded sessions remembered per site; more than anyone restarts within the life of a stray process."""
 
@@ -47,6 +50,8 @@ class Site:
     status: Status | None = None
     seen_at: float = 0.0
     """Unix seconds of the last message, for people."""
+    left_at: float | None = None
+    """Monotonic seconds at which the broker said that its process is gone; None when it never did."""
 
 
 class Sites:
@@ -86,15 +91,24 @@ class Sites:
         site.challenger, site.probed_at = session, now
         return Claim.PROBE, site.session
 
-    def left(self, name: str, session: str) -> str | None:
+    def left(self, name: str, session: str, now: float) -> str | None:
         """The broker says that a session is gone; returns a challenger that is welcome now."""
         site = self[name]
         if site.session != session:
             if site.challenger == session:
                 site.challenger = None
             return None
-        site.session = None
+        site.session, site.left_at = None, now
         return self._promote(site)
+
+    def expected(self, now: float, *, back_within_s: float) -> bool:
+        """Whether anybody is here, or broke off in mid-work less than `back_within_s` ago and may come back."""
+
+        def returns(site: Site) -> bool:
+            said_farewell = site.status is not None and site.status.phase in LAST_WORDS
+            return site.left_at is not None and not said_farewell and now - site.left_at < back_within_s
+
+        return any(site.session is not None or returns(site) for site in self._sites.values())
 
     def silent(self, now: float) -> list[tuple[str, str]]:
         """(name, session) of challengers whose rival did not answer the probe in time: they are welcome now."""

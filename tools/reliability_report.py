@@ -84,6 +84,8 @@ def chaos() -> Iterator[str]:
         "is no sum); all processes ended by themselves; no half file, spool or process is left."
     )
     yield ""
+    for note in found.get("notes", []):
+        yield from (f"- {note}", "")
     yield from rows(["fault", "times"], [[name, count] for name, count in found["faults"].items()])
     yield from rows(["killed at", "times"], [[name, count] for name, count in found["points"].items()])
     if found["points_never_reached"]:
@@ -166,7 +168,9 @@ def _plain(found: dict[str, Any]) -> Iterator[str]:
 def peers() -> Iterator[str]:
     """The same outage given to others."""
     found = load("peers")
-    yield from section("Beside other frameworks", "make bench-peers-reliability", found)
+    yield from ("", "## Beside other frameworks", "")
+    yield "Measured on the machine named below." if found else "Not measured yet."
+    yield ""
     yield from _plain(found or {})
 
 

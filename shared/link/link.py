@@ -140,6 +140,8 @@ class Link:
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Publish with QoS 1; returns when the broker has acknowledged, however long that takes.
 
+        Somebody must read `events` meanwhile: an acknowledgement waits behind messages that nobody takes.
+
         Raises LinkDownError when there is no connection or it goes away first (the message may have got through all
         the same), and RefusedError when an MQTT 5 broker refuses it; one of 3.1.1 has no way to say so.
         """

@@ -62,7 +62,7 @@ def write_broker(root: Path, plan: Plan, port: int) -> Path:
 
 
 def _local(name: str, plan: Plan, url: str) -> str:
-    lines = [f'federation = "federation.toml"\nstorage = "{name}"']
+    lines = [f'federation = "federation.toml"\nstorage = "{name}"\nmin_free_mib = 1']
     if name != COORDINATOR_NAME:
         lines.insert(0, f'name = "{name}"')
     lines.append(f'[broker]\nurl = "{url}"')

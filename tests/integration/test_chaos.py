@@ -64,8 +64,8 @@ def test_killed_at_commit_points_nothing_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not may_mount(), reason="a small disk takes root to mount")
-def test_a_full_disk_stops_the_coordinator_and_room_brings_it_back(tmp_path: Path) -> None:
-    """Without room the coordinator says so and ends with status 4; with room again the run comes to its end."""
+def test_a_full_disk_holds_the_coordinator_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    """Without room it waits, or, when it cannot even start, ends with status 4; with room the run comes to its end."""
     faults = (Fault(0.5, "full", COORDINATOR_NAME, 3.0), Fault(0.5, "kill", "site-1"))
     outcome = hold(tmp_path, small_plan(*faults, disks=(COORDINATOR_NAME,)))
     assert {death.how for death in outcome.deaths} <= {"kill", "exit 4"}

@@ -451,8 +451,24 @@ def test_the_process_leaves_when_nobody_is_left_to_serve() -> None:
     assert bench.tick(100.0).jobs == []
     bench.merged(bench.upload("north", _update_of(bench, "north")))
     assert bench.tick(100.0).jobs == []
+    bench.receive("north", Status(site="north", session=session_of("north"), phase="done", version=1))
     bench.gone("north")
     assert bench.tick().jobs == [d.Stop()]
+
+
+def test_the_process_waits_for_a_site_whose_link_broke() -> None:
+    """It may be in the middle of its last pull; it is given the time that a site takes to come back."""
+    bench = _bench(versions=1, config={"exit_when_done": True})
+    bench.hello("north")
+    bench.merged(bench.upload("north", _update_of(bench, "north")))
+    bench.gone("north")
+    assert bench.tick(STALL_S).jobs == []
+    bench.hello("north")
+    assert bench.tick(100.0).jobs == []
+    bench.gone("north")
+    back_within_s = bench.core.back_within_s
+    assert bench.tick(back_within_s - 0.1).jobs == []
+    assert bench.tick(0.2).jobs == [d.Stop()]
 
 
 def test_the_process_lingers_for_those_who_are_just_coming() -> None:

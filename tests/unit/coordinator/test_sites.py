@@ -53,7 +53,7 @@ def test_a_silent_process_is_superseded(sites: Sites) -> None:
 
 def test_a_process_that_left_is_replaced_at_once(sites: Sites) -> None:
     """The broker's word that A is gone answers the probe."""
-    assert sites.left("north", A) == B
+    assert sites.left("north", A, 5.0) == B
     assert sites["north"].session == B
     assert sites.present == {"north"}
     assert sites.silent(100.0) == []
@@ -69,21 +69,21 @@ def test_a_stray_process_that_comes_back_is_refused(sites: Sites) -> None:
 def test_a_stray_process_that_comes_back_to_an_empty_place_is_refused_too(sites: Sites) -> None:
     """Its successor has trained in its place meanwhile, and will come back with what it has."""
     sites.silent(10.0 + PROBE_S)
-    sites.left("north", B)
+    sites.left("north", B, 5.0)
     assert sites.hello("north", A, 20.0) == (Claim.REFUSE, None)
     assert sites.present == frozenset()
 
 
 def test_a_challenger_that_gives_up_is_forgotten(sites: Sites) -> None:
     """B left while it waited: A stays, and the probe has no consequence."""
-    assert sites.left("north", B) is None
+    assert sites.left("north", B, 5.0) is None
     assert sites.silent(100.0) == []
     assert sites["north"].session == A
 
 
 def test_the_departure_of_somebody_else_changes_nothing(sites: Sites) -> None:
     """A late word about an older process does not send the present one away."""
-    assert sites.left("north", C) is None
+    assert sites.left("north", C, 5.0) is None
     assert sites["north"].session == A
     assert sites["north"].challenger == B
 
@@ -93,7 +93,7 @@ def test_a_site_that_left_is_not_present_and_may_return() -> None:
     for returned in (A, B):
         sites = Sites(probe_s=PROBE_S)
         sites.hello("north", A, 0.0)
-        assert sites.left("north", A) is None
+        assert sites.left("north", A, 5.0) is None
         assert sites.present == frozenset()
         assert sites.hello("north", returned, 1.0) == (Claim.WELCOME, None)
         assert sites.present == {"north"}
