@@ -93,10 +93,11 @@ def approve(
     opened = bench.open_authority(folder)
     asked = parse_request(reading(request, MAX_DOCUMENT_BYTES))
     confirm(asked.fingerprint, fingerprint, f"request of {asked.name}", "the site")
+    barred = any(entry.name == asked.name and entry.state == "revoked" for entry in opened.register.entries)
     opened, path = bench.approve(opened, asked, days=days, now=bench.unix_now(), replace=replace)
     _tell_grant(asked.name, path, days)
     console.say(f"the authority's fingerprint, to read to the site: {authority_fingerprint(opened.public)}")
-    if replace:
+    if replace or barred:
         _tell_revoked(folder)
     else:
         _tell_roster(folder)
@@ -198,7 +199,7 @@ def _tell_roster(folder: Path) -> None:
 
 def _tell_revoked(folder: Path) -> None:
     console.say(f"copy {folder}/coordinator-kit/revocations and roster into the coordinator's kit, unless it uses this")
-    console.say("very folder; a running coordinator sees it within seconds and ends that site's part")
+    console.say("very folder; a running coordinator sees it within seconds, and revoked keys count no more")
     console.say(f"copy {folder}/broker/crl.pem and acl to the broker's folder, then: {_SIGHUP}")
 
 
