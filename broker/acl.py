@@ -10,19 +10,23 @@ Mosquitto takes every subscription and filters what it delivers; a denied site s
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from shared.errors import ConfigError
-from shared.topics import Channel, Role, topic
+from shared.topics import ROOT, Channel, Role, topic
 
 _NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 
-def render_acl(federation: str, coordinator_user: str = "coordinator") -> str:
+def render_acl(federation: str, coordinator_user: str = "coordinator", *, barred: Iterable[str] = ()) -> str:
     """The text of Mosquitto's acl_file for one federation; ConfigError for a name that could widen a rule.
 
-    No site may be called as the coordinator's user is: the broker could not tell them apart.
+    No site may be called as the coordinator's user is: the broker could not tell them apart. `barred` users may do
+    nothing, also on a connection that stands when Mosquitto reads the list again: a list of revoked certificates alone
+    would only keep them from connecting anew.
     """
-    for name in (federation, coordinator_user):
+    barred = sorted(barred)
+    for name in (federation, coordinator_user, *barred):
         if _NAME.fullmatch(name) is None:
             raise ConfigError(
                 f"{name!r} cannot stand in an access list", hint="use 1 to 64 of: lower-case letters, digits, - and _"
@@ -33,6 +37,7 @@ def render_acl(federation: str, coordinator_user: str = "coordinator") -> str:
         f"user {coordinator_user}",
         *(f"topic {access} {name}" for access, name in _rules(federation, "coordinator", "+")),
         "",
+        *(line for name in barred for line in (f"user {name}", f"topic deny {ROOT}/{federation}/#", "")),
         "# For every user: %u is the name that the broker has verified.",
         "# (Mosquitto remarks at its start that the shared channels have no %u. They are meant for every site.)",
         *(f"pattern {access} {name}" for access, name in _rules(federation, "site", "%u")),

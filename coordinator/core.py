@@ -24,7 +24,7 @@ from coordinator import decisions as d
 from coordinator.downlink import Downlink
 from coordinator.ledger import Ledger
 from coordinator.merging import plan_merge
-from coordinator.offers import check_offer
+from coordinator.offers import check_offer, check_own
 from coordinator.records import Accepted, Dropped, Finished, Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView, updates_to_merge
 from coordinator.sites import Claim, Sites
@@ -55,6 +55,9 @@ IDLE_STALLS = 3
 
 OVERTAKEN = {"run-complete", "too-stale"}
 """Rules that an update may keep when it is first offered, and break when it is offered again."""
+
+REUSED = ("id-reused", "this update id was used before, with another manifest")
+"""Rule and detail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +225,19 @@ class Core:
     # -- updates ---
 
     def _offer(self, name: str, manifest: Manifest, now: Instant, out: d.Decision) -> None:
+        try:
+            check_own(manifest, site=name)
+        except RefusedError as foreign:  # no record: whose id this is, may still offer it
+            out.to(name, _unrecorded(manifest, foreign.rule, foreign.message))
+            return
         known = self.ledger.known.get(manifest.transfer_id)
         if known is not None:
             same = known.manifest_sha256 == manifest.digest
-            out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _reused(manifest))
+            out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _unrecorded(manifest, *REUSED))
             return
         under_way = self.uploads.get(manifest.transfer_id)
         if under_way is not None and under_way.manifest != manifest:
-            out.to(name, _reused(manifest))
+            out.to(name, _unrecorded(manifest, *REUSED))
             return
         refusal = self._refusal(name, manifest)
         in_admission = under_way is not None and under_way.receiver.complete
@@ -364,11 +372,12 @@ class Core:
             out.jobs.append(d.Stop())
 
 
-def _reused(manifest: Manifest) -> Receipt:
+def _unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:
+    """An answer about this manifest that leaves the fate of its update id open."""
     return Receipt(
         update_id=manifest.transfer_id,
         manifest_sha256=manifest.digest,
         outcome="rejected",
-        rule="id-reused",
-        detail="this update id was used before, with another manifest",
+        rule=rule,
+        detail=detail,
     )

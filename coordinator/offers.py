@@ -17,16 +17,24 @@ BYTES_PER_PARAMETER = 5
 """float32 and, generously, one companion value per four; no codec needs more."""
 
 
-def check_offer(manifest: Manifest, *, site: str, plan: SealedPlan, federation: FederationConfig) -> None:
-    """Raise RefusedError with the name of the first rule that an offered update breaks."""
+def check_own(manifest: Manifest, *, site: str) -> None:
+    """Raise RefusedError unless this is an update of the very site that offers it.
+
+    Nothing may be recorded under the id of one that is not: the id is another's, whose own offer must still count.
+    """
     facts = manifest.facts
     if not isinstance(facts, UpdateFacts):
         raise RefusedError("a site offered something that is not an update", rule="not-an-update")
+    if facts.site != site:
+        raise RefusedError(f"the manifest names site {facts.site}, the topic site {site}", rule="other-site")
+
+
+def check_offer(manifest: Manifest, *, site: str, plan: SealedPlan, federation: FederationConfig) -> None:
+    """Raise RefusedError with the name of the first rule that an offered update breaks."""
     roster = federation.federation.sites
     if roster and site not in roster:
         raise RefusedError(f"{site} is not in [federation] sites", rule="unknown-site")
-    if facts.site != site:
-        raise RefusedError(f"the manifest names site {facts.site}, the topic site {site}", rule="other-site")
+    check_own(manifest, site=site)
     if manifest.federation != federation.federation.name:
         raise RefusedError(f"the manifest names federation {manifest.federation}", rule="other-federation")
     if manifest.fingerprint != plan.fingerprint:

@@ -12,7 +12,19 @@ import typer
 from typer.core import TyperGroup
 
 from mailboat import console
-from mailboat.commands import audit, broker, coordinator, data, doctor, export, init, site, status
+from mailboat.commands import (
+    audit,
+    broker,
+    coordinator,
+    data,
+    doctor,
+    enroll,
+    export,
+    init,
+    provision,
+    site,
+    status,
+)
 
 _WHAT = """Fine-tune one language model in several hospitals, over an ordinary MQTT broker.
 
@@ -20,7 +32,20 @@ The notes never leave a hospital; what travels is the change of the trained laye
 """
 _START = "First steps: `mailboat demo` shows everything on one machine; `mailboat init DIR` begins a federation."
 
-_ORDER = ["demo", "init", "data", "broker", "coordinator", "site", "status", "audit", "export", "evaluate", "doctor"]
+_ORDER = [
+    "demo",
+    "init",
+    "provision",
+    "data",
+    "broker",
+    "coordinator",
+    "site",
+    "status",
+    "audit",
+    "export",
+    "evaluate",
+    "doctor",
+]
 
 
 class _Commands(TyperGroup):
@@ -74,10 +99,13 @@ def demo(ctx: typer.Context) -> None:
 
 
 app.command("init", short_help="Write the configuration files of a federation.")(init.init)
+app.add_typer(provision.app, name="provision", short_help="Say who takes part: keys and certificates.")
 app.add_typer(data.app, name="data", short_help="Write synthetic notes to try things with.")
 app.add_typer(broker.app, name="broker", short_help="Run a broker on this machine; write access rules.")
 app.add_typer(coordinator.app, name="coordinator", short_help="Run the side that merges.")
 app.add_typer(site.app, name="site", short_help="Run one hospital's part.")
+site.app.command("enroll")(enroll.enroll)
+site.app.command("accept")(enroll.accept)
 app.command("status", short_help="Say where the run stands.")(status.status)
 app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by line.")
 app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)

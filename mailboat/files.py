@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import UnavailableError
+from shared.errors import ConfigError, UnavailableError
 
 
 @contextmanager
@@ -19,3 +19,16 @@ def making(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {(error.strerror or 'unknown reason').lower()}",
             hint="check its owner and mode, and the free space",
         ) from None
+
+
+def reading(path: Path, limit: int) -> bytes:
+    """The content of a file that the user named; ConfigError when it cannot be read or has more than `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        reason = (error.strerror or "unknown reason").lower()
+        raise ConfigError(f"{path} cannot be read: {reason}", hint="check its name, owner and mode") from None
+    if len(data) > limit:
+        raise ConfigError(f"{path} has more than {limit} bytes", hint="it is another kind of file")
+    return data

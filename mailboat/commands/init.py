@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,10 @@ def init(
         int,
         typer.Option(min=1, max=64, help="Write site-1.toml, site-2.toml, ... to try several sites on one machine."),
     ] = 1,
+    sealed: Annotated[
+        bool,
+        typer.Option("--sealed", help="Sign and encrypt everything; the files name kits that `provision` makes."),
+    ] = False,
 ) -> None:
     """Write federation.toml, coordinator.toml and site.toml with every setting explained, and say what comes next."""
     values = {"NAME": name, "MODEL": _model(model), "BROKER": broker}
@@ -40,9 +45,15 @@ def init(
         "coordinator.toml": _fill("coordinator.toml", values),
         **{_site_file(number, sites): _site_text(number, values) for number in range(1, sites + 1)},
     }
+    if sealed:
+        if not broker.startswith("mqtts://"):
+            raise ConfigError(
+                f"{broker} has no TLS", hint="name the broker of a sealed federation as mqtts://host:8883"
+            )
+        files = {file: _seal(text, f"{_holder(file)}-kit") for file, text in files.items()}
     _check(files)
     _write(folder, files)
-    for line in _next_steps(folder, sites):
+    for line in _first_sealed_steps(folder, list(files)) if sealed else _next_steps(folder, sites):
         console.result().print(line, markup=False)
 
 
@@ -60,6 +71,28 @@ def _site_file(number: int, sites: int) -> str:
 def _site_text(number: int, values: dict[str, str]) -> str:
     site = f"site-{number}"
     return _fill("site.toml", {**values, "SITE": site, "STORAGE": f"{site}-storage", "NOTES": f"notes/{site}"})
+
+
+def _holder(file: str) -> str:
+    """Whose kit a file names."""
+    return "site-1" if file == "site.toml" else file.removesuffix(".toml")
+
+
+def _seal(text: str, kit: str) -> str:
+    """The same file with the settings of a sealed federation, which stand in it as comments, in force."""
+    values = {
+        "mode": "sealed",
+        "kit": kit,
+        "ca_file": f"{kit}/ca.crt",
+        "cert_file": f"{kit}/tls.crt",
+        "key_file": f"{kit}/tls.key",
+    }
+    return re.sub(
+        rf'^# ({"|".join(values)}) = ".*"$',
+        lambda found: f'{found[1]} = "{values[found[1]]}"',
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _model(given: str | None) -> str:
@@ -115,4 +148,17 @@ def _next_steps(folder: Path, sites: int) -> list[str]:
         "  mailboat doctor",
         "  mailboat status",
         "  mailboat audit tail -f",
+    ]
+
+
+def _first_sealed_steps(folder: Path, names: list[str]) -> list[str]:
+    return [
+        f"Wrote {', '.join(names)} to {folder}. Each setting is explained there.",
+        "",
+        "federation.toml is for every machine, each other file for its own; kits of keys go beside them:",
+        "",
+        "  mailboat provision init authority --broker-host HOST    # here; HOST as in broker.url",
+        "  mailboat site enroll --name site-1 --out site-1-kit     # at the site; the same for each",
+        "",
+        "Both say what to do next; the whole way is in docs/operating.md.",
     ]

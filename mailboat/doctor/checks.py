@@ -12,6 +12,7 @@ from coordinator.views import JOURNAL, load_run
 from mailboat.doctor.finding import Finding, fail, ok, warn
 from mailboat.doctor.machine import check_disk, check_versions
 from mailboat.doctor.network import Party, ask_clock, check_broker, read_announcement
+from mailboat.doctor.trust import check_trust
 from mailboat.sealing import PLAN, resolve
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
 from shared.errors import ConfigError, MailboatError, RefusedError
@@ -51,6 +52,7 @@ def _examine_coordinator(path: Path) -> Iterator[Finding]:
         return
     yield ok("config", f"{path}: coordinator of federation {federation.federation.name}")
     yield from check_disk(config.storage)
+    yield from check_trust(federation, config.trust, config.broker, None)
     findings, _ = asyncio.run(check_broker(Party(federation.federation.name, None, config.broker)))
     yield from findings
     yield ok("clock", f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())}; `mailboat doctor` at a site compares")
@@ -118,11 +120,14 @@ def _examine_site(path: Path) -> Iterator[Finding]:
     yield ok("config", f"{path}: site {config.name} of federation {federation.federation.name}")
     yield from check_disk(config.storage)
     yield _notes(config, federation)
+    yield from check_trust(federation, config.trust, config.broker, config.name)
     party = Party(federation.federation.name, config.name, config.broker)
     findings, protocol = asyncio.run(check_broker(party))
     yield from findings
     announced: Announce | None = None
-    if protocol is not None:
+    if federation.trust.mode == "sealed":
+        yield ok("coordinator", "not asked: what it says is encrypted; `mailboat status` there tells who is connected")
+    elif protocol is not None:
         try:
             announced = asyncio.run(read_announcement(party, protocol))
         except MailboatError as error:

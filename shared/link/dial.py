@@ -76,6 +76,7 @@ def _tune(raw: socket.socket, dead_after_s: float) -> None:
 async def _handshake(raw: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
     with contextlib.ExitStack() as unless_done:
         unless_done.callback(raw.close)
+        tls.sslsocket_class = WatchedTlsSocket
         secure = tls.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
         unless_done.callback(secure.close)
         while True:

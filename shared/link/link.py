@@ -32,7 +32,7 @@ from shared.link import backoff, refusals
 from shared.link.backoff import Backoff
 from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
 from shared.link.counters import Counters
-from shared.link.dial import WatchedTlsSocket, dial
+from shared.link.dial import dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
 from shared.link.vigil import LOOK_S, Verdict, Vigil
@@ -66,8 +66,6 @@ class Link:
         self.counters = Counters()
         self._endpoints = parse_endpoints(options.broker.url)
         self._tls = tls_context(options.broker) if any(endpoint.tls for endpoint in self._endpoints) else None
-        if self._tls is not None:
-            self._tls.sslsocket_class = WatchedTlsSocket
         self._shared = Shared(options, read_password(options.broker), self.counters, self._take_in)
         self._chance = chance or random.Random()  # from the system's entropy: no two sites in step
         self._queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()

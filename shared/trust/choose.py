@@ -24,7 +24,7 @@ def coordinator_guard(
     federation: FederationConfig, local: LocalTrustSection, *, fingerprint: str, storage: Path
 ) -> Guard:
     """Return the coordinator's guard; ConfigError when the federation is sealed and the kit is missing or unfit."""
-    kit = _kit(federation, local, "coordinator")
+    kit = own_kit(federation, local, site=None)
     if kit is None:
         return OpenGuard()
     return CoordinatorGuard(kit, fingerprint=fingerprint, folder=storage / FOLDER, now=time.time())
@@ -34,18 +34,18 @@ def site_guard(
     federation: FederationConfig, local: LocalTrustSection, *, site: str, fingerprint: str, storage: Path
 ) -> Guard:
     """Return a site's guard; ConfigError as `coordinator_guard`, or when the kit is another site's."""
-    kit = _kit(federation, local, "site")
+    kit = own_kit(federation, local, site=site)
     if kit is None:
         return OpenGuard()
-    if kit.member.name != site:
-        raise ConfigError(
-            f"{kit.folder} is the kit of {kit.member.name}, this is {site}", hint="check `name` and [trust] kit"
-        )
     return SiteGuard(kit, fingerprint=fingerprint, folder=storage / FOLDER)
 
 
-def _kit(federation: FederationConfig, local: LocalTrustSection, role: Role) -> Kit | None:
-    name = federation.federation.name
+def own_kit(federation: FederationConfig, local: LocalTrustSection, *, site: str | None) -> Kit | None:
+    """Return the kit of this site, or of the coordinator (site None); None in a federation without trust.
+
+    ConfigError when it is missing or unfit.
+    """
+    name, role = federation.federation.name, _role(site)
     if federation.trust.mode == "none":
         log.warning("messages are neither signed nor encrypted: the broker can read and forge them", federation=name)
         return None
@@ -53,4 +53,13 @@ def _kit(federation: FederationConfig, local: LocalTrustSection, role: Role) -> 
         raise ConfigError(
             f"federation {name} is sealed, and this {role} has no kit", hint="name its folder as `kit` under [trust]"
         )
-    return load_kit(local.kit, role=role, federation=name, now=time.time())
+    kit = load_kit(local.kit, role=role, federation=name, now=time.time())
+    if site is not None and kit.member.name != site:
+        raise ConfigError(
+            f"{kit.folder} is the kit of {kit.member.name}, this is {site}", hint="check `name` and [trust] kit"
+        )
+    return kit
+
+
+def _role(site: str | None) -> Role:
+    return "coordinator" if site is None else "site"

@@ -120,7 +120,9 @@ class SealedGuard:
         """See Guard."""
         envelope = parse(data, topic(self.kit.federation, channel, site))
         header, sender = envelope.header, self._sender(site)
-        if sender is None or sender.key_id != header.key_id:
+        if sender is None:
+            raise RefusedError(f"the kit holds no membership of {site}: is its roster the newest?", rule="unknown-key")
+        if sender.key_id != header.key_id:
             raise RefusedError(f"signed by key {header.key_id!a}, which is not the member's", rule="unknown-key")
         if not envelope.signed_by(sender.sign_key):
             raise RefusedError("a message whose signature does not fit", rule="bad-signature")

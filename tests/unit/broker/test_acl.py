@@ -32,6 +32,13 @@ def test_wide_rules_belong_to_the_coordinator_alone() -> None:
     assert "#" not in "".join(line for line in patterns.splitlines() if line.startswith("pattern"))
 
 
+def test_a_barred_user_is_denied_everything_and_nobody_else_anything() -> None:
+    """One line below its own name, and the rest of the list as it is without it."""
+    rules = "user south\ntopic deny mb/v1/ward/#\n\n"
+    assert render_acl("ward", barred=["south"]).replace(rules, "") == render_acl("ward")
+    assert render_acl("ward", barred=["south"]).count(rules) == 1
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "+", "#", "%u", "a\nuser b", "A", "x" * 65])
 def test_names_that_widen_a_rule_are_refused(name: str) -> None:
     """A federation or user name with a wildcard, a separator or a line break never reaches the file."""
@@ -39,6 +46,8 @@ def test_names_that_widen_a_rule_are_refused(name: str) -> None:
         render_acl(name)
     with pytest.raises(ConfigError, match="cannot stand in an access list"):
         render_acl("ward", name)
+    with pytest.raises(ConfigError, match="cannot stand in an access list"):
+        render_acl("ward", barred=[name])
 
 
 def test_the_shipped_rules_are_the_generated_ones() -> None:

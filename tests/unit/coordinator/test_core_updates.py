@@ -87,8 +87,6 @@ def _forged(bench: CoordinatorBench, **facts: Any) -> Manifest:
 
 
 OFFERS: dict[str, Callable[[CoordinatorBench], Manifest]] = {
-    "not-an-update": lambda bench: bench.state,
-    "other-site": lambda bench: _update(bench, "south"),
     "other-federation": lambda bench: _update(bench).model_copy(update={"federation": "other"}),
     "other-fingerprint": lambda bench: _update(bench).model_copy(update={"fingerprint": digest("x")}),
     "other-codec": lambda bench: _update(bench).model_copy(update={"codec": "bf16"}),
@@ -113,6 +111,41 @@ def test_an_offer_that_breaks_a_rule_is_rejected_before_a_byte_is_taken(rule: st
     (receipt,) = said(decision, Receipt, "north")
     assert (receipt.outcome, receipt.rule, receipt.manifest_sha256) == ("rejected", rule, offered.digest)
     assert decision.jobs == []
+
+
+@pytest.mark.parametrize("when", ["before", "on its way", "accepted"])
+def test_no_site_can_use_up_or_learn_of_an_update_of_another(when: str) -> None:
+    """An offer in another's name is refused without a record, and changes nothing for the update that it names."""
+    bench = _bench(mode="sync")
+    update = _update(bench)
+    if when == "on its way":
+        bench.receive("north", Offer(manifest=update))
+        bench.handle(d.SpoolOpened(update.transfer_id, bits(5)))
+    if when == "accepted":
+        bench.upload("north", update)
+    decision = bench.receive("south", Offer(manifest=update))
+    assert (decision.records, decision.jobs) == ([], [])
+    assert [send.site for send in decision.sends] == ["south"]
+    (receipt,) = said(decision, Receipt, "south")
+    assert (receipt.outcome, receipt.rule, receipt.manifest_sha256) == ("rejected", "other-site", update.digest)
+    if when == "before":
+        bench.upload("north", update)
+    if when == "on its way":
+        bench.handle(d.ChunksStored(update.transfer_id, tuple(range(5))))
+        bench.handle(d.Verified(update.transfer_id, 1.0))
+    assert bench.core.ledger.receipt(update.transfer_id).outcome == "accepted"
+
+
+def test_what_is_no_update_uses_up_no_id() -> None:
+    """A state that a site offers is refused without a record: its id could be one that another site will use."""
+    bench = _bench()
+    update = _update(bench)
+    offered = bench.state.model_copy(update={"transfer_id": update.transfer_id})
+    decision = bench.receive("south", Offer(manifest=offered))
+    assert [receipt.rule for receipt in said(decision, Receipt, "south")] == ["not-an-update"]
+    assert (decision.records, decision.jobs) == ([], [])
+    (record, *_) = bench.upload("north", update).records
+    assert isinstance(record, Accepted)
 
 
 def test_a_version_that_was_never_published_is_no_base() -> None:

@@ -22,7 +22,7 @@ SETTING = re.compile(r"^(?:# )?([a-z0-9_]+ = .+)$")
 
 def begin(folder: Path, **options: Any) -> Path:
     """Call `mailboat init` with the options' default values where none are given."""
-    defaults = {"name": "demo", "model": None, "broker": "mqtt://127.0.0.1:1883", "sites": 1}
+    defaults = {"name": "demo", "model": None, "broker": "mqtt://127.0.0.1:1883", "sites": 1, "sealed": False}
     init(folder, **{**defaults, **options})
     return folder
 
@@ -96,6 +96,22 @@ def test_several_sites_get_files_of_their_own(tmp_path: Path) -> None:
         assert len(set(values)) == 3
 
 
+@pytest.mark.parametrize(("sites", "file"), [(1, "site.toml"), (2, "site-1.toml")])
+def test_sealed_files_name_kits_and_certificates(tmp_path: Path, sites: int, file: str) -> None:
+    """The federation is sealed, and each machine's kit and certificate are those that the next commands make."""
+    folder = begin(tmp_path, sites=sites, broker="mqtts://broker.example:8883", sealed=True)
+    assert load_config(folder / "federation.toml", FederationConfig).trust.mode == "sealed"
+    machines = (
+        ("coordinator", load_config(folder / "coordinator.toml", CoordinatorConfig)),
+        ("site-1", load_config(folder / file, SiteConfig)),
+    )
+    for who, config in machines:
+        kit = folder.resolve() / f"{who}-kit"
+        assert config.trust.kit == kit
+        files = config.broker.ca_file, config.broker.cert_file, config.broker.key_file
+        assert files == (kit / "ca.crt", kit / "tls.crt", kit / "tls.key")
+
+
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
     """A folder that holds one of the files is refused, and none of the others is written."""
     (tmp_path / "site.toml").write_text("mine")
@@ -111,6 +127,7 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
         ({"name": "My Federation"}, "federation.name"),
         ({"broker": "http://broker"}, "broker.url: must start with mqtt://"),
         ({"model": "./nowhere"}, "./nowhere: no such folder"),
+        ({"sealed": True}, "mqtt://127.0.0.1:1883 has no TLS"),
     ],
 )
 def test_init_refuses_values_that_would_not_load(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -147,6 +147,8 @@ def test_a_message_counts_on_its_own_topic_alone(world: World, tmp_path: Path) -
     assert world.rule(data, channel=Channel.PRESENCE) == "bad-signature"
     assert world.rule(data, site="south") == "unknown-key"
     assert world.rule(data, site="nobody") == "unknown-key"
+    with pytest.raises(RefusedError, match="no membership of nobody: is its roster the newest"):
+        world.coordinator.open(data, Channel.UP_CTL, "nobody", world.now)
     (tmp_path / "twin").mkdir()
     other = World(tmp_path / "twin", "other")
     write_private(other.kits.coordinator / ROSTER / "north.member", _member_of(world, other))

@@ -1,0 +1,50 @@
+"""The register of an authority: every membership and certificate that it ever issued, and which still count."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mailboat.enrolment import Base64, Key
+from shared.ids import Ident
+from shared.manifest import WireModel
+from shared.trust.membership import UnixSeconds
+
+State = Literal["admitted", "revoked", "superseded"]
+
+
+class Entry(WireModel):
+    """One membership or certificate that was issued."""
+
+    name: Ident
+    role: Literal["site", "coordinator", "broker"]
+    serial: int = Field(ge=1, lt=2**63)
+    state: State
+    not_after: UnixSeconds
+    """Of the certificate, and at a site of the membership as well."""
+    revoked_at: UnixSeconds = 0
+    sign_key: Key | None = None
+    box_key: Key | None = None
+    tls_key: Base64
+    """65 bytes, uncompressed point."""
+    member: Base64 = b""
+    """The signed membership; empty for a certificate without one."""
+
+
+class Register(WireModel):
+    """`register.json`."""
+
+    v: Literal[1] = 1
+    federation: Ident
+    hosts: tuple[str, ...]
+    port: int
+    number: int = 0
+    """Of the newest revocation list."""
+    listed_at: UnixSeconds
+    """Date of the newest revocation list; rises with each."""
+    entries: tuple[Entry, ...] = ()
+
+    def current(self, name: str) -> Entry | None:
+        """The entry that counts for this name."""
+        return next((entry for entry in self.entries if entry.name == name and entry.state == "admitted"), None)
