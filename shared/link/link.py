@@ -200,7 +200,8 @@ class Link:
                 raise fatal from None
             raise _FailedError(f"the broker refuses: {refused}", answered=True) from None
         except NotGrantedError as refused:
-            if refused.code in refusals.PASSING and state.turned_away + 1 < refusals.SUBSCRIBE_TRIES:
+            lasted_s = time.monotonic() - state.since
+            if refused.code in refusals.PASSING and lasted_s < refusals.SUBSCRIBE_PATIENCE_S:
                 raise _FailedError(f"not subscribed to {refused.topic}: {refused}", answered=True) from None
             raise refusals.subscribe_refusal(refused.topic, str(refused), str(endpoint)) from None
         except HungUpError as hung_up:

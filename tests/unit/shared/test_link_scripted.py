@@ -12,7 +12,7 @@ import pytest
 
 from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError, UnavailableError
-from shared.link import Connected, Disconnected, Event, Link, LinkDownError, LinkOptions, Packet, Publication
+from shared.link import Connected, Disconnected, Event, Link, LinkDownError, LinkOptions, Packet, Publication, refusals
 from tests.helpers import run_async
 
 CONNECT, PUBLISH, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 12, 14
@@ -195,13 +195,15 @@ class TestRefusals:
         assert isinstance(event, Connected)
 
     @pytest.mark.parametrize("code", [0x80, 0x87])
-    def test_subscribe(self, code: int) -> None:
-        """A subscription that is not granted ends the link and is named."""
+    def test_subscribe(self, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A subscription that is not granted ends the link and is named; a refusal that may pass does so in the end."""
+        monkeypatch.setattr(refusals, "SUBSCRIBE_PATIENCE_S", 0.3)
         error = refused(Script(level_5(), suback=bytes([code])))
         assert (error.rule, "t/#" in error.message, "access list" in error.hint) == ("not-authorised", True, True)
 
-    def test_subscribe_in_3_1_1(self) -> None:
+    def test_subscribe_in_3_1_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same with the one failure code of 3.1.1."""
+        monkeypatch.setattr(refusals, "SUBSCRIBE_PATIENCE_S", 0.3)
         script = Script(lambda level: REFUSE_5 if level == 5 else CONNACK_311, suback=b"\x80")
         assert refused(script).rule == "not-authorised"
 
