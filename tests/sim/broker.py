@@ -174,7 +174,8 @@ class Broker:
     def _deliver(connection: Connection, address: Address, slot: list[bytes]) -> None:
         if not slot:
             return  # pushed out of the queue meanwhile
-        connection.waiting.remove(slot)
+        # This very slot, not the first with the same bytes: the queue may hold a message twice.
+        del connection.waiting[next(at for at, other in enumerate(connection.waiting) if other is slot)]
         if connection.here and connection.there and not connection.hole:
             connection.client.packet(connection, address, slot[0])
 
