@@ -144,7 +144,7 @@ def memory() -> Iterator[str]:
 def others() -> Iterator[str]:
     """What other measurements left, as they name it."""
     for title, name, command in (
-        ("Simulated worlds", "sim", "make sim SEEDS=100000"),
+        ("Simulated worlds", "sim", "make sim"),
         ("Goodput", "goodput", "python -m bench.goodput"),
     ):
         found = load(name)
