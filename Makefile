@@ -15,7 +15,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 
 SEEDS ?= 2000
 
-.PHONY: help setup demo test check lint format types imports unit integration sim chaos reliability-report
+.PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory coverage clean
 
 help: ## list the targets
@@ -68,6 +68,9 @@ bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, a
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+cluster: setup ## a whole run over three NATS servers, one of which is killed
+	@$(PYTEST) -n 0 -m cluster tests/integration
 
 sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
 	@$(VENV)/python -m tests.sim --seeds $(SEEDS)

@@ -14,7 +14,7 @@ from tests.helpers import run_async
 from tests.nats import Cluster, find_nats, run_cluster
 from tests.toys import INITIAL, toy_coordinator, toy_records, toy_site, write_toy
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 POLL_S = 0.005
 SITES = (1, 2)
