@@ -21,13 +21,7 @@ fail() {
 # What the environment depends on. The path belongs to it: a virtual environment does not survive being moved.
 fingerprint() { { pwd; cat pyproject.toml constraints.txt tools/setup.sh; } | sha256sum | cut -d' ' -f1; }
 
-# Whether the set-up that was done covers what is asked for: a demonstration's lacks what only tests need.
-covered() {
-    [ -x "$VENV/bin/python" ] || return
-    local done_for
-    read -r done_for 2>/dev/null <"$STAMP" || return
-    [ "$done_for" = "$(fingerprint) full" ] || { [ "$TARGET" = demo ] && [ "$done_for" = "$(fingerprint) demo" ]; }
-}
+covered() { [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; }
 
 # Daemons lie where an ordinary user's PATH does not lead.
 find_daemon() {
@@ -70,12 +64,10 @@ provide_daemon() {
     say "To change that: apt-get install $name"
 }
 
-provide_brokers() {
+provide_mosquitto() {
     provide_daemon mosquitto \
         "the EMBEDDED broker (amqtt) is used instead. It is for demonstrations only;" \
         "tests that need Mosquitto are skipped and say so."
-    [ "$TARGET" = demo ] && return
-    provide_daemon nats-server "the tests of a clustered broker are skipped and say so."
 }
 
 find_python() {
@@ -128,16 +120,19 @@ provide_packages() {
 main() {
     readonly TARGET=${1:-setup}
     mkdir -p .make
-    if covered; then exit 0; fi
-    : >"$LOG"
-    local start=$SECONDS
-    say "first set-up of this folder; later calls skip it (details in $LOG)"
-    provide_brokers
-    provide_venv
-    provide_torch
-    provide_packages
-    printf '%s %s\n' "$(fingerprint)" "$([ "$TARGET" = demo ] && echo demo || echo full)" >"$STAMP"
-    say "done in $((SECONDS - start)) s"
+    if ! covered; then
+        : >"$LOG"
+        local start=$SECONDS
+        say "first set-up of this folder; later calls skip it (details in $LOG)"
+        provide_mosquitto
+        provide_venv
+        provide_torch
+        provide_packages
+        fingerprint >"$STAMP"
+        say "done in $((SECONDS - start)) s"
+    fi
+    # No other target needs it.
+    if [ "$TARGET" = cluster ]; then provide_daemon nats-server "the run over a cluster is skipped and says so."; fi
 }
 
 main "$@"

@@ -34,7 +34,8 @@ BASELINE_EPOCHS = 4
 BASELINE_BATCH_SIZE = 4
 BASELINE_LR = 0.75
 """Share of the federation's rate. One long training wants larger batches and smaller steps than many short ones whose
-results are averaged: with the federation's own settings centralized training scored ten points less."""
+results are averaged: with batches of 2 and a rate of 5e-3, three epochs of centralized training scored 68.5 on seed 1,
+four with these settings 78.7."""
 
 HOLDOUT = 0.1
 """Share of a site's own notes on which it reports its local F1."""
