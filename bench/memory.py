@@ -188,7 +188,7 @@ class ProtocolSite:
 
     def _update(self, announce: Announce) -> Manifest:
         return Manifest(
-            transfer_id=new_update_id(),
+            transfer_id=new_update_id(self.name),
             federation=NAME,
             fingerprint=self.load.plan.fingerprint,
             codec="f32",

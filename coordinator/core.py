@@ -24,7 +24,7 @@ from coordinator import decisions as d
 from coordinator.downlink import Downlink
 from coordinator.ledger import Ledger
 from coordinator.merging import plan_merge
-from coordinator.offers import check_offer, check_own
+from coordinator.offers import check_id, check_offer
 from coordinator.records import Accepted, Dropped, Finished, Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView, updates_to_merge
 from coordinator.sites import Claim, Sites
@@ -226,7 +226,7 @@ class Core:
 
     def _offer(self, name: str, manifest: Manifest, now: Instant, out: d.Decision) -> None:
         try:
-            check_own(manifest, site=name)
+            check_id(manifest, site=name)
         except RefusedError as foreign:  # no record: whose id this is, may still offer it
             out.to(name, _unrecorded(manifest, foreign.rule, foreign.message))
             return

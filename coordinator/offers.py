@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from shared.config import FederationConfig
 from shared.errors import RefusedError
+from shared.ids import is_update_id_of
 from shared.manifest import Manifest, UpdateFacts
 from shared.plan import SealedPlan
 
@@ -16,12 +17,26 @@ HEADER_ALLOWANCE = 16 * 1024 * 1024
 BYTES_PER_PARAMETER = 5
 """float32 and, generously, one companion value per four; no codec needs more."""
 
+UNRECORDED = frozenset({"not-an-update", "other-site", "foreign-id", "id-reused"})
+"""Rules under which nothing is recorded: the id is another's, or has its record already."""
+
+
+def check_id(manifest: Manifest, *, site: str) -> None:
+    """Raise RefusedError unless the very site that offers this drew its id, and says so in the manifest.
+
+    Nothing may be recorded under another's id: the offer of the site that drew it must still count.
+    """
+    check_own(manifest, site=site)
+    if not is_update_id_of(manifest.transfer_id, site):
+        raise RefusedError(
+            f"update id {manifest.transfer_id} was not drawn by {site}",
+            rule="foreign-id",
+            hint="an update that an older release sealed is trained again",
+        )
+
 
 def check_own(manifest: Manifest, *, site: str) -> None:
-    """Raise RefusedError unless this is an update of the very site that offers it.
-
-    Nothing may be recorded under the id of one that is not: the id is another's, whose own offer must still count.
-    """
+    """Raise RefusedError unless this is an update of the very site that offers it."""
     facts = manifest.facts
     if not isinstance(facts, UpdateFacts):
         raise RefusedError("a site offered something that is not an update", rule="not-an-update")

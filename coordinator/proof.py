@@ -27,6 +27,7 @@ from coordinator import records
 from coordinator.journal import Journal
 from coordinator.kept import check_frames, check_master, check_state, check_update
 from coordinator.ledger import Known
+from coordinator.offers import UNRECORDED
 from coordinator.optimizers import SLOTS
 from coordinator.rows import JournalReader, Restored
 from coordinator.trail import Finding, Trail, row_place
@@ -40,9 +41,6 @@ from shared.messages import Receipt
 from shared.plan import SealedPlan
 
 AUDIT = "audit.jsonl"
-RULE_OF_REUSE = "id-reused"
-"""A rejection that the journal does not hold: it is about a second manifest under an id that was decided before."""
-
 UNREADABLE = (CorruptError, UnicodeDecodeError)
 """What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
 
@@ -281,7 +279,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
         return
     if receipt.update_id != path.stem:
         yield Finding("receipt-differs", where, f"it is about update {receipt.update_id}")
-    if receipt.rule == RULE_OF_REUSE:
+    if receipt.rule in UNRECORDED:
         return
     known = trail.known.get(receipt.update_id)
     if known is None:

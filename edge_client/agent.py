@@ -320,7 +320,7 @@ class Agent:
         self._metrics = {**self._metrics, "loss": loss}
 
     def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
-        update_id = new_update_id()
+        update_id = new_update_id(self.config.name)
         codec = self.federation.codec
         facts = UpdateFacts(
             site=self.config.name,
