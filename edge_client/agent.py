@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from edge_client.disk import Disk
+from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.session import Identity, Session
@@ -33,9 +34,9 @@ from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Chunk, Message, Presence, Receipt, Status, Wait
+from shared.messages import Chunk, Head, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
-from shared.slices import make_transfer_frames
+from shared.slices import FileSummary, make_transfer_frames
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
@@ -66,6 +67,7 @@ class Agent:
         self.outbox = outbox
         self.worker = worker
         self.name = federation.federation.name
+        self.heads = Heads(config.storage)
         self.states = FrameStore(config.storage / "states")
         self.scratch = config.storage / "work"
         self.session = Session(
@@ -164,7 +166,14 @@ class Agent:
         """See Desk."""
         if isinstance(message, Wait):
             log.warning("asked to wait", update=message.transfer_id, rule=message.rule, reason=message.detail)
-        self._events.put_nowait(d.Received(message))
+        if isinstance(message, Head):
+            self.heads.take(message, self.guard.check_head)
+        else:
+            self._events.put_nowait(d.Received(message))
+
+    def hears(self, _site: str | None) -> bool:
+        """See Desk."""
+        return True
 
     def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
         """See Desk."""
@@ -335,9 +344,9 @@ class Agent:
             {"mailboat": "update", "federation": self.name, "update_id": update_id},
             codec.slice_kib * 1024,
         )
-        return self.outbox.seal(
-            frames,
-            lambda summary: Manifest(
+
+        def build(summary: FileSummary) -> Manifest:
+            manifest = Manifest(
                 transfer_id=update_id,
                 federation=self.name,
                 fingerprint=self.identity.fingerprint,
@@ -345,8 +354,10 @@ class Agent:
                 **dataclasses.asdict(summary),
                 created=time.time(),
                 facts=facts,
-            ),
-        )
+            )
+            return self.guard.witnessed(manifest, self.heads.last)
+
+        return self.outbox.seal(frames, build)
 
     async def _settle(self, receipt: Receipt) -> None:
         if not await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt):

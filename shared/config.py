@@ -233,6 +233,32 @@ class LocalTrustSection(Section):
     """Folder of keys and memberships, 0700; needed when the federation's trust is sealed."""
 
 
+class AdmissionSection(Section):
+    """What one site may bring. A sound update that is out of line is kept apart until a person has looked at it."""
+
+    updates_per_hour: int = Field(default=360, ge=0)
+    """New updates of one site, all of an hour's at once if need be; beyond it the site is told to wait. 0: no limit."""
+    mib_per_hour: int = Field(default=0, ge=0)
+    """The same for their bytes; 0 leaves it at updates_per_hour times what the plan admits."""
+    messages_per_s: Positive = 100.0
+    """Control messages of one site that are looked at, ten seconds' worth at once; the rest is dropped unread."""
+    norm_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """L2 norm of a delta above which it goes into quarantine; 0: none."""
+    norm_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    """The same, as a multiple of the median over the last 64 updates, once there are eight; 0: none."""
+    examples_min: int = Field(default=1, ge=1)
+    """Examples that an update must claim to stay out of quarantine."""
+    examples_max: int = Field(default=0, ge=0)
+    """Examples that it may claim; 0: no limit."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.examples_max and self.examples_max < self.examples_min:
+            msg = "examples_max is below examples_min"
+            raise ValueError(msg)
+        return self
+
+
 class CoordinatorConfig(Section):
     """`coordinator.toml`."""
 
@@ -241,6 +267,7 @@ class CoordinatorConfig(Section):
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
+    admission: AdmissionSection = AdmissionSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     spool_mib: int = Field(default=0, ge=0)

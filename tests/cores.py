@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from coordinator import decisions as d
-from coordinator.core import Core, Instant
+from coordinator.core import Core
+from coordinator.decisions import Instant
 from coordinator.ledger import Ledger
 from coordinator.merging import MergeResult
 from coordinator.offers import UNRECORDED
