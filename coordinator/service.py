@@ -124,6 +124,7 @@ class Service:
             room=self.disk.room,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
+        self._refused = ("", "")
         # One thread, so that many updates which arrive together are verified in the memory of one.
         self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
@@ -155,17 +156,8 @@ class Service:
 
     async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
-            helpers = [
-                self._tasks.create_task(work)
-                for work in (
-                    self.mail.read(),
-                    self.mail.watch(),
-                    self._tick(),
-                    self._write_status(),
-                    self.pump.run(),
-                    self.spooler.run(),
-                )
-            ]
+            links = (self.mail.read(), self.mail.watch(), self.pump.run(), self.spooler.run())
+            helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
             await self._decide()
             for helper in helpers:
                 helper.cancel()
@@ -240,7 +232,9 @@ class Service:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
 
     def _chunk_refused(self, transfer_id: str, rule: str) -> None:
-        log.warning("refused a chunk", update=transfer_id, rule=rule)
+        if (transfer_id, rule) != self._refused:  # a flood is told once
+            self._refused = (transfer_id, rule)
+            log.warning("refused a chunk", update=transfer_id, rule=rule)
 
     async def _tick(self) -> None:
         while True:
