@@ -40,6 +40,20 @@ import zstandard
 GENESIS = bytes(32)
 FRAME_BYTES_MAX = 900_000
 SLICE_BYTES_MAX = 768 * 1024
+UNREADABLE = (
+    ImportError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    msgpack.UnpackException,
+    zstandard.ZstdError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a spoilt bundle raises."""
 
 
 def file_sha256(path: Path) -> str:
@@ -238,16 +252,7 @@ def main(folder: Path) -> int:
         for finding in check(folder):
             wrong += 1
             sys.stdout.write(f"WRONG  {finding}\n")
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        msgpack.UnpackException,
-        zstandard.ZstdError,
-    ) as error:
+    except UNREADABLE as error:
         wrong += 1
         sys.stdout.write(f"WRONG  the bundle cannot be read any further: {type(error).__name__}: {error}\n")
     sys.stdout.write(f"{wrong} things are wrong\n" if wrong else "nothing is wrong\n")

@@ -96,7 +96,7 @@ def test_a_flood_of_messages_is_not_looked_at() -> None:
     assert bench.core.intake.hears("north", bench.now + 1)
 
 
-ODD = {
+ODD: dict[str, tuple[dict[str, Any], float, int]] = {
     "norm-max": ({"norm_max": 5.0}, 5.1, 10),
     "norm-factor": ({"norm_factor": 3.0}, 3.1, 10),
     "examples-min": ({"examples_min": 20}, 1.0, 19),

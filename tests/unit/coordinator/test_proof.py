@@ -490,6 +490,6 @@ def test_an_update_may_be_kept_apart(run: AuditedRun, released: bool) -> None:
 def test_a_quarantine_that_follows_from_nothing_is_found(run: AuditedRun) -> None:
     """Of an update that was merged already, and a release of what was not kept apart."""
     merged = run.accepted[0].update_id
-    forged = [Quarantined(merged, "norm-max", "", 9.0), Released(merged, 9.0)]
+    forged: list[Record] = [Quarantined(merged, "norm-max", "", 9.0), Released(merged, 9.0)]
     with run.forged(lambda record: [*forged, record] if isinstance(record, Dropped) else [record]):
         assert [rule for rule, _ in found(run)] == ["not-pending", "not-quarantined"]
