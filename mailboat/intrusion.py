@@ -185,7 +185,7 @@ async def _without(party: Party, revoked: BrokerSection | None) -> list[Finding]
         except RefusedError as error:
             findings.append(ok("certificate", f"nobody enters {how}: {error.message}"))
         except (MailboatError, TimeoutError) as error:
-            text = f"whether anybody enters {how} could not be tried: {error or 'no answer'}"
+            text = f"whether anybody enters {how} could not be tried: {str(error) or 'no answer'}"
             findings.append(warn("certificate", text, "look at the broker's log"))
         else:
             findings.append(_broken("certificate", f"the broker lets in who comes {how}"))

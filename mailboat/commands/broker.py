@@ -121,9 +121,12 @@ def _party(path: Path) -> Party:
         of_site = "name" in tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         of_site = True  # loading it below says what is wrong
-    local: CoordinatorConfig | SiteConfig = load_config(path, SiteConfig if of_site else CoordinatorConfig)
-    federation = load_config(local.federation, FederationConfig).federation.name
-    return Party(federation, local.name if isinstance(local, SiteConfig) else None, local.broker)
+    if of_site:
+        site = load_config(path, SiteConfig)
+        return Party(load_config(site.federation, FederationConfig).federation.name, site.name, site.broker)
+    coordinator = load_config(path, CoordinatorConfig)
+    name = load_config(coordinator.federation, FederationConfig).federation.name
+    return Party(name, None, coordinator.broker)
 
 
 def _revoked(party: Party, kit: Path | None) -> BrokerSection | None:

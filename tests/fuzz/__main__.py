@@ -40,7 +40,13 @@ def input_of(target: Target, seed: int, number: int) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         try:
             data = target.mutate(data, rng)
-        except (ValueError, TypeError, KeyError, IndexError):  # spoilt so far that its structure is gone
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            RecursionError,
+        ):  # spoilt so far that its structure is gone
             break
     return data
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import struct
 import tomllib
@@ -29,7 +30,7 @@ from coordinator.offers import check_id, check_offer
 from mailboat.enrolment import make_request, parse_grant, parse_request, to_json
 from shared import messages
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig, parse_config
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import compress_slice
@@ -113,7 +114,7 @@ def _document(data: bytes) -> None:
     for read in (stated_membership, _verified, _listed):
         try:
             read(data)
-        except envelope.RefusedError:
+        except RefusedError:
             continue
 
 
@@ -175,7 +176,7 @@ def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
             entries = [("w", rng.choice(("F32", "BF16", "I8", "F64")), (rng.choice((3000, 0, 2**40)),))]
             try:
                 first = build_header(entries, {})  # type: ignore[arg-type]
-            except (KeyError, AssertionError, ValueError, envelope.RefusedError):
+            except (KeyError, AssertionError, ValueError, RefusedError):
                 first = struct.pack("<Q", rng.choice((0, 2**63, 100))) + rng.randbytes(92)
             frames[0] = compress_slice((first + bytes(SLICE_BYTES))[:SLICE_BYTES], 2)
     manifest = msgpack.unpackb(raw, raw=False)
@@ -204,7 +205,7 @@ def _transfer(data: bytes) -> None:
 
 
 def _bundle(data: bytes) -> None:
-    lines = [bundle_verify.json.loads(line) for line in data.splitlines()]
+    lines = [json.loads(line) for line in data.splitlines()]
     list(bundle_verify.check_chain(lines))
     list(bundle_verify.check_counting([bundle_verify.record_of(line) for line in lines]))
 

@@ -1,4 +1,4 @@
-"""A slice of the fuzz campaign: every decoder of foreign bytes, a few thousand spoilt inputs, the same ones each time."""
+"""A slice of the fuzz campaign: every decoder of foreign bytes, a few thousand spoilt inputs, always the same."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def test_spoilt_bytes_are_refused_and_never_crash(name: str) -> None:
 def test_the_samples_are_sound(name: str) -> None:
     """What is mutated gets in deep: the sample itself is taken, or refused for a reason behind its structure."""
     target = TARGETS[name]
+    rules = set()
     for sample in target.samples:
         try:
             target.run(sample)
         except MailboatError as error:
-            assert getattr(error, "rule", "") not in {"bad-envelope", "bad-manifest", "header-json"}, name
+            rules.add(getattr(error, "rule", ""))
+    assert rules & {"bad-envelope", "bad-message", "bad-manifest", "header-json", "bad-document", "bad-chunk"} == set()
 
 
 def test_a_decoder_that_crashes_is_found() -> None:
