@@ -31,14 +31,13 @@ def components() -> Iterator[dict[str, Any]]:
 
 
 def licence(package: Distribution) -> str:
-    """What a package says of its licence: its expression, else its classifiers, else the first line of its field."""
-    expression = package.metadata.get("License-Expression")
-    if expression:
-        return expression
-    classifiers = package.metadata.get_all("Classifier") or []
-    named = [text.rpartition(" :: ")[2] for text in classifiers if text.startswith("License ::")]
-    field = (package.metadata.get("License") or "").strip().splitlines()
-    return ", ".join(named) or (field[0][:100] if field else "not stated")
+    """What a package says of its licence: its expression or field, else its classifiers."""
+    told = package.metadata
+    named = [text.rpartition(" :: ")[2] for text in told.get_all("Classifier") or () if text.startswith("License ::")]
+    fields = [text.strip() for key in ("License-Expression", "License") for text in told.get_all(key) or () if text]
+    if fields and "\n" not in fields[0]:
+        return str(fields[0][:100])
+    return ", ".join(named) or "not stated"
 
 
 def document() -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
         assert sum("/data" in packet.topic or "/bulk" in packet.topic for packet in mine) >= 12
         found[sealed] = _plaintext(root, [packet.payload for packet in mine])
     assert found[True] == set()
-    assert found[False] >= {"loss", "examples", "frame_hashes", "base_sha256", "zstd frame", "a.weight", "a digest"}
+    assert found[False] >= {"loss", "examples", "frame_hashes", "base_sha256", "zstd frame", "a.weight", "a digest", "tensor values"}
 
 
 def _plaintext(root: Path, payloads: list[bytes]) -> set[str]:
@@ -135,6 +135,14 @@ def _plaintext(root: Path, payloads: list[bytes]) -> set[str]:
     for path in (root / "coordinator" / "states").glob("*.manifest"):
         if path.stem.encode() in clear:
             found.add("a digest")
+    for path in (root / "coordinator").glob("*ates/*.frames"):
+        frames = path.read_bytes()
+        if frames[8:72] in clear or frames[-64:] in clear:
+            found.add("tensor values")
+    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+        hashes = [row.hash for row in journal.rows()]
+    if any(each in clear or each.hex().encode() in clear for each in hashes):
+        found.add("the history")
     return found
 
 
