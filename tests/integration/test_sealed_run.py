@@ -106,7 +106,8 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
         assert sum("/data" in packet.topic or "/bulk" in packet.topic for packet in mine) >= 12
         found[sealed] = _plaintext(root, [packet.payload for packet in mine])
     assert found[True] == set()
-    assert found[False] >= {"loss", "examples", "frame_hashes", "base_sha256", "zstd frame", "a.weight", "a digest", "tensor values"}
+    assert found[False] >= {"loss", "examples", "frame_hashes", "base_sha256", "zstd frame", "a.weight", "a digest"}
+    assert "tensor values" in found[False]
 
 
 def _plaintext(root: Path, payloads: list[bytes]) -> set[str]:
