@@ -33,6 +33,8 @@ test: check ## everything a change must pass: style, types, import rules, all te
 	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
 	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
 	@$(PYTEST) $(PARALLEL) tests/sim
+	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
+	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 	@$(MAKE) --no-print-directory coverage-gate
 
 check: setup lint types imports
@@ -70,7 +72,7 @@ integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
 
 cluster: setup ## a whole run over three NATS servers, one of which is killed
-	@$(PYTEST) -n 0 -m cluster tests/integration
+	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 
 sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
 	@$(VENV)/python -m tests.sim --seeds $(SEEDS)

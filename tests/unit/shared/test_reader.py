@@ -125,8 +125,7 @@ def test_spans_are_the_tensor(codec: Codec) -> None:
 
 @codecs
 def test_spans_read_each_frame_once(codec: Codec) -> None:
-    """Spans of all tensors, with verification, take each frame from the disk once: also where a tensor's companion
-    lies slices behind it."""
+    """Spans of all tensors, with verification, take each frame from the disk once, companions behind them included."""
     values = (np.random.default_rng(2).standard_normal(3 * SPAN + 5) * 1e-3).astype(np.float32)
     writer = make_transfer_frames({"a": values, "b": values[:1000]}, codec, {})
     frames = [frame.data for frame in writer]
@@ -146,8 +145,7 @@ def test_spans_read_each_frame_once(codec: Codec) -> None:
 
 
 def test_a_companion_of_many_slices_is_hashed_in_its_turn() -> None:
-    """Spans of a tensor whose companion fills slices of its own leave nothing for the comparison of hashes to read
-    anew behind it, and the hash is right."""
+    """A tensor whose companion fills slices of its own leaves nothing behind it for the file's hash to read anew."""
     values = (np.random.default_rng(2).standard_normal(3 * SPAN + 5) * 1e-3).astype(np.float32)
     manifest, frames = transfer_of({"a": values, "b": values[:100_000]}, "int8")
     taken: list[int] = []
