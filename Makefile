@@ -16,7 +16,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 SEEDS ?= 2000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
-.PHONY: bench bench-memory coverage clean
+.PHONY: bench bench-memory bench-reconnect coverage clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
 
 bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, against 2 (3.2 GB of disk)
 	@$(VENV)/python -m bench.memory --json docs/results/memory.json
+
+bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 s, silent and loud (a quarter of an hour)
+	@$(VENV)/python -m bench.reconnect --json docs/results/reconnect.json
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
