@@ -146,8 +146,11 @@ async def work(seed: int, root: Path, waiting: deque[Outage], found: list[Measur
 async def strike(run: Run, outage: Outage) -> Measured:
     """Wait for a transfer in that direction, fail its link, and look when bytes move again."""
     proxy = run.proxies[SITE]
-    await begun(run.root, outage.direction)
-    await asyncio.sleep(outage.phase * TRANSFER_S)
+    while True:
+        arriving = await begun(run.root, outage.direction)
+        await asyncio.sleep(outage.phase * TRANSFER_S)
+        if arriving.exists():  # version 0, of one value, is there in no time
+            break
     resent, looks = run.tap.up.resent, Looks()
     looks.begin()
     if outage.kind == "hole":
@@ -174,12 +177,13 @@ def crossed(proxy: FlakyProxy, direction: Direction) -> int:
     return proxy.traffic.up if direction == "up" else proxy.traffic.down
 
 
-async def begun(root: Path, direction: Direction) -> None:
-    """Return when a transfer in that direction that was not there before is on its way."""
+async def begun(root: Path, direction: Direction) -> Path:
+    """Return when a transfer in that direction that was not there before is on its way: the file that says so."""
     pattern = f"{COORDINATOR_NAME}/updates/*.part.manifest" if direction == "up" else f"{SITE}/states/*.part.manifest"
     there = set(root.glob(pattern))
-    while not set(root.glob(pattern)) - there:
+    while not (new := set(root.glob(pattern)) - there):
         await asyncio.sleep(0.05)
+    return new.pop()
 
 
 def tell(measured: Measured) -> None:

@@ -321,7 +321,7 @@ def test_a_site_is_told_of_an_update_that_was_given_up() -> None:
     for update, rule in ((lost, LOST), (late, "run-complete")):
         bench.upload("north", update)
         bench.records.append(Dropped(update.transfer_id, rule, 1.0))
-    bench.boot("f" * 32)
+    bench.boot("f" * 16)
     (receipt,) = said(bench.hello("north"), Receipt, "north")
     assert (receipt.update_id, receipt.outcome, receipt.rule) == (lost.transfer_id, "dropped", LOST)
     assert said(bench.hello("south"), Receipt) == []
