@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import decisions as d
-from coordinator.core import Core, Instant
+from coordinator.core import Core
+from coordinator.decisions import Instant
 from coordinator.disk import discard_rejected
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters

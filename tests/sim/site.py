@@ -10,6 +10,7 @@ from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
 from shared.errors import RefusedError
+from shared.ids import marked
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Message, Presence, Receipt, encode, parse_chunk
 from shared.plan import SealedPlan
@@ -195,7 +196,7 @@ class SiteMachine(Machine):
         assert stored is not None, "a state that is ready is in the store"
         self.witness.trained_on(self.name, base, read_whole(stored))
         self.trainings += 1
-        update_id = f"{self.rng.getrandbits(128):032x}"
+        update_id = marked(f"{self.rng.getrandbits(80):020x}", self.name)
         bad = self.rng.random() < self.bad_updates
         frames = frames_of(update_id, self.rng.randint(1, 8), BAD if bad else b"\x01")
         facts = UpdateFacts(
