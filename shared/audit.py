@@ -168,6 +168,10 @@ class Query:
     update_id: str | None = None
 
 
+_OF_WAITING = {"dropped", "quarantined", "released"}
+"""Kinds of lines that name an update and not its site."""
+
+
 def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
     """Yield the lines that `query` asks for; `lines` start at the first row, or a `dropped` line has no known site.
 
@@ -178,8 +182,10 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
         about = [line, *line.get("contributions", ())]
         if line["kind"] == "accepted":
             waiting[line["update_id"]] = line
-        elif line["kind"] == "dropped" and (origin := waiting.pop(line["update_id"], None)) is not None:
+        elif line["kind"] in _OF_WAITING and (origin := waiting.get(line["update_id"])) is not None:
             about.append(origin)
+            if line["kind"] == "dropped":
+                del waiting[line["update_id"]]
         for part in line.get("contributions", ()):
             waiting.pop(part["update_id"], None)
         if (

@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seed": given.seed,
         "found": found,
         "seconds": round(took, 1),
-        "per_second": round(given.runs / took),
+        "processor_s": round(time.process_time(), 1),
         "peak_mib": round(peak_mib()),
     }
     sys.stdout.write(f"[fuzz] {json.dumps(done)}\n")
