@@ -329,7 +329,7 @@ def test_an_update_in_admission_is_not_overtaken() -> None:
 def test_a_site_is_told_of_an_update_that_was_given_up() -> None:
     """On each hello, since its receipt said accepted and it may not have heard; other sites and fates are not told."""
     bench = _bench()
-    lost, late = _update(bench, "north"), _update(bench, "north", update_id="ab" * 16)
+    lost, late = _update(bench, "north"), _update(bench, "north", update_id=update_id_of("north", "later"))
     for update, rule in ((lost, LOST), (late, "run-complete")):
         bench.upload("north", update)
         bench.records.append(Dropped(update.transfer_id, rule, 1.0))
