@@ -139,7 +139,7 @@ def memory() -> Iterator[str]:
     ]
     yield from rows(["uploads at once", "MB on the wire, each", "idle MB", "peak MB"], body)
     yield (
-        f"Updates of {found['mb']:g} MB, in frames of so many bytes as the table says. Peak memory of the coordinator's "
+        f"Updates of {found['mb']:g} MB. Peak memory of the coordinator's "
         f"process, last against first: {found['ratio']:.2f}."
     )
     yield ""
