@@ -120,7 +120,9 @@ def test_spans_are_the_tensor(codec: Codec) -> None:
     for name in given:
         spans = list(reader.spans(name))
         assert all(span.size <= SPAN for span in spans)
-        np.testing.assert_array_equal(np.concatenate([np.empty(0, np.float32), *spans]), reader.tensor(name).reshape(-1))
+        np.testing.assert_array_equal(
+            np.concatenate([np.empty(0, np.float32), *spans]), reader.tensor(name).reshape(-1)
+        )
 
 
 @codecs
