@@ -82,6 +82,7 @@ class Core:
         link = config.link
         self.federation = federation
         self.plan = plan
+        self.fingerprint = plan.fingerprint
         self.boot = boot
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
@@ -143,7 +144,7 @@ class Core:
         """The retained word about the current version."""
         return Announce(
             boot=self.boot,
-            fingerprint=self.plan.fingerprint,
+            fingerprint=self.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             manifest=self.ledger.state,
@@ -195,7 +196,7 @@ class Core:
         roster = self.federation.federation.sites
         if roster and name not in roster:
             return "unknown-site", f"{name} is not in [federation] sites"
-        if hello.fingerprint == self.plan.fingerprint:
+        if hello.fingerprint == self.fingerprint:
             return None
         if hello.config_sha256 != self.plan.config_sha256:
             return "other-config", "federation.toml differs from the coordinator's"
@@ -318,7 +319,7 @@ class Core:
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
-        if self.merging or self.ledger.finished or self._started is None:
+        if self.merging or self.ledger.finished or not self.ledger.pending or self._started is None:
             return
         view = RoundView(
             version=self.ledger.version,
@@ -366,10 +367,9 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
-        lingered = now.mono - self._round_opened >= self.settle_s
-        expected = self.sites.expected(now.mono, back_within_s=self.back_within_s)
-        if self.ledger.finished and self.exit_when_done and lingered and not expected:
-            out.jobs.append(d.Stop())
+        if self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s:
+            if not self.sites.expected(now.mono, back_within_s=self.back_within_s):
+                out.jobs.append(d.Stop())
 
 
 def _unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:

@@ -127,9 +127,9 @@ class Broker:
 
     # -- within ---
 
-    def _due(self, connection: Connection, lane: object) -> float:
+    def _due(self, connection: Connection, lane: tuple[str, Address]) -> float:
         """When a message that leaves now is there: never before an earlier one of its lane."""
-        key = lane if self.weather.reorders else "all" if not isinstance(lane, tuple) else lane[0]
+        key = lane if self.weather.reorders else lane[0]
         delay = connection.client.latency_s + self.rng.random() * self.weather.jitter_s
         due = max(connection.due.get(key, 0.0), self.clock.now + delay)
         connection.due[key] = due
@@ -151,7 +151,7 @@ class Broker:
         self.digest = zlib.crc32(data, self.digest)
         if address[0].retained:
             self.retained[address] = data
-        for connection in list(self.connections):
+        for connection in self.connections:
             if connection.client.reads(address):
                 self._enqueue(connection, address, data)
 
@@ -174,8 +174,11 @@ class Broker:
     def _deliver(connection: Connection, address: Address, slot: list[bytes]) -> None:
         if not slot:
             return  # pushed out of the queue meanwhile
-        # This very slot, not the first with the same bytes: the queue may hold a message twice.
-        del connection.waiting[next(at for at, other in enumerate(connection.waiting) if other is slot)]
+        waiting = connection.waiting
+        if waiting[0] is slot:
+            waiting.popleft()
+        else:  # this very slot, not the first with the same bytes: the queue may hold a message twice
+            del waiting[next(at for at, other in enumerate(waiting) if other is slot)]
         if connection.here and connection.there and not connection.hole:
             connection.client.packet(connection, address, slot[0])
 

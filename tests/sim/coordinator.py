@@ -28,7 +28,8 @@ from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, publish
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
 
-READS = {Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE}
+READS = (Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE)
+TICK = d.Tick()
 FIRST_MASTER = b"the base model's own layers"
 
 
@@ -149,7 +150,7 @@ class CoordinatorMachine(Machine):
 
     def ticked(self) -> None:
         """See Machine."""
-        self.decide(d.Tick())
+        self.decide(TICK)
 
     # -- decide ---
 

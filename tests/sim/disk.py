@@ -57,10 +57,13 @@ class Folder:
     safe: dict[str, Inode] = field(default_factory=dict)
     pending: list[list[tuple[str, Inode | None]]] = field(default_factory=list)
     """Each item is one change, seen whole or not at all."""
+    changes: int = 0
+    """How often `names` became others."""
 
     def change(self, *changes: tuple[str, Inode | None]) -> None:
         """Change names, now and some time later on the platter."""
         self.pending.append(list(changes))
+        self.changes += 1
         _rename(self.names, list(changes))
 
 
@@ -89,7 +92,7 @@ class Disk:
 
     def path(self, name: str = "") -> Any:
         """A path of this disk, in the place of a pathlib.Path."""
-        return SimPath(self, name)
+        return SimPath(self, "", name)
 
     def change(self) -> None:
         """To be called before any change: the process may die here, or be dead already."""
@@ -124,6 +127,7 @@ class Disk:
             for changes in self._some(folder.pending):
                 _rename(folder.safe, changes)
             folder.names, folder.pending = dict(folder.safe), []
+            folder.changes += 1
             for inode in folder.names.values():
                 self._lose(inode)
 
@@ -146,15 +150,16 @@ class Disk:
 class SimPath:
     """As much of pathlib.Path as the code under test uses."""
 
-    __slots__ = ("disk", "name", "where")
+    __slots__ = ("above", "disk", "name", "where")
 
-    def __init__(self, disk: Disk, where: str) -> None:
+    def __init__(self, disk: Disk, above: str, name: str) -> None:
         self.disk = disk
-        self.where = where
-        self.name = where.rpartition("/")[2]
+        self.above = above
+        self.name = name
+        self.where = f"{above}/{name}" if above else name
 
     def __truediv__(self, name: str) -> SimPath:
-        return SimPath(self.disk, f"{self.where}/{name}" if self.where else name)
+        return SimPath(self.disk, self.where, name)
 
     def __str__(self) -> str:
         return self.where
@@ -164,7 +169,8 @@ class SimPath:
 
     @property
     def parent(self) -> SimPath:
-        return SimPath(self.disk, self.where.rpartition("/")[0])
+        above, _, name = self.above.rpartition("/")
+        return SimPath(self.disk, above, name)
 
     @property
     def stem(self) -> str:
@@ -175,7 +181,7 @@ class SimPath:
 
     @property
     def folder(self) -> Folder:
-        return self.disk.folders[self.where.rpartition("/")[0]]
+        return self.disk.folders[self.above]
 
     def inode(self) -> Inode:
         try:
@@ -241,13 +247,17 @@ class SimOs:
         if flags & os.O_DIRECTORY:
             self._open[fd] = disk, disk.folders[path.where]
             return fd
-        if not path.exists() and flags & os.O_CREAT:
+        folder = path.folder
+        inode = folder.names.get(path.name)
+        if inode is None:
+            if not flags & os.O_CREAT:
+                path.inode()
             disk.change()
             disk.room()
-            path.folder.change((path.name, Inode()))
-        elif path.exists() and flags & os.O_EXCL:
+            inode = Inode()
+            folder.change((path.name, inode))
+        elif flags & os.O_EXCL:
             raise FileExistsError(errno.EEXIST, "File exists", path.where)
-        inode = path.inode()
         self._open[fd] = disk, inode
         if flags & os.O_TRUNC and inode.data:
             self.ftruncate(fd, 0)

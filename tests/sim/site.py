@@ -22,8 +22,10 @@ from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
-ALL = {Channel.ANNOUNCE, Channel.BULK}
-OWN = {Channel.DOWN_CTL, Channel.DOWN_DATA}
+ALL = (Channel.ANNOUNCE, Channel.BULK)
+OWN = (Channel.DOWN_CTL, Channel.DOWN_DATA)
+TICK = d.Tick()
+CONTROL = (Channel.ANNOUNCE, Channel.DOWN_CTL)
 
 
 class SiteMachine(Machine):
@@ -86,7 +88,8 @@ class SiteMachine(Machine):
 
     def reads(self, address: Address) -> bool:
         """See Machine."""
-        return address[0] in ALL or (address[0] in OWN and address[1] == self.name)
+        channel, site = address
+        return channel in ALL if site is None else site == self.name and channel in OWN
 
     def will(self) -> tuple[Address, bytes]:
         """See Machine."""
@@ -107,7 +110,7 @@ class SiteMachine(Machine):
 
     def taken(self, address: Address, data: bytes) -> None:
         """See Machine."""
-        if address[0] in {Channel.ANNOUNCE, Channel.DOWN_CTL}:
+        if address[0] in CONTROL:
             self.decide(d.Received(opened(data)))
             return
         chunk = parse_chunk(data)
@@ -116,7 +119,7 @@ class SiteMachine(Machine):
 
     def ticked(self) -> None:
         """See Machine."""
-        self.decide(d.Tick())
+        self.decide(TICK)
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.later(0, self.decide, d.ChunksStored(transfer_id, indices))

@@ -86,6 +86,8 @@ class Witness:
         self._window: dict[str, int] = {}
         self._handed: dict[str, int] = {}
         self._before: Ledger | None = None
+        self._looked_at: dict[str, int] = {}
+        """Changes of a site's folder of states when it was looked at last."""
 
     # -- the journal ---
 
@@ -218,18 +220,21 @@ class Witness:
 
     def bounds(self, core: Core, spooler: VirtualSpooler) -> None:
         """After each decision of the coordinator."""
-        uploads, sites = core.uploads, len(self.scenario.sites)
-        demand(uploads.reserved <= uploads.budget_bytes, "more is reserved than the budget holds")
-        demand(len(uploads._by_id) <= 2 * sites, "more uploads than one under way and one in admission for each site")
-        demand(len(spooler.spooler._open) <= 2 * sites, "more files open than that")
-        demand(
-            len(spooler.arrived) * SLICE <= 2 * uploads.budget_bytes,
-            f"{len(spooler.arrived)} chunks in memory, twice the budget is {2 * uploads.budget_bytes // SLICE}",
-        )
-        for update_id in [each for each in self._granted if each not in uploads._by_id]:
-            del self._granted[update_id]
-        granted = sum(self._granted.values())
-        demand(granted <= uploads.budget_bytes, f"{granted} bytes are granted, the budget is {uploads.budget_bytes}")
+        uploads, most = core.uploads, 2 * len(self.scenario.sites)
+        budget, arrived = uploads.budget_bytes, len(spooler.arrived)
+        if uploads.reserved > budget:
+            raise ViolationError("more is reserved than the budget holds")
+        if len(uploads._by_id) > most:
+            raise ViolationError("more uploads than one under way and one in admission for each site")
+        if len(spooler.spooler._open) > most:
+            raise ViolationError("more files open than that")
+        if arrived * SLICE > 2 * budget:
+            raise ViolationError(f"{arrived} chunks in memory, twice the budget is {2 * budget // SLICE}")
+        if self._granted:
+            for update_id in [each for each in self._granted if each not in uploads._by_id]:
+                del self._granted[update_id]
+            granted = sum(self._granted.values())
+            demand(granted <= budget, f"{granted} bytes are granted, the budget is {budget}")
 
     # -- sites ---
 
@@ -305,10 +310,13 @@ class Witness:
 
     def site_bounds(self, machine: SiteMachine) -> None:
         """After each decision of a site."""
-        session = machine.session
-        demand(len(session.outbox) <= machine.scenario.outbox_max, f"{machine.name} holds too many updates")
-        names = machine.disk.folders["states"].names
-        states = {name.partition(".")[0] for name in names if not name.startswith(".tmp-")}
+        if len(machine.session.outbox) > machine.scenario.outbox_max:
+            raise ViolationError(f"{machine.name} holds too many updates")
+        folder = machine.disk.folders["states"]
+        if self._looked_at.get(machine.name) == folder.changes:
+            return
+        self._looked_at[machine.name] = folder.changes
+        states = {name.partition(".")[0] for name in folder.names if not name.startswith(".tmp-")}
         demand(len(states) <= STATES_AT_A_SITE, f"{machine.name} keeps {len(states)} states")
 
     # -- the end ---

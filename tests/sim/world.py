@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import PrivateAttr
+
 from shared.messages import Announce, encode
+from shared.plan import SealedPlan
 from shared.topics import Channel
 from tests.factories import digest, make_plan, make_state
 from tests.sim import disk
@@ -35,6 +38,21 @@ EVENT_S = 1.0
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
+class Plan(SealedPlan):
+    """A sealed plan that works its fingerprint out once: here it never becomes another, and everybody asks for it."""
+
+    _fingerprint: str = PrivateAttr()
+
+    def model_post_init(self, _context: object) -> None:
+        """See pydantic.BaseModel."""
+        self._fingerprint = super().fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """See SealedPlan."""
+        return self._fingerprint
+
+
 class World:
     """A scenario under way; `run` is its whole life."""
 
@@ -44,7 +62,7 @@ class World:
         self.clock = Clock()
         self.weather = plan.weather
         self.broker = Broker(self.clock, self._chance("broker"), plan.weather)
-        self.sealed_plan = make_plan(plan.federation)
+        self.sealed_plan = Plan.model_validate(make_plan(plan.federation).model_dump())
         self.witness = Witness(plan, FIRST_MASTER)
         self._trace = trace
         machine: dict[str, Any] = {"clock": self.clock, "broker": self.broker, "told": self.tell}
@@ -56,6 +74,8 @@ class World:
             for site in plan.sites
         ]
         self.machines: list[Machine] = [self.coordinator, *self.sites]
+        self._here = list(self.sites)
+        """Sites that may still take part; asked before each event, so those that are gone are taken out as they are seen."""
         self.stormy = True
 
     def _chance(self, name: str) -> random.Random:
@@ -93,7 +113,9 @@ class World:
 
     def done(self) -> bool:
         """Whether every site that stays has left of its own will."""
-        return all(site.gone for site in self.sites)
+        while self._here and self._here[-1].gone:
+            self._here.pop()
+        return not self._here
 
     def close(self) -> None:
         """Let go of the journal's file."""
