@@ -125,6 +125,10 @@ class Broker:
         """Write the snapshot that a restart may bring back."""
         self._snapshot = dict(self.retained)
 
+    def forget_retained(self) -> None:
+        """Let all retained messages go."""
+        self.retained = {}
+
     # -- within ---
 
     def _due(self, connection: Connection, lane: tuple[str, Address]) -> float:

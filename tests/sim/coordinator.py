@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
+from coordinator.service import DAMAGED_RETRY_S
 from shared import durable
 from shared.config import CoordinatorConfig
-from shared.errors import RefusedError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
 from shared.manifest import Manifest, StateFacts
 from shared.messages import parse_chunk
 from shared.plan import SealedPlan
+from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
 from tests.sim.broker import Address
@@ -52,6 +55,7 @@ class CoordinatorMachine(Machine):
         self.journal_path = journal_path
         self.journal: Journal | None = None
         self.journal_fails = 0.0
+        self.rot = 0.0
         self.config = CoordinatorConfig.model_validate({"federation": "f", "storage": "s"}).model_copy(
             update={"link": scenario.link}
         )
@@ -86,7 +90,14 @@ class CoordinatorMachine(Machine):
         discard_rejected(self.updates, self.core.ledger)
         self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
+        self._held: d.Decision | None = None
+        """What waits for room in the journal, and with it all that is to be decided after it."""
+        self._backlog: deque[d.Event] = deque()
         self.witness.recovered(self.core, records, self.updates)
+
+    def part(self) -> None:
+        """See Machine."""
+        self.spooler.spooler._close_all()
 
     def ended(self) -> None:
         """See Machine; the journal's lock goes with the process."""
@@ -156,10 +167,17 @@ class CoordinatorMachine(Machine):
 
     def decide(self, event: d.Event) -> None:
         """As `Service._decide`: durable, then said, then done."""
+        if self._held is not None:
+            self._backlog.append(event)
+            return
         self.witness.deciding = True
-        decision = self.core.handle(event, Instant(self.clock.now, self.wall))
-        if decision.records:
-            self._append(decision)
+        self._carry_out(self.core.handle(event, Instant(self.clock.now, self.wall)))
+
+    def _carry_out(self, decision: d.Decision) -> None:
+        if decision.records and not self._append(decision):
+            self._held = decision
+            self.later(POLL_S, self._try_again, decision)
+            return
         self.witness.deciding = False
         for send in decision.sends:
             self.witness.says(self.core, send)
@@ -168,13 +186,19 @@ class CoordinatorMachine(Machine):
         for job in decision.jobs:
             self.step()
             self._start(job)
-        self.witness.bounds(self.core, self.spooler)
+        self.witness.bounds(self)
 
-    def _append(self, decision: d.Decision) -> None:
+    def _try_again(self, decision: d.Decision) -> None:
+        self._held = None
+        self._carry_out(decision)
+        while self._backlog and self._held is None:
+            self.decide(self._backlog.popleft())
+
+    def _append(self, decision: d.Decision) -> bool:
         assert self.journal is not None
         self.step()
         if self.disk.full:
-            raise UnavailableError("the journal's disk is full")
+            return False
         fails = self.rng.random() < self.journal_fails
         if fails and self.rng.random() < 0.5:
             raise UnavailableError("the journal failed, nothing was written")
@@ -185,6 +209,7 @@ class CoordinatorMachine(Machine):
         if fails:
             raise UnavailableError("the journal failed, after it had written")
         self.step()
+        return True
 
     def _start(self, job: d.Job) -> None:
         match job:
@@ -212,6 +237,10 @@ class CoordinatorMachine(Machine):
             have = self.spooler.open(manifest)
         except RefusedError as error:
             self.later(0, self.decide, d.VerifyFailed(manifest.transfer_id, error.rule, error.message))
+        except NoRoomError as error:
+            self._postpone(manifest.transfer_id, "no-room", error.message, self.config.link.backoff_cap_s)
+        except CorruptError:
+            self._begin_anew(manifest.transfer_id)
         else:
             self.witness.resumed(manifest, have)
             self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
@@ -222,14 +251,33 @@ class CoordinatorMachine(Machine):
 
     def _admit(self, stored: Any) -> None:
         update_id = stored.manifest.transfer_id
+        if self.rot and self.rng.random() < self.rot:
+            self.told(self.name, "disk spoils", update_id)
+            self.witness.spoilt(update_id)
+            stored.path.inode().spoil(self.rng.randrange(stored.manifest.wire_bytes))
         try:
             norm = admit(stored)
         except RefusedError as error:
             self.decide(d.VerifyFailed(update_id, error.rule, error.message))
+        except CorruptError:
+            self.spooler.soon(self._begin_anew, update_id)
         else:
             self.decide(d.Verified(update_id, norm))
 
+    def _begin_anew(self, update_id: str) -> None:
+        self.spooler.spooler._close(update_id, delete=True)
+        self._postpone(update_id, "damaged-at-rest", "the coordinator's disk damaged it", DAMAGED_RETRY_S)
+
+    def _postpone(self, update_id: str, rule: str, detail: str, retry_s: float) -> None:
+        self.later(0, self.decide, d.Postponed(update_id, rule, detail, retry_s))
+
     def _merge(self, plan: MergePlan) -> None:
+        try:
+            self._merge_given_room(plan)
+        except NoRoomError:
+            self.later(POLL_S, self._merge, plan)
+
+    def _merge_given_room(self, plan: MergePlan) -> None:
         before = master_path(self.masters, plan.base_version).read_bytes()
         parts = []
         for part in plan.recorded():

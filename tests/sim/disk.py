@@ -39,6 +39,13 @@ class Inode:
     """(offset, bytes), or (size, None) for a change of length."""
 
 
+    def spoil(self, at: int) -> None:
+        """One byte is another one, in memory and on the platter."""
+        for held in (self.data, self.safe):
+            if at < len(held):
+                held[at] ^= 0x5A
+
+
 def _apply(target: bytearray, offset: int, data: bytes | None) -> None:
     end = offset if data is None else offset + len(data)
     if len(target) < end:
@@ -86,6 +93,9 @@ class Disk:
         """No file can be made or grow."""
         self.sync_fails = 0.0
         """Chance of a sync to fail."""
+        self.write_fails = 0.0
+        """Chance of a write to fail, half of it done."""
+        self.read_fails = 0.0
         self.forgets_on_error = False
         """Whether a failed sync takes the bytes out of memory as well."""
         self.folders: dict[str, Folder] = {"": Folder()}
@@ -105,6 +115,23 @@ class Disk:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def _fail(self) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def reads(self) -> None:
+        """To be called before each read."""
+        if self.read_fails and self.rng.random() < self.read_fails:
+            self._fail()
+
+    def write(self, inode: Inode, offset: int, data: bytes) -> None:
+        """Write into memory; on the platter it is some time later."""
+        broken = bool(self.write_fails) and self.rng.random() < self.write_fails
+        written = data[: len(data) // 2] if broken else data
+        inode.pending.append((offset, written))
+        _apply(inode.data, offset, written)
+        if broken:
+            self._fail()
+
     def sync(self, what: Inode | Folder) -> None:
         """Make a file's bytes safe, or a folder's names."""
         self.change()
@@ -113,7 +140,7 @@ class Disk:
                 what.pending.clear()
                 if self.forgets_on_error:
                     what.data = bytearray(what.safe)
-            raise OSError(errno.EIO, "Input/output error")
+            self._fail()
         if isinstance(what, Inode):
             for offset, data in what.pending:
                 _apply(what.safe, offset, data)
@@ -222,6 +249,7 @@ class SimPath:
     replace = rename
 
     def read_bytes(self) -> bytes:
+        self.disk.reads()
         return bytes(self.inode().data)
 
     def stat(self) -> SimpleNamespace:
@@ -272,17 +300,17 @@ class SimOs:
         return disk, inode
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        return bytes(self._file(fd)[1].data[offset : offset + size])
+        disk, inode = self._file(fd)
+        disk.reads()
+        return bytes(inode.data[offset : offset + size])
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         disk, inode = self._file(fd)
         disk.change()
         if offset + len(data) > len(inode.data):
             disk.room()
-        written = bytes(data)
-        inode.pending.append((offset, written))
-        _apply(inode.data, offset, written)
-        return len(written)
+        disk.write(inode, offset, bytes(data))
+        return len(data)
 
     def ftruncate(self, fd: int, size: int) -> None:
         disk, inode = self._file(fd)

@@ -45,12 +45,17 @@ class Machine:
         self.disk = Disk(rng, self.step)
         self.life = 0
         self.running = False
+        self.up = False
+        """Whether the process has got through its start."""
         self.gone = False
         """Whether the process ended for good, of its own will or ours."""
         self.fuse: int | None = None
         """Steps until the process dies."""
         self.dies_of_power = False
+        self.stays_away = False
+        """The next death is followed by a long absence."""
         self.frozen_until = 0.0
+        self.unreachable_until = 0.0
         self.wall_offset_s = EPOCH_S
         self.connection: Connection | None = None
 
@@ -109,6 +114,7 @@ class Machine:
 
     def _begin(self) -> None:
         self.boot()
+        self.up = True
         self.later(self.rng.random() * TICK_S, self.tick)
         self._connect()
 
@@ -117,19 +123,32 @@ class Machine:
         if not self.running:
             return
         self.told(self.name, "dies", why)
-        self.running = self.disk.alive = False
+        self.running = self.up = self.disk.alive = False
         if self.dies_of_power:
             self.disk.power_loss()
             self.frozen_until = 0.0
             self.dies_of_power = False
         self.ended()
         self._hang_up(suddenly=True)
+        away_s = self.rng.uniform(15.0, 45.0) if self.stays_away else self.rng.uniform(0.5, 8.0)
+        self.stays_away = False
+        self.clock.later(away_s, self.start)
+
+    def stop(self) -> None:
+        """End the process in good order, as an update of its host does, and start it again some time later."""
+        if not self.up or self.clock.now < self.frozen_until:
+            return
+        self.told(self.name, "stops")
+        self.part()
+        self.running = self.up = self.disk.alive = False
+        self.ended()
+        self._hang_up(suddenly=False)
         self.clock.later(self.rng.uniform(0.5, 8.0), self.start)
 
     def leave(self) -> None:
         """End the process in good order, for good."""
         self.gone = True
-        self.running = False
+        self.running = self.up = False
         self.ended()
         self._hang_up(suddenly=False)
 
@@ -147,6 +166,9 @@ class Machine:
 
     def _connect(self) -> None:
         if self.connection is not None:
+            return
+        if self.clock.now < self.unreachable_until:
+            self.later(self.rng.uniform(0.2, 2.0), self._connect)
             return
         self.connection = self.broker.connect(self, self.will(), self.greeting())
         if self.connection is None:
@@ -197,6 +219,10 @@ class Machine:
 
     def boot(self) -> None:
         """The process's start, from the disk alone."""
+        raise NotImplementedError
+
+    def part(self) -> None:
+        """What a process does last that is asked to end."""
         raise NotImplementedError
 
     def ended(self) -> None:

@@ -9,10 +9,11 @@ from edge_client import decisions as d
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
-from shared.errors import RefusedError
+from shared.errors import NoRoomError, RefusedError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Message, Presence, Receipt, encode, parse_chunk
 from shared.plan import SealedPlan
+from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
 from tests.sim.broker import Address
@@ -75,7 +76,15 @@ class SiteMachine(Machine):
         self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, lambda _rule: None)
         self.pump = VirtualPump(self, self._read_update_chunk, self._chunk_sent)
         self._training = 0
+        self._sealing = False
+        """An update that is trained waits for room; see `Agent`."""
+        self._unsettled = 0
+        """Receipts that wait for room."""
         self._leaving = False
+
+    def part(self) -> None:
+        """See Machine."""
+        self.spooler.spooler._close_all()
 
     def ended(self) -> None:
         """See Machine."""
@@ -140,6 +149,8 @@ class SiteMachine(Machine):
             self._say(message)
         for job in decision.jobs:
             self.step()
+            if isinstance(job, d.Exit) and job.rule is None and self._sealing:
+                break
             self._start(job)
         self.witness.site_bounds(self)
 
@@ -157,10 +168,10 @@ class SiteMachine(Machine):
             case d.Train():
                 self._training += 1
                 self.witness.trains(self.name, job.base)
-                seconds = self.site.training_s * self.rng.uniform(0.5, 1.5)
-                self.later(seconds, self._trained, job.base, self._training)
+                self._train(job.base, self._training)
             case d.CancelTraining():
-                self._training += 1
+                if not self._sealing:
+                    self._training += 1
             case d.SendChunks():
                 self.witness.sends_chunks(self.name, job)
                 self.pump.put((Channel.UP_DATA, self.name), job.update_id, job.indices)
@@ -173,7 +184,11 @@ class SiteMachine(Machine):
     # -- jobs ---
 
     def _open_spool(self, manifest: Manifest) -> None:
-        have = self.spooler.open(manifest)
+        try:
+            have = self.spooler.open(manifest)
+        except NoRoomError:
+            self.later(POLL_S, self.spooler.soon, self._open_spool, manifest)
+            return
         agent: Any = self
         Agent._forget_states_but(agent, manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
@@ -190,6 +205,12 @@ class SiteMachine(Machine):
         agent: Any = self
         Agent._forget_states_but(agent, transfer_id)
         self.later(0, self.decide, d.StateReady(stored.manifest))
+
+    def _train(self, base: Manifest, training: int) -> None:
+        if self.disk.full:
+            self.later(POLL_S, self._train, base, training)
+        else:
+            self.later(self.site.training_s * self.rng.uniform(0.5, 1.5), self._trained, base, training)
 
     def _trained(self, base: Manifest, training: int) -> None:
         if training != self._training:
@@ -208,19 +229,42 @@ class SiteMachine(Machine):
             examples=self.rng.randint(1, 50),
             metrics={},
         )
-        wall = self.wall
         self.witness.begins_to_seal(update_id, frames)
+        self._seal(update_id, frames, facts)
+
+    def _seal(self, update_id: str, frames: list[bytes], facts: UpdateFacts) -> None:
         sealing: Any = ToyFrames(frames)
-        manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
+        wall = self.wall
+        self._sealing = True
+        try:
+            manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
+        except NoRoomError:
+            self.later(POLL_S, self._seal, update_id, frames, facts)
+            return
+        self._sealing = False
         self.witness.seals(self.name, manifest)
-        self.told(self.name, "sealed", update_id[:8], "of version", base.state.version, "bad" if bad else "")
+        bad = frames[0].startswith(BAD)
+        self.told(self.name, "sealed", update_id[:8], "of version", facts.base_version, "bad" if bad else "")
         self.decide(d.Trained(manifest))
 
     def _settle(self, receipt: Receipt) -> None:
-        if self.outbox.settle(receipt):
+        try:
+            settled = self.outbox.settle(receipt)
+        except NoRoomError:
+            self._unsettled += 1
+            self.later(POLL_S, self._settle_again, receipt)
+            return
+        if settled:
             self.witness.settles(self.name, receipt)
 
+    def _settle_again(self, receipt: Receipt) -> None:
+        self._unsettled -= 1
+        self._settle(receipt)
+
     def _leave(self, how: d.Exit) -> None:
+        if self._unsettled:
+            self.later(POLL_S, self._leave, how)
+            return
         self.told(self.name, "leaves", how.rule or "the run is complete")
         self.exit = how
         if how.rule is None:

@@ -98,6 +98,9 @@ class World:
         for machine in self.machines:
             machine.disk.sync_fails = plan.weather.failed_syncs
             machine.disk.forgets_on_error = bool(plan.seed % 2)
+            machine.disk.write_fails = plan.weather.failed_writes
+            machine.disk.read_fails = plan.weather.failed_reads
+        self.coordinator.rot = plan.weather.rot
         self.clock.later(0, self.coordinator.start)
         for site, machine in zip(plan.sites, self.sites, strict=True):
             machine.bad_updates = plan.weather.bad_updates
@@ -133,10 +136,13 @@ class World:
         quiet = Weather()
         self.broker.weather = quiet
         self.broker.up = True
-        self.coordinator.journal_fails = 0.0
+        self.coordinator.journal_fails = self.coordinator.rot = 0.0
         for machine in self.machines:
-            machine.disk.full, machine.disk.sync_fails = False, 0.0
-            machine.frozen_until, machine.fuse = 0.0, None
+            disk = machine.disk
+            disk.full = False
+            disk.sync_fails = disk.write_fails = disk.read_fails = 0.0
+            machine.frozen_until = machine.unreachable_until = 0.0
+            machine.fuse = None
             machine.start()
         for site in self.sites:
             site.bad_updates = 0.0
@@ -173,6 +179,21 @@ class World:
             self.broker.restart(self.rng.uniform(0.1, 5.0))
         if self._happens(6.0):
             self.broker.remember()
+        if self.weather.forgets_retained and self._happens(self.weather.forgets_retained):
+            self.tell("broker", "forgets what it retained")
+            self.broker.forget_retained()
+        if self.weather.partitions and self._happens(self.weather.partitions):
+            self._part()
+
+    def _part(self) -> None:
+        """Cut some machines off together; what is under way to and from them is lost, and nobody is told."""
+        cut_off = self.rng.sample(self.machines, self.rng.randint(1, len(self.machines)))
+        until = self.clock.now + self.rng.uniform(2.0, 20.0)
+        for machine in cut_off:
+            self.tell(machine.name, "cannot reach the broker until", until)
+            machine.unreachable_until = until
+            if machine.connection is not None and not machine.connection.hole:
+                self.broker.dead(machine.connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
 
     def _befalls(self, machine: Machine) -> None:
         weather, rng = self.weather, self.rng
@@ -180,6 +201,11 @@ class World:
             self._steps(machine, power=False)
         if self._happens(weather.power_losses):
             self._steps(machine, power=True)
+        if weather.absences and self._happens(weather.absences):
+            machine.stays_away = True
+            self._steps(machine, power=False)
+        if weather.stops and self._happens(weather.stops):
+            machine.stop()
         if self._happens(weather.freezes):
             machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
             self.tell(machine.name, "stands still until", machine.frozen_until)
