@@ -367,9 +367,13 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
-        if self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s:
-            if not self.sites.expected(now.mono, back_within_s=self.back_within_s):
-                out.jobs.append(d.Stop())
+        if (
+            self.ledger.finished
+            and self.exit_when_done
+            and now.mono - self._round_opened >= self.settle_s
+            and not self.sites.expected(now.mono, back_within_s=self.back_within_s)
+        ):
+            out.jobs.append(d.Stop())
 
 
 def _unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -66,6 +66,8 @@ class Broker:
         self._snapshot: dict[Address, bytes] = {}
         self.ancient: dict[Address, bytes] = {}
         """What an earlier run left in the broker's files; it comes back when the rest is lost."""
+        self.faults: Counter[str] = Counter()
+        """What befell, how often."""
         self.digest = 0
         """Of all that was ever published: equal for equal worlds."""
 
@@ -110,6 +112,7 @@ class Broker:
 
     def restart(self, down_s: float) -> None:
         """Die, and come back with the retained messages of now, of an earlier moment, or none."""
+        self.faults["broker restarted"] += 1
         self.up = False
         for connection in list(self.connections):
             connection.will = None
@@ -127,6 +130,7 @@ class Broker:
 
     def forget_retained(self) -> None:
         """Let all retained messages go."""
+        self.faults["retained messages forgotten"] += 1
         self.retained = {}
 
     # -- within ---
@@ -161,12 +165,19 @@ class Broker:
 
     def _enqueue(self, connection: Connection, address: Address, data: bytes) -> None:
         if self.rng.random() < self.weather.drop:
+            self.faults["message lost"] += 1
             return
         if address[0] in DATA and self.rng.random() < self.weather.garble:
+            self.faults["chunk garbled"] += 1
             at = self.rng.randrange(CHUNK_HEADER_BYTES, len(data))
             data = data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :]
-        for _ in range(2 if self.rng.random() < self.weather.double else 1):
+        copies = 1
+        if self.rng.random() < self.weather.double:
+            self.faults["message doubled"] += 1
+            copies = 2
+        for _ in range(copies):
             if len(connection.waiting) >= self.weather.queue_max:
+                self.faults["queue overflowed"] += 1
                 if not self.weather.drops_oldest:
                     return
                 connection.waiting.popleft().clear()

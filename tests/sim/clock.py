@@ -18,7 +18,7 @@ class Clock:
 
     def at(self, when: float, action: Callable[..., None], *args: Any) -> None:
         """Do something at a moment, or now if that has passed."""
-        heapq.heappush(self._queue, (when if when > self.now else self.now, next(self._order), action, args))
+        heapq.heappush(self._queue, (max(self.now, when), next(self._order), action, args))
 
     def later(self, seconds: float, action: Callable[..., None], *args: Any) -> None:
         """Do something after a while."""

@@ -200,6 +200,7 @@ class CoordinatorMachine(Machine):
         if self.disk.full:
             return False
         fails = self.rng.random() < self.journal_fails
+        self.disk.faults["journal failed"] += fails
         if fails and self.rng.random() < 0.5:
             raise UnavailableError("the journal failed, nothing was written")
         self.told("journal", *decision.records)
@@ -253,6 +254,7 @@ class CoordinatorMachine(Machine):
         update_id = stored.manifest.transfer_id
         if self.rot and self.rng.random() < self.rot:
             self.told(self.name, "disk spoils", update_id)
+            self.disk.faults["update spoilt at rest"] += 1
             self.witness.spoilt(update_id)
             stored.path.inode().spoil(self.rng.randrange(stored.manifest.wire_bytes))
         try:

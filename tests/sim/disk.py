@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,6 @@ class Inode:
     safe: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
     """(offset, bytes), or (size, None) for a change of length."""
-
 
     def spoil(self, at: int) -> None:
         """One byte is another one, in memory and on the platter."""
@@ -89,6 +89,8 @@ class Disk:
         self.rng = rng
         self.step = step
         self.alive = True
+        self.faults: Counter[str] = Counter()
+        """What befell, how often."""
         self.full = False
         """No file can be made or grow."""
         self.sync_fails = 0.0
@@ -115,13 +117,14 @@ class Disk:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def _fail(self) -> None:
+    def _fail(self, what: str) -> None:
+        self.faults[f"{what} failed"] += 1
         raise OSError(errno.EIO, "Input/output error")
 
     def reads(self) -> None:
         """To be called before each read."""
         if self.read_fails and self.rng.random() < self.read_fails:
-            self._fail()
+            self._fail("read")
 
     def write(self, inode: Inode, offset: int, data: bytes) -> None:
         """Write into memory; on the platter it is some time later."""
@@ -130,7 +133,7 @@ class Disk:
         inode.pending.append((offset, written))
         _apply(inode.data, offset, written)
         if broken:
-            self._fail()
+            self._fail("write")
 
     def sync(self, what: Inode | Folder) -> None:
         """Make a file's bytes safe, or a folder's names."""
@@ -140,7 +143,7 @@ class Disk:
                 what.pending.clear()
                 if self.forgets_on_error:
                     what.data = bytearray(what.safe)
-            self._fail()
+            self._fail("sync")
         if isinstance(what, Inode):
             for offset, data in what.pending:
                 _apply(what.safe, offset, data)
@@ -150,6 +153,7 @@ class Disk:
 
     def power_loss(self) -> None:
         """Keep what was synced, and of the rest what chance leaves."""
+        self.faults["power lost"] += 1
         for folder in self.folders.values():
             for changes in self._some(folder.pending):
                 _rename(folder.safe, changes)

@@ -89,6 +89,8 @@ class Machine:
         try:
             action(*args)
         except KilledError:
+            if not self.dies_of_power:
+                self.disk.faults["killed for long" if self.stays_away else "killed"] += 1
             self.die("killed")
         except (UnavailableError, OSError) as error:
             if isinstance(error, (FileNotFoundError, FileExistsError)):
@@ -139,6 +141,7 @@ class Machine:
         if not self.up or self.clock.now < self.frozen_until:
             return
         self.told(self.name, "stops")
+        self.disk.faults["stopped in good order"] += 1
         self.part()
         self.running = self.up = self.disk.alive = False
         self.ended()

@@ -237,7 +237,9 @@ class SiteMachine(Machine):
         wall = self.wall
         self._sealing = True
         try:
-            manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
+            manifest = self.outbox.seal(
+                sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall)
+            )
         except NoRoomError:
             self.later(POLL_S, self._seal, update_id, frames, facts)
             return

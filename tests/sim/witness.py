@@ -17,6 +17,7 @@ There is no privacy ledger yet, and so no check of one.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from coordinator.core import Core
@@ -94,6 +95,11 @@ class Witness:
         """Changes of a machine's folder when it was looked at last."""
         self._answered: set[str] = set()
         """Sites with a rejected update since the last version."""
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """What became of the updates that were sealed; some of a site that went away for ever have no outcome."""
+        return Counter(self.decided.get(update_id, "open") for update_id in self.sealed)
 
     # -- the journal ---
 
@@ -275,7 +281,7 @@ class Witness:
             demand(len(masters) <= MASTERS, f"{len(masters)} masters are kept")
 
     def _changed(self, machine: Machine, name: str) -> set[str] | None:
-        """Ids in a folder when it is not as it was at the last look; of files that are being written nothing is said."""
+        """Ids in a folder, unless it is as it was at the last look; files that are being written do not count."""
         folder = machine.disk.folders[name]
         if self._looked_at.get((machine.name, name)) == folder.changes:
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class World:
         ]
         self.machines: list[Machine] = [self.coordinator, *self.sites]
         self._here = list(self.sites)
-        """Sites that may still take part; asked before each event, so those that are gone are taken out as they are seen."""
+        """Sites that may still take part; those that are gone are taken out as they are seen."""
         self.stormy = True
 
     def _chance(self, name: str) -> random.Random:
@@ -120,6 +121,11 @@ class World:
             self._here.pop()
         return not self._here
 
+    @property
+    def faults(self) -> Counter[str]:
+        """What befell, how often."""
+        return sum((machine.disk.faults for machine in self.machines), self.broker.faults)
+
     def close(self) -> None:
         """Let go of the journal's file."""
         self.coordinator.ended()
@@ -127,6 +133,7 @@ class World:
     def _gone_for_good(self, machine: SiteMachine) -> None:
         if not machine.gone:
             self.tell(machine.name, "goes away for ever")
+            machine.disk.faults["gone for ever"] += 1
             machine.die("gone")
             machine.gone = True
 
@@ -191,6 +198,7 @@ class World:
         until = self.clock.now + self.rng.uniform(2.0, 20.0)
         for machine in cut_off:
             self.tell(machine.name, "cannot reach the broker until", until)
+            machine.disk.faults["cut off for long"] += 1
             machine.unreachable_until = until
             if machine.connection is not None and not machine.connection.hole:
                 self.broker.dead(machine.connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
@@ -207,12 +215,15 @@ class World:
         if weather.stops and self._happens(weather.stops):
             machine.stop()
         if self._happens(weather.freezes):
+            machine.disk.faults["stood still"] += 1
             machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
             self.tell(machine.name, "stands still until", machine.frozen_until)
         if self._happens(weather.clock_jumps):
+            machine.disk.faults["clock jumped"] += 1
             machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
         if self._happens(weather.full_disks):
             self.tell(machine.name, "disk full")
+            machine.disk.faults["disk full"] += 1
             machine.disk.full = True
             self.clock.later(rng.uniform(1, 10), self._make_room, machine)
 
@@ -220,9 +231,11 @@ class World:
         connection = machine.connection
         if connection is not None and self._happens(self.weather.cuts):
             self.tell(machine.name, "cut")
+            machine.disk.faults["link cut"] += 1
             self.broker.cut(connection)
         elif connection is not None and self._happens(self.weather.holes):
             self.tell(machine.name, "in a hole")
+            machine.disk.faults["link dead, unnoticed"] += 1
             self.broker.dead(connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
 
     def _steps(self, machine: Machine, *, power: bool) -> None:
