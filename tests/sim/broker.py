@@ -68,6 +68,8 @@ class Broker:
         """What an earlier run left in the broker's files; it comes back when the rest is lost."""
         self.faults: Counter[str] = Counter()
         """What befell, how often."""
+        self.overhears: Callable[[Address, bytes], None] | None = None
+        """Told of all that is published, where somebody listens."""
         self.digest = 0
         """Of all that was ever published: equal for equal worlds."""
 
@@ -128,6 +130,10 @@ class Broker:
         """Write the snapshot that a restart may bring back."""
         self._snapshot = dict(self.retained)
 
+    def inject(self, address: Address, data: bytes) -> None:
+        """Somebody publishes who is none of ours."""
+        self._route(address, data)
+
     def forget_retained(self) -> None:
         """Let all retained messages go."""
         self.faults["retained messages forgotten"] += 1
@@ -156,7 +162,11 @@ class Broker:
             acked()
 
     def _route(self, address: Address, data: bytes) -> None:
-        self.digest = zlib.crc32(data, self.digest)
+        if self.overhears is None:
+            self.digest = zlib.crc32(data, self.digest)
+        else:  # sealed: other keys each time, and so other bytes of the same length
+            self.overhears(address, data)
+            self.digest = zlib.crc32(b"%d" % len(data), self.digest)
         if address[0].retained:
             self.retained[address] = data
         for connection in self.connections:

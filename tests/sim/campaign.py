@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import platform
 import shutil
@@ -18,12 +19,14 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from tests.sim.disk import KilledError
 from tests.sim.weather import scenario
@@ -138,22 +141,25 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Let no cycles be looked for while worlds run, a tenth of their time; what they leave goes at the end."""
+def many_worlds() -> Iterator[None]:
+    """Look for no cycles while worlds run, a tenth of their time, and leave the log to what is an error."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
         gc.collect()
+        structlog.reset_defaults()
 
 
 def run_range(commit: str, first: int, last: int) -> Result:
     """Run the worlds of some seeds in a row, `last` included."""
     result, began = Result(commit), time.process_time()
-    with without_collector():
+    with many_worlds():
         for seed in range(first, last + 1):
-            result.worlds[scenario(seed).federation.aggregation.mode] += 1
+            plan = scenario(seed)
+            result.worlds[f"{plan.federation.aggregation.mode}{', sealed' * plan.sealed}"] += 1
             ended = try_seed(seed)
             if isinstance(ended, Failure):
                 result.failures.append(ended)
@@ -180,7 +186,6 @@ def open_ranges(seeds: range, done: list[tuple[int, int]], size: int = RANGE) ->
 
 def current_commit() -> str:
     """The commit of this checkout, with a word about changes that are in no commit."""
-
     git = shutil.which("git")
 
     def asked(*words: str) -> str:
@@ -209,10 +214,10 @@ def save(path: Path, told: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def run(seeds: range, workers: int, path: Path, commit: str) -> Result:
+def run(seeds: Sequence[range], workers: int, path: Path, commit: str) -> Result:
     """Run what is not done of `seeds`; SIGINT ends it, and the next call goes on."""
     result = load(path, commit)
-    todo = open_ranges(seeds, result.ranges)
+    todo = chain.from_iterable([open_ranges(some, result.ranges) for some in seeds])
     told_at, waiting = time.monotonic(), set[Future[Result]]()
     _say(f"{result.count} worlds are done in {path}; commit {commit}, {workers} workers")
     with ProcessPoolExecutor(workers) as pool:

@@ -24,10 +24,12 @@ from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
+from shared.trust.guard import TurnedAwayError
 from tests.sim.broker import Address
-from tests.sim.machine import Machine, opened
+from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
+from tests.sim.trust import guard_of
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
 
@@ -76,6 +78,13 @@ class CoordinatorMachine(Machine):
         self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot)
         # Less than any configuration admits, so that a few chunks spend it.
         self.core.uploads.budget_bytes = self.scenario.budget_chunks * 4096
+        self.guard = guard_of(
+            self.name,
+            sealed=self.scenario.sealed,
+            fingerprint=self.plan.fingerprint,
+            folder=root / "trust",
+            now=self.wall,
+        )
         for store in (self.updates, self.states):
             store.recover()
         records = []
@@ -150,7 +159,9 @@ class CoordinatorMachine(Machine):
         channel, site = address
         assert site is not None
         if channel is not Channel.UP_DATA:
-            self.decide(d.Received(site, opened(data)))
+            message = self.opened(address, data)
+            if message is not None:
+                self.decide(d.Received(site, message))
             return
         chunk = parse_chunk(data)
         if self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
@@ -158,6 +169,11 @@ class CoordinatorMachine(Machine):
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.later(0, self.decide, d.ChunksStored(transfer_id, indices))
+
+    def refused(self, site: str | None, error: RefusedError) -> None:
+        """As `Service.refused`."""
+        if isinstance(error, TurnedAwayError):
+            self.post((Channel.DOWN_CTL, site), error.answer)
 
     def ticked(self) -> None:
         """See Machine."""
@@ -296,4 +312,4 @@ class CoordinatorMachine(Machine):
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
         stored = self.states.get(transfer_id)
         assert stored is not None, "a state of the ledger is in the store"
-        return stored.read_frame(index)
+        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))

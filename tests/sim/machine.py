@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from typing import Any
 
-from shared.errors import UnavailableError
-from shared.messages import Message, decode, encode
+from shared.errors import RefusedError, UnavailableError
+from shared.messages import Message, UnknownMessageError
+from shared.trust.guard import Guard
+from shared.trust.replay import RepeatedError
 from tests.sim.broker import Address, Broker, Connection
 from tests.sim.clock import Clock
 from tests.sim.disk import Disk, KilledError
@@ -16,15 +17,14 @@ from tests.sim.disk import Disk, KilledError
 TICK_S = 0.5
 EPOCH_S = 1e9
 
-opened = functools.lru_cache(4096)(decode)
-"""Messages are values: what was sent to several is parsed once."""
-
 
 class Machine:
     """A computer with one process of ours; the subclass says what the process does.
 
     `life` counts the process's starts: what an earlier life had in mind does not happen to the next one.
     """
+
+    guard: Guard
 
     def __init__(
         self,
@@ -100,6 +100,7 @@ class Machine:
     def tick(self) -> None:
         """The process's heartbeat."""
         self.later(TICK_S, self.tick)
+        self.guard.save()
         self.ticked()
 
     # -- life and death ---
@@ -184,7 +185,18 @@ class Machine:
         self.step()
         if self.connection is not None:
             self.told(self.name, "says", address[1] or "all", message)
-            self.broker.publish(self.connection, address, encode(message))
+            self.broker.publish(self.connection, address, self.guard.seal(message, *address, self.wall))
+
+    def opened(self, address: Address, data: bytes) -> Message | None:
+        """As `Mailroom._sort`: a message that may be believed."""
+        try:
+            return self.guard.open(data, *address, self.wall)
+        except (UnknownMessageError, RepeatedError):
+            return None
+        except RefusedError as error:
+            self.told(self.name, "refuses a message", error.rule)
+            self.refused(address[1], error)
+            return None
 
     def packet(self, connection: Connection, address: Address, data: bytes) -> None:
         """See Client."""
@@ -242,6 +254,10 @@ class Machine:
 
     def link_down(self) -> None:
         """The link is gone."""
+        raise NotImplementedError
+
+    def refused(self, site: str | None, error: RefusedError) -> None:
+        """A message that may not pass; see Desk."""
         raise NotImplementedError
 
     def taken(self, address: Address, data: bytes) -> None:

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from tests.sim import campaign
-from tests.sim.campaign import Failure, try_seed, without_collector
+from tests.sim.campaign import Failure, many_worlds, try_seed
 from tests.sim.mutations import MUTATIONS
-from tests.sim.weather import scenario
+from tests.sim.weather import SEALED, scenario
 from tests.sim.world import run_world
 
 
 def first_failure(seeds: range) -> Failure | None:
     """Run worlds until one fails."""
-    with without_collector():
+    with many_worlds():
         return next((ended for seed in seeds if isinstance(ended := try_seed(seed), Failure)), None)
 
 
@@ -26,7 +26,7 @@ def find_bugs() -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for mutation in MUTATIONS:
         with mutation.applied():
-            failure = first_failure(range(mutation.within))
+            failure = first_failure(mutation.seeds)
         found[mutation.name] = None if failure is None else failure.seed
         print(f"[sim] {mutation.name}: {failure or 'NOT FOUND'}", flush=True)  # noqa: T201
     return found
@@ -44,7 +44,7 @@ def main() -> None:
     """The command line; exit status 1 when a world failed or a bug was not found."""
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=2000, help="how many worlds")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--sealed", type=int, default=0, help="how many worlds of sealed federations beside them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--campaign", type=Path, default=Path("sim-campaign.json"), help="what was done so far")
     parser.add_argument("--json", type=Path, help="write the result there when all worlds were run")
@@ -62,7 +62,7 @@ def main() -> None:
         if chosen.json:
             campaign.save(chosen.json, {"commit": campaign.current_commit(), "found at seed": found})
         sys.exit(None in found.values())
-    seeds = range(chosen.first, chosen.first + chosen.seeds)
+    seeds = [range(chosen.seeds), range(SEALED, SEALED + chosen.sealed)]
     result = campaign.run(seeds, chosen.workers, chosen.campaign, campaign.current_commit())
     if chosen.json:
         publish(chosen.json, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 from edge_client import decisions as d
@@ -11,15 +12,17 @@ from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
 from shared.errors import NoRoomError, RefusedError
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Message, Presence, Receipt, encode, parse_chunk
+from shared.messages import Message, Presence, Receipt, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
+from shared.trust.guard import StaleKeyError
 from tests.sim.broker import Address
-from tests.sim.machine import Machine, opened
+from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
+from tests.sim.trust import guard_of
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
@@ -64,6 +67,16 @@ class SiteMachine(Machine):
             frozen_sha256=self.plan.frozen_sha256,
             software="test",
         )
+        self.guard = guard_of(
+            self.name,
+            sealed=self.scenario.sealed,
+            fingerprint=self.plan.fingerprint,
+            folder=root / "trust",
+            now=self.wall,
+        )
+        # Sealed once a process, as the agent does: the broker holds the will for as long as that lives.
+        self._away, self._here = self._presence(online=False), self._presence(online=True)
+        self._asked_for_keys = -math.inf
         pending = self.outbox.pending()
         self.witness.reopened(self.name, pending, self.outbox)
         self.session = Session(
@@ -73,7 +86,7 @@ class SiteMachine(Machine):
             trained=self.outbox.trained(),
             outbox_max=self.scenario.outbox_max,
         )
-        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, lambda _rule: None)
+        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, self._chunk_refused)
         self.pump = VirtualPump(self, self._read_update_chunk, self._chunk_sent)
         self._training = 0
         self._sealing = False
@@ -93,7 +106,7 @@ class SiteMachine(Machine):
 
     def _presence(self, *, online: bool) -> tuple[Address, bytes]:
         said = Presence(site=self.name, session=self.identity.session, online=online)
-        return (Channel.PRESENCE, self.name), encode(said)
+        return (Channel.PRESENCE, self.name), self.guard.seal(said, Channel.PRESENCE, self.name, self.wall)
 
     def reads(self, address: Address) -> bool:
         """See Machine."""
@@ -102,11 +115,11 @@ class SiteMachine(Machine):
 
     def will(self) -> tuple[Address, bytes]:
         """See Machine."""
-        return self._presence(online=False)
+        return self._away
 
     def greeting(self) -> tuple[Address, bytes]:
         """See Machine."""
-        return self._presence(online=True)
+        return self._here
 
     def link_up(self) -> None:
         """See Machine."""
@@ -120,11 +133,29 @@ class SiteMachine(Machine):
     def taken(self, address: Address, data: bytes) -> None:
         """See Machine."""
         if address[0] in CONTROL:
-            self.decide(d.Received(opened(data)))
+            message = self.opened(address, data)
+            if message is not None:
+                self.decide(d.Received(message))
             return
         chunk = parse_chunk(data)
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+
+    def refused(self, _site: str | None, error: RefusedError) -> None:
+        """As `Agent.refused`."""
+        if isinstance(error, StaleKeyError):
+            self._ask_for_keys()
+
+    def _chunk_refused(self, rule: str) -> None:
+        if rule == "bad-seal":
+            self._ask_for_keys()
+
+    def _ask_for_keys(self) -> None:
+        patient = self.clock.now - self._asked_for_keys < self.scenario.link.stall_s
+        if self.connection is not None and self.session.welcome and not patient:
+            self._asked_for_keys = self.clock.now
+            self.link_down()
+            self.link_up()
 
     def ticked(self) -> None:
         """See Machine."""
@@ -275,4 +306,4 @@ class SiteMachine(Machine):
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes | None:
         found = self.outbox.read_frame(transfer_id, index)
-        return None if found is None else found[1]
+        return None if found is None else self.guard.seal_chunk(found[0], index, found[1])

@@ -22,7 +22,7 @@ def test_a_campaign_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """The second call runs the rest alone; the sums are those of one call, and the file reads back as it was."""
     path = tmp_path / "campaign.json"
     campaign.save(path, campaign.run_range("c", 0, 1).plain())
-    went_on = campaign.run(range(4), 1, path, "c")
+    went_on = campaign.run([range(4)], 1, path, "c")
     assert went_on.ranges == [(0, 3)]
     assert went_on.count == sum(went_on.worlds.values()) == 4
     at_once = campaign.run_range("c", 0, 3)

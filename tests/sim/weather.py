@@ -10,6 +10,11 @@ from tests.factories import make_federation
 
 NAMES = ("ash", "bay", "cove", "dale", "elm", "fen")
 STALL_S = 2.0
+SEALED = 10_000_000
+"""Seeds from here on are those of sealed federations."""
+JUMPS_S = (0.0, -1e6, 1e7, -1e9)
+SMALL_JUMPS_S = (0.0, 30.0, 120.0, -100.0)
+"""Sealed messages carry times, and a clock that is days wrong is turned away by rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Weather:
     """The broker lets its retained messages go, and goes on."""
     bad_updates: float = 0.0
     """Share of updates that do not pass admission."""
+    forgeries: float = 0.0
+    """Somebody at the broker publishes what it may not; in sealed federations alone."""
     old_retained: bool = False
     """The broker begins with the announcement of an earlier run of this federation."""
 
@@ -84,6 +91,7 @@ class Scenario:
     """Credit of the coordinator, in chunks."""
     outbox_max: int
     state_frames: int
+    sealed: bool = False
     quiet: Weather = field(default_factory=Weather)
 
     @property
@@ -98,8 +106,9 @@ class Scenario:
             for name in Weather.__slots__
             if (value := getattr(self.weather, name)) != getattr(self.quiet, name)
         )
+        mode = f"{section.mode}, sealed" if self.sealed else section.mode
         return (
-            f"{section.mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
+            f"{mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
             f"{self.federation.federation.versions} versions, budget {self.budget_chunks} chunks, "
             f"window {self.link.window}; {faults or 'no faults'}"
         )
@@ -126,11 +135,16 @@ def scenario(seed: int) -> Scenario:
         },
     )
     link = LinkSection(stall_s=STALL_S, backoff_cap_s=8.0, window=rng.choice((1, 2, 4, 6)))
+    weather = _weather(rng, random.Random(f"mailboat more {seed}")) if seed % 20 else Weather()
+    sealed = seed >= SEALED
+    if sealed:
+        weather.forgeries = random.Random(f"forger {seed}").uniform(1.0, 20.0)
     return Scenario(
         seed=seed,
+        sealed=sealed,
         federation=federation,
         sites=sites,
-        weather=_weather(rng, random.Random(f"mailboat more {seed}")) if seed % 20 else Weather(),
+        weather=weather,
         storm_s=rng.uniform(25, 60),
         link=link,
         budget_chunks=rng.choice((2, 3, 5, 8, 1000)),

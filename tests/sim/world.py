@@ -25,9 +25,10 @@ from tests.sim import disk
 from tests.sim.broker import Broker
 from tests.sim.clock import Clock
 from tests.sim.coordinator import FIRST_MASTER, CoordinatorMachine
-from tests.sim.machine import Machine
+from tests.sim.machine import EPOCH_S, Machine
 from tests.sim.site import SiteMachine
-from tests.sim.weather import Scenario, Weather, scenario
+from tests.sim.trust import Forger, kits
+from tests.sim.weather import JUMPS_S, SMALL_JUMPS_S, Scenario, Weather, scenario
 from tests.sim.witness import ViolationError, Witness, demand
 
 CALM_S = 900.0
@@ -78,6 +79,8 @@ class World:
         self._here = list(self.sites)
         """Sites that may still take part; those that are gone are taken out as they are seen."""
         self.stormy = True
+        sealed = self.sealed_plan.fingerprint if plan.sealed else None
+        self.forger = None if sealed is None else Forger(self.broker, self._chance("forger"), sealed)
 
     def _chance(self, name: str) -> random.Random:
         return random.Random(f"{name} {self.scenario.seed}")
@@ -189,8 +192,17 @@ class World:
         if self.weather.forgets_retained and self._happens(self.weather.forgets_retained):
             self.tell("broker", "forgets what it retained")
             self.broker.forget_retained()
+        if self.forger is not None and self._happens(self.weather.forgeries):
+            self._forge(self.forger)
         if self.weather.partitions and self._happens(self.weather.partitions):
             self._part()
+
+    def _forge(self, forger: Forger) -> None:
+        insider = self.rng.choice(self.sites)
+        if insider.up:
+            how = forger.strike(self.clock.now + EPOCH_S, insider.guard, insider.session.announced)
+            self.tell("forger", "publishes", how)
+            self.broker.faults["forged or repeated message"] += 1
 
     def _part(self) -> None:
         """Cut some machines off together; what is under way to and from them is lost, and nobody is told."""
@@ -220,7 +232,7 @@ class World:
             self.tell(machine.name, "stands still until", machine.frozen_until)
         if self._happens(weather.clock_jumps):
             machine.disk.faults["clock jumped"] += 1
-            machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
+            machine.wall_offset_s = EPOCH_S + rng.choice(SMALL_JUMPS_S if self.scenario.sealed else JUMPS_S)
         if self._happens(weather.full_disks):
             self.tell(machine.name, "disk full")
             machine.disk.faults["disk full"] += 1
@@ -271,11 +283,14 @@ def _brief(word: Any) -> str:
 
 def run_world(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """Run the world of a seed to its end; see World.run for what it raises."""
+    plan = scenario(seed)
+    if plan.sealed:
+        kits()
     with (
         tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder,
         disk.installed(random.Random(seed)),
     ):
-        world = World(scenario(seed), Path(folder), trace)
+        world = World(plan, Path(folder), trace)
         try:
             world.run()
         except ViolationError:
