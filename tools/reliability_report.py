@@ -106,7 +106,8 @@ def recovery() -> Iterator[str]:
     yield (
         f"Default settings, one update of {settings['update_bytes'] / 1e6:g} MB over {settings['mbit_s']} Mbit/s, "
         "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted "
-        "process started, link back) to the first new chunk at the broker, its interpreter included. *Resent* are "
+        "process started, link back) until the coordinator says that it holds a chunk which was first sent after that, a "
+        "process's start included. *Resent* are "
         f"bytes that the broker saw twice; one credit window is {credit / 1e6:.1f} MB. Medians, and the worst."
     )
     yield ""
