@@ -106,7 +106,7 @@ def recovery() -> Iterator[str]:
     yield (
         f"Default settings, one update of {settings['update_bytes'] / 1e6:g} MB over {settings['mbit_s']} Mbit/s, "
         "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted "
-        "process started, link back) until the coordinator says that it holds a chunk which was first sent after that, a "
+        "process started, link back) until the coordinator says that it holds a chunk first sent after that, a "
         "process's start included. *Resent* are "
         f"bytes that the broker saw twice; one credit window is {credit / 1e6:.1f} MB. Medians, and the worst."
     )
@@ -144,10 +144,7 @@ def memory() -> Iterator[str]:
 
 def others() -> Iterator[str]:
     """What other measurements left, as they name it."""
-    for title, name, command in (
-        ("Simulated worlds", "sim", "make sim"),
-        ("Goodput", "goodput", "python -m bench.goodput"),
-    ):
+    for title, name, command in (("Goodput", "goodput", "python -m bench.goodput"),):
         found = load(name)
         yield from section(title, command, found)
         yield from _plain(found or {})
