@@ -57,7 +57,6 @@ class CoordinatorMachine(Machine):
         self.journal_path = journal_path
         self.journal: Journal | None = None
         self.journal_fails = 0.0
-        self.rot = 0.0
         self.config = CoordinatorConfig.model_validate({"federation": "f", "storage": "s"}).model_copy(
             update={"link": scenario.link}
         )
@@ -268,11 +267,8 @@ class CoordinatorMachine(Machine):
 
     def _admit(self, stored: Any) -> None:
         update_id = stored.manifest.transfer_id
-        if self.rot and self.rng.random() < self.rot:
-            self.told(self.name, "disk spoils", update_id)
-            self.disk.faults["update spoilt at rest"] += 1
+        if self.rots(stored):
             self.witness.spoilt(update_id)
-            stored.path.inode().spoil(self.rng.randrange(stored.manifest.wire_bytes))
         try:
             norm = admit(stored)
         except RefusedError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.errors import RefusedError, UnavailableError
 from shared.messages import Message, UnknownMessageError
+from shared.store import Stored
 from shared.trust.guard import Guard
 from shared.trust.replay import RepeatedError
 from tests.sim.broker import Address, Broker, Connection
@@ -56,6 +57,8 @@ class Machine:
         """The next death is followed by a long absence."""
         self.frozen_until = 0.0
         self.unreachable_until = 0.0
+        self.rot = 0.0
+        """Chance of a transfer to be spoilt on the disk before it is looked at."""
         self.wall_offset_s = EPOCH_S
         self.connection: Connection | None = None
 
@@ -96,6 +99,15 @@ class Machine:
             if isinstance(error, (FileNotFoundError, FileExistsError)):
                 raise
             self.die(f"{type(error).__name__}: {error}")
+
+    def rots(self, stored: Stored) -> bool:
+        """Perhaps spoil a transfer; whether it was."""
+        if not self.rot or self.rng.random() >= self.rot:
+            return False
+        self.told(self.name, "disk spoils", stored.manifest.transfer_id)
+        self.disk.faults["transfer spoilt at rest"] += 1
+        stored.path.inode().spoil(self.rng.randrange(stored.manifest.wire_bytes))  # type: ignore[attr-defined]
+        return True
 
     def tick(self) -> None:
         """The process's heartbeat."""

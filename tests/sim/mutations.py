@@ -165,16 +165,16 @@ def _shifted(size: int, data: bytes) -> Bitmap:
 # -- the site ---
 
 
-def _settle_backwards(self: Outbox, receipt: Receipt) -> bool:
+def _settle_backwards(self: Outbox, receipt: Receipt) -> str | None:
     stored = self.store.get(receipt.update_id)
     if stored is None:
-        return False
+        return None
     facts = stored.manifest.update
     origin = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
     self.store.delete(receipt.update_id)
     said = json.dumps({**origin, **receipt.model_dump(mode="json")}).encode()
     durable.replace_atomic(self._receipts / f"{receipt.update_id}.json", said)
-    return True
+    return facts.base_sha256
 
 
 def _never(*_args: Any) -> bool:

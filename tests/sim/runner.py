@@ -34,10 +34,11 @@ def find_bugs() -> dict[str, int | None]:
 
 def publish(path: Path, result: campaign.Result) -> None:
     """Write a result, unless the file tells of more worlds."""
-    if path.exists() and sum(json.loads(path.read_bytes()).get("worlds", {}).values()) > result.count:
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    if sum(before.get("worlds", {}).values()) > result.count:
         print(f"[sim] {path} tells of more worlds and stays as it is")  # noqa: T201
         return
-    campaign.save(path, campaign.published(result))
+    campaign.save(path, {**campaign.published(result), "notes": before.get("notes", [])})
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from edge_client import decisions as d
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
-from shared.errors import NoRoomError, RefusedError
+from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import Message, Presence, Receipt, parse_chunk
 from shared.plan import SealedPlan
@@ -220,35 +220,50 @@ class SiteMachine(Machine):
         except NoRoomError:
             self.later(POLL_S, self.spooler.soon, self._open_spool, manifest)
             return
+        except CorruptError:
+            self._fetch_again(manifest.transfer_id)
+            return
         agent: Any = self
         Agent._forget_states_but(agent, manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
 
     def _verify(self, transfer_id: str) -> None:
-        stored = self.spooler.spooler._finish(transfer_id)
         try:
+            stored = self.spooler.spooler._finish(transfer_id)
+            self.rots(stored)
             read_whole(stored)
-        except RefusedError:
-            self.spooler.spooler._close(transfer_id, delete=True)
-            self.later(0, self.decide, d.StateBroken(transfer_id))
+        except (RefusedError, CorruptError):
+            self._fetch_again(transfer_id)
             return
         # The agent's own rule of what may go; it looks at nothing but these two.
         agent: Any = self
         Agent._forget_states_but(agent, transfer_id)
         self.later(0, self.decide, d.StateReady(stored.manifest))
 
+    def _fetch_again(self, transfer_id: str) -> None:
+        self.spooler.spooler._close(transfer_id, delete=True)
+        self.later(0, self.decide, d.StateBroken(transfer_id))
+
     def _train(self, base: Manifest, training: int) -> None:
+        if training != self._training:
+            return
         if self.disk.full:
             self.later(POLL_S, self._train, base, training)
-        else:
-            self.later(self.site.training_s * self.rng.uniform(0.5, 1.5), self._trained, base, training)
+            return
+        try:
+            stored = self.states.get(base.transfer_id)
+            assert stored is not None, "a state that is ready is in the store"
+            self.rots(stored)
+            frames = read_whole(stored)
+        except CorruptError:
+            self._fetch_again(base.transfer_id)
+            return
+        self.witness.trained_on(self.name, base, frames)
+        self.later(self.site.training_s * self.rng.uniform(0.5, 1.5), self._trained, base, training)
 
     def _trained(self, base: Manifest, training: int) -> None:
         if training != self._training:
             return
-        stored = self.states.get(base.transfer_id)
-        assert stored is not None, "a state that is ready is in the store"
-        self.witness.trained_on(self.name, base, read_whole(stored))
         self.trainings += 1
         update_id = f"{self.rng.getrandbits(128):032x}"
         bad = self.rng.random() < self.bad_updates
@@ -282,12 +297,12 @@ class SiteMachine(Machine):
 
     def _settle(self, receipt: Receipt) -> None:
         try:
-            settled = self.outbox.settle(receipt)
+            base_sha256 = self.outbox.settle(receipt)
         except NoRoomError:
             self._unsettled += 1
             self.later(POLL_S, self._settle_again, receipt)
             return
-        if settled:
+        if base_sha256 is not None:
             self.witness.settles(self.name, receipt)
 
     def _settle_again(self, receipt: Receipt) -> None:

@@ -43,7 +43,7 @@ FAULTS = {
     "stood still",
     "stopped in good order",
     "sync failed",
-    "update spoilt at rest",
+    "transfer spoilt at rest",
     "write failed",
 }
 

@@ -63,7 +63,7 @@ class Weather:
     failed_reads: float = 0.0
     """Chance of one read."""
     rot: float = 0.0
-    """Chance of an update that has just arrived to be spoilt on the disk before it is looked at."""
+    """Chance of a transfer that has just arrived to be spoilt on the disk, or of a state before it is trained on."""
     journal_errors: float = 0.0
     """Chance of one append."""
     broker_restarts: float = 0.0

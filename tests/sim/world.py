@@ -104,7 +104,7 @@ class World:
             machine.disk.forgets_on_error = bool(plan.seed % 2)
             machine.disk.write_fails = plan.weather.failed_writes
             machine.disk.read_fails = plan.weather.failed_reads
-        self.coordinator.rot = plan.weather.rot
+            machine.rot = plan.weather.rot
         self.clock.later(0, self.coordinator.start)
         for site, machine in zip(plan.sites, self.sites, strict=True):
             machine.bad_updates = plan.weather.bad_updates
@@ -146,13 +146,13 @@ class World:
         quiet = Weather()
         self.broker.weather = quiet
         self.broker.up = True
-        self.coordinator.journal_fails = self.coordinator.rot = 0.0
+        self.coordinator.journal_fails = 0.0
         for machine in self.machines:
             disk = machine.disk
             disk.full = False
             disk.sync_fails = disk.write_fails = disk.read_fails = 0.0
             machine.frozen_until = machine.unreachable_until = 0.0
-            machine.fuse = None
+            machine.rot, machine.fuse = 0.0, None
             machine.start()
         for site in self.sites:
             site.bad_updates = 0.0
