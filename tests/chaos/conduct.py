@@ -219,12 +219,12 @@ class Run:
         while checks.published(self.root) < versions:  # noqa: ASYNC110 - another process makes them
             await asyncio.sleep(LOOK_S)
         actor.let_in()
-        while not (told := checks.receipts(self.root, actor.name)) and not actor.failure:
+        while not (told := checks.receipts(self.root, actor.name)) and not actor.failure:  # noqa: ASYNC110 - likewise
             await asyncio.sleep(LOOK_S)
         for receipt in told.values():
             self.outcome.notes.append(
-                f"{actor.name} died with a sealed update and came back after {versions} versions; its update of version "
-                f"{receipt['base_version']} was {receipt['outcome']}."
+                f"{actor.name} died with a sealed update and came back after {versions} versions; its update of "
+                f"version {receipt['base_version']} was {receipt['outcome']}."
             )
 
     async def _heal(self, proxy: FlakyProxy, after_s: float) -> None:
