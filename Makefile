@@ -78,8 +78,8 @@ integration: setup ## the tests with real brokers and processes alone
 cluster: setup ## a whole run over three NATS servers, one of which is killed
 	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 
-sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
-	@$(VENV)/python -m tests.sim --seeds $(SEEDS)
+sim: setup ## seeded worlds with every kind of fault, on all cores; goes on where it was stopped: make sim SEEDS=100000
+	@$(VENV)/python -m tests.sim --seeds $(SEEDS) --json docs/results/sim.json
 
 coverage: setup ## the last run's coverage, line by line, and the gate
 	@$(VENV)/coverage report

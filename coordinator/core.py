@@ -89,6 +89,7 @@ class Core:
         self._attest = attest
         self.federation = federation
         self.plan = plan
+        self.fingerprint = plan.fingerprint
         self.boot = boot
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
@@ -167,7 +168,7 @@ class Core:
         """The retained word about the current version."""
         return Announce(
             boot=self.boot,
-            fingerprint=self.plan.fingerprint,
+            fingerprint=self.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             manifest=self.ledger.state,
@@ -344,7 +345,7 @@ class Core:
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
-        if self.merging or self.ledger.finished or self._started is None:
+        if self.merging or self.ledger.finished or not self.ledger.pending or self._started is None:
             return
         view = RoundView(
             version=self.ledger.version,
@@ -394,7 +395,6 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
-        lingered = now.mono - self._round_opened >= self.settle_s
-        expected = self.sites.expected(now.mono, back_within_s=self.back_within_s)
-        if self.ledger.finished and self.exit_when_done and lingered and not expected:
+        done = self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s
+        if done and not self.sites.expected(now.mono, back_within_s=self.back_within_s):
             out.jobs.append(d.Stop())

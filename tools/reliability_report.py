@@ -31,7 +31,7 @@ counted twice, whatever is killed or cut off. This file is written by `make reli
 
 def main() -> None:
     """Write the file."""
-    lines = [*HEAD.splitlines(), *chaos(), *recovery(), *reconnect(), *memory(), *others(), *peers()]
+    lines = [*HEAD.splitlines(), *chaos(), *recovery(), *reconnect(), *memory(), *worlds(), *others(), *peers()]
     (ROOT / "docs" / "reliability.md").write_text("\n".join(lines).rstrip() + "\n")
     sys.stdout.write("docs/reliability.md is written\n")
 
@@ -94,6 +94,21 @@ def chaos() -> Iterator[str]:
         yield ""
     columns = ["seed", "mode", "sites", "sealed", "queue_max", "versions", "kills", "faults", "updates", "ok"]
     yield from rows(columns, [[run[column] for column in columns] for run in found["runs"]])
+    yield from absent()
+
+
+def absent() -> Iterator[str]:
+    """A site that missed many versions."""
+    found = load("absent")
+    if found is None:
+        return
+    failed = [problem for problems in found["failed"].values() for problem in problems]
+    verdict = f"wrong: {'; '.join(failed)}" if failed else "nothing lost, nothing counted twice, the same checks passed"
+    yield (
+        f"A site away for long (`python -m tests.chaos --absent 1000`): {found['versions']:,} versions, "
+        f"{found['updates']:,} updates, {found['seconds']:.0f} s; **{verdict}**. {' '.join(found['notes'])}"
+    )
+    yield ""
 
 
 def recovery() -> Iterator[str]:
@@ -107,7 +122,8 @@ def recovery() -> Iterator[str]:
     yield (
         f"Default settings, one update of {settings['update_bytes'] / 1e6:g} MB over {settings['mbit_s']} Mbit/s, "
         "struck when half of it had passed the broker. *Recovery* is the time from the end of the fault (restarted "
-        "process started, link back) to the first new chunk at the broker, its interpreter included. *Resent* are "
+        "process started, link back) until the coordinator says that it holds a chunk first sent after that, a "
+        "process's start included. *Resent* are "
         f"bytes that the broker saw twice; one credit window is {credit / 1e6:.1f} MB. Medians, and the worst."
     )
     yield ""
@@ -169,12 +185,46 @@ def reconnect() -> Iterator[str]:
         yield from (found["note"], "")
 
 
+def worlds() -> Iterator[str]:
+    """Seeded worlds, and the deliberate bugs that they find."""
+    found = load("sim")
+    yield from section("Simulated worlds", "make sim SEEDS=100000", found)
+    if found is None:
+        return
+    count, failures = sum(found["worlds"].values()), found["failures"]
+    seeds = ", ".join(f"{first} to {last}" for first, last in found["ranges"])
+    broke = [failure["seed"] for failure in failures]
+    failed = f"broke a promise in seeds {broke}" if broke else "none broke a promise"
+    yield (
+        f"**{count:,} worlds**, each from its seed ({seeds}), at commit `{found['commit'][:12]}`: **{failed}**. They "
+        f"lived through {found['virtual_s'] / 3600:,.0f} hours of their own and took {found['cpu_s']:,.0f} s of "
+        f"processor time, {1000 * found['cpu_s'] / count:.0f} ms each; {found['versions']:,} versions."
+    )
+    yield ""
+    yield (
+        "In a world run the real decisions of coordinator and sites, the real journal, stores, outbox and messages, in "
+        "sealed ones the real signatures and ciphers too; time, broker and disks are false and do their worst. "
+        "Checkers with books of their own look at every step. `python -m tests.sim --seed N --trace` tells one world."
+    )
+    yield ""
+    for note in found.get("notes", []):
+        yield from (f"- {note}", "")
+    for title, name in (("closing rule", "worlds"), ("what befell", "faults"), ("what became of updates", "updates")):
+        yield from rows([title, "times"], [[key, f"{value:,}"] for key, value in found[name].items()])
+    bugs = load("sim-bugs")
+    if bugs is not None:
+        yield (
+            f"What the checkers are worth: deliberate bugs in the code at commit `{bugs['commit'][:12]}`, and the "
+            "first seed whose world notices. Seeds of sealed worlds begin at 10,000,000."
+        )
+        yield ""
+        body = [[name, "not found" if seed is None else f"{seed:,}"] for name, seed in bugs["found at seed"].items()]
+        yield from rows(["bug", "found by seed"], body)
+
+
 def others() -> Iterator[str]:
     """What other measurements left, as they name it."""
-    for title, name, command in (
-        ("Simulated worlds", "sim", "make sim"),
-        ("Goodput", "goodput", "python -m bench.goodput"),
-    ):
+    for title, name, command in (("Goodput", "goodput", "python -m bench.goodput"),):
         found = load(name)
         yield from section(title, command, found)
         yield from _plain(found or {})

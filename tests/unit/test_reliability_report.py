@@ -39,6 +39,21 @@ RECOVERY: dict[str, Any] = {
 }
 
 
+SIM: dict[str, Any] = {
+    "machine": {"date": "2026-01-03"},
+    "commit": "0123456789abcdef",
+    "ranges": [[0, 999], [10_000_000, 10_000_499]],
+    "worlds": {"sync": 1000, "fedasync, sealed": 500},
+    "versions": 4000,
+    "updates": {"merged": 9000, "open": 3},
+    "faults": {"power lost": 1234},
+    "virtual_s": 7200,
+    "cpu_s": 75.0,
+    "failures": [],
+    "notes": ["Seed 7 failed at an earlier commit."],
+}
+
+
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Writes the report from the measurements given, and returns it."""
@@ -58,7 +73,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_without_measurements_it_says_how_to_make_them(written: Any) -> None:
     """No number stands where nothing was measured."""
     text = written()
-    for command in ("make chaos", "make bench-memory", "make sim"):
+    for command in ("make chaos", "make bench-memory", "make sim SEEDS=100000"):
         assert f"Not measured yet: `{command}`." in text
     assert "kills" not in text
 
@@ -70,6 +85,20 @@ def test_numbers_come_from_the_files(written: Any) -> None:
     assert "date 2026-01-02, cores 3" in text
     assert "none lost, none counted twice" in text
     assert "Never reached in these runs: coordinator delete.middle." in text
+
+
+def test_worlds_are_told_with_their_bugs(written: Any) -> None:
+    """Counts, seeds and commit are those of the file; a bug that no seed found is named as such."""
+    bugs = {"commit": "fedcba9876543210", "found at seed": {"no dedupe": 3, "blind": None}}
+    text = written(sim=SIM, **{"sim-bugs": bugs})
+    assert "**1,500 worlds**, each from its seed (0 to 999, 10000000 to 10000499), at commit `0123456789ab`" in text
+    assert "none broke a promise" in text
+    assert "2 hours of their own" in text
+    assert "75 s of processor time, 50 ms each" in text
+    for line in ("| power lost | 1,234 |", "| no dedupe | 3 |", "| blind | not found |", "- Seed 7 failed"):
+        assert line in text
+    failed = {**SIM, "failures": [{"seed": 11, "what": "lost", "where": "here"}]}
+    assert "broke a promise in seeds [11]" in written(sim=failed)
 
 
 def test_a_failed_seed_is_said(written: Any) -> None:
