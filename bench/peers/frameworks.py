@@ -122,6 +122,7 @@ class Mailboat:
         self._broker_started = False
 
     def start_server(self) -> None:
+        """The broker once, then the coordinator; returns when it is connected."""
         if not self._broker_started:
             self._write()
             self._start_broker()
@@ -135,6 +136,7 @@ class Mailboat:
         until(lambda: log.read_text().count("connected") > before, "the coordinator to connect")
 
     def start_site(self, number: int, port: int) -> None:
+        """One site with a configuration of its own."""
         path = self._root / f"site-{number}.toml"
         path.write_text(
             f'name = "site-{number}"\nfederation = "federation.toml"\nstorage = "site-{number}"\n'
@@ -146,6 +148,7 @@ class Mailboat:
         """A Mailboat run begins with its first site."""
 
     def verdict(self) -> str:
+        """Finished when the last version is in the journal."""
         return "finished" if self.committed() and self.committed()[-1][0] >= self._work.rounds else "running"
 
     def committed(self) -> list[tuple[int, float]]:
@@ -154,15 +157,19 @@ class Mailboat:
             return [(record.version, record.at) for record in journal.replay() if isinstance(record, VersionCommitted)]
 
     def kill_server(self) -> list[str]:
+        """The coordinator; the broker is another machine."""
         return self._stage.kill("server")
 
     def kill_site(self, number: int) -> list[str]:
+        """The agent."""
         return self._stage.kill(f"site-{number}")
 
     def is_unattended(self) -> bool:
+        """A service manager would."""
         return False
 
     def final(self) -> list[float] | None:
+        """From the newest master."""
         masters = sorted((self._root / "coordinator" / "masters").glob("v*.safetensors"))
         if not masters:
             return None
@@ -170,6 +177,7 @@ class Mailboat:
             return self._work.ledger(tensors.get_tensor(tensor_name(0)))
 
     def counted(self) -> list[int]:
+        """From the journal."""
         with Journal.open_read(self._root / "coordinator" / "journal.sqlite") as journal:
             merged = [record for record in journal.replay() if isinstance(record, VersionCommitted)]
         sites = [each.site for record in merged for each in record.contributions]
@@ -233,16 +241,19 @@ class Flower:
         self._run_id = ""
 
     def start_server(self) -> None:
-        command = [self._bin / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
+        """The SuperLink, state in memory unless told otherwise."""
+        command: list[str | Path] = [self._bin / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
         self._stage.start("server", [*command, *self._database], log="server", extra=self._path)
         until(lambda: _listens(self.port), "the SuperLink")
 
     def start_site(self, number: int, port: int) -> None:
-        command = [self._bin / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        """One SuperNode."""
+        command: list[str | Path] = [self._bin / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
         command += ["--port", str(9100 + number), "--node-config", f"site={number}"]
         self._stage.start(f"site-{number}", command, log=f"site-{number}", extra=self._path)
 
     def begin(self) -> None:
+        """`flwr run` once all SuperNodes are online."""
         home = self._root / "home" / ".flwr"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
@@ -257,25 +268,31 @@ class Flower:
         self._run_id = found[1]
 
     def verdict(self) -> str:
+        """From `flwr list`."""
         said = self._flwr("list", "bench", "--run-id", self._run_id, "--format", "json")
         found = re.search(r'"status":\s*"([^"]+)"', said)
         word = found[1] if found else f"{UNKNOWN}: {' '.join(said.split())[:200]}"
         return "running" if word in {"pending", "starting", "running"} else word
 
     def kill_server(self) -> list[str]:
+        """SuperLink, SuperExec and ServerApp."""
         return self._stage.kill("server")
 
     def kill_site(self, number: int) -> list[str]:
+        """SuperNode, SuperExec and ClientApp."""
         return self._stage.kill(f"site-{number}")
 
     def is_unattended(self) -> bool:
+        """A service manager would."""
         return False
 
     def final(self) -> list[float] | None:
+        """As the ServerApp noted it; Flower itself keeps no model."""
         committed = [event for event in events(self._root) if event["what"] == "committed"]
         return committed[-1]["ledger"] if committed else None
 
     def counted(self) -> list[int]:
+        """From the steps of the ledger."""
         return steps(self._work, self.final())
 
     def _online(self) -> int:
@@ -300,6 +317,7 @@ class Flare:
         self._job_id = ""
 
     def start_server(self) -> None:
+        """The kit's own loop, which starts the server again whenever it has gone."""
         if not self._kits.exists():
             said = self._nvflare("poc", "prepare", "-n", str(self._work.sites))
             assert self._kits.exists(), said
@@ -310,12 +328,14 @@ class Flare:
         until(lambda: _listens(self.port), "the server")
 
     def start_site(self, number: int, port: int) -> None:
+        """The loop of one kit."""
         kit = self._kits / f"site-{number}" / "startup"
         config = kit / "fed_client.json"
         config.write_text(config.read_text().replace(f"localhost:{self.port}", f"localhost:{port}"))
         self._stage.start(f"site-{number}", [kit / "sub_start.sh"], log=f"site-{number}", extra=self._path)
 
     def begin(self) -> None:
+        """`nvflare job submit` once all clients are registered."""
         log = self._kits / "server" / "log.txt"
         until(lambda: _count(log, "New client site-") >= self._work.sites, "all clients")
         said = self._stage.ask([self._bin / "python", HERE / "flare" / "job.py", self._root / "jobs"], extra=self._path)
@@ -327,25 +347,31 @@ class Flare:
         self._job_id = found[0]
 
     def verdict(self) -> str:
+        """From `nvflare job meta`."""
         said = self._nvflare("job", "meta", self._job_id, *self._admin())
         found = re.search(r"Status\s*│\s*([A-Z][A-Z_:]+)", said)
         word = found[1] if found else f"{UNKNOWN}: {' '.join(said.split())[:200]}"
         return "running" if word in {"RUNNING", "SUBMITTED", "DISPATCHED", "APPROVED"} else word
 
     def kill_server(self) -> list[str]:
+        """Parent and job process; the loop that starts them lives."""
         return self._stage.kill("server", spare=["sub_start.sh", "sleep"])
 
     def kill_site(self, number: int) -> list[str]:
+        """Parent and job process."""
         return self._stage.kill(f"site-{number}", spare=["sub_start.sh", "sleep"])
 
     def is_unattended(self) -> bool:
+        """`sub_start.sh` does."""
         return True
 
     def final(self) -> list[float] | None:
+        """From the file that the persistor saved."""
         saved = sorted(self._kits.glob("server/**/server.npz"), key=lambda path: path.stat().st_mtime)
         return self._work.ledger(np.load(saved[-1])["00"]) if saved else None
 
     def counted(self) -> list[int]:
+        """From the steps of the ledger."""
         return steps(self._work, self.final())
 
     def _admin(self) -> list[str]:

@@ -208,11 +208,10 @@ def _stat(pid: int) -> list[str]:
 def _processes() -> dict[int, tuple[int, str]]:
     """Parent and state of every process."""
     found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                state, parent = _stat(int(entry))[:2]
-                found[int(entry)] = (int(parent), state)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = _stat(int(entry.name))[:2]
+            found[int(entry.name)] = (int(parent), state)
     return found
 
 

@@ -12,7 +12,7 @@ app = ServerApp()
 
 
 @app.main()
-def main(grid: Grid, context: Context) -> None:
+def main(grid: Grid, _context: Context) -> None:
     """Run all rounds."""
     task = work.load()
 
