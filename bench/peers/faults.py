@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import signal
 import sys
@@ -39,6 +40,8 @@ STRUCK_AT = 0.4
 LOOK_S = 1.0
 ASK_S = 60.0
 """How often a framework is asked for the state of its run."""
+TRAINING_S = 900.0
+"""Longest wait for a training or an upload before the fault."""
 STRANGE_MAX = 3
 """A server that has just been started may not answer at once."""
 SILENCE_S = 900.0
@@ -112,6 +115,8 @@ class Seen:
     """Until site 1 received a newer model."""
     during: int = 0
     """Newer models received during the fault by the other sites."""
+    load: float = 0.0
+    """The machine's load over the last minute when the fault struck; over the number of cores, times say little."""
     killed: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -154,10 +159,7 @@ class Scene:
         self._framework.begin()
         began = time.time()
         if self._seen.fault != "none":
-            until(lambda: self._trained(1) >= 2, "the second training of site 1", 900.0)
-            mark = self._link.proxy.traffic.up
-            enough = STRUCK_AT * self._work.model_bytes
-            until(lambda: self._link.proxy.traffic.up - mark >= enough, "the second upload", 300.0)
+            self._await_upload()
             self._say("strikes")
             self._strike()
             self._say("is over")
@@ -165,12 +167,28 @@ class Scene:
         self._seen.took_s = round(time.time() - began, 1)
         self._sum_up()
 
+    def _await_upload(self) -> None:
+        """Return in mid-upload of site 1, of its second update or, if this process looked too late, a later one."""
+        traffic, enough = self._link.proxy.traffic, STRUCK_AT * self._work.model_bytes
+        for number in range(2, self._work.rounds):
+            until(lambda number=number: self._trained(1) >= number, "a training of site 1", TRAINING_S)
+            mark = traffic.up
+            until(
+                lambda number=number, mark=mark: traffic.up - mark >= enough or self._trained(1) > number,
+                "an upload of site 1",
+                TRAINING_S,
+            )
+            if traffic.up - mark >= enough and self._trained(1) == number:
+                return
+        raise AssertionError("no upload was seen in time")
+
     def _trained(self, site: int) -> int:
         noted = events(Path(self._work.root))
         return sum(event["what"] == "trained" and event["who"] == f"site-{site}" for event in noted)
 
     def _strike(self) -> None:
         self._struck_at = time.time()
+        self._seen.load = round(os.getloadavg()[0], 1)
         match self._seen.fault:
             case "link down":
                 self._link.do(self._link.proxy.down())

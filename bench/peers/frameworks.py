@@ -242,7 +242,11 @@ class Flower:
 
     def start_server(self) -> None:
         """The SuperLink, state in memory unless told otherwise."""
-        command: list[str | Path] = [self._bin / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
+        command: list[str | Path] = [
+            self._bin / "flower-superlink",
+            "--insecure",
+            "--disable-runtime-dependency-installation",
+        ]
         self._stage.start("server", [*command, *self._database], log="server", extra=self._path)
         until(lambda: _listens(self.port), "the SuperLink")
 
@@ -366,7 +370,9 @@ class Flare:
         return True
 
     def final(self) -> list[float] | None:
-        """From the file that the persistor saved."""
+        """From the file that the persistor saved; a job that has ended is in the server's store."""
+        if not [*self._kits.glob("server/**/server.npz")]:
+            self._nvflare("job", "download", self._job_id, "-o", self._kits / "server" / "ended", *self._admin())
         saved = sorted(self._kits.glob("server/**/server.npz"), key=lambda path: path.stat().st_mtime)
         return self._work.ledger(np.load(saved[-1])["00"]) if saved else None
 
