@@ -16,7 +16,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 SEEDS ?= 2000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
-.PHONY: bench bench-memory bench-round bench-peers reliability-peers peers coverage clean
+.PHONY: bench bench-memory bench-reconnect bench-round bench-peers reliability-peers peers coverage clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,8 @@ test: check ## everything a change must pass: style, types, import rules, all te
 	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
 	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
 	@$(PYTEST) $(PARALLEL) tests/sim
+	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
+	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 	@$(MAKE) --no-print-directory coverage-gate
 
 check: setup lint types imports
@@ -80,11 +82,14 @@ bench-peers: peers ## the same round given to Flower and NVIDIA FLARE in turns (
 reliability-peers: peers ## the same faults given to Mailboat, Flower and NVIDIA FLARE (two hours and a half, mostly waiting)
 	@$(VENV)/python -m bench.peers.faults --json docs/results/peers.json $(ARGS)
 
+bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 s, silent and loud (a quarter of an hour)
+	@$(VENV)/python -m bench.reconnect --json docs/results/reconnect.json
+
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
 
 cluster: setup ## a whole run over three NATS servers, one of which is killed
-	@$(PYTEST) -n 0 -m cluster tests/integration
+	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 
 sim: setup ## seeded worlds with every kind of fault, on all cores: make sim SEEDS=100000
 	@$(VENV)/python -m tests.sim --seeds $(SEEDS)

@@ -33,6 +33,7 @@ from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import (
+    LOST,
     Announce,
     Hello,
     Message,
@@ -96,6 +97,7 @@ class Core:
         self._started: float | None = None
         self._round_opened = 0.0
         self._answered: set[str] = set()
+        self._lost: dict[str, list[str]] | None = None
         self.merging = False
 
     def apply(self, record: Record) -> None:
@@ -208,6 +210,17 @@ class Core:
 
     def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))
+        for update_id in self._lost_of(name):
+            out.to(name, self.ledger.receipt(update_id))
+
+    def _lost_of(self, name: str) -> list[str]:
+        """Ids of the site's updates that were given up, which happens only while no coordinator runs."""
+        if self._lost is None:
+            self._lost = {}
+            for update_id, known in self.ledger.known.items():
+                if known.rule == LOST:
+                    self._lost.setdefault(known.site, []).append(update_id)
+        return self._lost.get(name, [])
 
     def _refuse_double(self, name: str, session: str, out: d.Decision) -> None:
         detail = f"another process already runs as site {name}"
@@ -362,6 +375,8 @@ class Core:
             out.to(part.site, self.ledger.receipt(part.update_id))
 
     def _tick(self, now: Instant, out: d.Decision) -> None:
+        for name, session in self.sites.unanswered(now.mono):
+            out.to(name, Probe(session=session))
         for name, session in self.sites.silent(now.mono):
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)

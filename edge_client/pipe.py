@@ -37,6 +37,8 @@ class Load(_Frame):
     holdout: float
     threads: int
     site: str
+    initial: Path | None = None
+    """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
 
 
 class Train(_Frame):
@@ -56,7 +58,15 @@ class Evaluate(_Frame):
     notes: Path | None
 
 
-Request = Load | Train | Evaluate
+class Export(_Frame):
+    """Write the whole model with a state in it to a folder, in Hugging Face's layout."""
+
+    kind: Literal["export"] = "export"
+    state: Path
+    out: Path
+
+
+Request = Load | Train | Evaluate | Export
 
 
 class Loaded(_Frame):
@@ -117,6 +127,12 @@ class Evaluated(_Frame):
     labels: dict[str, LabelF1]
 
 
+class Exported(_Frame):
+    """The model is in its folder."""
+
+    kind: Literal["exported"] = "exported"
+
+
 class Failed(_Frame):
     """The request could not be carried out; `error` is a class of shared/errors.py, raised again at the other end."""
 
@@ -127,7 +143,7 @@ class Failed(_Frame):
     rule: str
 
 
-Answer = Loaded | Progress | Notice | Trained | Evaluated | Failed
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Exported | Failed
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

@@ -23,7 +23,7 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import Note, NoteSet, load_notes
-from edge_client.model import LoadedModel, apply_state, load_model, seal
+from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
@@ -62,6 +62,8 @@ class Worker:
                     return self._train(request)
                 case pipe.Evaluate():
                     return self._evaluate(request)
+                case pipe.Export():
+                    return self._export(request)
                 case _:
                     assert_never(request)
         except MailboatError as error:
@@ -74,10 +76,12 @@ class Worker:
     def _load(self, job: pipe.Load) -> pipe.Loaded:
         if job.threads:
             torch.set_num_threads(job.threads)
-        if self._loaded_for != (job.source, job.federation):
+        if job.initial is not None or self._loaded_for != (job.source, job.federation):
             self._other = None
             self._loaded = load_model(job.source, job.federation)
             self._loaded_for = (job.source, job.federation)
+        if job.initial is not None:
+            write_tensors(job.initial, read_trainable(self._loaded))
         self._job = job
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
@@ -124,6 +128,11 @@ class Worker:
         data = self._held_out if request.notes is None else self._others(request.notes)
         apply_state(self._loaded, read_state(request.state))
         return _scored(evaluate(self._loaded, data))
+
+    def _export(self, request: pipe.Export) -> pipe.Exported:
+        apply_state(self._loaded, read_state(request.state))
+        export(self._loaded, request.out)
+        return pipe.Exported()
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:

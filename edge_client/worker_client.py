@@ -6,6 +6,7 @@ Nothing here imports torch: the agent's process stays small, and the kernel's ou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
 Progress = Callable[[float, float], None]
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Exported)
 
 log = structlog.get_logger("worker")
 
@@ -53,11 +54,15 @@ class WorkerDiedError(Exception):
 
 
 class WorkerClient:
-    """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn."""
+    """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    def __init__(self, config: SiteConfig, federation: FederationConfig) -> None:
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
+    """
+
+    def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
         self._federation = federation
         self.serve(config)
+        self._niceness = niceness
         self._process: Process | None = None
         self._turn = asyncio.Lock()
 
@@ -88,13 +93,14 @@ class WorkerClient:
         """Process id of the worker while it runs."""
         return self._process.pid if self._process else None
 
-    async def load(self) -> pipe.Loaded:
+    async def load(self, *, initial: Path | None = None) -> pipe.Loaded:
         """Load model and notes; the other requests do it by themselves when needed.
 
+        `initial` names a file that receives the trained tensors as the model's folder has them, plain F32 safetensors.
         Raises what model and notes get wrong, as `load_model` and `load_notes` do, and UnavailableError when the worker
         dies over it again and again.
         """
-        return await self._ask(self._load, pipe.Loaded)
+        return await self._ask(self._load.model_copy(update={"initial": initial}), pipe.Loaded)
 
     async def train(
         self, state: Path, base_version: int, out: Path, *, on_progress: Progress = lambda _share, _loss: None
@@ -110,6 +116,13 @@ class WorkerClient:
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""
         return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def export(self, state: Path, out: Path) -> None:
+        """Write the model with the state in a file to the folder `out`, as transformers' `from_pretrained` reads it.
+
+        Raises RefusedError when the state does not fit, UnavailableError when the folder cannot be written.
+        """
+        await self._ask(pipe.Export(state=state, out=out), pipe.Exported)
 
     async def _ask(
         self, request: pipe.Request, wanted: type[_A], on_progress: Progress = lambda _share, _loss: None
@@ -174,6 +187,11 @@ class WorkerClient:
             stdout=PIPE,
             env=environment,
         )
+        if self._niceness:
+            # At once, before it has threads: each inherits what the one that starts it has. One that has died already
+            # is found out by the exchange.
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, self._niceness)
         return self._process
 
     async def _stop(self) -> None:

@@ -36,13 +36,19 @@ def seal(storage: Path, federation: FederationConfig) -> SealedPlan:
     Raises ConfigError when PyTorch is not installed, when model or layer plan cannot serve, or when a run has begun in
     `storage` with another plan; UnavailableError when the disk is full or the model cannot be fetched.
     """
-    from shared import durable
-
     try:
         from edge_client.model import seal_plan
     except ModuleNotFoundError as error:
         raise ConfigError(f"the package {error.name} is not installed here", hint=NO_TORCH) from None
     plan, initial = seal_plan(federation, federation.model.base)
+    write_sealed(storage, federation, plan, initial)
+    return plan
+
+
+def write_sealed(storage: Path, federation: FederationConfig, plan: SealedPlan, initial: State) -> None:
+    """Write `plan` and the `initial` tensors to `storage`; raises what `seal` says of the folder."""
+    from shared import durable
+
     if _begun(storage) and _sealed(storage, federation) != plan:
         raise ConfigError(
             f"{storage} holds a run with another plan", hint="give the new federation a storage folder of its own"
@@ -51,7 +57,6 @@ def seal(storage: Path, federation: FederationConfig) -> SealedPlan:
         durable.make_folder(storage)
         _write_initial(storage, plan, initial)
         durable.replace_atomic(storage / PLAN, plan.model_dump_json(indent=1).encode())
-    return plan
 
 
 def resolve(federation: FederationConfig, source: str | Path) -> SealedPlan:

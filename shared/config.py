@@ -11,7 +11,9 @@ import hashlib
 import json
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,7 +24,7 @@ from shared.ids import Ident, Sha256Hex
 CodecName = Literal["f32", "bf16", "int8"]
 Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
-ServerOptimizerName = Literal["sgd", "momentum"]
+ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -108,8 +110,41 @@ class ServerSection(Section):
     """The server optimizer over the mean delta."""
 
     optimizer: ServerOptimizerName = "sgd"
-    lr: Positive = 1.0
+    lr: Positive | None = None
+    """The step's size; None takes what the optimizer's authors start from, see `rate`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the running mean that is kept: beta, or beta_1 of those with two; sgd has none."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """adam, yogi, fadas: share of the running square that is kept."""
+    eps: Positive = 1e-3
+    """adam, yogi, fadas: added to the root of the running square; the smaller, the more alike all steps."""
+    slow_after: int = Field(default=4, ge=0, le=1_000_000)
+    """fadas: with an update later than this many versions the step is divided by its lateness."""
+    every: int = Field(default=5, ge=1, le=1_000_000)
+    """delayed-nesterov: versions from one step of the momentum to the next."""
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or the default of the optimizer.
+
+        sgd and momentum: 1, so that sgd is FedAvg. nesterov, delayed-nesterov: 0.7 (Douillard et al., arXiv
+        2311.08105). adam 0.1, yogi 0.01 (Reddi et al., arXiv 2003.00295, table 8 and following). fadas: 0.001 (Wang et
+        al., arXiv 2407.18365).
+        """
+        return SERVER_RATES[self.optimizer] if self.lr is None else self.lr
+
+
+SERVER_RATES: Mapping[ServerOptimizerName, float] = MappingProxyType(
+    {
+        "sgd": 1.0,
+        "momentum": 1.0,
+        "nesterov": 0.7,
+        "adam": 0.1,
+        "yogi": 0.01,
+        "fadas": 0.001,
+        "delayed-nesterov": 0.7,
+    }
+)
 
 
 class AggregationSection(Section):
@@ -125,10 +160,20 @@ class AggregationSection(Section):
     """Mixing rate of FedAsync."""
     size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
+    clip_norm: Positive | None = None
+    """An update whose L2 norm, over all its tensors, is above this is scaled down to it; None leaves it as it is."""
     deadline_s: Positive = 3600.0
     """A round that has any update at all closes after this long (sync: only with the quorum)."""
     staleness: StalenessSection = StalenessSection()
     server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _fedasync_mixes(self) -> Self:
+        if self.mode == "fedasync" and (self.server.optimizer != "sgd" or self.server.lr is not None):
+            raise ValueError('[aggregation.server] has no meaning with mode = "fedasync", which mixes by alpha')
+        if self.mode == "fedasync" and self.clip_norm is not None:
+            raise ValueError('clip_norm has no meaning with mode = "fedasync", which mixes whole states')
+        return self
 
 
 class TrainingSection(Section):

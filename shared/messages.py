@@ -118,6 +118,10 @@ class Wait(Message):
     retry_s: NonNegative
 
 
+LOST = "lost-at-rest"
+"""Rule under which an accepted update is dropped that the coordinator's disk has lost, and no backup has."""
+
+
 class Receipt(Message):
     """Coordinator to site: the update is durable, and what became of it so far."""
 

@@ -23,14 +23,15 @@ What was measured of the promises in [architecture.md](architecture.md#promises)
 counted twice, whatever is killed or cut off. This file is written by `make reliability-report` from the JSON files in
 [results](results); it holds measured numbers only, and each section says on which machine and when.
 
-- [Real processes under faults](#real-processes-under-faults) · [Recovery](#recovery) · [Memory](#memory) ·
-  [Simulated worlds](#simulated-worlds) · [Goodput](#goodput) · [Beside other frameworks](#beside-other-frameworks)
+- [Real processes under faults](#real-processes-under-faults) · [Recovery](#recovery) ·
+  [Progress after an outage](#progress-after-an-outage) · [Memory](#memory) · [Simulated worlds](#simulated-worlds) ·
+  [Goodput](#goodput) · [Beside other frameworks](#beside-other-frameworks)
 """
 
 
 def main() -> None:
     """Write the file."""
-    lines = [*HEAD.splitlines(), *chaos(), *recovery(), *memory(), *others(), *peers()]
+    lines = [*HEAD.splitlines(), *chaos(), *recovery(), *reconnect(), *memory(), *others(), *peers()]
     (ROOT / "docs" / "reliability.md").write_text("\n".join(lines).rstrip() + "\n")
     sys.stdout.write("docs/reliability.md is written\n")
 
@@ -139,6 +140,30 @@ def memory() -> Iterator[str]:
     yield from rows(["uploads at once", "MB each", "idle MB", "peak MB"], body)
     yield f"Peak memory of the coordinator's process, last against first: {found['ratio']:.2f}."
     yield ""
+    if "note" in found:
+        yield from (found["note"], "")
+
+
+def reconnect() -> Iterator[str]:
+    """Outages of the site's link in mid-transfer."""
+    found = load("reconnect")
+    yield from section("Progress after an outage", "make bench-reconnect", found)
+    if found is None:
+        return
+    settings = found["settings"]
+    yield (
+        f"Real processes at the default settings, transfers of {settings['update_bytes'] / 1e6:g} MB over "
+        f"{settings['mbit_s']:g} Mbit/s; the site's link fails in the midst of an upload or a pull: silent (`hole`) or "
+        f"reset and refused (`down`). Seconds from the link's return until {settings['progress_bytes'] // 1024} KiB "
+        "have crossed in the transfer's direction, more than is said around a transfer. Median, and the worst, of the "
+        f"measurements during which this machine was late by at most {settings['starved_max']:.0%}; *resent* are bytes "
+        f"of chunks that the broker had before (one window is {settings['window_bytes'] / 1e6:.1f} MB)."
+    )
+    yield ""
+    columns = [*found["table"][0]] if found["table"] else []
+    yield from rows(columns, [[line[column] for column in columns] for line in found["table"]])
+    if "note" in found:
+        yield from (found["note"], "")
 
 
 def others() -> Iterator[str]:

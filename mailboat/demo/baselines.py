@@ -9,16 +9,14 @@ local F1 are held back here too, so that everybody has trained on equally many.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from edge_client.worker_client import Progress, WorkerClient
+from edge_client.worker_client import WorkerClient
 from mailboat.demo import defaults
 from mailboat.demo.facts import Score
 from mailboat.demo.live import View
@@ -27,17 +25,8 @@ from mailboat.demo.scoring import score
 from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
 from shared.config import DataSection, FederationConfig, SiteConfig
-from shared.tasks import first_error
 
 POOLED = "pooled"
-
-
-@dataclass(frozen=True, slots=True)
-class Baselines:
-    """Scores on the held-out notes."""
-
-    local_only: dict[str, Score]
-    centralized: Score
 
 
 def baseline_federation(plan: Plan) -> FederationConfig:
@@ -66,50 +55,62 @@ def baseline_site(plan: Plan, name: str) -> SiteConfig:
     )
 
 
-async def run_baselines(plan: Plan, warm: WorkerClient, view: View) -> Baselines:
-    """Train centralized and each started site alone, the largest first, on as many cores as there are, at most two.
+class Baselines:
+    """What is trained centralized and at each started site alone, the largest first, by whichever workers there are.
 
-    `warm` is a worker of any `baseline_site` under the `baseline_federation`. A worker keeps its model from one
-    training to the next: PyTorch takes longer to start than a site alone takes to train.
+    A worker keeps its model from one training to the next: PyTorch takes longer to start than a site alone to train.
     """
-    await asyncio.to_thread(pool, plan.layout, plan.started)
-    scores: dict[str, Score] = {}
-    waiting = [POOLED, *plan.started]
-    shares: dict[str, float] = {}
 
-    def on_progress(name: str, share: float, _loss: float) -> None:
-        shares[name] = share
-        view.progress(", ".join(f"{_label(each)} {done:.0%}" for each, done in shares.items() if each not in scores))
+    def __init__(self, plan: Plan, view: View) -> None:
+        self._plan = plan
+        self._view = view
+        self._waiting = [POOLED, *plan.started]
+        self._scores: dict[str, Score] = {}
+        self._shares: dict[str, float] = {}
+        self._shown = False
 
-    async def train(name: str, worker: WorkerClient) -> None:
-        worker.serve(baseline_site(plan, name))
-        scores[name] = await _train_and_score(plan.layout, name, worker, partial(on_progress, name))
-        view.say(f"{_label(name)}: {told(scores[name])}")
+    @property
+    def local_only(self) -> dict[str, Score]:
+        """Scores on the held-out notes by site, of those done."""
+        return {name: self._scores[name] for name in self._plan.started if name in self._scores}
 
-    async def lane(worker: WorkerClient) -> None:
-        while waiting:
-            await train(waiting.pop(0), worker)
+    @property
+    def centralized(self) -> Score | None:
+        """Score on the held-out notes, once it is done."""
+        return self._scores.get(POOLED)
 
-    with first_error():
-        async with (
-            WorkerClient(baseline_site(plan, POOLED), baseline_federation(plan)) as second,
-            asyncio.TaskGroup() as tasks,
-        ):
-            for worker in (warm, second)[: os.cpu_count()]:
-                tasks.create_task(lane(worker))
-    return Baselines({name: scores[name] for name in plan.started}, scores[POOLED])
+    def show_progress(self) -> None:
+        """From now on tell how far each is; until now the federation's own progress was what mattered."""
+        self._shown = True
+
+    async def train(self, worker: WorkerClient) -> None:
+        """Train what nobody has begun, one after the other, until nothing is left; any number of workers may share it.
+
+        `worker` belongs to any `baseline_site` under the `baseline_federation`. Raises what training raises.
+        """
+        while self._waiting:
+            name = self._waiting.pop(0)
+            worker.serve(baseline_site(self._plan, name))
+            self._scores[name] = await self._train_and_score(name, worker)
+            self._view.say(f"{_label(name)}: {told(self._scores[name])}")
+
+    async def _train_and_score(self, name: str, worker: WorkerClient) -> Score:
+        layout = self._plan.layout
+        initial = layout.storage / INITIAL
+        delta, trained = (layout.scratch / f"{name}.{kind}.safetensors" for kind in ("delta", "trained"))
+        await worker.train(initial, 0, delta, on_progress=partial(self._tell, name))
+        await asyncio.to_thread(add, initial, delta, trained)
+        return await score(worker, trained, layout.heldout)
+
+    def _tell(self, name: str, share: float, _loss: float) -> None:
+        self._shares[name] = share
+        if self._shown:
+            under_way = {each: done for each, done in self._shares.items() if each not in self._scores}
+            self._view.progress(", ".join(f"{_label(each)} {done:.0%}" for each, done in under_way.items()))
 
 
 def _label(name: str) -> str:
     return "centralized" if name == POOLED else f"{name} alone"
-
-
-async def _train_and_score(layout: Layout, name: str, worker: WorkerClient, on_progress: Progress) -> Score:
-    initial = layout.storage / INITIAL
-    delta, trained = (layout.scratch / f"{name}.{kind}.safetensors" for kind in ("delta", "trained"))
-    await worker.train(initial, 0, delta, on_progress=on_progress)
-    await asyncio.to_thread(add, initial, delta, trained)
-    return await score(worker, trained, layout.heldout)
 
 
 def add(initial: Path, delta: Path, out: Path) -> None:

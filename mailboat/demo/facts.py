@@ -11,6 +11,7 @@ from coordinator import records
 from coordinator.journal import Journal
 from coordinator.records import Accepted, Finished, Opened, Record, Rejected, VersionCommitted
 from coordinator.status import LiveStatus, SiteStatus
+from shared.manifest import Manifest, manifest_from_bytes
 
 ProcessState = Literal["absent", "starting", "running", "killed", "ended"]
 
@@ -73,6 +74,12 @@ class Facts:
     def version(self) -> int:
         """The newest published version; 0 until one was merged."""
         return self.versions[-1].version if self.versions else 0
+
+    @property
+    def published(self) -> tuple[Manifest, ...]:
+        """The manifest of each published state, version 0 first."""
+        opened = (self.opened,) if self.opened else ()
+        return tuple(manifest_from_bytes(record.state) for record in (*opened, *self.versions))
 
     @property
     def all_scored(self) -> bool:

@@ -101,13 +101,6 @@ class Children:
         self._children[name] = child
         return child
 
-    async def run(self, name: str, *arguments: str) -> None:
-        """Start a command and wait for its end; raises what `Child.failure` says."""
-        child = await self.start(name, *arguments)
-        await child.process.wait()
-        if failure := child.failure():
-            raise failure
-
     async def kill(self, name: str) -> None:
         """End one process with SIGKILL, as a power cut would, and wait until it is gone."""
         child = self._children[name]

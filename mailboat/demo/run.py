@@ -10,9 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast
 
+from safetensors.numpy import load_file
+
 from broker.launcher import RunningBroker, run_broker
+from edge_client.pipe import Loaded
 from edge_client.worker_client import WorkerClient
-from mailboat.demo.baselines import Baselines, baseline_federation, baseline_site, run_baselines
+from mailboat.demo.baselines import POOLED, Baselines, baseline_federation, baseline_site, pool
 from mailboat.demo.facts import Facts
 from mailboat.demo.federate import COORDINATOR, Federation
 from mailboat.demo.live import View
@@ -21,16 +24,16 @@ from mailboat.demo.plot import draw
 from mailboat.demo.processes import Children
 from mailboat.demo.report import BrokerFacts, Result, count_wire
 from mailboat.demo.retained import clear_retained
-from mailboat.demo.scoring import Scorer
+from mailboat.demo.scoring import Scorer, extract
 from mailboat.demo.screen import size
 from mailboat.demo.wire import FullTransfer, measure_full_transfer
 from mailboat.flaky import FlakyProxy, demo_faults
 from mailboat.reach import reachable
-from mailboat.sealing import PLAN, describe
+from mailboat.sealing import INITIAL, describe, write_sealed
 from mailboat.synth import make_notes
 from shared.errors import UnavailableError
 from shared.link.endpoints import parse_endpoints
-from shared.plan import load_plan
+from shared.plan import SealedPlan
 from shared.tasks import first_error
 
 
@@ -118,6 +121,7 @@ class _Demonstration:
             seed=options.seed,
             heldout=options.heldout,
         )
+        pool(plan.layout, plan.started)
         write_federation(plan)
 
     @asynccontextmanager
@@ -154,22 +158,24 @@ class _Demonstration:
         return urls
 
     async def _steps(self, children: Children, broker: BrokerFacts) -> Result:
-        plan, layout = self._plan, self._plan.layout
-        alone = plan.started[0]
-        async with WorkerClient(baseline_site(plan, alone), baseline_federation(plan)) as worker:
+        plan, training = self._plan, baseline_federation(self._plan)
+        baselines = Baselines(plan, self._view)
+        async with (
+            WorkerClient(baseline_site(plan, plan.started[0]), training) as worker,
+            WorkerClient(baseline_site(plan, POOLED), training, niceness=BACKGROUND) as beside,
+            asyncio.TaskGroup() as tasks,
+        ):
             self._begin("resolving the plan (loading the base model)")
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(worker.load())
-                tasks.create_task(children.run("seal", *_SEAL, str(layout.coordinator)))
-            sealed = load_plan(layout.storage / PLAN, plan.federation)
-            for line in describe(sealed, plan.federation):
-                self._view.say(line)
-            facts, federated_s = await self._federate(children, Scorer(worker, layout))
+            loading = tasks.create_task(beside.load()) if plan.options.baselines else None
+            sealed = await self._seal(worker)
+            if loading is not None:
+                tasks.create_task(self._train_beside(loading, baselines, beside))
+            facts, federated_s = await self._federate(children, Scorer(worker, plan.layout))
             self._begin("baselines and comparison")
-            async with asyncio.TaskGroup() as tasks:
-                compared = tasks.create_task(self._baselines(worker))
-                measured = tasks.create_task(self._export(children, facts.version, broker.url))
-        baselines, full = compared.result(), measured.result()
+            full = await self._export(worker, facts, broker.url)
+            if plan.options.baselines:
+                baselines.show_progress()
+                await baselines.train(worker)
         return Result(
             facts=facts,
             mode=plan.options.mode,
@@ -177,13 +183,30 @@ class _Demonstration:
             layers=sealed.layers,
             trained_parameters=sealed.trained_parameters,
             total_parameters=sealed.total_parameters,
-            local_only=baselines.local_only if baselines else {},
-            centralized=baselines.centralized if baselines else None,
+            local_only=baselines.local_only,
+            centralized=baselines.centralized,
             wire=count_wire(facts, full),
             broker=broker,
             federated_s=federated_s,
             wall_s=time.monotonic() - self._began,
         )
+
+    async def _seal(self, worker: WorkerClient) -> SealedPlan:
+        """Resolve the plan against the base model, for the coordinator to find; `worker` keeps the model."""
+        layout, federation = self._plan.layout, self._plan.federation
+        initial = layout.scratch / INITIAL
+        loaded = await worker.load(initial=initial)
+        # The worker is there for the baselines, which differ from the federation in nothing but how they train.
+        sealed = loaded.plan.model_copy(update={"config_sha256": federation.config_sha256})
+        await asyncio.to_thread(write_sealed, layout.storage, federation, sealed, load_file(initial))
+        for line in describe(sealed, federation):
+            self._view.say(line)
+        return sealed
+
+    async def _train_beside(self, loading: asyncio.Task[Loaded], baselines: Baselines, worker: WorkerClient) -> None:
+        """Train baselines with what the sites leave of the processors: rounds begin and end with waiting."""
+        await loading
+        await baselines.train(worker)
 
     async def _federate(self, children: Children, scorer: Scorer) -> tuple[Facts, float]:
         """The facts at the end, and the seconds it took."""
@@ -202,20 +225,20 @@ class _Demonstration:
         self._federation = None
         return federation.facts, time.monotonic() - began
 
-    async def _baselines(self, warm: WorkerClient) -> Baselines | None:
-        return await run_baselines(self._plan, warm, self._view) if self._plan.options.baselines else None
-
-    async def _export(self, children: Children, version: int, broker_url: str) -> FullTransfer:
+    async def _export(self, worker: WorkerClient, facts: Facts, broker_url: str) -> FullTransfer:
         """Write the model that came out, and move it once over the broker, whole."""
         layout = self._plan.layout
-        arguments = ("--config", str(layout.coordinator), "--version", str(version), "--out", str(layout.export))
-        await children.run("export", "export", *arguments)
-        self._view.say(f"version {version} written to {layout.export}")
+        file = layout.scratch / "last.safetensors"
+        await asyncio.to_thread(extract, layout.storage, facts.published[-1], file)
+        await worker.export(file, layout.export)
+        self._view.say(f"version {facts.version} written to {layout.export}")
         federation = f"{self._plan.federation.federation.name}-full"
         measured = await measure_full_transfer(layout.export, broker_url, federation, self._plan.started[0])
         self._view.say(f"one full-model transfer took {size(measured.sent_bytes)} on the wire")
         return measured
 
 
-_SEAL = ("coordinator", "seal", "--quiet", "--config")
+BACKGROUND = 19
+"""Niceness of baselines that train beside the federation: they get what is left over, which is little but not nothing.
+"""
 _WHY = {"mosquitto": "found on this machine", "amqtt": "because Mosquitto was not found on this machine"}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from coordinator.records import Opened, VersionCommitted
 from edge_client.worker_client import WorkerClient
 from mailboat.demo.facts import Facts, Score
 from mailboat.demo.plan import Layout
 from shared.errors import CorruptError
-from shared.manifest import Manifest, manifest_from_bytes
+from shared.manifest import Manifest
 from shared.store import FrameStore
 
 
@@ -26,9 +25,7 @@ class Scorer:
 
     def ask(self, facts: Facts) -> None:
         """Ask for every published version that was not asked for yet, version 0 included."""
-        published: list[Opened | VersionCommitted] = [*([facts.opened] if facts.opened else []), *facts.versions]
-        for record in published:
-            manifest = manifest_from_bytes(record.state)
+        for manifest in facts.published:
             if manifest.state.version not in self._asked:
                 self._asked.add(manifest.state.version)
                 self._queue.put_nowait(manifest)

@@ -17,6 +17,7 @@ import pytest
 import structlog
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForTokenClassification
 
 from edge_client import pipe, worker
 from edge_client.model import seal_plan
@@ -94,6 +95,43 @@ def test_a_round_through_the_worker(ground: Path, tmp_path: Path) -> None:
             assert own.strict_f1 == pytest.approx(trained.metrics["strict_f1"])
 
     run_async(story(), timeout_s=100)
+
+
+def test_it_gives_the_initial_tensors_and_the_whole_model_with_a_state(ground: Path, tmp_path: Path) -> None:
+    """Version 0 comes out as sealing makes it, even after a training; the exported folder holds the state's tensors."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground), FEDERATION) as client:
+            await client.train(ground / "v0.safetensors", 0, tmp_path / "delta")
+            await client.load(initial=tmp_path / "initial")
+            delta, initial = load_file(tmp_path / "delta"), load_file(tmp_path / "initial")
+            assert {name: array.tobytes() for name, array in initial.items()} == {
+                name: array.tobytes() for name, array in load_file(ground / "v0.safetensors").items()
+            }
+            save_file({name: array + delta[name] for name, array in initial.items()}, tmp_path / "local")
+            await client.export(tmp_path / "local", tmp_path / "model")
+
+    run_async(story(), timeout_s=100)
+    exported = AutoModelForTokenClassification.from_pretrained(tmp_path / "model").state_dict()
+    for name, array in load_file(tmp_path / "local").items():
+        assert np.array_equal(exported[name].numpy(), array), name
+
+
+def test_a_worker_can_stand_back(ground: Path) -> None:
+    """With a niceness the process runs at that priority, and a worker without one at that of its agent."""
+
+    async def story() -> list[int]:
+        async with (
+            WorkerClient(config(ground), FEDERATION, niceness=7) as nice,
+            WorkerClient(config(ground), FEDERATION) as plain,
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(nice.load())
+                tasks.create_task(plain.load())
+            return [os.getpriority(os.PRIO_PROCESS, client.pid) for client in (nice, plain) if client.pid]
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert run_async(story(), timeout_s=100) == [7, own]
 
 
 def test_one_process_serves_one_site_after_the_other(ground: Path, tmp_path: Path) -> None:
