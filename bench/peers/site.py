@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bench.peers import work
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
-from shared import durable, logs
-from shared.config import FederationConfig, SiteConfig, load_config
+from shared import codec, durable, logs
+from shared.config import CodecName, FederationConfig, SiteConfig, load_config
 from shared.ids import new_session_id
 from shared.plan import load_plan
+from shared.tensorfile import NUMPY_DTYPES, F32Array, header_size, parse_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +36,40 @@ class Trained:
 class KnownNoise:
     """Its delta is the noise of the work."""
 
-    def __init__(self, task: work.Work, name: str) -> None:
+    def __init__(self, task: work.Work, name: str, down: CodecName) -> None:
         self._task = task
         self._name = name
+        self._codec = down
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
     ) -> Trained:
-        """Write the delta; the state is looked at for its ledger only."""
+        """Write the delta; the state is decoded as for training, and looked at for its ledger only."""
         await asyncio.to_thread(self._train, state, base_version, delta)
         on_progress(1.0, 0.0)
         return Trained(10, {"loss": 1.0})
 
     def _train(self, state: Path, base_version: int, delta: Path) -> None:
-        with safe_open(state, framework="numpy") as tensors:
-            first = np.asarray(tensors.get_tensor(tensor_name(0)), np.float32)
-        self._task.note(self._name, "received", round=base_version, ledger=self._task.ledger(first))
+        tensors = decoded(state, self._codec)
+        self._task.note(self._name, "received", round=base_version, ledger=self._task.ledger(tensors[tensor_name(0)]))
         added = self._task.delta(int(self._name.rpartition("-")[2]))
         save_file({tensor_name(number): values for number, values in enumerate(added)}, delta)
         self._task.note(self._name, "trained", round=base_version)
+
+
+def decoded(path: Path, name: CodecName) -> dict[str, F32Array]:
+    """The tensors of a state's file as float32; what a site's worker does, which would load torch."""
+    data = np.fromfile(path, dtype=np.uint8)
+    size = header_size(data[:8].tobytes(), len(data))
+    header = parse_header(data[:size].tobytes(), len(data))
+    parts = {
+        spec.name: data[size + spec.begin : size + spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
+        for spec in header.specs
+    }
+    return {
+        tensor: codec.decode_tensor([parts[part] for part, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
+        for tensor, shape in codec.tensor_shapes(header, name).items()
+    }
 
 
 def tensor_name(number: int) -> str:
@@ -76,7 +91,7 @@ async def run(path: Path) -> None:
         frozen_sha256=plan.frozen_sha256,
         software="bench",
     )
-    trainer = KnownNoise(work.load(), config.name)
+    trainer = KnownNoise(work.load(), config.name, federation.codec.down)
     await Agent(config, federation, identity, Outbox(config.storage), trainer).run()
 
 
