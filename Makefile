@@ -61,8 +61,9 @@ imports: setup ## import-linter: who may import whom
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
+chaos: SEEDS = 0-23
 chaos: setup ## real processes killed, stopped, cut off and starved of disk, from seeds: make chaos SEEDS=0-23
-	@$(VENV)/python -m tests.chaos --seeds $(or $(SEEDS),0-23) --json docs/results/chaos.json
+	@$(VENV)/python -m tests.chaos --seeds $(SEEDS) --json docs/results/chaos.json
 
 reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
 	@$(VENV)/python -m tools.reliability_report

@@ -22,7 +22,8 @@ from broker.config import local_config
 from broker.launcher import find_mosquitto
 from coordinator.journal import Journal
 from coordinator.records import VersionCommitted
-from shared.config import FederationConfig, load_config
+from shared.config import FederationConfig
+from shared.configfile import load_config
 from shared.plan import SealedPlan
 
 ROOT = Path(__file__).resolve().parents[2]

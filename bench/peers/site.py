@@ -19,7 +19,8 @@ from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from shared import codec, durable, logs
-from shared.config import CodecName, FederationConfig, SiteConfig, load_config
+from shared.config import CodecName, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.ids import new_session_id
 from shared.plan import load_plan
 from shared.tensorfile import NUMPY_DTYPES, F32Array, header_size, parse_header
