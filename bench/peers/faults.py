@@ -117,7 +117,8 @@ class Seen:
     """Newer models received during the fault by the other sites."""
     load: float = 0.0
     """The machine's load over the last minute when the fault struck; over the number of cores, times say little."""
-    killed: list[str] = dataclasses.field(default_factory=list)
+    killed: int = 0
+    """Processes."""
 
 
 def make(variant: str, work: Work, stage: Stage) -> Framework:
@@ -199,12 +200,12 @@ class Scene:
                 time.sleep(self._outage_s)
                 self._link.do(self._link.proxy.heal())
             case "server killed":
-                self._seen.killed = self._framework.kill_server()
+                self._seen.killed = len(self._framework.kill_server())
                 time.sleep(RESTART_S)
                 if not self._framework.is_unattended():
                     self._framework.start_server()
             case "site killed":
-                self._seen.killed = self._framework.kill_site(1)
+                self._seen.killed = len(self._framework.kill_site(1))
                 time.sleep(RESTART_S)
                 if not self._framework.is_unattended():
                     self._framework.start_site(1, self._link.proxy.port)

@@ -30,8 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".bench"
 HERE = Path(__file__).parent
 UNKNOWN = "unknown to the server"
-READY_S = 120.0
-POLL_S = 0.1
+READY_S, POLL_S = 120.0, 0.1
 
 
 class Framework(Protocol):

@@ -23,6 +23,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 LOOK_S = 0.25
 END_S = 5.0
+ASK_S = 120.0
 
 
 @dataclass(slots=True)
@@ -116,17 +117,26 @@ class Stage:
         return child
 
     def ask(self, command: Sequence[str | Path], *, extra: Mapping[str, str] | None = None) -> str:
-        """What a short command says, errors included."""
-        done = subprocess.run(
+        """What a short command says, errors included; one that says nothing for two minutes has said nothing."""
+        try:
+            done = self._run(command, extra)
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout.decode(errors="replace")
+
+    def _run(
+        self, command: Sequence[str | Path], extra: Mapping[str, str] | None
+    ) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
             [str(word) for word in command],
             cwd=self.folder,
             env={**self._environment, **(extra or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            timeout=ASK_S,
             check=False,
         )
-        return done.stdout.decode(errors="replace")
 
     def pids(self, role: str) -> list[int]:
         """Processes of that role that run now."""

@@ -132,7 +132,7 @@ def test_outages_appear_with_what_was_late(written: Any) -> None:
 
 def test_other_measurements_appear_as_they_are(written: Any) -> None:
     """What another program measured is shown under its own names."""
-    text = written(sim={"seeds": 2000, "found": {"no dedupe": 3}, "runs": [{"a": 1, "b": 2}]})
+    text = written(goodput={"seeds": 2000, "found": {"no dedupe": 3}, "runs": [{"a": 1, "b": 2}]})
     assert "| seeds | 2000 |" in text
     assert "| no dedupe | 3 |" in text
     assert "| a | b |" in text
