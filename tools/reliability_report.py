@@ -241,8 +241,8 @@ def peers() -> Iterator[str]:
         "*run*: how the framework says it ended. *trained*: finished trainings of each site; *counted*: how many of "
         "its updates are in the last global model, read from the model itself. *MB*: over the link of site 1. "
         "*bytes s*, *round s*, *site 1 s*: from the end of the fault (link back, process started) to the first "
-        "bytes of site 1, to a newer model at any site, to a newer model at site 1; negative where rounds went on during "
-        "the fault. *load*: how many processes wanted one of the machine's cores when the fault struck."
+        "bytes of site 1, to a newer model at any site, to a newer model at site 1; negative where rounds went on "
+        "during the fault. *load*: how many processes wanted one of the machine's cores when the fault struck."
     )
     yield ""
     for remark in found.get("remarks", []):
