@@ -82,8 +82,9 @@ bench-peers: peers ## the same round given to Flower and NVIDIA FLARE in turns (
 	@$(VENV)/python -m bench.round --runs "mailboat f32" "mailboat bf16" "mailboat int8" flare flower \
 		--turns 2 --json docs/results/round.json $(ARGS)
 
-reliability-peers: peers ## the same faults given to Mailboat, Flower and NVIDIA FLARE (two hours and a half, mostly waiting)
-	@$(VENV)/python -m bench.peers.faults --json docs/results/peers.json $(ARGS)
+reliability-peers: peers ## the same faults given to Mailboat, Flower and NVIDIA FLARE (over three hours, mostly waiting)
+	@$(VENV)/python -m bench.peers.faults --faults "link down" "server killed" "site killed" \
+		--json docs/results/peers.json $(ARGS)
 
 bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 s, silent and loud (a quarter of an hour)
 	@$(VENV)/python -m bench.reconnect --json docs/results/reconnect.json
