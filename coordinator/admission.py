@@ -2,7 +2,7 @@
 
 In this order, so that nothing is trusted before it is checked: each frame against its hash, its declared size against
 the one that is right, the header against the format, names and shapes against the sealed plan, then the values, and
-last the whole file's hash. Memory: the largest tensor of the plan, twice, and three slices.
+last the whole file's hash. Memory: a few slices and spans (4 MB), however large the tensors.
 
 Rules (RefusedError.rule), besides those of `shared.tensorfile` (header-*, tensor-*, file-size), `shared.slices`
 (frame-*), `shared.codec` (codec-*) and `shared.reader` (file-hash):
@@ -19,7 +19,7 @@ What an offer must satisfy before its bytes are taken is in `coordinator.offers`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,8 @@ from shared.tensorfile import F32Array, Shape
 NORM_MAX = 2.0**64
 """Far above any sound delta; a million merged ones, at a server rate of 10 with momentum, keep float32 finite."""
 
-_SPAN = 1 << 16
-"""Elements widened to float64 at a time: 512 KiB."""
+_WIDENED = 1 << 16
+"""Elements widened to float64 at a time: 512 KiB. The recorded norms depend on it, in their last digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def verify(stored: Stored, plan: SealedPlan) -> Admitted:
     with stored.open_tensors(verify=True) as reader:
         _check_header(reader.shapes, plan.tensors)
         squares = 0.0
-        for name, values in reader.tensors():
-            squares += _finite_squares(name, values)
+        for name in reader.shapes:
+            squares += _finite_squares(name, reader.spans(name))
     norm = math.sqrt(squares)
     if norm > NORM_MAX:
         raise RefusedError(f"the delta's norm is {norm:.3g}, at most {NORM_MAX:.3g} is allowed", rule="norm-bound")
@@ -71,13 +71,13 @@ def _check_header(found: Mapping[str, Shape], planned: Mapping[str, Shape]) -> N
             raise RefusedError(f"tensor {name} has shape {shape}, the plan says {planned[name]}", rule="wrong-shape")
 
 
-def _finite_squares(name: str, values: F32Array) -> float:
+def _finite_squares(name: str, spans: Iterable[F32Array]) -> float:
     """Sum of squares in float64, which no finite float32 values overflow: an infinite sum means an infinite value."""
-    flat = values.reshape(-1)
     total = 0.0
-    for start in range(0, flat.size, _SPAN):
-        span = flat[start : start + _SPAN].astype(np.float64)
-        total += float(np.dot(span, span))
+    for flat in spans:
+        for start in range(0, flat.size, _WIDENED):
+            wide = flat[start : start + _WIDENED].astype(np.float64)
+            total += float(np.dot(wide, wide))
     if not math.isfinite(total):
         raise RefusedError(
             f"tensor {name} holds NaN or infinity",

@@ -197,7 +197,8 @@ def _step(
             np.multiply(master, np.float32(1 - only.numerator), out=master)
             np.add(master, summed, out=master)
         else:
-            server_step(federation.aggregation.server, master, summed, slots)
+            server = federation.aggregation.server
+            server_step(server, master, summed, slots, version=plan.version, late=plan.latest)
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:

@@ -30,13 +30,14 @@ from typing import IO
 
 from coordinator.journal import Journal
 from coordinator.masters import file_sha256, master_path
-from coordinator.records import Accepted, VersionCommitted, from_bytes
+from coordinator.records import Accepted, Dropped, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
 from coordinator.views import JOURNAL
 from shared import audit, durable
 from shared.audit import GENESIS, Row
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError
+from shared.messages import LOST
 from shared.plan import SealedPlan
 
 SCRIPT = Path(__file__).with_name("bundle_verify.py")
@@ -108,6 +109,8 @@ def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Content
         record = from_bytes(row.body)
         if isinstance(record, Accepted):
             accepted.append(record.update_id)
+        elif isinstance(record, Dropped) and record.rule == LOST:
+            accepted.remove(record.update_id)
         elif isinstance(record, VersionCommitted):
             contents.version = record.version
             merged += [part.update_id for part in record.contributions]

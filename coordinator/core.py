@@ -18,6 +18,7 @@ need no list, because a site repeats its offer until it has the receipt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import assert_never
 
 from coordinator import decisions as d
@@ -26,7 +27,7 @@ from coordinator.downlink import Downlink
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import plan_merge
-from coordinator.offers import check_id, check_offer, check_standing, unrecorded
+from coordinator.offers import OVERTAKEN, REUSED, check_id, check_offer, check_standing, unrecorded
 from coordinator.records import (
     Dropped,
     Finished,
@@ -46,6 +47,7 @@ from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import (
+    LOST,
     Announce,
     Head,
     Hello,
@@ -67,12 +69,6 @@ DOWNLINK_MERGE_S = 0.3
 IDLE_STALLS = 3
 """An upload or pull that shows no sign of life for this many stall times gives its credit back."""
 
-OVERTAKEN = {"run-complete", "too-stale"}
-"""Rules that an update may keep when it is first offered, and break when it is offered again."""
-
-REUSED = ("id-reused", "this update id was used before, with another manifest")
-"""Rule and detail."""
-
 
 class Core:
     """See the module's docstring; `boot` is this process's session id.
@@ -93,6 +89,7 @@ class Core:
         self._attest = attest
         self.federation = federation
         self.plan = plan
+        self.fingerprint = plan.fingerprint
         self.boot = boot
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
@@ -171,7 +168,7 @@ class Core:
         """The retained word about the current version."""
         return Announce(
             boot=self.boot,
-            fingerprint=self.plan.fingerprint,
+            fingerprint=self.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             manifest=self.ledger.state,
@@ -221,9 +218,15 @@ class Core:
 
     def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))
+        for update_id in self._lost.get(name, ()):
+            out.to(name, self.ledger.receipt(update_id))
         signed = self.ledger.signed
         if signed is not None:
             out.to(name, Head(version=signed.version, seq=signed.seq, head=signed.head, signature=signed.signature))
+
+    @cached_property
+    def _lost(self) -> dict[str, list[str]]:
+        return self.ledger.by_rule(LOST)  # read once: updates are given up only while no coordinator runs
 
     def _refuse_double(self, name: str, session: str, out: d.Decision) -> None:
         detail = f"another process already runs as site {name}"
@@ -281,11 +284,9 @@ class Core:
         return None
 
     def _reject(self, name: str, manifest: Manifest, why: RefusedError, now: Instant, out: d.Decision) -> None:
-        self._record(
-            out,
-            Rejected(manifest.transfer_id, name, manifest.digest, why.rule, why.message[:500], now.wall),
-        )
-        out.to(name, self.ledger.receipt(manifest.transfer_id))
+        update_id = manifest.transfer_id
+        self._record(out, Rejected(update_id, name, manifest.digest, why.rule, why.message[:500], now.wall))
+        out.to(name, self.ledger.receipt(update_id))
         if isinstance(manifest.facts, UpdateFacts) and manifest.facts.base_version == self.ledger.version:
             self._answered.add(name)
 
@@ -344,7 +345,7 @@ class Core:
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
-        if self.merging or self.ledger.finished or self._started is None:
+        if self.merging or self.ledger.finished or not self.ledger.pending or self._started is None:
             return
         view = RoundView(
             version=self.ledger.version,
@@ -388,11 +389,12 @@ class Core:
             out.to(part.site, self.ledger.receipt(part.update_id))
 
     def _tick(self, now: Instant, out: d.Decision) -> None:
+        for name, session in self.sites.unanswered(now.mono):
+            out.to(name, Probe(session=session))
         for name, session in self.sites.silent(now.mono):
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
-        lingered = now.mono - self._round_opened >= self.settle_s
-        expected = self.sites.expected(now.mono, back_within_s=self.back_within_s)
-        if self.ledger.finished and self.exit_when_done and lingered and not expected:
+        done = self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s
+        if done and not self.sites.expected(now.mono, back_within_s=self.back_within_s):
             out.jobs.append(d.Stop())

@@ -15,6 +15,7 @@ import structlog
 from coordinator.ledger import Ledger
 from shared.config import CoordinatorConfig
 from shared.errors import NoRoomError
+from shared.messages import LOST
 from shared.room import MIB, POLL_S, Room
 from shared.store import FrameStore
 
@@ -56,11 +57,11 @@ class Disk:
 
 
 def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
-    """Delete the bytes of rejected updates, and return their ids; for a start, after a crash between the two."""
+    """Delete the bytes of updates that were rejected or given up, and return their ids; for a start after a crash."""
     rejected = [
         update_id
         for update_id in updates.ids() + updates.partial_ids()
-        if update_id in ledger.known and ledger.known[update_id].outcome == "rejected"
+        if (known := ledger.known.get(update_id)) and (known.outcome == "rejected" or known.rule == LOST)
     ]
     for update_id in rejected:
         updates.delete(update_id)

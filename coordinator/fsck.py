@@ -6,24 +6,30 @@ What is wrong is found by `coordinator.proof`, what is merely left over by `coor
     audit.jsonl        written anew from the journal
     states, masters    computed again, from version 0 and the kept updates, where the bytes come out the same
 
-Nothing else can be: the journal and the kept updates are the truth, and have no second copy here. Whatever was mended
+Nothing else can be: the journal and the kept updates are the truth, and have no second copy here. An update that waits
+to be merged and is damaged stops the run, since no version can be made without it; when no backup has it, `drop_lost`
+gives it up: a row drops it under the rule LOST, and its site is told on its next hello. Whatever was mended
 is checked once more, so that `repaired` is what was seen and not what was meant. A file that is replaced is damaged or
 missing by then; no other is touched.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.journal import Journal
+from coordinator.kept import check_update
 from coordinator.ledger import Ledger
 from coordinator.leftovers import BEHIND, Leftover, find_leftovers
 from coordinator.masters import version_of
 from coordinator.proof import AUDIT, Progress, Proof, prove
+from coordinator.records import Accepted, Dropped
 from coordinator.replay import replay
 from coordinator.rows import JournalReader
 from coordinator.trail import Finding
@@ -34,8 +40,10 @@ from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.lock import FolderLock
 from shared.manifest import Manifest
+from shared.messages import LOST
 from shared.plan import SealedPlan
 from shared.problems import Problem
+from shared.store import FrameStore
 
 _BACKUP = "restore it from a backup"
 
@@ -58,14 +66,16 @@ def check(
     plan: SealedPlan,
     *,
     repair: bool = False,
+    drop_lost: bool = False,
     progress: Progress = lambda _share: None,
 ) -> Checked:
-    """Look at a coordinator's whole folder, and with `repair` mend what can be.
+    """Look at a coordinator's whole folder, with `repair` mend what can be, with `drop_lost` give up what cannot.
 
     Raises UnavailableError while a coordinator runs there or when the disk is full, ConfigError when no run has begun.
     """
     if not (storage / JOURNAL).is_file():
         raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
+    lost = _drop_lost(storage, federation, plan) if drop_lost else []
     with FolderLock(storage / f"{JOURNAL}.lock", holder="coordinator"):
         before = prove(storage, federation, plan, progress=progress)
         leftovers, behind, ledger = _look(storage, federation)
@@ -76,7 +86,8 @@ def check(
             if before.findings and ledger is not None:
                 why = _mend(storage, federation, plan, before.findings, ledger)
                 after = prove(storage, federation, plan, progress=progress)
-    return _told(before, after, leftovers, behind, _Advisor(ledger, why, repair))
+    told = _told(before, after, leftovers, behind, _Advisor(ledger, why, repair))
+    return dataclasses.replace(told, problems=(*map(_given_up, lost), *told.problems))
 
 
 def _look(storage: Path, federation: FederationConfig) -> tuple[list[Leftover], list[Finding], Ledger | None]:
@@ -99,6 +110,29 @@ def _fold(journal: JournalReader) -> Ledger:
 
 
 # -- mending ---
+
+
+def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) -> list[Accepted]:
+    """Drop the updates that wait to be merged and are not what was accepted; their row first, then their bytes."""
+    with Journal(storage / JOURNAL) as journal:
+        ledger = _fold(journal)
+        digests = {version: state.file_sha256 for version, state in ledger.states.items()}
+        lost = [
+            accepted
+            for accepted in ledger.pending
+            if check_update(storage, accepted, digests.get(accepted.base_version), plan, federation)
+        ]
+        journal.append([Dropped(accepted.update_id, LOST, time.time()) for accepted in lost])
+    if lost:
+        _mend_trail(storage)
+    for accepted in lost:
+        FrameStore(storage / "updates").delete(accepted.update_id)
+    return lost
+
+
+def _given_up(accepted: Accepted) -> Problem:
+    what = f"an accepted update of {accepted.site} is damaged: dropped, and its site will be told"
+    return Problem("damage", LOST, f"updates/{accepted.update_id}", what, True, "")
 
 
 def _mend(
@@ -197,7 +231,10 @@ class _Advisor:
         if known is None or self.ledger is None:
             return _BACKUP
         if known.outcome == "accepted":
-            return f"{_BACKUP}: it waits to be merged, and version {self.ledger.version + 1} cannot be made without it"
+            return (
+                f"{_BACKUP}: it waits to be merged, and version {self.ledger.version + 1} cannot be made without it; "
+                "when there is no copy of it, --drop-lost gives it up and tells its site"
+            )
         if known.outcome == "merged":
             return f"{_BACKUP}: version {known.version} stands, but it cannot be recomputed or proven without it"
         return f"{_BACKUP}: it was dropped, and no version needs it; the proof misses it"

@@ -134,6 +134,14 @@ class Ledger:
             known.outcome, known.version = "merged", record.version
             known.staleness, known.weight = part.staleness, part.weight
 
+    def by_rule(self, rule: str) -> dict[str, list[str]]:
+        """Ids of the updates that were rejected or dropped under `rule`, by site."""
+        found: dict[str, list[str]] = {}
+        for update_id, known in self.known.items():
+            if known.rule == rule:
+                found.setdefault(known.site, []).append(update_id)
+        return found
+
     def receipt(self, update_id: str) -> Receipt:
         """What a site is told of its update; KeyError for one that was never decided."""
         known = self.known[update_id]

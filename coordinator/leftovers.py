@@ -1,6 +1,6 @@
 """What crashes leave in a coordinator's folder, and may go: bytes that no row of the journal counts or will count.
 
-    rejected-update    an update that was rejected; the crash came before its bytes were deleted
+    rejected-update    an update that was rejected, or given up; the crash came before its bytes were deleted
     stale-upload       one still arriving, or arrived and never decided, that would be refused if it were offered now
     damaged-upload     one of those whose manifest cannot be read; its site has it still
     uncommitted-state  a state that a merge wrote, and no row published
@@ -27,6 +27,7 @@ from shared import durable
 from shared.config import FederationConfig
 from shared.errors import RefusedError
 from shared.manifest import Manifest, StateFacts, UpdateFacts, manifest_from_bytes
+from shared.messages import LOST
 
 BEHIND = "journal-behind"
 
@@ -75,7 +76,7 @@ def _updates(storage: Path, ledger: Ledger, federation: FederationConfig) -> Ite
         update_id = path.name.partition(".")[0]
         known = ledger.known.get(update_id)
         if known is not None:
-            if known.outcome == "rejected":
+            if known.outcome == "rejected" or known.rule == LOST:
                 yield _transfer(path, "rejected-update", f"rejected under the rule {known.rule}")
             continue
         manifest = _manifest(path)

@@ -207,4 +207,6 @@ def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:
         if version is not None and version not in {0, *keep}:
             path.unlink()
             deleted.append(path.name)
+    if deleted:
+        durable.fsync_dir(folder)  # else a power loss could bring them back
     return deleted

@@ -4,8 +4,10 @@ Notation: x is the master (float32), delta_i the i-th update in order of accepta
 staleness, s the staleness function, p the size power.
 
 sync and fedbuff: mean = sum_i n_i^p s(tau_i) delta_i / sum_i n_i^p, both sums over the updates that hold the tensor,
-then x <- server optimizer(x, mean). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm
-1); with p = 0 it is FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the line only: lateness
+then x <- server optimizer(x, mean). With a `clip_norm` C, delta_i min(1, C / |delta_i|) stands for delta_i, with the
+norm over all its tensors, so that no site moves the mean by more than its share of C (Sun et al., arXiv 1911.07963,
+section 5). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1); with p = 0 it is
+FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the line only: lateness
 damps the step. Were it below too, a buffer in which all are equally late would step as far as a fresh one.
 
 fedasync: one update, x <- (1 - a_t) x + a_t (y + delta), where y is the published state that the site started from
@@ -36,7 +38,7 @@ class PlannedContribution:
     staleness: int
     examples: int
     numerator: float
-    """n^p s(tau); for fedasync a_t."""
+    """n^p s(tau), times C / |delta| where that is less than 1; for fedasync a_t."""
     denominator: float
     """n^p; for fedasync 1."""
 
@@ -52,6 +54,11 @@ class MergePlan:
     """Mixing rate of fedasync before staleness; unused elsewhere."""
     contributions: tuple[PlannedContribution, ...]
     """In order of acceptance, which is the order of addition."""
+
+    @property
+    def latest(self) -> int:
+        """The greatest staleness in it."""
+        return max(each.staleness for each in self.contributions)
 
     def recorded(self) -> tuple[Contribution, ...]:
         """The contributions as VersionCommitted stores them; weight = numerator / sum of all denominators."""
@@ -109,7 +116,7 @@ def _planned(
     assert tau >= 0, f"update {update.update_id} starts from version {update.base_version}, which does not exist yet"
     damping = staleness_weight(section.staleness, tau)
     size = 1.0 if section.mode == "fedasync" else float(update.examples) ** section.size_power
-    scale = section.alpha if section.mode == "fedasync" else size
+    scale = section.alpha if section.mode == "fedasync" else size * _clipping(update.norm, section.clip_norm)
     return PlannedContribution(
         update_id=update.update_id,
         site=update.site,
@@ -120,3 +127,8 @@ def _planned(
         numerator=scale * damping,
         denominator=size,
     )
+
+
+def _clipping(norm: float, limit: float | None) -> float:
+    """The factor that brings an update of this norm down to the limit."""
+    return 1.0 if limit is None or norm <= limit else limit / norm

@@ -22,6 +22,12 @@ BYTES_PER_PARAMETER = 5
 UNRECORDED = frozenset({"not-an-update", "other-site", "foreign-id", "id-reused"})
 """Rules under which nothing is recorded: the id is another's, or has its record already."""
 
+OVERTAKEN = {"run-complete", "too-stale"}
+"""Rules that an update may keep when it is first offered, and break when it is offered again."""
+
+REUSED = ("id-reused", "this update id was used before, with another manifest")
+"""Rule and detail."""
+
 
 def check_id(manifest: Manifest, *, site: str) -> None:
     """Raise RefusedError unless the very site that offers this drew its id, and says so in the manifest.

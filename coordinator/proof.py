@@ -38,7 +38,7 @@ from shared.audit import GENESIS, Mark, Row
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import describe_invalid
-from shared.messages import Receipt
+from shared.messages import LOST, Receipt
 from shared.plan import SealedPlan
 
 AUDIT = "audit.jsonl"
@@ -272,8 +272,8 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
 
 
 def _kept(trail: Trail) -> list[str]:
-    """Ids of the updates whose bytes are kept: all but those that were rejected."""
-    return [update_id for update_id, known in trail.known.items() if known.outcome != "rejected"]
+    """Ids of the updates whose bytes are kept: all but those that were rejected, or given up."""
+    return [key for key, known in trail.known.items() if known.outcome != "rejected" and known.rule != LOST]
 
 
 # -- receipts ---

@@ -4,11 +4,14 @@ A site's process draws a session id when it starts. Two processes under one name
 place, so the second to come is refused; a restarted process must not be mistaken for a second one. The difference is
 that a process that was killed does not answer:
 
-    present A, hello from B   ->  probe A; B waits
+    present A, hello from B   ->  probe A, again and again; B waits
     A says hello              ->  B is refused, rule duplicate-site
-    A is silent for probe_s,
+    A is silent for probe_s and B has said hello again,
     or the broker says A left ->  B is welcome; A is superseded
     hello from a superseded   ->  refused: it went on after another had taken its place
+
+One probe may be lost, and one hello may be the late word of a process that is gone: together they must not put out a
+process that lives. Hence the repetitions; whoever waits for a welcome repeats its hello.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from shared.plan import SealedPlan
 
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 """Phases of a site that leaves of its own will."""
+
+PROBES = 4
+"""How often a session is asked whether it lives before its silence is believed."""
 
 REMEMBERED_SESSIONS = 8
 """Superseded sessions remembered per site; more than anyone restarts within the life of a stray process."""
@@ -46,8 +52,11 @@ class Site:
     session: str | None = None
     """The process that speaks for the site; None when it is away."""
     challenger: str | None = None
-    probed_at: float = 0.0
+    challenged_at: float = 0.0
     """Monotonic seconds."""
+    probes: int = 0
+    insists: bool = False
+    """The challenger has said hello more than once."""
     superseded: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_SESSIONS))
     status: Status | None = None
     seen_at: float = 0.0
@@ -89,8 +98,9 @@ class Sites:
             site.session = session
             return Claim.WELCOME, loser
         if site.challenger is not None:
+            site.insists |= site.challenger == session
             return Claim.WAIT, None
-        site.challenger, site.probed_at = session, now
+        site.challenger, site.challenged_at, site.probes, site.insists = session, now, 1, False
         return Claim.PROBE, site.session
 
     def left(self, name: str, session: str, now: float) -> str | None:
@@ -112,11 +122,23 @@ class Sites:
 
         return any(site.session is not None or returns(site) for site in self._sites.values())
 
+    def unanswered(self, now: float) -> list[tuple[str, str]]:
+        """(name, session) of present ones that are to be probed once more."""
+        due = []
+        for name, site in self._sites.items():
+            waited_s = now - site.challenged_at
+            if site.challenger is None or site.session is None or site.probes >= PROBES:
+                continue
+            if waited_s >= site.probes * self.probe_s / PROBES:
+                site.probes += 1
+                due.append((name, site.session))
+        return due
+
     def silent(self, now: float) -> list[tuple[str, str]]:
-        """(name, session) of challengers whose rival did not answer the probe in time: they are welcome now."""
+        """(name, session) of challengers whose rival did not answer the probes in time: they are welcome now."""
         promoted = []
         for name, site in self._sites.items():
-            if site.challenger is not None and now - site.probed_at >= self.probe_s:
+            if site.challenger is not None and site.insists and now - site.challenged_at >= self.probe_s:
                 if site.session is not None:
                     site.superseded.append(site.session)
                 session = self._promote(site)

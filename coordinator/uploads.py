@@ -45,7 +45,7 @@ class Uploads:
     @property
     def reserved(self) -> int:
         """Bytes granted and not given back; at most the budget."""
-        return sum(upload.reserved for upload in self._by_id.values())
+        return sum([upload.reserved for upload in self._by_id.values()])
 
     def get(self, transfer_id: str) -> Upload | None:
         """The upload of that id, if it is under way."""
@@ -120,8 +120,7 @@ class Uploads:
     def tick(self, now: float, out: Decision) -> None:
         """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""
         for transfer_id, upload in list(self._by_id.items()):
-            busy = upload.receiver.state in {ReceiverState.OPENING, ReceiverState.COMPLETE}
-            if not busy and now - upload.quiet_since > self.idle_s:
+            if upload.receiver.open and now - upload.quiet_since > self.idle_s:
                 self._close(transfer_id, now, out)
 
     def site_gone(self, site: str, now: float, out: Decision) -> None:

@@ -8,7 +8,6 @@ survive (a sealed update, a receipt) is on disk before its event is raised.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import time
 from collections.abc import Coroutine
@@ -23,20 +22,19 @@ from edge_client.disk import Disk
 from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
+from edge_client.sealing import seal_parts
 from edge_client.session import Identity, Session
 from edge_client.training import Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
-from shared.errors import RefusedError
+from shared.errors import CorruptError, RefusedError
 from shared.faultpoint import passing
-from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Chunk, Head, Message, Presence, Receipt, Status, Wait
+from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
-from shared.slices import FileSummary, make_transfer_frames
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
@@ -272,23 +270,32 @@ class Agent:
     # -- jobs ---
 
     async def _open_spool(self, manifest: Manifest) -> None:
-        have = await self.disk.given_room(self.spooler.open, manifest)
+        try:
+            have = await self.disk.given_room(self.spooler.open, manifest)
+        except CorruptError as error:
+            await self._fetch_again(manifest.transfer_id, error)
+            return
         # What earlier lives of this process began to pull would otherwise stay until one pull is complete.
         await asyncio.to_thread(self._forget_states_but, manifest.transfer_id)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
     async def _verify(self, transfer_id: str) -> None:
-        stored = await self.spooler.finish(transfer_id)
         try:
+            stored = await self.spooler.finish(transfer_id)
             await asyncio.to_thread(stored.verify)
-        except RefusedError as error:
-            log.warning("refused a state", state=transfer_id, rule=error.rule, reason=error.message)
-            await self.spooler.close(transfer_id, delete=True)
-            self._events.put_nowait(d.StateBroken(transfer_id))
+        except (RefusedError, CorruptError) as error:
+            await self._fetch_again(transfer_id, error)
             return
         log.info("pulled", version=stored.manifest.state.version)
         await asyncio.to_thread(self._forget_states_but, transfer_id)
         self._events.put_nowait(d.StateReady(stored.manifest))
+
+    async def _fetch_again(self, transfer_id: str, error: RefusedError | CorruptError) -> None:
+        """A state is not what was announced: it came so, or the disk has spoilt it since."""
+        rule = getattr(error, "rule", "damaged-at-rest")
+        log.warning("refused a state", state=transfer_id, rule=rule, reason=error.message)
+        await self.spooler.close(transfer_id, delete=True)
+        self._events.put_nowait(d.StateBroken(transfer_id))
 
     def _forget_states_but(self, transfer_id: str) -> None:
         """Only the newest state is worth its disk space, and those in use."""
@@ -308,10 +315,14 @@ class Agent:
         log.info("training", version=number)
         started = time.monotonic()
         try:
-            stored = await asyncio.to_thread(self.states.get, base.transfer_id)
-            assert stored is not None, "a state that is ready is in the store"
             await self.disk.until_room(base, self.federation.codec)
-            await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
+            try:
+                stored = await asyncio.to_thread(self.states.get, base.transfer_id)
+                assert stored is not None, "a state that is ready is in the store"
+                await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
+            except CorruptError as error:
+                await self._fetch_again(base.transfer_id, error)
+                return
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
             passing("train.after")
             self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
@@ -329,39 +340,27 @@ class Agent:
         self._metrics = {**self._metrics, "loss": loss}
 
     def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
-        update_id = new_update_id(self.config.name)
-        codec = self.federation.codec
-        facts = UpdateFacts(
-            site=self.config.name,
-            base_version=base.state.version,
-            base_sha256=base.file_sha256,
-            examples=examples,
-            metrics=self._metrics,
-        )
-        frames = make_transfer_frames(
+        frames, build = seal_parts(
             load_file(delta_file),
-            codec.up,
-            {"mailboat": "update", "federation": self.name, "update_id": update_id},
-            codec.slice_kib * 1024,
+            UpdateFacts(
+                site=self.config.name,
+                base_version=base.state.version,
+                base_sha256=base.file_sha256,
+                examples=examples,
+                metrics=self._metrics,
+            ),
+            self.federation,
+            self.identity.fingerprint,
         )
-
-        def build(summary: FileSummary) -> Manifest:
-            manifest = Manifest(
-                transfer_id=update_id,
-                federation=self.name,
-                fingerprint=self.identity.fingerprint,
-                codec=codec.up,
-                **dataclasses.asdict(summary),
-                created=time.time(),
-                facts=facts,
-            )
-            return self.guard.witnessed(manifest, self.heads.last)
-
-        return self.outbox.seal(frames, build)
+        return self.outbox.seal(
+            frames, lambda summary: self.guard.witnessed(build(summary, time.time()), self.heads.last)
+        )
 
     async def _settle(self, receipt: Receipt) -> None:
-        if not await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt):
+        if (base_sha256 := await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt)) is None:
             return
+        if receipt.rule == LOST:
+            self._events.put_nowait(d.Lost(base_sha256))
         told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
 

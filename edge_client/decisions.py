@@ -56,7 +56,7 @@ class StateReady:
 
 @dataclass(frozen=True, slots=True)
 class StateBroken:
-    """A complete state did not verify; its bytes are gone."""
+    """A state that was pulled, or began to be, is not what its manifest says; its bytes are gone."""
 
     transfer_id: str
 
@@ -66,6 +66,13 @@ class Trained:
     """A local update is sealed in the outbox, durably."""
 
     manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The coordinator lost an accepted update of ours that was trained on the state of this digest."""
+
+    base_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,17 @@ class Tick:
 
 
 Event = (
-    LinkUp | LinkDown | Received | SpoolOpened | ChunksStored | StateReady | StateBroken | Trained | ChunkSent | Tick
+    LinkUp
+    | LinkDown
+    | Received
+    | SpoolOpened
+    | ChunksStored
+    | StateReady
+    | StateBroken
+    | Trained
+    | Lost
+    | ChunkSent
+    | Tick
 )
 
 # -- decisions ---
@@ -92,7 +109,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenSpool:
-    """Open or resume the spool of a state and answer SpoolOpened, or StateReady when it is complete in the store."""
+    """Open or resume the spool of a state and answer SpoolOpened, or StateBroken."""
 
     manifest: Manifest
 
@@ -113,7 +130,7 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train on this state, seal the update, and answer Trained."""
+    """Train on this state, seal the update, and answer Trained; StateBroken when the disk has spoilt the state."""
 
     base: Manifest
 

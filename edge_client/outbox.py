@@ -20,7 +20,7 @@ from shared import durable
 from shared.errors import CorruptError
 from shared.faultpoint import passing
 from shared.manifest import Manifest
-from shared.messages import Receipt
+from shared.messages import LOST, Receipt
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 
@@ -53,11 +53,13 @@ class Outbox:
     def trained(self) -> set[str]:
         """Digests of the states that this site has trained on, so that it does not train on one twice.
 
-        Those are left out whose updates were all rejected: whoever starts a site again may have mended the cause.
+        Those are left out whose updates were all rejected or lost: whoever starts a site again may have mended the
+        cause.
         """
         waiting = {manifest.update.base_sha256 for manifest in self.pending()}
         answered = [read_receipt(path) for path in receipt_paths(self._storage)]
-        return waiting | {each["base_sha256"] for each in answered if each["outcome"] != "rejected"}
+        counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
+        return waiting | {each["base_sha256"] for each in counted}
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -72,13 +74,17 @@ class Outbox:
             stored = self.store.get(update_id)
             return None if stored is None else (stored.manifest, stored.read_frame(index))
 
-    def settle(self, receipt: Receipt) -> bool:
-        """Keep a receipt, then delete the update's bytes; False when it is about no update of ours."""
+    def settle(self, receipt: Receipt) -> str | None:
+        """Keep a receipt, then delete the update's bytes; return the digest of the state that it was trained on.
+
+        None when it is about no update of ours, or says nothing new.
+        """
         with self._lock:
             return self._settle(receipt)
 
-    def _settle(self, receipt: Receipt) -> bool:
+    def _settle(self, receipt: Receipt) -> str | None:
         path = self._receipts / f"{receipt.update_id}.json"
+        said = receipt.model_dump(mode="json")
         stored = self.store.get(receipt.update_id)
         if stored is not None:
             facts = stored.manifest.update
@@ -86,15 +92,16 @@ class Outbox:
         elif path.exists():
             earlier = read_receipt(path)
             origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
+            if earlier == {**origin, **said}:
+                return None
         else:
-            return False
-        said = receipt.model_dump(mode="json")
+            return None
         passing("settle.before")
         durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
         passing("settle.middle")
         self.store.delete(receipt.update_id)
         passing("settle.after")
-        return True
+        return str(origin["base_sha256"])
 
 
 def receipt_paths(storage: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from typing import assert_never
 
 from edge_client import decisions as d
 from edge_client.patience import Patience
+from edge_client.under_way import Pull, Push
 from shared.config import LinkSection
 from shared.manifest import Manifest
 from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Wait, Want, Welcome
@@ -49,28 +50,6 @@ class Identity:
     config_sha256: str
     frozen_sha256: str
     software: str
-
-
-@dataclass(slots=True)
-class Pull:
-    """A state on its way in."""
-
-    manifest: Manifest
-    receiver: Receiver
-    patience: Patience
-    unacknowledged: int = 0
-    """Chunks stored since the last Want."""
-
-
-@dataclass(slots=True)
-class Push:
-    """The update that is on its way out."""
-
-    manifest: Manifest
-    sender: Sender
-    patience: Patience
-    unsent: int = 0
-    """Chunks handed to the shell that the broker does not have yet."""
 
 
 class Session:
@@ -99,7 +78,7 @@ class Session:
         self._hello_patience = self._patience()
         self._idle_patience = Patience(IDLE_HELLO_S, IDLE_HELLO_S)
         self._rejected = ""
-        """Digest of the state whose update was rejected last."""
+        """Digest of the state whose update was rejected, or lost, last."""
         self._retrain_patience = Patience(RETRAIN_S, RETRAIN_CAP_S)
 
     def _patience(self) -> Patience:
@@ -147,12 +126,14 @@ class Session:
             case d.StateReady():
                 self._state_ready(event.manifest)
             case d.StateBroken():
-                self.pull = None
+                self._state_broken(event.transfer_id)
             case d.Trained():
                 # Sealed in the moment in which the run ended: it is offered like any other, and gets its answer.
                 self.training = None
                 self.trained.add(event.manifest.update.base_sha256)
                 self.outbox.append(event.manifest)
+            case d.Lost():
+                self._train_again(event.base_sha256, now)
             case d.ChunkSent():
                 self._chunk_sent(event.update_id, now)
             case d.Tick():
@@ -269,6 +250,13 @@ class Session:
         if self.pull is not None and self.pull.manifest.transfer_id == manifest.transfer_id:
             self.pull = None
 
+    def _state_broken(self, transfer_id: str) -> None:
+        """Forget it; what is announced and not here is pulled."""
+        if self.pull is not None and self.pull.manifest.transfer_id == transfer_id:
+            self.pull = None
+        if self.training is not None and self.training.transfer_id == transfer_id:
+            self.training = self.ready = None
+
     # -- push ---
 
     def _wanted(self, want: Want, now: float, out: d.Decision) -> None:
@@ -309,12 +297,17 @@ class Session:
             if self.push is not None and self.push.manifest is mine:
                 self.push.sender.settle()
                 self.push = None
-            if receipt.outcome == "rejected" and mine.update.base_sha256 != self._rejected:
-                self._rejected = mine.update.base_sha256
-                self._retrain_patience.moved(now)
+            if receipt.outcome == "rejected":
+                self._train_again(mine.update.base_sha256, now)
         elif mine is not None:
             return
         out.jobs.append(d.Settle(receipt))
+
+    def _train_again(self, base_sha256: str, now: float) -> None:
+        """What was trained on that state does not count: do it once more, later, if nothing newer has come by then."""
+        if base_sha256 != self._rejected:
+            self._rejected = base_sha256
+            self._retrain_patience.moved(now)
 
     # -- what follows from where we stand ---
 

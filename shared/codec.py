@@ -55,7 +55,7 @@ INT8_FLUSH = np.float32(2.0**-100)
 """A block of only smaller magnitudes becomes zero: neither its scale nor its inverse then leaves the normal range."""
 
 _SCALE_MAX = np.float32(MAGNITUDE_MAX / 127)
-_SPAN = 1 << 17
+SPAN = 1 << 17
 """Elements worked on at a time: a 512 KiB temporary stays in the second-level cache. A multiple of INT8_BLOCK."""
 
 
@@ -194,11 +194,11 @@ def _checked(parts: Sequence[NDArray[Any]], codec: Codec, shape: Shape) -> list[
 
 
 def _spans(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + _SPAN, size)) for start in range(0, size, _SPAN))
+    return (slice(start, min(start + SPAN, size)) for start in range(0, size, SPAN))
 
 
 def _check_finite(flat: F32Array) -> None:
-    scratch = np.empty(min(flat.size, _SPAN), dtype=np.float32)
+    scratch = np.empty(min(flat.size, SPAN), dtype=np.float32)
     for span in _spans(flat.size):
         values = flat[span]
         # max() hands on a NaN, and a NaN is not below anything.
@@ -216,7 +216,7 @@ def _f32_add(parts: Sequence[NDArray[Any]], weight: np.float32 | None, out: F32A
     if weight is None:
         out[...] = values
         return
-    scratch = np.empty(min(out.size, _SPAN), dtype=np.float32)
+    scratch = np.empty(min(out.size, SPAN), dtype=np.float32)
     for span in _spans(out.size):
         product = np.multiply(values[span], weight, out=scratch[: span.stop - span.start])
         np.add(out[span], product, out=out[span])
@@ -229,7 +229,7 @@ def _bf16_encode(flat: F32Array) -> list[NDArray[Any]]:
 
 def _bf16_add(parts: Sequence[NDArray[Any]], weight: np.float32 | None, out: F32Array) -> None:
     (bits,) = parts
-    scratch = np.empty(min(out.size, _SPAN), dtype=np.float32)
+    scratch = np.empty(min(out.size, SPAN), dtype=np.float32)
     for span in _spans(out.size):
         into = out[span] if weight is None else scratch[: span.stop - span.start]
         bf16_to_f32(bits[span], out=into)
@@ -262,7 +262,7 @@ def _int8_encode(flat: F32Array) -> list[NDArray[Any]]:
     """
     levels = np.empty(flat.size, dtype="i1")
     scales = np.empty(-(-flat.size // INT8_BLOCK), dtype="<f4")
-    scratch = np.empty(min(flat.size, _SPAN), dtype=np.float32)
+    scratch = np.empty(min(flat.size, SPAN), dtype=np.float32)
     for elements, blocks, width in _int8_spans(flat.size):
         values = flat[elements].reshape(-1, width)
         quotient = scratch[: values.size].reshape(values.shape)
@@ -283,7 +283,7 @@ def _int8_add(parts: Sequence[NDArray[Any]], weight: np.float32 | None, out: F32
     if not ((scales >= 0) & (scales <= _SCALE_MAX)).all():
         raise RefusedError("a scale is negative, NaN or out of range", rule="codec-scale")
     factors = scales if weight is None else scales * weight
-    scratch = np.empty(min(out.size, _SPAN), dtype=np.float32)
+    scratch = np.empty(min(out.size, SPAN), dtype=np.float32)
     for elements, blocks, width in _int8_spans(out.size):
         into = out[elements] if weight is None else scratch[: elements.stop - elements.start]
         into[...] = levels[elements]

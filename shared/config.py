@@ -1,4 +1,4 @@
-"""Configuration files: TOML into frozen pydantic models, with errors that name the file and the key.
+"""What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
 
 Two kinds, kept apart on purpose. `federation.toml` is what all must agree on; its canonical hash goes into the
 fingerprint that every manifest carries. `coordinator.toml` and `site.toml` are each machine's own business.
@@ -6,23 +6,21 @@ fingerprint that every manifest carries. `coordinator.toml` and `site.toml` are 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
-import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from shared.errors import ConfigError
 from shared.ids import Ident, Sha256Hex
 
 CodecName = Literal["f32", "bf16", "int8"]
 Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
-ServerOptimizerName = Literal["sgd", "momentum"]
+ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -108,8 +106,41 @@ class ServerSection(Section):
     """The server optimizer over the mean delta."""
 
     optimizer: ServerOptimizerName = "sgd"
-    lr: Positive = 1.0
+    lr: Positive | None = None
+    """The step's size; None takes what the optimizer's authors start from, see `rate`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the running mean that is kept: beta, or beta_1 of those with two; sgd has none."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """adam, yogi, fadas: share of the running square that is kept."""
+    eps: Positive = 1e-3
+    """adam, yogi, fadas: added to the root of the running square; the smaller, the more alike all steps."""
+    slow_after: int = Field(default=4, ge=0, le=1_000_000)
+    """fadas: with an update later than this many versions the step is divided by its lateness."""
+    every: int = Field(default=5, ge=1, le=1_000_000)
+    """delayed-nesterov: versions from one step of the momentum to the next."""
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or the default of the optimizer.
+
+        sgd and momentum: 1, so that sgd is FedAvg. nesterov, delayed-nesterov: 0.7 (Douillard et al., arXiv
+        2311.08105). adam 0.1, yogi 0.01 (Reddi et al., arXiv 2003.00295, table 8 and following). fadas: 0.001 (Wang et
+        al., arXiv 2407.18365).
+        """
+        return SERVER_RATES[self.optimizer] if self.lr is None else self.lr
+
+
+SERVER_RATES: Mapping[ServerOptimizerName, float] = MappingProxyType(
+    {
+        "sgd": 1.0,
+        "momentum": 1.0,
+        "nesterov": 0.7,
+        "adam": 0.1,
+        "yogi": 0.01,
+        "fadas": 0.001,
+        "delayed-nesterov": 0.7,
+    }
+)
 
 
 class AggregationSection(Section):
@@ -125,10 +156,20 @@ class AggregationSection(Section):
     """Mixing rate of FedAsync."""
     size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
+    clip_norm: Positive | None = None
+    """An update whose L2 norm, over all its tensors, is above this is scaled down to it; None leaves it as it is."""
     deadline_s: Positive = 3600.0
     """A round that has any update at all closes after this long (sync: only with the quorum)."""
     staleness: StalenessSection = StalenessSection()
     server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _fedasync_mixes(self) -> Self:
+        if self.mode == "fedasync" and (self.server.optimizer != "sgd" or self.server.lr is not None):
+            raise ValueError('[aggregation.server] has no meaning with mode = "fedasync", which mixes by alpha')
+        if self.mode == "fedasync" and self.clip_norm is not None:
+            raise ValueError('clip_norm has no meaning with mode = "fedasync", which mixes whole states')
+        return self
 
 
 class TrainingSection(Section):
@@ -306,70 +347,3 @@ class SiteConfig(Section):
     """Most bytes that sealed updates may take here before training pauses; 0 sets no bound."""
     min_free_mib: int = Field(default=512, ge=0)
     """Bytes that stay free on the disk; training pauses rather than take them."""
-
-
-# -- loading ---
-
-_C = TypeVar("_C", bound=Section)
-
-
-def load_config(path: Path, model: type[_C]) -> _C:
-    """Read a TOML file into `model`; relative paths inside are taken from the file's folder.
-
-    Raises ConfigError that names the file, the key and, for an unknown key, the nearest right one.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such file", hint="`mailboat init DIR` writes commented examples") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, a TOML file was expected", hint="name the file itself") from None
-    except PermissionError:
-        raise ConfigError(f"{path} may not be read by this user", hint="check the file's owner and mode") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", hint="save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the line it names") from None
-    return _anchored(parse_config(data, model, str(path)), path.resolve().parent)
-
-
-def parse_config(data: dict[str, Any], model: type[_C], where: str) -> _C:
-    """Validate a decoded table; ConfigError names `where` and each wrong key."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = [_problem(model, item["loc"], item["type"], item["msg"]) for item in error.errors()]
-        hint = "mend the key" if len(problems) == 1 else "mend these keys"
-        raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint) from None
-
-
-def _problem(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, text: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "extra_forbidden":
-        known = _keys_beside(model, loc)
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
-        instead = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {key}: {instead}"
-    return f"{key}: {text.removeprefix('Value error, ')}"
-
-
-def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    here: Any = model
-    for part in loc[:-1]:
-        annotation = here.model_fields[part].annotation
-        here = next((arm for arm in (annotation, *typing.get_args(annotation)) if hasattr(arm, "model_fields")), None)
-        if here is None:
-            return []
-    return sorted(here.model_fields)
-
-
-def _anchored(config: _C, folder: Path) -> _C:
-    changed: dict[str, Any] = {}
-    for name, value in config:
-        if isinstance(value, Path):
-            changed[name] = folder / value.expanduser()
-        elif isinstance(value, Section):
-            changed[name] = _anchored(value, folder)
-    return config.model_copy(update=changed)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from shared.errors import CorruptError, NoRoomError, UnavailableError
 
@@ -48,21 +49,30 @@ class SyncCount:
 SYNCS = SyncCount()
 
 
-@contextmanager
-def storage_errors(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Turn 'no space' and 'over quota' into NoRoomError, 'read-only' into UnavailableError.
+class storage_errors:  # noqa: N801 - reads as what it is used as, a function
+    """Turns 'no space' and 'over quota' into NoRoomError, 'read-only' into UnavailableError; a context manager.
 
     `needed` is the bytes wanted, if known.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
+
+    __slots__ = ("_folder", "_needed")
+
+    def __init__(self, folder: Path, needed: int = 0) -> None:
+        self._folder = folder
+        self._needed = needed
+
+    def __enter__(self) -> None:
+        """Stands around each write and sync, hence no generator."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, OSError) or error.errno not in _STORAGE_ERRORS:
+            return
         reason, hint = _STORAGE_ERRORS[error.errno]
-        amount = f"; at least {needed:,} bytes were needed" if needed else ""
+        amount = f"; at least {self._needed:,} bytes were needed" if self._needed else ""
         family = UnavailableError if error.errno == errno.EROFS else NoRoomError
-        raise family(f"{folder}: {reason}{amount}", hint=hint) from error
+        raise family(f"{self._folder}: {reason}{amount}", hint=hint) from error
 
 
 def sync_file(fd: int) -> None:

@@ -8,6 +8,7 @@ decompressed and the file after.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import Annotated, Any, Literal, Self
@@ -147,9 +148,11 @@ class Manifest(WireModel):
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values, in field order (the encoding is canonical); no witness, no field of it."""
-        fields = {**self.model_dump(mode="python"), "frame_lengths": list(self.frame_lengths)}
+        fields = {**vars(self), "frame_lengths": list(self.frame_lengths), "facts": {**vars(self.facts)}}
         if self.witness is None:
             del fields["witness"]
+        else:
+            fields["witness"] = self.witness.model_dump(mode="python")
         return fields
 
     def to_bytes(self) -> bytes:
@@ -173,8 +176,13 @@ def parse_manifest(wire: object) -> Manifest:
         raise RefusedError(describe_invalid("manifest", error), rule="bad-manifest") from None
 
 
+@functools.lru_cache(maxsize=16)
 def manifest_from_bytes(data: bytes) -> Manifest:
-    """Inverse of Manifest.to_bytes for bytes at rest; RefusedError(rule='bad-manifest') when they do not parse."""
+    """Inverse of Manifest.to_bytes for bytes at rest; RefusedError(rule='bad-manifest') when they do not parse.
+
+    The newest ones are remembered: a transfer's manifest is looked at for each frame that is read from the disk, and
+    one of 24,000 frames takes milliseconds to validate. A manifest is a value; whoever asks twice may get one object.
+    """
     try:
         wire = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except (ValueError, msgpack.UnpackException):

@@ -118,6 +118,10 @@ class Wait(Message):
     retry_s: NonNegative
 
 
+LOST = "lost-at-rest"
+"""Rule under which an accepted update is dropped that the coordinator's disk has lost, and no backup has."""
+
+
 class Receipt(Message):
     """Coordinator to site: the update is durable, and what became of it so far."""
 
@@ -212,9 +216,9 @@ def encode(message: Message) -> bytes:
 
 def encode_body(message: Message) -> bytes:
     """Return the bytes of a message's body alone; equal messages give equal bytes."""
-    fields: dict[str, Any] = message.model_dump(mode="python", exclude={"manifest"})
-    manifest = getattr(message, "manifest", None)
-    if isinstance(manifest, Manifest):
+    fields: dict[str, Any] = {**vars(message)}
+    manifest = fields.pop("manifest", None)
+    if manifest is not None:
         fields["manifest"] = manifest.to_wire()
     body: bytes = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
     return body

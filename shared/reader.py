@@ -1,25 +1,26 @@
 """Tensors out of the frames of one transfer, slice by slice, in bounded memory.
 
-A reader sees frames through a function, so it does not know where they rest. It keeps the two slices used last: one
-tensor's end and the next one's beginning share a slice, and a companion may lie in another than its tensor.
+A reader sees frames through a function, so it does not know where they rest. It keeps the three slices used last: a
+span of a tensor may lie across two, and its companion in a third.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.codec import codec_named, decode_add, decode_tensor, group_size, part_specs, tensor_shapes
+from shared.codec import SPAN, codec_named, decode_add, decode_tensor, group_size, part_specs, tensor_shapes
 from shared.errors import RefusedError
 from shared.manifest import Manifest
 from shared.slices import ByteArray, expand_into
-from shared.tensorfile import NUMPY_DTYPES, F32Array, Shape, header_size, parse_header
+from shared.tensorfile import NUMPY_DTYPES, F32Array, Shape, header_size, parse_header, tensor_bytes
 
-_KEPT_SLICES = 2
+_KEPT_SLICES = 3
 
 
 class TensorReader:
@@ -28,7 +29,8 @@ class TensorReader:
     `read_frame(index)` returns a frame that has the manifest's length and hash. What the frames hold is a sender's
     word: RefusedError as from `expand_into`, `parse_header`, `codec_named` and `tensor_shapes`, or with rule
     'codec-group' when the manifest's grouping is not the codec's. `shapes` names the tensors that can be read;
-    compare it with the plan before reading, as memory is that of the tensor read and three slices.
+    compare it with the plan before reading, as memory is that of the tensor read and four slices (with `spans`, four
+    slices and three spans, whatever the tensor's size).
 
     With `verify`, slices are hashed on their way for `verify_file`.
     """
@@ -66,6 +68,23 @@ class TensorReader:
     def add_tensor(self, name: str, weight: float, accumulator: F32Array) -> None:
         """Add weight x one tensor to an accumulator of its shape; RefusedError as `decode_add`."""
         decode_add(self._parts(name), self.codec, weight, accumulator)
+
+    def spans(self, name: str) -> Iterator[F32Array]:
+        """Yield one decoded tensor, flat, at most SPAN values at a time; RefusedError as `decode_tensor`."""
+        size = math.prod(self.shapes[name])
+        for start in range(0, size, SPAN):
+            count = min(SPAN, size - start)
+            before = part_specs(name, (start,), self.codec)
+            parts = []
+            # A span begins where a block of the codec does, so what lies before it is what `start` values take.
+            for (_, _, skipped), (part, dtype, shape) in zip(
+                before, part_specs(name, (count,), self.codec), strict=True
+            ):
+                begin = self.header.size + self._specs[part].begin + tensor_bytes(dtype, skipped)
+                data = self._bytes(begin, begin + tensor_bytes(dtype, shape))
+                parts.append(data.view(NUMPY_DTYPES[dtype]))
+            yield decode_tensor(parts, self.codec, (count,))
+        self._hash_until(max(self._specs[part].end for part, _, _ in part_specs(name, self.shapes[name], self.codec)))
 
     def tensors(self) -> Iterator[tuple[str, F32Array]]:
         """Yield all tensors, decoded, in file order."""
@@ -124,6 +143,12 @@ class TensorReader:
     def _expand(self, index: int, raw: ByteArray) -> None:
         expand_into(self._read_frame(index), raw, self._manifest.group)
         self._hash_next(index, raw)
+
+    def _hash_until(self, end: int) -> None:
+        # Of a companion of many slices, the first were read long before their turn.
+        if self._verify:
+            for index in range(self._hashed, (self.header.size + end) // self._manifest.slice_size):
+                self._slice(index)
 
     def _hash_next(self, index: int, raw: ByteArray) -> None:
         # The file's hash wants its slices in order; one that is read early is hashed when its turn comes.

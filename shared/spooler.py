@@ -19,7 +19,7 @@ from shared.room import Room
 from shared.store import FrameStore, Partial, Stored
 from shared.transfer import Bitmap
 
-BACKLOG_BYTES = 4 * 1024 * 1024
+BACKLOG_BYTES = 2 * 1024 * 1024
 """Unwritten bytes above which nobody should put more: a batch for the disk while the next one gathers."""
 
 _R = TypeVar("_R")

@@ -45,7 +45,11 @@ class Bitmap:
     @classmethod
     def from_bytes(cls, size: int, data: bytes) -> Bitmap:
         """Read the wire's form; missing bytes and bits beyond `size` count as absent."""
-        return cls(size, (i for i in range(min(size, 8 * len(data))) if data[i >> 3] >> (i & 7) & 1))
+        read = cls(size)
+        present = int.from_bytes(data, "little") & (1 << size) - 1
+        read._bits[:] = present.to_bytes(len(read._bits), "little")
+        read._count = present.bit_count()
+        return read
 
     def to_bytes(self) -> bytes:
         """Return the wire's form, ceil(size / 8) bytes."""
@@ -283,4 +287,4 @@ class Receiver:
     @property
     def open(self) -> bool:
         """Whether a chunk that arrives now should be written."""
-        return self.state in {ReceiverState.PACED, ReceiverState.RECEIVING}
+        return self.state is ReceiverState.PACED or self.state is ReceiverState.RECEIVING

@@ -23,8 +23,8 @@ VERSIONS = 3
 MOMENTUM = ServerSection(optimizer="momentum", lr=0.7)
 SECTIONS = {
     "sync": AggregationSection(size_power=0.5, server=MOMENTUM),
-    "fedbuff": AggregationSection(mode="fedbuff", buffer=3, server=MOMENTUM),
-    "fedasync": AggregationSection(mode="fedasync", alpha=0.9, server=MOMENTUM),
+    "fedbuff": AggregationSection(mode="fedbuff", buffer=3, clip_norm=4, server=ServerSection(optimizer="fadas")),
+    "fedasync": AggregationSection(mode="fedasync", alpha=0.9),
 }
 SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
 
@@ -32,7 +32,7 @@ Edit = Callable[[Record], Sequence[Record]]
 
 
 class AuditedRun:
-    """Three versions of random updates, some late, one rejected, one dropped, momentum, bf16; not finished."""
+    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished."""
 
     def __init__(self, storage: Path, mode: str) -> None:
         rng = np.random.default_rng(7)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from shared.config import FederationConfig, parse_config
+from shared.config import FederationConfig
+from shared.configfile import parse_config
 from shared.ids import marked
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.plan import SealedPlan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,11 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiomqtt
+from paho.mqtt.reasoncodes import ReasonCode
+
 from broker import launcher
 
+_QUIET = logging.getLogger("tests.nats")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False  # that they refuse at first is what is waited for
+
 NODES = 3
-START_S = 60.0
-"""Longest wait until the nodes have found each other and chosen a leader; two seconds on an idle machine."""
+START_S = 240.0
+"""Longest wait until the nodes have found each other, chosen leaders, and grant a subscription; some seconds on an idle
+machine."""
+PROBE_S = 10.0
 
 
 def find_nats() -> Path | None:
@@ -97,6 +107,9 @@ async def run_cluster(folder: Path) -> AsyncIterator[Cluster]:
         async with asyncio.timeout(START_S):
             while not await asyncio.to_thread(_all_ready, nodes):  # noqa: ASYNC110 - they tell it in no other way
                 await asyncio.sleep(0.1)
+            for node in nodes:
+                while not await _grants(node):  # noqa: ASYNC110 - likewise
+                    await asyncio.sleep(1.0)
         yield Cluster(tuple(nodes))
     finally:
         for node in nodes:
@@ -114,6 +127,19 @@ def _all_ready(nodes: list[Node]) -> bool:
         )
     except OSError:
         return False
+
+
+async def _grants(node: Node) -> bool:
+    """Whether a client gets a subscription and a retained message stored: MQTT has leaders of its own to choose."""
+    try:
+        async with aiomqtt.Client(
+            "127.0.0.1", node.mqtt_port, protocol=aiomqtt.ProtocolVersion.V311, timeout=PROBE_S, logger=_QUIET
+        ) as client:
+            (code,) = await client.subscribe("probe/#", qos=1)
+            await client.publish(f"probe/{node.mqtt_port}", b"x", qos=1, retain=True)
+    except aiomqtt.MqttError:
+        return False
+    return isinstance(code, ReasonCode) and not code.is_failure
 
 
 def _ask(port: int, what: str) -> dict[str, Any]:

@@ -132,7 +132,7 @@ main() {
         say "done in $((SECONDS - start)) s"
     fi
     # No other target needs it.
-    if [ "$TARGET" = cluster ]; then provide_daemon nats-server "the run over a cluster is skipped and says so."; fi
+    if [ "$TARGET" = cluster ] || [ "$TARGET" = test ]; then provide_daemon nats-server "the run over a cluster is skipped and says so."; fi
 }
 
 main "$@"

@@ -100,7 +100,8 @@ audit_proof.register(app)
 
 
 def _storage(config: Path) -> Path:
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
 
     return load_config(config, CoordinatorConfig).storage
 

@@ -168,7 +168,8 @@ def export(
 
 def _load(config: Path, storage: Path | None) -> tuple[Path, FederationConfig, SealedPlan]:
     from mailboat.sealing import PLAN
-    from shared.config import CoordinatorConfig, FederationConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.configfile import load_config
     from shared.plan import load_plan
 
     if storage is None:
@@ -184,7 +185,8 @@ def _load(config: Path, storage: Path | None) -> tuple[Path, FederationConfig, S
 
 def _authority_pem(config: Path, storage: Path | None, authority: Path | None) -> bytes | None:
     """The authority's public keys: of the file that was named, else of the coordinator's kit, else none."""
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
     from shared.trust.kit import AUTHORITY, read_private
 
     if authority is not None:

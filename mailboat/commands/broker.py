@@ -115,7 +115,8 @@ def _party(path: Path) -> Party:
     import tomllib
 
     from mailboat.doctor.network import Party
-    from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+    from shared.configfile import load_config
 
     try:
         of_site = "name" in tomllib.loads(path.read_text(encoding="utf-8"))

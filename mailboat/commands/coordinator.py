@@ -83,11 +83,16 @@ def fsck(
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend what can be mended; delete what crashes left over.")
     ] = False,
+    drop_lost: Annotated[
+        bool,
+        typer.Option("--drop-lost", help="Give up accepted updates that are damaged and not merged; tell their sites."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the journal against every file beside it, while the coordinator does not run.
 
-    Says what is damaged and what to do; nothing that the journal needs is ever deleted. Returns 0 when nothing is
+    Says what is damaged and what to do; nothing that the journal needs is deleted, but for damaged updates that are not
+    merged yet with --drop-lost, for when no backup has them. Returns 0 when nothing is
     damaged (any more), 3 when damage is left.
     """
     from coordinator.fsck import check
@@ -96,7 +101,7 @@ def fsck(
 
     coordinator, federation = _load(config)
     plan = load_plan(coordinator.storage / PLAN, federation)
-    checked = check(coordinator.storage, federation, plan, repair=repair)
+    checked = check(coordinator.storage, federation, plan, repair=repair, drop_lost=drop_lost)
     tell_problems(
         coordinator.storage,
         checked.problems,
@@ -110,7 +115,8 @@ def fsck(
 
 
 def _load(config: Path) -> tuple[CoordinatorConfig, FederationConfig]:
-    from shared.config import CoordinatorConfig, FederationConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.configfile import load_config
 
     coordinator = load_config(config, CoordinatorConfig)
     return coordinator, load_config(coordinator.federation, FederationConfig)

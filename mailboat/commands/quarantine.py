@@ -108,7 +108,8 @@ def _held(storage: Path, prefix: str) -> UpdateLife:
 
 
 def _storage(config: Path) -> Path:
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
 
     return load_config(config, CoordinatorConfig).storage
 

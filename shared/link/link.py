@@ -37,7 +37,7 @@ from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
 from shared.link.vigil import LOOK_S, Verdict, Vigil
 
-WAITING_BYTES_MAX = 2 * 1024 * 1024
+WAITING_BYTES_MAX = 1024 * 1024
 """Messages taken from the network that nobody has asked for yet; above this, no more are taken for a while."""
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
@@ -76,6 +76,8 @@ class Link:
         self._spoken: dict[Endpoint, ProtocolVersion] = {}
         self._doubtful: set[Endpoint] = set()
         self._usual_s: float | None = None
+        self._admitted = False
+        """Whether a broker has granted all subscriptions before."""
         self._vigil = Vigil(options.link.stall_s, options.link.keepalive_s)
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -201,7 +203,8 @@ class Link:
             raise _FailedError(f"the broker refuses: {refused}", answered=True) from None
         except NotGrantedError as refused:
             lasted_s = time.monotonic() - state.since
-            if refused.code in refusals.PASSING and lasted_s < refusals.SUBSCRIBE_PATIENCE_S:
+            patience_s = refusals.ADMITTED_PATIENCE_S if self._admitted else refusals.SUBSCRIBE_PATIENCE_S
+            if refused.code in refusals.PASSING and lasted_s < patience_s:
                 raise _FailedError(f"not subscribed to {refused.topic}: {refused}", answered=True) from None
             raise refusals.subscribe_refusal(refused.topic, str(refused), str(endpoint)) from None
         except HungUpError as hung_up:
@@ -217,7 +220,7 @@ class Link:
             raise _FailedError(f"TLS: {error.reason or error}", answered=False) from None
         except (LinkDownError, MqttError, OSError) as error:
             raise _FailedError(_text(error), answered=False) from None
-        self._usual_s = time.monotonic() - started
+        self._usual_s, self._admitted = time.monotonic() - started, True
         self._spoken[endpoint] = protocol
         return connection
 

@@ -19,8 +19,10 @@ PASSING = {0x80, 0x83, 0x97}
 """Unspecified and implementation specific errors, and a quota that is spent: another time it may be yes. A cluster
 says 0x80 to a subscription while it chooses a leader; in MQTT 3.1.1 that is also the only way to say 'not allowed'."""
 SUBSCRIBE_PATIENCE_S = 90.0
-"""A passing refusal of a subscription is believed when the outage has lasted this long: well above the time that a
-cluster takes to choose a leader, also on a machine that has no time for it."""
+"""A passing refusal of a first subscription is believed when it was tried for this long."""
+ADMITTED_PATIENCE_S = 900.0
+"""The same for one that was granted on an earlier connection: access lists change rarely, and a cluster that lost a
+node refuses until it has chosen leaders, which took minutes on a machine that had no time for it."""
 
 _CONNECT = {
     0x85: ("client-id-rejected", "does not accept the client id {client_id!r}", "choose another name for this side"),

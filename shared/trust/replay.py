@@ -5,8 +5,9 @@ its file. The file holds a ceiling that no counter in use exceeds; a process sta
 set back while the process was away does not make its peer refuse it as replayed.
 
 Neither file is synced: a receiver that was killed forgets at most the last `save`, one that lost power what the kernel
-had not yet written (about half a minute). Expiry bounds what can be replayed into that gap, and every message of the
-protocol means the same the second time.
+had not yet written (about half a minute), or all of it: a file that was renamed and not yet written is empty or torn
+afterwards, and counts as missing. So does one for which the disk has no room, which is written when there is some.
+Expiry bounds what can be replayed into that gap, and every message of the protocol means the same the second time.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgpack
+import structlog
 
 from shared import durable
-from shared.errors import CorruptError, RefusedError
+from shared.errors import NoRoomError, RefusedError
 
 AHEAD_NS = 10_000_000_000
 """The ceiling is raised by so much, so the file is written every ten seconds at most."""
 
-
+log = structlog.get_logger("trust")
 _T = TypeVar("_T", int, dict[str, Any])
 
 
@@ -34,7 +36,6 @@ class Counter:
     """A sender's counter; see the module's docstring."""
 
     def __init__(self, path: Path) -> None:
-        """CorruptError when the file is not what was written."""
         self._path = path
         self._last = self._ceiling = _load(path, int) or 0
 
@@ -42,8 +43,9 @@ class Counter:
         """Return a number above all that were returned before; `now` is unix seconds."""
         self._last = max(self._last + 1, int(now * 1e9))
         if self._last > self._ceiling:
-            self._ceiling = self._last + AHEAD_NS
-            durable.replace_atomic(self._path, msgpack.packb(self._ceiling), durable=False)
+            ceiling = self._last + AHEAD_NS
+            if _store(self._path, ceiling):
+                self._ceiling = ceiling
         return self._last
 
 
@@ -51,7 +53,6 @@ class Heard:
     """A receiver's memory: for each topic who spoke last and the highest counter; grows with sites alone."""
 
     def __init__(self, path: Path) -> None:
-        """CorruptError when the file is not what was written."""
         self._path = path
         self._highest: dict[str, tuple[str, int]] = {
             topic: (key_id, counter) for topic, (key_id, counter) in (_load(path, dict) or {}).items()
@@ -83,8 +84,16 @@ class Heard:
     def save(self) -> None:
         """Write to the file what is new since the last time."""
         if not self._saved:
-            self._saved = True
-            durable.replace_atomic(self._path, msgpack.packb(self._highest), durable=False)
+            self._saved = _store(self._path, self._highest)
+
+
+def _store(path: Path, value: object) -> bool:
+    """Replace a file; False when the disk is full, which stops no conversation: the next call tries again."""
+    try:
+        durable.replace_atomic(path, msgpack.packb(value), durable=False)
+    except NoRoomError:
+        return False
+    return True
 
 
 def _load(path: Path, kind: type[_T]) -> _T | None:
@@ -95,5 +104,6 @@ def _load(path: Path, kind: type[_T]) -> _T | None:
     except (ValueError, msgpack.UnpackException):
         value = None
     if not isinstance(value, kind):
-        raise CorruptError(f"{path} is not what was written", hint="delete it; it only guards against replay")
+        log.warning("a file of counters is torn and counts as missing, as after a power loss", file=path.name)
+        return None
     return value

@@ -52,6 +52,8 @@ class Outcome:
     missed: list[Fault] = field(default_factory=list)
     """Faults whose process was not there to be struck."""
     deaths: list[Death] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What else is worth telling."""
     sealed: int = 0
     seconds: float = 0.0
     up: Traffic = field(default_factory=Traffic)
@@ -217,8 +219,13 @@ class Run:
         while checks.published(self.root) < versions:  # noqa: ASYNC110 - another process makes them
             await asyncio.sleep(LOOK_S)
         actor.let_in()
-        while not checks.receipts(self.root, actor.name) and not actor.failure:  # noqa: ASYNC110 - likewise
+        while not (told := checks.receipts(self.root, actor.name)) and not actor.failure:  # noqa: ASYNC110 - likewise
             await asyncio.sleep(LOOK_S)
+        for receipt in told.values():
+            self.outcome.notes.append(
+                f"{actor.name} died with a sealed update and came back after {versions} versions; its update of "
+                f"version {receipt['base_version']} was {receipt['outcome']}."
+            )
 
     async def _heal(self, proxy: FlakyProxy, after_s: float) -> None:
         await asyncio.sleep(after_s)

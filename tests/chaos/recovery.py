@@ -1,9 +1,9 @@
 """`python -m tests.chaos.recovery --json FILE`: one fault in mid-upload, and how long until bytes move again.
 
 Default settings, one site, one update of 8 MB over a link of 8 Mbit/s. Measured at the broker: the time from the end of
-the fault (the restarted process is started, the link is back) to the first update chunk that the broker had not seen,
-and the bytes of update chunks that it saw twice. A measurement during which this machine was busy with something else
-is marked, and left out of the report.
+the fault (the restarted process is started, the link is back) until the coordinator says that it holds a chunk which
+came by for the first time after that, and the bytes of update chunks that came by twice. A measurement during which
+this machine was busy with something else is marked, and left out of the report.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def measure(root: Path, fault: Fault) -> tuple[Outcome, dict[str, Any]]:
     applied = run.outcome.applied[0]
     again = [death.back_at for death in run.outcome.deaths if death.back_at is not None]
     over = max([applied.until, *again]) if fault.kind in {"kill", "away", "forget"} else applied.until
-    moved = next((at for at in run.tap.new_up if at > over), None)
+    moved = min((at for at, came in run.tap.held if came > over), default=None)
     return run.outcome, {
         "recovery_s": None if moved is None else round(moved - over, 2),
         "resent_bytes": run.tap.up.resent,

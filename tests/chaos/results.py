@@ -54,6 +54,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "updates": sum(outcome.sealed for outcome in outcomes),
         "versions": sum(outcome.plan.versions for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
+        "notes": [note for outcome in outcomes for note in outcome.notes],
         "failed": {str(outcome.plan.seed): outcome.problems for outcome in outcomes if outcome.problems},
         "runs": [
             {

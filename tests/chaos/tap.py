@@ -18,7 +18,7 @@ from typing import Self
 import aiomqtt
 
 from shared.errors import RefusedError
-from shared.messages import parse_chunk
+from shared.messages import Message, Want, decode, parse_chunk
 from shared.topics import Channel, parse, topic
 
 RETRY_S = 0.1
@@ -49,10 +49,12 @@ class Tap:
     """How many different chunks of each transfer came by."""
     last_up_at: float = 0.0
     """Unix seconds of the last update chunk."""
-    new_up: list[float] = field(default_factory=list)
-    """Unix seconds at which each new update chunk came by."""
+    held: list[tuple[float, float]] = field(default_factory=list)
+    """Of each update chunk: unix seconds at which the coordinator first said to hold it, and at which it came by."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     _known: set[tuple[str, int, str]] = field(default_factory=set)
+    _came: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Update chunks that the coordinator has not yet said to hold."""
     _listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -73,6 +75,7 @@ class Tap:
                     for channel in (Channel.UP_DATA, Channel.DOWN_DATA):
                         await client.subscribe(topic(self.federation, channel, "+"), qos=0)
                     await client.subscribe(topic(self.federation, Channel.BULK), qos=0)
+                    await client.subscribe(topic(self.federation, Channel.DOWN_CTL, "+"), qos=0)
                     async for message in client.messages:
                         if isinstance(message.payload, bytes):
                             self._count(str(message.topic), message.payload)
@@ -83,6 +86,9 @@ class Tap:
         if address is None:
             return
         with contextlib.suppress(RefusedError):
+            if address.channel is Channel.DOWN_CTL:
+                self._answer(decode(payload))  # of a sealed federation only the numbers of chunks are known
+                return
             chunk = parse_chunk(payload)
             up = address.channel is Channel.UP_DATA
             # States go to each site: the same chunk on another topic is no repetition.
@@ -96,7 +102,15 @@ class Tap:
                 self._known.add(key)
                 if up:
                     self.seen[chunk.transfer_id] += 1
-                    self.new_up.append(time.time())
+                    self._came[chunk.transfer_id, chunk.index] = time.time()
             if up:
                 self.last_up_at = time.time()
                 self.news.set()
+
+    def _answer(self, message: Message) -> None:
+        """Take down which chunks the coordinator says to hold for the first time."""
+        if isinstance(message, Want):
+            for transfer_id, index in list(self._came):
+                held = transfer_id == message.transfer_id and message.have[index >> 3] >> (index & 7) & 1
+                if held:
+                    self.held.append((time.time(), self._came.pop((transfer_id, index))))

@@ -29,7 +29,8 @@ from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
 from mailboat.enrolment import make_grant, make_request, parse_grant, parse_request, to_json
 from shared import messages
-from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig, parse_config
+from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader

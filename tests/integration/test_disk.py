@@ -121,6 +121,29 @@ def test_an_update_that_rots_on_arrival_is_sent_again(
     assert counted(tmp_path) == spoilt
 
 
+@pytest.mark.parametrize("when", ["verify", "extract"])
+def test_a_state_that_rots_at_a_site_is_fetched_again(
+    when: str, tmp_path: Path, mosquitto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site's disk spoils a state as soon as it is there, or before it is trained on: the run ends as it should."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=1)
+    used: list[str] = []
+    usual = getattr(Stored, when)
+
+    def spoil_first(stored: Stored, *args: Any) -> None:
+        used.append(stored.manifest.transfer_id)
+        if len(used) == 1:
+            data = bytearray(stored.path.read_bytes())
+            data[len(data) // 2] ^= 1
+            stored.path.write_bytes(bytes(data))
+        usual(stored, *args)
+
+    monkeypatch.setattr(Stored, when, spoil_first)
+    run_async(beside(tmp_path, asyncio.sleep(0)), timeout_s=120)
+    assert len(counted(tmp_path)) == 1
+    assert used[0] == used[1]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a file system of 8 MiB; skipped where one may not be mounted."""

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from coordinator.journal import Journal
 from coordinator.records import Finished, VersionCommitted
-from shared.config import BrokerSection, FederationConfig, LinkSection, load_config
+from shared.config import BrokerSection, FederationConfig, LinkSection
+from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.link import Connected, Link, LinkOptions, Packet
 from shared.messages import Hello, encode

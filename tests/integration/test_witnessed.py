@@ -24,7 +24,8 @@ from coordinator.records import Accepted, Record, Signed, VersionCommitted, Witn
 from coordinator.views import JOURNAL
 from edge_client.heads import Heads
 from shared.audit import GENESIS, Row, line_bytes, linked
-from shared.config import FederationConfig, load_config
+from shared.config import FederationConfig
+from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.messages import Head
 from shared.trust.kit import AUTHORITY, SIGN_KEY, load_authorities, load_authority

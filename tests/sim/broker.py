@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -66,6 +66,10 @@ class Broker:
         self._snapshot: dict[Address, bytes] = {}
         self.ancient: dict[Address, bytes] = {}
         """What an earlier run left in the broker's files; it comes back when the rest is lost."""
+        self.faults: Counter[str] = Counter()
+        """What befell, how often."""
+        self.overhears: Callable[[Address, bytes], None] | None = None
+        """Told of all that is published, where somebody listens."""
         self.digest = 0
         """Of all that was ever published: equal for equal worlds."""
 
@@ -110,6 +114,7 @@ class Broker:
 
     def restart(self, down_s: float) -> None:
         """Die, and come back with the retained messages of now, of an earlier moment, or none."""
+        self.faults["broker restarted"] += 1
         self.up = False
         for connection in list(self.connections):
             connection.will = None
@@ -125,11 +130,20 @@ class Broker:
         """Write the snapshot that a restart may bring back."""
         self._snapshot = dict(self.retained)
 
+    def inject(self, address: Address, data: bytes) -> None:
+        """Somebody publishes who is none of ours."""
+        self._route(address, data)
+
+    def forget_retained(self) -> None:
+        """Let all retained messages go."""
+        self.faults["retained messages forgotten"] += 1
+        self.retained = {}
+
     # -- within ---
 
-    def _due(self, connection: Connection, lane: object) -> float:
+    def _due(self, connection: Connection, lane: tuple[str, Address]) -> float:
         """When a message that leaves now is there: never before an earlier one of its lane."""
-        key = lane if self.weather.reorders else "all" if not isinstance(lane, tuple) else lane[0]
+        key = lane if self.weather.reorders else lane[0]
         delay = connection.client.latency_s + self.rng.random() * self.weather.jitter_s
         due = max(connection.due.get(key, 0.0), self.clock.now + delay)
         connection.due[key] = due
@@ -148,21 +162,32 @@ class Broker:
             acked()
 
     def _route(self, address: Address, data: bytes) -> None:
-        self.digest = zlib.crc32(data, self.digest)
+        if self.overhears is None:
+            self.digest = zlib.crc32(data, self.digest)
+        else:  # sealed: other keys each time, and so other bytes of the same length
+            self.overhears(address, data)
+            self.digest = zlib.crc32(b"%d" % len(data), self.digest)
         if address[0].retained:
             self.retained[address] = data
-        for connection in list(self.connections):
+        for connection in self.connections:
             if connection.client.reads(address):
                 self._enqueue(connection, address, data)
 
     def _enqueue(self, connection: Connection, address: Address, data: bytes) -> None:
         if self.rng.random() < self.weather.drop:
+            self.faults["message lost"] += 1
             return
         if address[0] in DATA and self.rng.random() < self.weather.garble:
+            self.faults["chunk garbled"] += 1
             at = self.rng.randrange(CHUNK_HEADER_BYTES, len(data))
             data = data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :]
-        for _ in range(2 if self.rng.random() < self.weather.double else 1):
+        copies = 1
+        if self.rng.random() < self.weather.double:
+            self.faults["message doubled"] += 1
+            copies = 2
+        for _ in range(copies):
             if len(connection.waiting) >= self.weather.queue_max:
+                self.faults["queue overflowed"] += 1
                 if not self.weather.drops_oldest:
                     return
                 connection.waiting.popleft().clear()
@@ -174,8 +199,11 @@ class Broker:
     def _deliver(connection: Connection, address: Address, slot: list[bytes]) -> None:
         if not slot:
             return  # pushed out of the queue meanwhile
-        # This very slot, not the first with the same bytes: the queue may hold a message twice.
-        del connection.waiting[next(at for at, other in enumerate(connection.waiting) if other is slot)]
+        waiting = connection.waiting
+        if waiting[0] is slot:
+            waiting.popleft()
+        else:  # this very slot, not the first with the same bytes: the queue may hold a message twice
+            del waiting[next(at for at, other in enumerate(waiting) if other is slot)]
         if connection.here and connection.there and not connection.hole:
             connection.client.packet(connection, address, slot[0])
 

@@ -18,16 +18,18 @@ class Clock:
 
     def at(self, when: float, action: Callable[..., None], *args: Any) -> None:
         """Do something at a moment, or now if that has passed."""
-        heapq.heappush(self._queue, (max(when, self.now), next(self._order), action, args))
+        heapq.heappush(self._queue, (max(self.now, when), next(self._order), action, args))
 
     def later(self, seconds: float, action: Callable[..., None], *args: Any) -> None:
         """Do something after a while."""
-        self.at(self.now + seconds, action, *args)
+        when = self.now + seconds if seconds > 0 else self.now
+        heapq.heappush(self._queue, (when, next(self._order), action, args))
 
     def run(self, until: float, done: Callable[[], bool]) -> None:
         """Let time pass until a moment, or until `done`."""
-        while self._queue and self._queue[0][0] <= until and not done():
-            self.now, _, action, args = heapq.heappop(self._queue)
+        queue = self._queue
+        while queue and queue[0][0] <= until and not done():
+            self.now, _, action, args = heapq.heappop(queue)
             action(*args)
         if not done():
             self.now = until

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,27 @@ from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
+from coordinator.service import DAMAGED_RETRY_S
 from shared import durable
 from shared.config import CoordinatorConfig
-from shared.errors import RefusedError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
 from shared.manifest import Manifest, StateFacts
 from shared.messages import parse_chunk
 from shared.plan import SealedPlan
+from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
+from shared.trust.guard import TurnedAwayError
 from tests.sim.broker import Address
-from tests.sim.machine import Machine, opened
+from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
+from tests.sim.trust import guard_of
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
 
-READS = {Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE}
+READS = (Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE)
+TICK = d.Tick()
 FIRST_MASTER = b"the base model's own layers"
 
 
@@ -72,6 +78,13 @@ class CoordinatorMachine(Machine):
         self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot)
         # Less than any configuration admits, so that a few chunks spend it.
         self.core.uploads.budget_bytes = self.scenario.budget_chunks * 4096
+        self.guard = guard_of(
+            self.name,
+            sealed=self.scenario.sealed,
+            fingerprint=self.plan.fingerprint,
+            folder=root / "trust",
+            now=self.wall,
+        )
         for store in (self.updates, self.states):
             store.recover()
         records = []
@@ -86,7 +99,14 @@ class CoordinatorMachine(Machine):
         discard_rejected(self.updates, self.core.ledger)
         self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
+        self._held: d.Decision | None = None
+        """What waits for room in the journal, and with it all that is to be decided after it."""
+        self._backlog: deque[d.Event] = deque()
         self.witness.recovered(self.core, records, self.updates)
+
+    def part(self) -> None:
+        """See Machine."""
+        self.spooler.spooler._close_all()
 
     def ended(self) -> None:
         """See Machine; the journal's lock goes with the process."""
@@ -139,7 +159,9 @@ class CoordinatorMachine(Machine):
         channel, site = address
         assert site is not None
         if channel is not Channel.UP_DATA:
-            self.decide(d.Received(site, opened(data)))
+            message = self.opened(address, data)
+            if message is not None:
+                self.decide(d.Received(site, message))
             return
         chunk = parse_chunk(data)
         if self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
@@ -148,18 +170,30 @@ class CoordinatorMachine(Machine):
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.later(0, self.decide, d.ChunksStored(transfer_id, indices))
 
+    def refused(self, site: str | None, error: RefusedError) -> None:
+        """As `Service.refused`."""
+        if isinstance(error, TurnedAwayError):
+            self.post((Channel.DOWN_CTL, site), error.answer)
+
     def ticked(self) -> None:
         """See Machine."""
-        self.decide(d.Tick())
+        self.decide(TICK)
 
     # -- decide ---
 
     def decide(self, event: d.Event) -> None:
         """As `Service._decide`: durable, then said, then done."""
+        if self._held is not None:
+            self._backlog.append(event)
+            return
         self.witness.deciding = True
-        decision = self.core.handle(event, Instant(self.clock.now, self.wall))
-        if decision.records:
-            self._append(decision)
+        self._carry_out(self.core.handle(event, Instant(self.clock.now, self.wall)))
+
+    def _carry_out(self, decision: d.Decision) -> None:
+        if decision.records and not self._append(decision):
+            self._held = decision
+            self.later(POLL_S, self._try_again, decision)
+            return
         self.witness.deciding = False
         for send in decision.sends:
             self.witness.says(self.core, send)
@@ -168,14 +202,21 @@ class CoordinatorMachine(Machine):
         for job in decision.jobs:
             self.step()
             self._start(job)
-        self.witness.bounds(self.core, self.spooler)
+        self.witness.bounds(self)
 
-    def _append(self, decision: d.Decision) -> None:
+    def _try_again(self, decision: d.Decision) -> None:
+        self._held = None
+        self._carry_out(decision)
+        while self._backlog and self._held is None:
+            self.decide(self._backlog.popleft())
+
+    def _append(self, decision: d.Decision) -> bool:
         assert self.journal is not None
         self.step()
         if self.disk.full:
-            raise UnavailableError("the journal's disk is full")
+            return False
         fails = self.rng.random() < self.journal_fails
+        self.disk.faults["journal failed"] += fails
         if fails and self.rng.random() < 0.5:
             raise UnavailableError("the journal failed, nothing was written")
         self.told("journal", *decision.records)
@@ -185,6 +226,7 @@ class CoordinatorMachine(Machine):
         if fails:
             raise UnavailableError("the journal failed, after it had written")
         self.step()
+        return True
 
     def _start(self, job: d.Job) -> None:
         match job:
@@ -212,6 +254,10 @@ class CoordinatorMachine(Machine):
             have = self.spooler.open(manifest)
         except RefusedError as error:
             self.later(0, self.decide, d.VerifyFailed(manifest.transfer_id, error.rule, error.message))
+        except NoRoomError as error:
+            self._postpone(manifest.transfer_id, "no-room", error.message, self.config.link.backoff_cap_s)
+        except CorruptError:
+            self._begin_anew(manifest.transfer_id)
         else:
             self.witness.resumed(manifest, have)
             self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
@@ -222,14 +268,31 @@ class CoordinatorMachine(Machine):
 
     def _admit(self, stored: Any) -> None:
         update_id = stored.manifest.transfer_id
+        if self.rots(stored):
+            self.witness.spoilt(update_id)
         try:
             norm = admit(stored)
         except RefusedError as error:
             self.decide(d.VerifyFailed(update_id, error.rule, error.message))
+        except CorruptError:
+            self.spooler.soon(self._begin_anew, update_id)
         else:
             self.decide(d.Verified(update_id, norm))
 
+    def _begin_anew(self, update_id: str) -> None:
+        self.spooler.spooler._close(update_id, delete=True)
+        self._postpone(update_id, "damaged-at-rest", "the coordinator's disk damaged it", DAMAGED_RETRY_S)
+
+    def _postpone(self, update_id: str, rule: str, detail: str, retry_s: float) -> None:
+        self.later(0, self.decide, d.Postponed(update_id, rule, detail, retry_s))
+
     def _merge(self, plan: MergePlan) -> None:
+        try:
+            self._merge_given_room(plan)
+        except NoRoomError:
+            self.later(POLL_S, self._merge, plan)
+
+    def _merge_given_room(self, plan: MergePlan) -> None:
         before = master_path(self.masters, plan.base_version).read_bytes()
         parts = []
         for part in plan.recorded():
@@ -246,4 +309,4 @@ class CoordinatorMachine(Machine):
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
         stored = self.states.get(transfer_id)
         assert stored is not None, "a state of the ledger is in the store"
-        return stored.read_frame(index)
+        return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))

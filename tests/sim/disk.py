@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ class Inode:
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
     """(offset, bytes), or (size, None) for a change of length."""
 
+    def spoil(self, at: int) -> None:
+        """One byte is another one, in memory and on the platter."""
+        for held in (self.data, self.safe):
+            if at < len(held):
+                held[at] ^= 0x5A
+
 
 def _apply(target: bytearray, offset: int, data: bytes | None) -> None:
     end = offset if data is None else offset + len(data)
@@ -57,10 +64,13 @@ class Folder:
     safe: dict[str, Inode] = field(default_factory=dict)
     pending: list[list[tuple[str, Inode | None]]] = field(default_factory=list)
     """Each item is one change, seen whole or not at all."""
+    changes: int = 0
+    """How often `names` became others."""
 
     def change(self, *changes: tuple[str, Inode | None]) -> None:
         """Change names, now and some time later on the platter."""
         self.pending.append(list(changes))
+        self.changes += 1
         _rename(self.names, list(changes))
 
 
@@ -79,17 +89,22 @@ class Disk:
         self.rng = rng
         self.step = step
         self.alive = True
+        self.faults: Counter[str] = Counter()
+        """What befell, how often."""
         self.full = False
         """No file can be made or grow."""
         self.sync_fails = 0.0
         """Chance of a sync to fail."""
+        self.write_fails = 0.0
+        """Chance of a write to fail, half of it done."""
+        self.read_fails = 0.0
         self.forgets_on_error = False
         """Whether a failed sync takes the bytes out of memory as well."""
         self.folders: dict[str, Folder] = {"": Folder()}
 
     def path(self, name: str = "") -> Any:
         """A path of this disk, in the place of a pathlib.Path."""
-        return SimPath(self, name)
+        return SimPath(self, "", name)
 
     def change(self) -> None:
         """To be called before any change: the process may die here, or be dead already."""
@@ -102,6 +117,24 @@ class Disk:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def _fail(self, what: str) -> None:
+        self.faults[f"{what} failed"] += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    def reads(self) -> None:
+        """To be called before each read."""
+        if self.read_fails and self.rng.random() < self.read_fails:
+            self._fail("read")
+
+    def write(self, inode: Inode, offset: int, data: bytes) -> None:
+        """Write into memory; on the platter it is some time later."""
+        broken = bool(self.write_fails) and self.rng.random() < self.write_fails
+        written = data[: len(data) // 2] if broken else data
+        inode.pending.append((offset, written))
+        _apply(inode.data, offset, written)
+        if broken:
+            self._fail("write")
+
     def sync(self, what: Inode | Folder) -> None:
         """Make a file's bytes safe, or a folder's names."""
         self.change()
@@ -110,7 +143,7 @@ class Disk:
                 what.pending.clear()
                 if self.forgets_on_error:
                     what.data = bytearray(what.safe)
-            raise OSError(errno.EIO, "Input/output error")
+            self._fail("sync")
         if isinstance(what, Inode):
             for offset, data in what.pending:
                 _apply(what.safe, offset, data)
@@ -120,10 +153,12 @@ class Disk:
 
     def power_loss(self) -> None:
         """Keep what was synced, and of the rest what chance leaves."""
+        self.faults["power lost"] += 1
         for folder in self.folders.values():
             for changes in self._some(folder.pending):
                 _rename(folder.safe, changes)
             folder.names, folder.pending = dict(folder.safe), []
+            folder.changes += 1
             for inode in folder.names.values():
                 self._lose(inode)
 
@@ -146,15 +181,16 @@ class Disk:
 class SimPath:
     """As much of pathlib.Path as the code under test uses."""
 
-    __slots__ = ("disk", "name", "where")
+    __slots__ = ("above", "disk", "name", "where")
 
-    def __init__(self, disk: Disk, where: str) -> None:
+    def __init__(self, disk: Disk, above: str, name: str) -> None:
         self.disk = disk
-        self.where = where
-        self.name = where.rpartition("/")[2]
+        self.above = above
+        self.name = name
+        self.where = f"{above}/{name}" if above else name
 
     def __truediv__(self, name: str) -> SimPath:
-        return SimPath(self.disk, f"{self.where}/{name}" if self.where else name)
+        return SimPath(self.disk, self.where, name)
 
     def __str__(self) -> str:
         return self.where
@@ -164,7 +200,8 @@ class SimPath:
 
     @property
     def parent(self) -> SimPath:
-        return SimPath(self.disk, self.where.rpartition("/")[0])
+        above, _, name = self.above.rpartition("/")
+        return SimPath(self.disk, above, name)
 
     @property
     def stem(self) -> str:
@@ -175,7 +212,7 @@ class SimPath:
 
     @property
     def folder(self) -> Folder:
-        return self.disk.folders[self.where.rpartition("/")[0]]
+        return self.disk.folders[self.above]
 
     def inode(self) -> Inode:
         try:
@@ -216,6 +253,7 @@ class SimPath:
     replace = rename
 
     def read_bytes(self) -> bytes:
+        self.disk.reads()
         return bytes(self.inode().data)
 
     def stat(self) -> SimpleNamespace:
@@ -241,13 +279,17 @@ class SimOs:
         if flags & os.O_DIRECTORY:
             self._open[fd] = disk, disk.folders[path.where]
             return fd
-        if not path.exists() and flags & os.O_CREAT:
+        folder = path.folder
+        inode = folder.names.get(path.name)
+        if inode is None:
+            if not flags & os.O_CREAT:
+                path.inode()
             disk.change()
             disk.room()
-            path.folder.change((path.name, Inode()))
-        elif path.exists() and flags & os.O_EXCL:
+            inode = Inode()
+            folder.change((path.name, inode))
+        elif flags & os.O_EXCL:
             raise FileExistsError(errno.EEXIST, "File exists", path.where)
-        inode = path.inode()
         self._open[fd] = disk, inode
         if flags & os.O_TRUNC and inode.data:
             self.ftruncate(fd, 0)
@@ -262,17 +304,17 @@ class SimOs:
         return disk, inode
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        return bytes(self._file(fd)[1].data[offset : offset + size])
+        disk, inode = self._file(fd)
+        disk.reads()
+        return bytes(inode.data[offset : offset + size])
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         disk, inode = self._file(fd)
         disk.change()
         if offset + len(data) > len(inode.data):
             disk.room()
-        written = bytes(data)
-        inode.pending.append((offset, written))
-        _apply(inode.data, offset, written)
-        return len(written)
+        disk.write(inode, offset, bytes(data))
+        return len(data)
 
     def ftruncate(self, fd: int, size: int) -> None:
         disk, inode = self._file(fd)

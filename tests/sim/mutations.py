@@ -11,20 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import coordinator.core
 import edge_client.session
+import shared.trust.replay
 import tests.sim.coordinator
 from coordinator.core import Core
 from coordinator.journal import Journal
 from coordinator.ledger import Known, Ledger
 from coordinator.records import Record, Rejected, VersionCommitted
+from coordinator.rounds import RoundView
 from coordinator.uploads import Uploads
+from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
 from shared import durable, store
+from shared.errors import CorruptError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Receipt
 from shared.store import Partial
 from shared.transfer import Bitmap, Sender
+from shared.trust.envelope import SealedEnvelope
+from tests.sim.weather import SEALED
 
 Change = tuple[object, str, object]
 
@@ -36,6 +43,13 @@ class Mutation:
     name: str
     within: int
     changes: tuple[Change, ...]
+    first: int = 0
+    """The first seed that is looked at."""
+
+    @property
+    def seeds(self) -> range:
+        """The worlds among which one must notice it."""
+        return range(self.first, self.first + self.within)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -151,20 +165,41 @@ def _shifted(size: int, data: bytes) -> Bitmap:
 # -- the site ---
 
 
-def _settle_backwards(self: Outbox, receipt: Receipt) -> bool:
+def _settle_backwards(self: Outbox, receipt: Receipt) -> str | None:
     stored = self.store.get(receipt.update_id)
     if stored is None:
-        return False
+        return None
     facts = stored.manifest.update
     origin = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
     self.store.delete(receipt.update_id)
     said = json.dumps({**origin, **receipt.model_dump(mode="json")}).encode()
     durable.replace_atomic(self._receipts / f"{receipt.update_id}.json", said)
-    return True
+    return facts.base_sha256
 
 
 def _never(*_args: Any) -> bool:
     return False
+
+
+def _always(*_args: Any) -> bool:
+    return True
+
+
+def _all_pending(view: RoundView, _section: object) -> int:
+    return len(view.pending)
+
+
+# -- trust ---
+
+
+def _strict_load(real: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def load(path: Any, kind: Any) -> Any:
+        found = real(path, kind)
+        if found is None and path.exists():
+            raise CorruptError("counters", hint="delete them")
+        return found
+
+    return load
 
 
 MUTATIONS = (
@@ -188,4 +223,20 @@ MUTATIONS = (
     Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
     Mutation("an idle site does not say hello", 100, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
     Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),
+    Mutation("a postponed update is not offered again", 200, ((Uploads, "postpone", _nothing),)),
+    Mutation("a round closes with whatever is there", 60, ((coordinator.core, "updates_to_merge", _all_pending),)),
+    Mutation("old masters are kept", 60, ((tests.sim.coordinator, "prune_masters", _nothing),)),
+    Mutation("old states are kept at a site", 60, ((Agent, "_forget_states_but", _nothing),)),
+    Mutation(
+        "a retained announcement is trusted without its signature",
+        60,
+        ((SealedEnvelope, "signed_by", _always),),
+        first=SEALED,
+    ),
+    Mutation(
+        "counters that a power loss tore stop the process",
+        60,
+        (_changed(shared.trust.replay, "_load", _strict_load),),
+        first=SEALED,
+    ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from shared.manifest import Manifest
-from shared.messages import Chunk, chunk_header
+from shared.messages import Chunk
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from tests.sim.broker import Address
@@ -15,10 +15,6 @@ from tests.sim.machine import Machine
 
 CHUNK_S = 0.02
 """A chunk onto the link, at best."""
-
-
-def _as_it_came(_manifest: Manifest, chunk: Chunk) -> memoryview:
-    return chunk.frame
 
 
 class VirtualPump:
@@ -51,10 +47,9 @@ class VirtualPump:
         self._busy = False
         if self._orders:
             address, transfer_id, index = self._orders.popleft()
-            frame = self._read(transfer_id, index)
+            packet = self._read(transfer_id, index)
             machine, sent = self._machine, self._sent
-            if frame is not None and machine.connection is not None:
-                packet = chunk_header(transfer_id, index, len(frame)) + frame
+            if packet is not None and machine.connection is not None:
                 acked = None if sent is None else (lambda: machine.later(0, sent, transfer_id))
                 machine.broker.publish(machine.connection, address, packet, acked)
         self._go_on()
@@ -70,7 +65,9 @@ class VirtualSpooler:
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str], None],
     ) -> None:
-        self.spooler = Spooler(store, open_chunk=_as_it_came, stored=stored, refused=lambda _id, rule: refused(rule))
+        self.spooler = Spooler(
+            store, open_chunk=machine.guard.open_chunk, stored=stored, refused=lambda _id, rule: refused(rule)
+        )
         self._machine = machine
         self._stored = stored
         self._refused = refused

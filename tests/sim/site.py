@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 from edge_client import decisions as d
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
-from shared.errors import RefusedError
+from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import marked
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Message, Presence, Receipt, encode, parse_chunk
+from shared.messages import Message, Presence, Receipt, parse_chunk
 from shared.plan import SealedPlan
+from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
+from shared.trust.guard import StaleKeyError
 from tests.sim.broker import Address
-from tests.sim.machine import Machine, opened
+from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
+from tests.sim.trust import guard_of
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
-ALL = {Channel.ANNOUNCE, Channel.BULK}
-OWN = {Channel.DOWN_CTL, Channel.DOWN_DATA}
+ALL = (Channel.ANNOUNCE, Channel.BULK)
+OWN = (Channel.DOWN_CTL, Channel.DOWN_DATA)
+TICK = d.Tick()
+CONTROL = (Channel.ANNOUNCE, Channel.DOWN_CTL)
 
 
 class SiteMachine(Machine):
@@ -62,6 +68,16 @@ class SiteMachine(Machine):
             frozen_sha256=self.plan.frozen_sha256,
             software="test",
         )
+        self.guard = guard_of(
+            self.name,
+            sealed=self.scenario.sealed,
+            fingerprint=self.plan.fingerprint,
+            folder=root / "trust",
+            now=self.wall,
+        )
+        # Sealed once a process, as the agent does: the broker holds the will for as long as that lives.
+        self._away, self._here = self._presence(online=False), self._presence(online=True)
+        self._asked_for_keys = -math.inf
         pending = self.outbox.pending()
         self.witness.reopened(self.name, pending, self.outbox)
         self.session = Session(
@@ -71,10 +87,18 @@ class SiteMachine(Machine):
             trained=self.outbox.trained(),
             outbox_max=self.scenario.outbox_max,
         )
-        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, lambda _rule: None)
+        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, self._chunk_refused)
         self.pump = VirtualPump(self, self._read_update_chunk, self._chunk_sent)
         self._training = 0
+        self._sealing = False
+        """An update that is trained waits for room; see `Agent`."""
+        self._unsettled = 0
+        """Receipts that wait for room."""
         self._leaving = False
+
+    def part(self) -> None:
+        """See Machine."""
+        self.spooler.spooler._close_all()
 
     def ended(self) -> None:
         """See Machine."""
@@ -83,19 +107,20 @@ class SiteMachine(Machine):
 
     def _presence(self, *, online: bool) -> tuple[Address, bytes]:
         said = Presence(site=self.name, session=self.identity.session, online=online)
-        return (Channel.PRESENCE, self.name), encode(said)
+        return (Channel.PRESENCE, self.name), self.guard.seal(said, Channel.PRESENCE, self.name, self.wall)
 
     def reads(self, address: Address) -> bool:
         """See Machine."""
-        return address[0] in ALL or (address[0] in OWN and address[1] == self.name)
+        channel, site = address
+        return channel in ALL if site is None else site == self.name and channel in OWN
 
     def will(self) -> tuple[Address, bytes]:
         """See Machine."""
-        return self._presence(online=False)
+        return self._away
 
     def greeting(self) -> tuple[Address, bytes]:
         """See Machine."""
-        return self._presence(online=True)
+        return self._here
 
     def link_up(self) -> None:
         """See Machine."""
@@ -108,16 +133,34 @@ class SiteMachine(Machine):
 
     def taken(self, address: Address, data: bytes) -> None:
         """See Machine."""
-        if address[0] in {Channel.ANNOUNCE, Channel.DOWN_CTL}:
-            self.decide(d.Received(opened(data)))
+        if address[0] in CONTROL:
+            message = self.opened(address, data)
+            if message is not None:
+                self.decide(d.Received(message))
             return
         chunk = parse_chunk(data)
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
+    def refused(self, _site: str | None, error: RefusedError) -> None:
+        """As `Agent.refused`."""
+        if isinstance(error, StaleKeyError):
+            self._ask_for_keys()
+
+    def _chunk_refused(self, rule: str) -> None:
+        if rule == "bad-seal":
+            self._ask_for_keys()
+
+    def _ask_for_keys(self) -> None:
+        patient = self.clock.now - self._asked_for_keys < self.scenario.link.stall_s
+        if self.connection is not None and self.session.welcome and not patient:
+            self._asked_for_keys = self.clock.now
+            self.link_down()
+            self.link_up()
+
     def ticked(self) -> None:
         """See Machine."""
-        self.decide(d.Tick())
+        self.decide(TICK)
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self.later(0, self.decide, d.ChunksStored(transfer_id, indices))
@@ -138,6 +181,8 @@ class SiteMachine(Machine):
             self._say(message)
         for job in decision.jobs:
             self.step()
+            if isinstance(job, d.Exit) and job.rule is None and self._sealing:
+                break
             self._start(job)
         self.witness.site_bounds(self)
 
@@ -155,10 +200,10 @@ class SiteMachine(Machine):
             case d.Train():
                 self._training += 1
                 self.witness.trains(self.name, job.base)
-                seconds = self.site.training_s * self.rng.uniform(0.5, 1.5)
-                self.later(seconds, self._trained, job.base, self._training)
+                self._train(job.base, self._training)
             case d.CancelTraining():
-                self._training += 1
+                if not self._sealing:
+                    self._training += 1
             case d.SendChunks():
                 self.witness.sends_chunks(self.name, job)
                 self.pump.put((Channel.UP_DATA, self.name), job.update_id, job.indices)
@@ -171,30 +216,55 @@ class SiteMachine(Machine):
     # -- jobs ---
 
     def _open_spool(self, manifest: Manifest) -> None:
-        have = self.spooler.open(manifest)
+        try:
+            have = self.spooler.open(manifest)
+        except NoRoomError:
+            self.later(POLL_S, self.spooler.soon, self._open_spool, manifest)
+            return
+        except CorruptError:
+            self._fetch_again(manifest.transfer_id)
+            return
         agent: Any = self
         Agent._forget_states_but(agent, manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
 
     def _verify(self, transfer_id: str) -> None:
-        stored = self.spooler.spooler._finish(transfer_id)
         try:
+            stored = self.spooler.spooler._finish(transfer_id)
+            self.rots(stored)
             read_whole(stored)
-        except RefusedError:
-            self.spooler.spooler._close(transfer_id, delete=True)
-            self.later(0, self.decide, d.StateBroken(transfer_id))
+        except (RefusedError, CorruptError):
+            self._fetch_again(transfer_id)
             return
         # The agent's own rule of what may go; it looks at nothing but these two.
         agent: Any = self
         Agent._forget_states_but(agent, transfer_id)
         self.later(0, self.decide, d.StateReady(stored.manifest))
 
+    def _fetch_again(self, transfer_id: str) -> None:
+        self.spooler.spooler._close(transfer_id, delete=True)
+        self.later(0, self.decide, d.StateBroken(transfer_id))
+
+    def _train(self, base: Manifest, training: int) -> None:
+        if training != self._training:
+            return
+        if self.disk.full:
+            self.later(POLL_S, self._train, base, training)
+            return
+        try:
+            stored = self.states.get(base.transfer_id)
+            assert stored is not None, "a state that is ready is in the store"
+            self.rots(stored)
+            frames = read_whole(stored)
+        except CorruptError:
+            self._fetch_again(base.transfer_id)
+            return
+        self.witness.trained_on(self.name, base, frames)
+        self.later(self.site.training_s * self.rng.uniform(0.5, 1.5), self._trained, base, training)
+
     def _trained(self, base: Manifest, training: int) -> None:
         if training != self._training:
             return
-        stored = self.states.get(base.transfer_id)
-        assert stored is not None, "a state that is ready is in the store"
-        self.witness.trained_on(self.name, base, read_whole(stored))
         self.trainings += 1
         update_id = marked(f"{self.rng.getrandbits(80):020x}", self.name)
         bad = self.rng.random() < self.bad_updates
@@ -206,19 +276,44 @@ class SiteMachine(Machine):
             examples=self.rng.randint(1, 50),
             metrics={},
         )
-        wall = self.wall
         self.witness.begins_to_seal(update_id, frames)
+        self._seal(update_id, frames, facts)
+
+    def _seal(self, update_id: str, frames: list[bytes], facts: UpdateFacts) -> None:
         sealing: Any = ToyFrames(frames)
-        manifest = self.outbox.seal(sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall))
+        wall = self.wall
+        self._sealing = True
+        try:
+            manifest = self.outbox.seal(
+                sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall)
+            )
+        except NoRoomError:
+            self.later(POLL_S, self._seal, update_id, frames, facts)
+            return
+        self._sealing = False
         self.witness.seals(self.name, manifest)
-        self.told(self.name, "sealed", update_id[:8], "of version", base.state.version, "bad" if bad else "")
+        bad = frames[0].startswith(BAD)
+        self.told(self.name, "sealed", update_id[:8], "of version", facts.base_version, "bad" if bad else "")
         self.decide(d.Trained(manifest))
 
     def _settle(self, receipt: Receipt) -> None:
-        if self.outbox.settle(receipt):
+        try:
+            base_sha256 = self.outbox.settle(receipt)
+        except NoRoomError:
+            self._unsettled += 1
+            self.later(POLL_S, self._settle_again, receipt)
+            return
+        if base_sha256 is not None:
             self.witness.settles(self.name, receipt)
 
+    def _settle_again(self, receipt: Receipt) -> None:
+        self._unsettled -= 1
+        self._settle(receipt)
+
     def _leave(self, how: d.Exit) -> None:
+        if self._unsettled:
+            self.later(POLL_S, self._leave, how)
+            return
         self.told(self.name, "leaves", how.rule or "the run is complete")
         self.exit = how
         if how.rule is None:
@@ -227,4 +322,4 @@ class SiteMachine(Machine):
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes | None:
         found = self.outbox.read_frame(transfer_id, index)
-        return None if found is None else found[1]
+        return None if found is None else self.guard.seal_chunk(found[0], index, found[1])

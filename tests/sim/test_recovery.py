@@ -132,7 +132,7 @@ def test_an_update_is_there_until_its_receipt_is(seed: int) -> None:
         Outbox(disk.path())
         disk.power_loss()
         again = Outbox(disk.path())
-        assert again.pending() == [sealed] or again.settle(receipt)
+        assert again.pending() == [sealed] or (disk.path() / "receipts" / f"{update_id}.json").exists()
 
 
 def test_bytes_of_a_rejected_update_go_at_the_next_start() -> None:

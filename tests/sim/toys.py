@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from coordinator.records import Contribution
+from shared import store
 from shared.errors import RefusedError
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.plan import SealedPlan
@@ -67,7 +68,8 @@ def manifest_of(
 
 def read_whole(stored: Stored) -> list[bytes]:
     """All frames of a transfer; RefusedError when they are not those of the manifest."""
-    frames = [stored.read_frame(index) for index in range(stored.manifest.frames)]
+    with store._reading(stored.path) as fd:
+        frames = [stored._read(fd, index, verify=True) for index in range(stored.manifest.frames)]
     if file_sha256(frames) != stored.manifest.file_sha256:
         raise RefusedError("the file has another hash", rule="file-hash")
     return frames

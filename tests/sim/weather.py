@@ -10,6 +10,11 @@ from tests.factories import make_federation
 
 NAMES = ("ash", "bay", "cove", "dale", "elm", "fen")
 STALL_S = 2.0
+SEALED = 10_000_000
+"""Seeds from here on are those of sealed federations."""
+JUMPS_S = (0.0, -1e6, 1e7, -1e9)
+SMALL_JUMPS_S = (0.0, 30.0, 120.0, -100.0)
+"""Sealed messages carry times, and a clock that is days wrong is turned away by rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +44,35 @@ class Weather:
     drops_oldest: bool = False
     kills: float = 0.0
     power_losses: float = 0.0
+    absences: float = 0.0
+    """Killed, and away for longer than every time-out."""
+    stops: float = 0.0
+    """Stopped in good order, and started again."""
     cuts: float = 0.0
     holes: float = 0.0
     """The link is dead and neither side knows."""
+    partitions: float = 0.0
+    """Some machines together cannot reach the broker for a while, nor connect anew."""
     freezes: float = 0.0
     clock_jumps: float = 0.0
     full_disks: float = 0.0
     failed_syncs: float = 0.0
     """Chance of one sync."""
+    failed_writes: float = 0.0
+    """Chance of one write, part of which may be there."""
+    failed_reads: float = 0.0
+    """Chance of one read."""
+    rot: float = 0.0
+    """Chance of a transfer that has just arrived to be spoilt on the disk, or of a state before it is trained on."""
     journal_errors: float = 0.0
     """Chance of one append."""
     broker_restarts: float = 0.0
+    forgets_retained: float = 0.0
+    """The broker lets its retained messages go, and goes on."""
     bad_updates: float = 0.0
     """Share of updates that do not pass admission."""
+    forgeries: float = 0.0
+    """Somebody at the broker publishes what it may not; in sealed federations alone."""
     old_retained: bool = False
     """The broker begins with the announcement of an earlier run of this federation."""
 
@@ -70,6 +91,7 @@ class Scenario:
     """Credit of the coordinator, in chunks."""
     outbox_max: int
     state_frames: int
+    sealed: bool = False
     quiet: Weather = field(default_factory=Weather)
 
     @property
@@ -84,8 +106,9 @@ class Scenario:
             for name in Weather.__slots__
             if (value := getattr(self.weather, name)) != getattr(self.quiet, name)
         )
+        mode = f"{section.mode}, sealed" if self.sealed else section.mode
         return (
-            f"{section.mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
+            f"{mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
             f"{self.federation.federation.versions} versions, budget {self.budget_chunks} chunks, "
             f"window {self.link.window}; {faults or 'no faults'}"
         )
@@ -112,11 +135,16 @@ def scenario(seed: int) -> Scenario:
         },
     )
     link = LinkSection(stall_s=STALL_S, backoff_cap_s=8.0, window=rng.choice((1, 2, 4, 6)))
+    weather = _weather(rng, random.Random(f"mailboat more {seed}")) if seed % 20 else Weather()
+    sealed = seed >= SEALED
+    if sealed:
+        weather.forgeries = random.Random(f"forger {seed}").uniform(1.0, 20.0)
     return Scenario(
         seed=seed,
+        sealed=sealed,
         federation=federation,
         sites=sites,
-        weather=_weather(rng) if seed % 20 else Weather(),
+        weather=weather,
         storm_s=rng.uniform(25, 60),
         link=link,
         budget_chunks=rng.choice((2, 3, 5, 8, 1000)),
@@ -136,11 +164,20 @@ def _site(rng: random.Random, name: str, *, first: bool) -> SitePlan:
     )
 
 
-def _weather(rng: random.Random) -> Weather:
-    def some(low: float, high: float, share: float = 0.5) -> float:
-        return rng.uniform(low, high) if rng.random() < share else 0.0
+def _weather(rng: random.Random, more: random.Random) -> Weather:
+    """`more` draws the faults that came later, so that the others stay what they were."""
+
+    def some(low: float, high: float, share: float = 0.5, by: random.Random = rng) -> float:
+        return by.uniform(low, high) if by.random() < share else 0.0
 
     return Weather(
+        absences=some(0.3, 1.0, 0.3, more),
+        stops=some(0.5, 3.0, 0.3, more),
+        partitions=some(0.5, 2.0, 0.3, more),
+        failed_writes=some(0.001, 0.01, 0.15, more),
+        failed_reads=some(0.001, 0.01, 0.15, more),
+        rot=some(0.02, 0.2, 0.2, more),
+        forgets_retained=some(0.5, 3.0, 0.3, more),
         drop=some(0.01, 0.15),
         double=some(0.01, 0.2),
         garble=some(0.01, 0.1, 0.3),

@@ -17,6 +17,7 @@ There is no privacy ledger yet, and so no check of one.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from coordinator.core import Core
@@ -34,7 +35,8 @@ from tests.sim.toys import file_sha256, merged_master, published_frames, read_wh
 from tests.sim.weather import Scenario
 
 if TYPE_CHECKING:
-    from tests.sim.shells import VirtualSpooler
+    from tests.sim.coordinator import CoordinatorMachine
+    from tests.sim.machine import Machine
     from tests.sim.site import SiteMachine
 
 MOVES_TO = {
@@ -45,6 +47,9 @@ MOVES_TO = {
 }
 TOGETHER = ({"accepted", "merged"}, {"accepted", "dropped"}, {"rejected"})
 """What a site may be told of one update, in whatever order its words arrive."""
+
+MASTERS = 4
+"""Of version 0, of the newest, of the one before, and of one that a crash kept from being committed."""
 
 STATES_AT_A_SITE = 4
 """Ready, training, pulling, and the one that was just verified."""
@@ -86,6 +91,15 @@ class Witness:
         self._window: dict[str, int] = {}
         self._handed: dict[str, int] = {}
         self._before: Ledger | None = None
+        self._looked_at: dict[tuple[str, str], int] = {}
+        """Changes of a machine's folder when it was looked at last."""
+        self._answered: set[str] = set()
+        """Sites with a rejected update since the last version."""
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """What became of the updates that were sealed; some of a site that went away for ever have no outcome."""
+        return Counter(self.decided.get(update_id, "open") for update_id in self.sealed)
 
     # -- the journal ---
 
@@ -118,6 +132,7 @@ class Witness:
             case Rejected():
                 demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
                 self.decided[record.update_id] = "rejected"
+                self._answered.add(record.site)
             case Dropped():
                 demand(record.update_id in self._pending, f"update {record.update_id} was dropped, but not pending")
                 self._pending.remove(record.update_id)
@@ -132,6 +147,7 @@ class Witness:
     def _committed(self, record: VersionCommitted) -> None:
         demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
         demand(record.contributions, f"version {record.version} of nothing")
+        self._closed_by_rule(record)
         for part in record.contributions:
             demand(
                 part.update_id in self._pending,
@@ -147,6 +163,14 @@ class Witness:
             self._master, [(part, self._payload[part.update_id]) for part in record.contributions]
         )
         self._publish(record.version, record.state, record.master_sha256)
+
+    def _closed_by_rule(self, record: VersionCommitted) -> None:
+        """One update for fedasync, at most a buffer of them for fedbuff, an answer of a quorum of sites for sync."""
+        section, count = self.scenario.federation.aggregation, len(record.contributions)
+        sites = {part.site for part in record.contributions} | self._answered
+        kept = {"fedasync": count == 1, "fedbuff": count <= section.buffer, "sync": len(sites) >= section.quorum}
+        demand(kept[section.mode], f"version {record.version} of {count} updates of {sorted(sites)}, {section.mode}")
+        self._answered.clear()
 
     def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
         demand(
@@ -216,20 +240,53 @@ class Witness:
         lost = [index for index in self._acknowledged.get(manifest.transfer_id, ()) if index not in held]
         demand(not lost, f"chunks {lost} of update {manifest.transfer_id} were acknowledged and are lost")
 
-    def bounds(self, core: Core, spooler: VirtualSpooler) -> None:
+    def spoilt(self, transfer_id: str) -> None:
+        """The coordinator's disk broke what it had promised to hold, before it was accepted."""
+        self._acknowledged.pop(transfer_id, None)
+
+    def bounds(self, machine: CoordinatorMachine) -> None:
         """After each decision of the coordinator."""
-        uploads, sites = core.uploads, len(self.scenario.sites)
-        demand(uploads.reserved <= uploads.budget_bytes, "more is reserved than the budget holds")
-        demand(len(uploads._by_id) <= 2 * sites, "more uploads than one under way and one in admission for each site")
-        demand(len(spooler.spooler._open) <= 2 * sites, "more files open than that")
-        demand(
-            len(spooler.arrived) * SLICE <= 2 * uploads.budget_bytes,
-            f"{len(spooler.arrived)} chunks in memory, twice the budget is {2 * uploads.budget_bytes // SLICE}",
-        )
-        for update_id in [each for each in self._granted if each not in uploads._by_id]:
-            del self._granted[update_id]
-        granted = sum(self._granted.values())
-        demand(granted <= uploads.budget_bytes, f"{granted} bytes are granted, the budget is {uploads.budget_bytes}")
+        core, spooler = machine.core, machine.spooler
+        uploads, most = core.uploads, 2 * len(self.scenario.sites)
+        budget, arrived = uploads.budget_bytes, len(spooler.arrived)
+        if uploads.reserved > budget:
+            raise ViolationError("more is reserved than the budget holds")
+        if len(uploads._by_id) > most:
+            raise ViolationError("more uploads than one under way and one in admission for each site")
+        if len(spooler.spooler._open) > most:
+            raise ViolationError("more files open than that")
+        if arrived * SLICE > 2 * budget:
+            raise ViolationError(f"{arrived} chunks in memory, twice the budget is {2 * budget // SLICE}")
+        if self._granted:
+            for update_id in [each for each in self._granted if each not in uploads._by_id]:
+                del self._granted[update_id]
+            granted = sum(self._granted.values())
+            demand(granted <= budget, f"{granted} bytes are granted, the budget is {budget}")
+        if len(core.downlink.active) > len(self.scenario.sites):
+            raise ViolationError("more pulls than sites")
+        self._coordinator_disk(machine)
+
+    def _coordinator_disk(self, machine: CoordinatorMachine) -> None:
+        """Bytes of updates: of what is to be kept, of what is on its way, and of rejected ones about to go."""
+        updates = self._changed(machine, "updates")
+        if updates is not None:
+            rejected = [each for each in updates if self.decided.get(each) == "rejected"]
+            demand(updates <= self._payload.keys(), "bytes of an update that nobody made")
+            demand(len(rejected) <= 2 * len(self.scenario.sites), f"bytes of {len(rejected)} rejected updates")
+        states = self._changed(machine, "states")
+        if states is not None:
+            demand(len(states) <= self.version + 2, f"{len(states)} states of {self.version} versions and the next")
+        masters = self._changed(machine, "masters")
+        if masters is not None:
+            demand(len(masters) <= MASTERS, f"{len(masters)} masters are kept")
+
+    def _changed(self, machine: Machine, name: str) -> set[str] | None:
+        """Ids in a folder, unless it is as it was at the last look; files that are being written do not count."""
+        folder = machine.disk.folders[name]
+        if self._looked_at.get((machine.name, name)) == folder.changes:
+            return None
+        self._looked_at[machine.name, name] = folder.changes
+        return {each.partition(".")[0] for each in folder.names if not each.startswith(".tmp-")}
 
     # -- sites ---
 
@@ -305,11 +362,15 @@ class Witness:
 
     def site_bounds(self, machine: SiteMachine) -> None:
         """After each decision of a site."""
-        session = machine.session
-        demand(len(session.outbox) <= machine.scenario.outbox_max, f"{machine.name} holds too many updates")
-        names = machine.disk.folders["states"].names
-        states = {name.partition(".")[0] for name in names if not name.startswith(".tmp-")}
-        demand(len(states) <= STATES_AT_A_SITE, f"{machine.name} keeps {len(states)} states")
+        if len(machine.session.outbox) > machine.scenario.outbox_max:
+            raise ViolationError(f"{machine.name} holds too many updates")
+        states = self._changed(machine, "states")
+        if states is not None:
+            demand(len(states) <= STATES_AT_A_SITE, f"{machine.name} keeps {len(states)} states")
+        outbox = self._changed(machine, "outbox")
+        if outbox is not None:
+            most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go
+            demand(len(outbox) <= most, f"{machine.name} keeps {len(outbox)} updates")
 
     # -- the end ---
 

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import PrivateAttr
+
 from shared.messages import Announce, encode
+from shared.plan import SealedPlan
 from shared.topics import Channel
 from tests.factories import digest, make_plan, make_state
 from tests.sim import disk
 from tests.sim.broker import Broker
 from tests.sim.clock import Clock
 from tests.sim.coordinator import FIRST_MASTER, CoordinatorMachine
-from tests.sim.machine import Machine
+from tests.sim.machine import EPOCH_S, Machine
 from tests.sim.site import SiteMachine
-from tests.sim.weather import Scenario, Weather, scenario
+from tests.sim.trust import Forger, kits
+from tests.sim.weather import JUMPS_S, SMALL_JUMPS_S, Scenario, Weather, scenario
 from tests.sim.witness import ViolationError, Witness, demand
 
 CALM_S = 900.0
@@ -35,6 +40,21 @@ EVENT_S = 1.0
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
+class Plan(SealedPlan):
+    """A sealed plan that works its fingerprint out once: here it never becomes another, and everybody asks for it."""
+
+    _fingerprint: str = PrivateAttr()
+
+    def model_post_init(self, _context: object) -> None:
+        """See pydantic.BaseModel."""
+        self._fingerprint = super().fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """See SealedPlan."""
+        return self._fingerprint
+
+
 class World:
     """A scenario under way; `run` is its whole life."""
 
@@ -44,7 +64,7 @@ class World:
         self.clock = Clock()
         self.weather = plan.weather
         self.broker = Broker(self.clock, self._chance("broker"), plan.weather)
-        self.sealed_plan = make_plan(plan.federation)
+        self.sealed_plan = Plan.model_validate(make_plan(plan.federation).model_dump())
         self.witness = Witness(plan, FIRST_MASTER)
         self._trace = trace
         machine: dict[str, Any] = {"clock": self.clock, "broker": self.broker, "told": self.tell}
@@ -56,7 +76,11 @@ class World:
             for site in plan.sites
         ]
         self.machines: list[Machine] = [self.coordinator, *self.sites]
+        self._here = list(self.sites)
+        """Sites that may still take part; those that are gone are taken out as they are seen."""
         self.stormy = True
+        sealed = self.sealed_plan.fingerprint if plan.sealed else None
+        self.forger = None if sealed is None else Forger(self.broker, self._chance("forger"), sealed)
 
     def _chance(self, name: str) -> random.Random:
         return random.Random(f"{name} {self.scenario.seed}")
@@ -78,6 +102,9 @@ class World:
         for machine in self.machines:
             machine.disk.sync_fails = plan.weather.failed_syncs
             machine.disk.forgets_on_error = bool(plan.seed % 2)
+            machine.disk.write_fails = plan.weather.failed_writes
+            machine.disk.read_fails = plan.weather.failed_reads
+            machine.rot = plan.weather.rot
         self.clock.later(0, self.coordinator.start)
         for site, machine in zip(plan.sites, self.sites, strict=True):
             machine.bad_updates = plan.weather.bad_updates
@@ -93,7 +120,14 @@ class World:
 
     def done(self) -> bool:
         """Whether every site that stays has left of its own will."""
-        return all(site.gone for site in self.sites)
+        while self._here and self._here[-1].gone:
+            self._here.pop()
+        return not self._here
+
+    @property
+    def faults(self) -> Counter[str]:
+        """What befell, how often."""
+        return sum((machine.disk.faults for machine in self.machines), self.broker.faults)
 
     def close(self) -> None:
         """Let go of the journal's file."""
@@ -102,6 +136,7 @@ class World:
     def _gone_for_good(self, machine: SiteMachine) -> None:
         if not machine.gone:
             self.tell(machine.name, "goes away for ever")
+            machine.disk.faults["gone for ever"] += 1
             machine.die("gone")
             machine.gone = True
 
@@ -113,8 +148,11 @@ class World:
         self.broker.up = True
         self.coordinator.journal_fails = 0.0
         for machine in self.machines:
-            machine.disk.full, machine.disk.sync_fails = False, 0.0
-            machine.frozen_until, machine.fuse = 0.0, None
+            disk = machine.disk
+            disk.full = False
+            disk.sync_fails = disk.write_fails = disk.read_fails = 0.0
+            machine.frozen_until = machine.unreachable_until = 0.0
+            machine.rot, machine.fuse = 0.0, None
             machine.start()
         for site in self.sites:
             site.bad_updates = 0.0
@@ -151,6 +189,31 @@ class World:
             self.broker.restart(self.rng.uniform(0.1, 5.0))
         if self._happens(6.0):
             self.broker.remember()
+        if self.weather.forgets_retained and self._happens(self.weather.forgets_retained):
+            self.tell("broker", "forgets what it retained")
+            self.broker.forget_retained()
+        if self.forger is not None and self._happens(self.weather.forgeries):
+            self._forge(self.forger)
+        if self.weather.partitions and self._happens(self.weather.partitions):
+            self._part()
+
+    def _forge(self, forger: Forger) -> None:
+        insider = self.rng.choice(self.sites)
+        if insider.up:
+            how = forger.strike(self.clock.now + EPOCH_S, insider.guard, insider.session.announced)
+            self.tell("forger", "publishes", how)
+            self.broker.faults["forged or repeated message"] += 1
+
+    def _part(self) -> None:
+        """Cut some machines off together; what is under way to and from them is lost, and nobody is told."""
+        cut_off = self.rng.sample(self.machines, self.rng.randint(1, len(self.machines)))
+        until = self.clock.now + self.rng.uniform(2.0, 20.0)
+        for machine in cut_off:
+            self.tell(machine.name, "cannot reach the broker until", until)
+            machine.disk.faults["cut off for long"] += 1
+            machine.unreachable_until = until
+            if machine.connection is not None and not machine.connection.hole:
+                self.broker.dead(machine.connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
 
     def _befalls(self, machine: Machine) -> None:
         weather, rng = self.weather, self.rng
@@ -158,13 +221,21 @@ class World:
             self._steps(machine, power=False)
         if self._happens(weather.power_losses):
             self._steps(machine, power=True)
+        if weather.absences and self._happens(weather.absences):
+            machine.stays_away = True
+            self._steps(machine, power=False)
+        if weather.stops and self._happens(weather.stops):
+            machine.stop()
         if self._happens(weather.freezes):
+            machine.disk.faults["stood still"] += 1
             machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
             self.tell(machine.name, "stands still until", machine.frozen_until)
         if self._happens(weather.clock_jumps):
-            machine.wall_offset_s = rng.choice((1e9, 1e9 - 1e6, 1e9 + 1e7, 0.0))
+            machine.disk.faults["clock jumped"] += 1
+            machine.wall_offset_s = EPOCH_S + rng.choice(SMALL_JUMPS_S if self.scenario.sealed else JUMPS_S)
         if self._happens(weather.full_disks):
             self.tell(machine.name, "disk full")
+            machine.disk.faults["disk full"] += 1
             machine.disk.full = True
             self.clock.later(rng.uniform(1, 10), self._make_room, machine)
 
@@ -172,9 +243,11 @@ class World:
         connection = machine.connection
         if connection is not None and self._happens(self.weather.cuts):
             self.tell(machine.name, "cut")
+            machine.disk.faults["link cut"] += 1
             self.broker.cut(connection)
         elif connection is not None and self._happens(self.weather.holes):
             self.tell(machine.name, "in a hole")
+            machine.disk.faults["link dead, unnoticed"] += 1
             self.broker.dead(connection, self.rng.uniform(1, 8), self.rng.uniform(1, 30))
 
     def _steps(self, machine: Machine, *, power: bool) -> None:
@@ -210,11 +283,14 @@ def _brief(word: Any) -> str:
 
 def run_world(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """Run the world of a seed to its end; see World.run for what it raises."""
+    plan = scenario(seed)
+    if plan.sealed:
+        kits()
     with (
         tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder,
         disk.installed(random.Random(seed)),
     ):
-        world = World(scenario(seed), Path(folder), trace)
+        world = World(plan, Path(folder), trace)
         try:
             world.run()
         except ViolationError:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from coordinator import aggregate
 from coordinator.aggregate import blocks
 from coordinator.masters import master_path, slot_path
-from shared.config import AggregationSection, CodecSection, ServerSection, StalenessSection
+from coordinator.optimizers import SLOTS, server_step
+from shared.config import AggregationSection, CodecSection, ServerOptimizerName, ServerSection, StalenessSection
 from shared.errors import CorruptError, RefusedError
 from shared.tensorfile import F32Array
 from tests.small_run import SmallRun
@@ -66,13 +67,18 @@ def test_fedasync_by_hand(tmp_path: Path) -> None:
     assert run.master(4) == {"a": [6, 6]}
 
 
-def test_fedasync_uses_no_server_optimizer(tmp_path: Path) -> None:
-    """Mixing is the optimizer: momentum in the configuration changes nothing and leaves no slots."""
-    section = FEDASYNC.model_copy(update={"server": MOMENTUM.server})
-    run = SmallRun(tmp_path, {"a": [4.0, 8.0]}, aggregation=section)
-    result = run.merge(run.update("x", {"a": [4, -8]}))
-    assert run.master(1) == {"a": [6, 4]}
-    assert result.optimizer_sha256 is None
+@pytest.mark.parametrize("name", SLOTS)
+def test_every_optimizer_goes_on_from_its_slots(tmp_path: Path, name: ServerOptimizerName) -> None:
+    """Three versions through files are three steps in memory, to the bit, with the lateness of their updates."""
+    server = ServerSection(optimizer=name, every=2, slow_after=0)
+    section = AggregationSection(mode="fedbuff", staleness=CONSTANT, server=server)
+    run = SmallRun(tmp_path, {"a": [1.0, -2.0]}, aggregation=section)
+    master = np.array([1, -2], dtype=np.float32)
+    slots = [np.zeros_like(master) for _ in SLOTS[name]]
+    for version, delta in enumerate(([4.0, 2.0], [0.5, -3.0], [-1.0, 0.25]), start=1):
+        run.merge(run.update(f"x{version}", {"a": delta}, base=0))
+        server_step(server, master, np.array(delta, dtype=np.float32), slots, version=version, late=version - 1)
+        assert run.master(version) == {"a": master.tolist()}
 
 
 @pytest.mark.parametrize("section", [AggregationSection(), FEDASYNC], ids=["sync", "fedasync"])

@@ -126,11 +126,14 @@ def test_a_waiting_process_gets_no_second_probe() -> None:
 
 
 def test_a_restarted_process_is_welcome_when_its_predecessor_is_silent() -> None:
-    """After stall_s without an answer it takes over, and what comes back later is refused."""
+    """After stall_s without an answer to repeated probes it takes over, and what comes back later is refused."""
     bench = _bench()
     bench.hello("north", "A")
     bench.hello("north", "B")
-    assert bench.tick(STALL_S - 0.1).sends == []
+    for _ in range(3):
+        assert bench.tick(STALL_S / 4).sends == [d.Send("north", Probe(session=session_of("A")))]
+    bench.hello("north", "B")
+    assert bench.tick(STALL_S / 4 - 0.1).sends == []
     assert [welcome.session for welcome in said(bench.tick(0.1), Welcome, "north")] == [session_of("B")]
     (refused,) = said(bench.hello("north", "A"), Refused, "north")
     assert (refused.session, refused.rule) == (session_of("A"), "duplicate-site")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coordinator import decisions as d
-from coordinator.records import Accepted, Rejected
+from coordinator.records import Accepted, Dropped, Rejected
 from shared.manifest import Manifest
-from shared.messages import Offer, Receipt, Wait, Want
+from shared.messages import LOST, Offer, Receipt, Wait, Want
 from tests.cores import CoordinatorBench, bits, said
 from tests.factories import SLICE, digest, make_federation, make_state, make_update, update_id_of
 
@@ -324,3 +324,16 @@ def test_an_update_in_admission_is_not_overtaken() -> None:
     _advance(bench, 1)
     assert bench.receive("north", Offer(manifest=update)).records == []
     assert said(bench.handle(d.Verified(update.transfer_id, 1.0)), Receipt, "north")[0].outcome == "accepted"
+
+
+def test_a_site_is_told_of_an_update_that_was_given_up() -> None:
+    """On each hello, since its receipt said accepted and it may not have heard; other sites and fates are not told."""
+    bench = _bench()
+    lost, late = _update(bench, "north"), _update(bench, "north", update_id=update_id_of("north", "later"))
+    for update, rule in ((lost, LOST), (late, "run-complete")):
+        bench.upload("north", update)
+        bench.records.append(Dropped(update.transfer_id, rule, 1.0))
+    bench.boot("f" * 16)
+    (receipt,) = said(bench.hello("north"), Receipt, "north")
+    assert (receipt.update_id, receipt.outcome, receipt.rule) == (lost.transfer_id, "dropped", LOST)
+    assert said(bench.hello("south"), Receipt) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from coordinator.rows import ARCHIVE
 from coordinator.views import JOURNAL
 from shared.audit import AuditLog
 from shared.errors import ConfigError, UnavailableError
+from shared.messages import LOST
 from shared.store import FrameStore
 from tests.audited import TRAIL, VERSIONS, AuditedRun, flipped
 from tests.factories import digest
@@ -53,7 +56,7 @@ def files(run: AuditedRun) -> set[str]:
     return {str(path.relative_to(run.storage)) for path in run.storage.rglob("*") if path.is_file()}
 
 
-def append(run: AuditedRun, *records: Rejected | Finished) -> None:
+def append(run: AuditedRun, *records: Accepted | Rejected | Finished) -> None:
     """Let the coordinator record something more."""
     with Journal(run.storage / JOURNAL) as journal:
         journal.append(records)
@@ -225,6 +228,59 @@ def test_a_counted_update_that_is_gone_is_named(run: AuditedRun) -> None:
     assert second.where == f"updates/{gone.update_id}.manifest"
     assert "version 1 stands, but it cannot be recomputed" in second.advice
     assert (first.repaired, second.repaired) == (False, False)
+
+
+def pending_and_rotten(run: AuditedRun) -> Path:
+    """An update that was accepted, waits to be merged, and has rotted meanwhile; returns its frames."""
+    copied(run, run.accepted[0])
+    manifest = run.storage / "updates" / f"{OTHER}.manifest"
+    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    append(run, dataclasses.replace(run.accepted[0], update_id=OTHER, manifest_sha256=sha256))
+    assert told(checked(run)) == []
+    spoil(manifest.with_suffix(".frames"))
+    return manifest.with_suffix(".frames")
+
+
+def fate(run: AuditedRun) -> tuple[str, str | None]:
+    """What the journal says of that update."""
+    with Journal.open_read(run.storage / JOURNAL) as journal:
+        ledger = Ledger()
+        for record in journal.replay():
+            ledger.apply(record)
+    return ledger.known[OTHER].outcome, ledger.known[OTHER].rule
+
+
+def test_a_lost_update_is_given_up_on_demand_only(run: AuditedRun) -> None:
+    """A repair leaves it, and says how to go on; the demand drops it under its rule, and then nothing is wrong."""
+    frames = pending_and_rotten(run)
+    (problem,) = checked(run, repair=True).problems
+    assert (problem.rule, problem.repaired) == ("frame-hash", False)
+    assert "--drop-lost" in problem.advice
+    assert (fate(run), frames.exists()) == (("accepted", None), True)
+    found = check(run.storage, run.federation, run.plan, drop_lost=True)
+    assert told(found) == [("damage", LOST, True)]
+    assert run.accepted[0].site in found.problems[0].what
+    assert (fate(run), frames.exists()) == (("dropped", LOST), False)
+    assert told(checked(run)) == []
+
+
+def test_a_kill_between_the_row_and_the_bytes_leaves_litter(run: AuditedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next repair, or the next start, deletes what is left of a lost update."""
+    frames = pending_and_rotten(run)
+    with monkeypatch.context() as killed:
+        killed.setattr(FrameStore, "delete", lambda *_args: None)
+        check(run.storage, run.federation, run.plan, drop_lost=True)
+    assert frames.exists()
+    assert told(checked(run, repair=True)) == [("leftover", "rejected-update", True)]
+    assert not frames.exists()
+
+
+def test_sound_updates_that_wait_are_not_given_up(run: AuditedRun) -> None:
+    """Nothing is dropped that could be merged."""
+    frames = pending_and_rotten(run)
+    spoil(frames)  # back as it was
+    assert told(check(run.storage, run.federation, run.plan, drop_lost=True)) == []
+    assert fate(run) == ("accepted", None)
 
 
 def test_a_broken_chain_is_beyond_repair(run: AuditedRun) -> None:

@@ -47,6 +47,15 @@ def test_sizes_and_lateness_together() -> None:
     assert [each.denominator for each in plan.contributions] == [4, 6]
 
 
+def test_clipping_scales_large_updates_down() -> None:
+    """Norms of 1: a limit of 1/4 leaves a quarter of each, 1 and more leave all; nobody's size counts less."""
+    updates = [accepted("a", base=4, examples=10), accepted("b", base=4, examples=30)]
+    for limit, share in ((0.25, 0.25), (1.0, 1.0), (7.0, 1.0)):
+        plan = plan_merge(5, updates, AggregationSection(clip_norm=limit), STATES)
+        assert weights(plan) == [0.25 * share, 0.75 * share]
+        assert [each.denominator for each in plan.contributions] == [10, 30]
+
+
 def test_fedasync_mixes_by_alpha_and_lateness() -> None:
     """a_t = 0.6 x (1 + 3)^-1/2 = 0.3, whatever the update's size."""
     section = AggregationSection(mode="fedasync", alpha=0.6)

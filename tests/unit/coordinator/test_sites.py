@@ -43,12 +43,30 @@ def test_the_newcomer_waits_while_the_probe_is_under_way(sites: Sites) -> None:
 
 
 def test_a_silent_process_is_superseded(sites: Sites) -> None:
-    """After probe_s without an answer the newcomer takes over, and not before."""
+    """After probe_s without an answer a newcomer that said hello again takes over, and not before."""
+    assert sites.hello("north", B, 10.0 + PROBE_S) == (Claim.WAIT, None)
     assert sites.silent(10.0 + PROBE_S - 0.01) == []
     assert sites["north"].session == A
     assert sites.silent(10.0 + PROBE_S) == [("north", B)]
     assert sites["north"].session == B
     assert sites.silent(100.0) == []
+
+
+def test_one_late_hello_puts_nobody_out(sites: Sites) -> None:
+    """The word of a process that is gone, found by the broker somewhere, is said once: whoever is present stays."""
+    assert sites.hello("north", C, 11.0) == (Claim.WAIT, None)
+    assert sites.silent(1000.0) == []
+    assert sites["north"].session == A
+
+
+def test_a_probe_may_be_lost(sites: Sites) -> None:
+    """The present one is asked again, spread over probe_s, four times in all, and a hello ends that."""
+    asked = [10.0 + step / 100 for step in range(2000) if sites.unanswered(10.0 + step / 100) == [("north", A)]]
+    assert asked == pytest.approx([11.25, 12.5, 13.75])
+    sites.hello("north", A, 20.0)
+    sites.hello("north", C, 30.0)
+    sites.hello("north", A, 30.1)
+    assert sites.unanswered(1000.0) == []
 
 
 def test_a_process_that_left_is_replaced_at_once(sites: Sites) -> None:
@@ -61,6 +79,7 @@ def test_a_process_that_left_is_replaced_at_once(sites: Sites) -> None:
 
 def test_a_stray_process_that_comes_back_is_refused(sites: Sites) -> None:
     """A went on (asleep, cut off) after B had taken its place: two must not train under one name."""
+    sites.hello("north", B, 11.0)
     sites.silent(10.0 + PROBE_S)
     assert sites.hello("north", A, 20.0) == (Claim.REFUSE, None)
     assert sites["north"].session == B
@@ -68,6 +87,7 @@ def test_a_stray_process_that_comes_back_is_refused(sites: Sites) -> None:
 
 def test_a_stray_process_that_comes_back_to_an_empty_place_is_refused_too(sites: Sites) -> None:
     """Its successor has trained in its place meanwhile, and will come back with what it has."""
+    sites.hello("north", B, 11.0)
     sites.silent(10.0 + PROBE_S)
     sites.left("north", B, 5.0)
     assert sites.hello("north", A, 20.0) == (Claim.REFUSE, None)
@@ -105,6 +125,7 @@ def test_sites_do_not_stand_in_each_others_way() -> None:
     assert sites.hello("south", A, 0.0) == (Claim.WELCOME, None)
     assert sites.hello("north", B, 0.0) == (Claim.WELCOME, None)
     sites.hello("south", C, 0.0)
+    sites.hello("south", C, PROBE_S)
     assert sites.silent(PROBE_S) == [("south", C)]
     assert [name for name, _ in sites.items()] == ["north", "south"]
     assert sites["north"].session == B
@@ -114,7 +135,8 @@ def test_memory_is_bounded_by_sites_not_by_restarts() -> None:
     """A thousand restarts of one site leave a handful of sessions, the latest ones."""
     sites = Sites(probe_s=PROBE_S)
     for number in range(1000):
-        sites.hello("north", session_of(f"run {number}"), 10.0 * number)
+        for again in (0.0, PROBE_S):
+            sites.hello("north", session_of(f"run {number}"), 10.0 * number + again)
         sites.silent(10.0 * number + PROBE_S)
     (_, site), *others = sites.items()
     assert not others

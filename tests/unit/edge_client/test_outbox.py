@@ -12,7 +12,7 @@ import pytest
 from edge_client.outbox import Outbox
 from shared.errors import CorruptError
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Receipt
+from shared.messages import LOST, Receipt
 from shared.slices import FileSummary
 from shared.store import Stored
 from tests.factories import digest
@@ -172,6 +172,26 @@ def test_a_state_whose_update_was_rejected_may_be_trained_on_again(tmp_path: Pat
     _seal(outbox, ONE, base=1)
     outbox.settle(_receipt(ONE, outcome="rejected", rule="non-finite"))
     assert Outbox(tmp_path).trained() == set()
+
+
+def test_a_state_whose_update_was_lost_may_be_trained_on_again(tmp_path: Path) -> None:
+    """The coordinator took it and lost it; an update that was dropped for another reason stays done."""
+    outbox = Outbox(tmp_path)
+    for name, base, rule in ((ONE, 1, LOST), (TWO, 2, "run-complete")):
+        _seal(outbox, name, base=base)
+        assert outbox.settle(_receipt(name)) == digest(f"base {base}")
+        assert outbox.settle(_receipt(name, outcome="dropped", rule=rule)) == digest(f"base {base}")
+    assert Outbox(tmp_path).trained() == {digest("base 2")}
+
+
+def test_a_receipt_that_is_repeated_is_no_news(tmp_path: Path) -> None:
+    """The file is not written again."""
+    outbox = Outbox(tmp_path)
+    _seal(outbox, ONE)
+    outbox.settle(_receipt(ONE))
+    before = (tmp_path / "receipts" / f"{ONE}.json").stat().st_ino
+    assert outbox.settle(_receipt(ONE)) is None
+    assert (tmp_path / "receipts" / f"{ONE}.json").stat().st_ino == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7", "\xff"])

@@ -356,6 +356,22 @@ def test_a_state_that_does_not_verify_is_pulled_again() -> None:
     assert broken.jobs == [d.OpenSpool(bench.state())]
 
 
+def test_a_state_that_rots_before_it_is_trained_on_is_pulled_again() -> None:
+    """The pull of a newer one, which is under way by then, is not given up for it."""
+    bench = SessionBench()
+    bench.connect()
+    bench.announce(bench.state(0))
+    bench.pulled(bench.state(0))
+    assert bench.session.training is not None
+    broken = bench.handle(d.StateBroken(bench.state(0).transfer_id))
+    assert broken.jobs == [d.OpenSpool(bench.state(0))]
+    bench.pulled(bench.state(0))
+    bench.announce(bench.state(1))
+    assert bench.handle(d.StateBroken(bench.state(0).transfer_id)).jobs == []
+    assert bench.session.pull is not None
+    assert jobs(bench.pulled(bench.state(1)), d.Train) == [d.Train(bench.state(1))]
+
+
 def test_an_older_version_is_believed() -> None:
     """A coordinator restored from a backup may announce it; it is told apart by its id, and trained on."""
     bench = SessionBench()

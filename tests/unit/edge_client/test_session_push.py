@@ -220,6 +220,21 @@ def _rejected_on_the_newest() -> SessionBench:
     return bench
 
 
+def test_a_site_whose_update_was_lost_trains_again_when_nothing_newer_comes() -> None:
+    """It was accepted and settled; the coordinator's word, repeated on each hello, does not put the day off."""
+    bench = SessionBench()
+    bench.connect()
+    bench.announce()
+    bench.pulled(bench.state())
+    update = bench.update()
+    bench.handle(d.Trained(update))
+    bench.receive(bench.receipt(update))
+    bench.handle(d.Lost(bench.state().file_sha256))
+    assert not jobs(bench.tick(RETRAIN_S - 1), d.Train)
+    bench.handle(d.Lost(bench.state().file_sha256))
+    assert jobs(bench.tick(1), d.Train) == [d.Train(bench.state())]
+
+
 def test_a_rejected_site_trains_again_when_nothing_newer_comes() -> None:
     """If everybody's update was rejected, nobody else makes the next version; not at once, and ever more rarely."""
     bench = _rejected_on_the_newest()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig, load_config, parse_config
+from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig
+from shared.configfile import load_config, parse_config
 from shared.errors import ConfigError
 
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
@@ -122,6 +123,21 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\nmomentun=0.5',
             "unknown key aggregation.server.momentun: did you mean momentum?",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\nmode="fedasync"\nserver={optimizer="adam"}',
+            'aggregation: [aggregation.server] has no meaning with mode = "fedasync"',
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\nmode="fedasync"\nclip_norm=1.0',
+            'aggregation: clip_norm has no meaning with mode = "fedasync"',
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\noptimizer="adm"',
+            "aggregation.server.optimizer: Input should be 'sgd', 'momentum', 'nesterov', 'adam', 'yogi', 'fadas' or",
         ),
         (CoordinatorConfig, 'storage = "s"', "federation is missing"),
         (SiteConfig, SITE.replace('notes = "notes"', ""), "data.notes is missing"),

@@ -207,6 +207,33 @@ class TestRefusals:
         script = Script(lambda level: REFUSE_5 if level == 5 else CONNACK_311, suback=b"\x80")
         assert refused(script).rule == "not-authorised"
 
+    def test_a_subscription_that_was_granted_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A cluster that refuses again what it granted once is given more time, and that time ends as well."""
+        monkeypatch.setattr(refusals, "SUBSCRIBE_PATIENCE_S", 0.0)
+        monkeypatch.setattr(refusals, "ADMITTED_PATIENCE_S", 60.0)
+        script = Script(level_5())
+
+        async def run() -> None:
+            async with scripted(script) as url, Link(options(url)) as link:
+                events = link.events()
+                assert isinstance(await anext(events), Connected)
+                script.suback = b"\x80"
+                script.connections[-1].transport.abort()
+                assert isinstance(await anext(events), Disconnected)
+                tried = len(script.connections)
+                while len(script.connections) < tried + 3:  # noqa: ASYNC110 - the script tells it in no other way
+                    await asyncio.sleep(0.01)
+                script.suback = b"\x01"
+                assert isinstance(await anext(events), Connected)
+                monkeypatch.setattr(refusals, "ADMITTED_PATIENCE_S", 0.0)
+                script.suback = b"\x80"
+                script.connections[-1].transport.abort()
+                assert isinstance(await anext(events), Disconnected)
+                with pytest.raises(RefusedError):
+                    await anext(events)
+
+        run_async(run(), timeout_s=30)
+
     def test_hello(self) -> None:
         """A hello that is not admitted ends the link; nothing is reported as connected before."""
         error = refused(Script(level_5(), puback=b"\x87\x00"), hello=(Publication("presence", b"on"),))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from shared.codec import Codec, decode_tensor, encode, encode_file, group_size
+from shared.codec import SPAN, Codec, decode_tensor, encode, encode_file, group_size
 from shared.errors import RefusedError
 from shared.manifest import Manifest
 from shared.reader import TensorReader
@@ -109,6 +109,78 @@ def test_reading_in_order_reads_each_frame_once() -> None:
         pass
     reader.verify_file()
     assert sorted(taken) == list(range(manifest.frames))
+
+
+@codecs
+def test_spans_are_the_tensor(codec: Codec) -> None:
+    """The spans of a tensor, one behind the other, are what reading it whole gives; also of an empty one."""
+    given = tensors_of()
+    given["large"] = (np.random.default_rng(1).standard_normal(2 * SPAN + 777) * 1e-3).astype(np.float32)
+    reader = reader_of(*transfer_of(given, codec))
+    for name in given:
+        spans = list(reader.spans(name))
+        assert all(span.size <= SPAN for span in spans)
+        np.testing.assert_array_equal(
+            np.concatenate([np.empty(0, np.float32), *spans]), reader.tensor(name).reshape(-1)
+        )
+
+
+@codecs
+def test_spans_read_each_frame_once(codec: Codec) -> None:
+    """Spans of all tensors, with verification, take each frame from the disk once, companions behind them included."""
+    values = (np.random.default_rng(2).standard_normal(3 * SPAN + 5) * 1e-3).astype(np.float32)
+    writer = make_transfer_frames({"a": values, "b": values[:1000]}, codec, {})
+    frames = [frame.data for frame in writer]
+    manifest = manifest_builder(codec)(writer.summary)
+    taken: list[int] = []
+
+    def read_frame(index: int) -> bytes:
+        taken.append(index)
+        return frames[index]
+
+    reader = TensorReader(manifest, read_frame, verify=True)
+    for name in reader.shapes:
+        for _ in reader.spans(name):
+            pass
+    reader.verify_file()
+    assert sorted(taken) == list(range(manifest.frames))
+
+
+def test_a_companion_of_many_slices_is_hashed_in_its_turn() -> None:
+    """A tensor whose companion fills slices of its own leaves nothing behind it for the file's hash to read anew."""
+    values = (np.random.default_rng(2).standard_normal(3 * SPAN + 5) * 1e-3).astype(np.float32)
+    manifest, frames = transfer_of({"a": values, "b": values[:100_000]}, "int8")
+    taken: list[int] = []
+
+    def read_frame(index: int) -> bytes:
+        taken.append(index)
+        return frames[index]
+
+    reader = TensorReader(manifest, read_frame, verify=True)
+    for name in reader.shapes:
+        for _ in reader.spans(name):
+            pass
+    companion = 4 * (len(values) // 256 + 1) // SLICE_BYTES + 2
+    before = len(taken)
+    reader.verify_file()
+    assert len(taken) - before <= 1
+    assert len(taken) <= manifest.frames + 2 * companion
+
+
+def test_memory_of_spans_is_that_of_slices() -> None:
+    """Reading one tensor of 32 MiB in spans takes a few slices of memory."""
+    one = (np.random.default_rng(0).standard_normal(1 << 23) * 1e-3).astype(np.float32)
+    writer = make_transfer_frames({"w": one}, "f32", {})
+    frames = [frame.data for frame in writer]
+    manifest = manifest_builder("f32")(writer.summary)
+    tracemalloc.start()
+    try:
+        for _ in reader_of(manifest, frames).spans("w"):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
 
 
 def test_slices_make_up_the_file() -> None:

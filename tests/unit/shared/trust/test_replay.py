@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import CorruptError, RefusedError
+from shared import durable
+from shared.errors import NoRoomError, RefusedError
 from shared.trust.replay import Counter, Heard, RepeatedError
 
 
@@ -51,12 +52,42 @@ def test_lower_is_replayed_and_equal_is_repeated(tmp_path: Path) -> None:
 
 
 def test_the_memory_survives_the_process(tmp_path: Path) -> None:
-    """What was saved is known to the next process; a file that is not ours is an error."""
+    """What was saved is known to the next process."""
     heard = Heard(tmp_path / "heard")
     heard.take("up", "k1", 10)
     heard.save()
     with pytest.raises(RefusedError):
         Heard(tmp_path / "heard").check("up", "k1", 9, retained=False)
-    (tmp_path / "heard").write_bytes(b"\xc1")
-    with pytest.raises(CorruptError):
-        Heard(tmp_path / "heard")
+
+
+@pytest.mark.parametrize("left", [b"", b"\xcf\x00\x01", b"\xc1", bytes(9)])
+def test_a_file_that_a_power_loss_tore_counts_as_missing(tmp_path: Path, left: bytes) -> None:
+    """Empty, cut off or zeros: the next process starts all the same, and its numbers go on rising."""
+    last = Counter(tmp_path / "counter").next(1_000.0)
+    heard = Heard(tmp_path / "heard")
+    heard.take("up", "k1", 10)
+    heard.save()
+    for name in ("counter", "heard"):
+        (tmp_path / name).write_bytes(left)
+    assert Counter(tmp_path / "counter").next(1_000.1) > last
+    Heard(tmp_path / "heard").check("up", "k1", 9, retained=False)
+
+
+def test_a_full_disk_stops_no_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters rise and repetitions are told without it; what could not be written is written when there is room."""
+    counter, heard = Counter(tmp_path / "counter"), Heard(tmp_path / "heard")
+
+    def full(*_args: object, **_options: object) -> None:
+        raise NoRoomError("full", hint="make room")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(durable, "replace_atomic", full)
+        first = counter.next(1_000.0)
+        heard.take("up", "k1", 10)
+        heard.save()
+    assert not (tmp_path / "counter").exists()
+    assert counter.next(1_000.0) > first
+    heard.save()
+    assert Counter(tmp_path / "counter").next(900.0) > first
+    with pytest.raises(RepeatedError):
+        Heard(tmp_path / "heard").check("up", "k1", 10, retained=False)

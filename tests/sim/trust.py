@@ -1,0 +1,110 @@
+"""Sealed worlds: the real guards over the false disks, and somebody at the broker who may not speak and does.
+
+Keys are drawn anew by each process of ours, so two runs of a seed differ in their ciphertexts; in nothing else, as no
+length depends on a key. The forger can read and publish whatever passes the broker and holds the kit of one site, with
+the federation's key in it: what only the coordinator's signature keeps it from.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import shutil
+import tempfile
+from collections import deque
+from multiprocessing import util
+from pathlib import Path
+from typing import Any
+
+from shared.messages import Message, decode, encode, encode_body
+from shared.topics import Channel, topic
+from shared.trust.envelope import Content, FederationKey, Header, pack
+from shared.trust.guard import Guard, OpenGuard
+from shared.trust.kit import Kit, load_kit
+from shared.trust.sealed import ANNOUNCE_S, CoordinatorGuard, SiteGuard
+from tests.kits import Kits
+from tests.sim.broker import DATA, Address, Broker
+from tests.sim.weather import NAMES
+
+COORDINATOR = "coordinator"
+FEDERATION = "ward"
+OVERHEARD = 60
+"""Messages that the forger remembers."""
+
+opened = functools.lru_cache(4096)(decode)
+"""Messages are values: what was sent to several is parsed once."""
+
+
+class PlainGuard(OpenGuard):
+    """A federation without trust."""
+
+    def open(self, data: bytes, channel: Channel, site: str | None, now: float) -> Message:
+        """See Guard."""
+        return opened(data)
+
+
+@functools.lru_cache(1)
+def kits() -> dict[str, Kit]:
+    """The kits of all machines that a sealed world can have, made once a process; to be called over a real disk."""
+    root = Path(tempfile.mkdtemp(prefix="mailboat-sim-kits-"))
+    util.Finalize(None, shutil.rmtree, (root, True), exitpriority=0)
+    bench = Kits(root, FEDERATION)
+    for name in NAMES:
+        bench.site(name)
+    made = {name: load_kit(bench.folder(name), role="site", federation=FEDERATION, now=0) for name in NAMES}
+    return {COORDINATOR: load_kit(bench.coordinator, role="coordinator", federation=FEDERATION, now=0), **made}
+
+
+def guard_of(name: str, *, sealed: bool, fingerprint: str, folder: Any, now: float) -> Guard:
+    """The guard of a process that starts now, with its counters in `folder`."""
+    if not sealed:
+        return PlainGuard()
+    if name == COORDINATOR:
+        return CoordinatorGuard(kits()[name], fingerprint=fingerprint, folder=folder, now=now)
+    return SiteGuard(kits()[name], fingerprint=fingerprint, folder=folder)
+
+
+class Forger:
+    """See the module's docstring."""
+
+    def __init__(self, broker: Broker, rng: random.Random, fingerprint: str) -> None:
+        self.broker = broker
+        self.rng = rng
+        self.fingerprint = fingerprint
+        self.overheard: deque[tuple[Address, bytes]] = deque(maxlen=OVERHEARD)
+        broker.overhears = self._overhears
+
+    def _overhears(self, address: Address, data: bytes) -> None:
+        if address[0] not in DATA:
+            self.overheard.append((address, data))
+
+    def strike(self, now: float, insider: Guard, announced: Message | None) -> str:
+        """Publish something; returns what. `announced` is what the insider heard last from the coordinator."""
+        how = self.rng.choice(("again", "altered", "elsewhere", "unsigned", "by another", "by another"))
+        if self.overheard and how in {"again", "altered", "elsewhere"}:
+            address, data = self.rng.choice(self.overheard)
+            if how == "altered":
+                at = self.rng.randrange(len(data))
+                data = data[:at] + bytes([data[at] ^ 1 << self.rng.randrange(8)]) + data[at + 1 :]
+            elif how == "elsewhere" and address[1] is not None:
+                address = address[0], self.rng.choice(NAMES)
+            self.broker.inject(address, data)
+        elif announced is not None:
+            ended = announced.model_copy(update={"final": True})
+            keys = insider._states if isinstance(insider, SiteGuard) else ()
+            data = encode(ended) if how == "unsigned" or not keys else self._signed(ended, keys[0].key, insider, now)
+            self.broker.inject((Channel.ANNOUNCE, None), data)
+        return how
+
+    def _signed(self, message: Message, key: FederationKey, insider: Any, now: float) -> bytes:
+        """In the coordinator's name, under the federation's key, with another member's signature."""
+        header = Header(
+            topic=topic(FEDERATION, Channel.ANNOUNCE, None),
+            key_id=kits()[COORDINATOR].member.key_id,
+            counter=int(now * 1e9) + 10**12,
+            expiry=int(now) + ANNOUNCE_S,
+            fingerprint=bytes.fromhex(self.fingerprint),
+            encryption=key.encryption,
+        )
+        content = Content(encode_body(message), b"").to_bytes()
+        return pack(header, key.encrypt(header, content), insider.kit.sign_key)
