@@ -14,7 +14,8 @@ ALPHA = 2.0
 """Dirichlet concentration of the label mix over the sites: smaller is more skewed."""
 ROUNDS = 8
 """Local trainings of each site, whatever the mode: the sync run publishes this many versions."""
-LAYERS = "6"
+LAYERS = "4"
+"""The top quarter of the shipped model: four blocks learn this task as well as six, in two thirds of the time."""
 SEED = 0
 
 MAX_LENGTH = 64
@@ -22,7 +23,7 @@ MAX_LENGTH = 64
 EPOCHS = 1
 """Passes over a site's notes in one local training."""
 BATCH_SIZE = 2
-LR = 4e-3
+LR = 6e-3
 OTHER_MODEL_LR = 5e-4
 """For `--model`: models wider than the shipped one take smaller steps."""
 FINAL_LR = 0.1
@@ -34,8 +35,8 @@ BASELINE_EPOCHS = 4
 BASELINE_BATCH_SIZE = 4
 BASELINE_LR = 0.75
 """Share of the federation's rate. One long training wants larger batches and smaller steps than many short ones whose
-results are averaged: with batches of 2 and a rate of 5e-3, three epochs of centralized training scored 68.5 on seed 1,
-four with these settings 78.7."""
+results are averaged. Centralized training of the top four blocks, seeds 0, 1, 2: 76.2, 75.6, 77.6 at this rate; 77.6
+and 71.8 (seeds 0 and 1) at two thirds of it."""
 
 HOLDOUT = 0.1
 """Share of a site's own notes on which it reports its local F1."""
