@@ -8,6 +8,7 @@ that a process that was killed does not answer:
     A says hello              ->  B is refused, rule duplicate-site
     A is silent for probe_s and B has said hello again,
     or the broker says A left ->  B is welcome; A is superseded
+    B killed, hellos from C   ->  C waits in B's place
     hello from a superseded   ->  refused: it went on after another had taken its place
 
 One probe may be lost, and one hello may be the late word of a process that is gone: together they must not put out a
@@ -57,6 +58,8 @@ class Site:
     probes: int = 0
     insists: bool = False
     """The challenger has said hello more than once."""
+    newcomers: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_SESSIONS))
+    """Sessions that said hello since the present one was challenged."""
     superseded: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED_SESSIONS))
     status: Status | None = None
     seen_at: float = 0.0
@@ -98,9 +101,15 @@ class Sites:
             site.session = session
             return Claim.WELCOME, loser
         if site.challenger is not None:
-            site.insists |= site.challenger == session
+            if session in site.newcomers:
+                # Whoever repeats itself lives; the challenger may have been killed in its turn.
+                site.challenger, site.insists = session, True
+            else:
+                site.newcomers.append(session)
             return Claim.WAIT, None
         site.challenger, site.challenged_at, site.probes, site.insists = session, now, 1, False
+        site.newcomers.clear()
+        site.newcomers.append(session)
         return Claim.PROBE, site.session
 
     def left(self, name: str, session: str, now: float) -> str | None:

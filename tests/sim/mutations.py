@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
     Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),
     Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
-    Mutation("an idle site does not say hello", 100, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
+    Mutation("an idle site does not say hello", 1000, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
     Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),
     Mutation("a postponed update is not offered again", 200, ((Uploads, "postpone", _nothing),)),
     Mutation("a round closes with whatever is there", 60, ((coordinator.core, "updates_to_merge", _all_pending),)),

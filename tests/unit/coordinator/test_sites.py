@@ -52,6 +52,14 @@ def test_a_silent_process_is_superseded(sites: Sites) -> None:
     assert sites.silent(100.0) == []
 
 
+def test_a_newcomer_that_was_killed_does_not_hold_up_the_next(sites: Sites) -> None:
+    """B is gone before it could say hello again; C, which repeats itself, takes its place and A's."""
+    assert sites.hello("north", C, 11.0) == (Claim.WAIT, None)
+    assert sites.hello("north", C, 15.0) == (Claim.WAIT, None)
+    assert sites.silent(10.0 + PROBE_S) == [("north", C)]
+    assert sites["north"].session == C
+
+
 def test_one_late_hello_puts_nobody_out(sites: Sites) -> None:
     """The word of a process that is gone, found by the broker somewhere, is said once: whoever is present stays."""
     assert sites.hello("north", C, 11.0) == (Claim.WAIT, None)
