@@ -5,8 +5,8 @@ staleness, s the staleness function, p the size power.
 
 sync and fedbuff: mean = sum_i n_i^p s(tau_i) delta_i / sum_i n_i^p, both sums over the updates that hold the tensor,
 then x <- server optimizer(x, mean). With a `clip_norm` C, delta_i min(1, C / |delta_i|) stands for delta_i, with the
-norm over all its tensors, so that no site moves the mean by more than its share of C (Sun et al., arXiv 1911.07963,
-section 5). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1); with p = 0 it is
+norm over all its tensors, so that no site moves the mean by more than its share of C (Sun et al., arXiv 1911.07963).
+With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1); with p = 0 it is
 FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the line only: lateness
 damps the step. Were it below too, a buffer in which all are equally late would step as far as a fresh one.
 

@@ -99,7 +99,7 @@ def yogi(master: F32Array, mean: F32Array, slots: Sequence[F32Array], section: S
 def fadas(master: F32Array, mean: F32Array, slots: Sequence[F32Array], section: ServerSection, late: int) -> None:
     """FADAS: u and v as `adam`; w <- max(w, v); x <- x + lr' u / (sqrt(w) + eps), in place.
 
-    Wang et al., arXiv 2407.18365, algorithm 2: AMSGrad over a buffer, with lr' = lr, or lr / late when the latest
+    Wang et al., arXiv 2407.18365: AMSGrad over a buffer, with lr' = lr, or lr / late when the latest
     update of the buffer is `late` versions late and that is more than `slow_after`.
     """
     first, second, peak = slots
@@ -116,7 +116,7 @@ def delayed_nesterov(
     """Delayed Nesterov: the momentum moves in every N-th version, by the mean of those since; in place.
 
     d <- d + m; in versions that N divides u <- b1 u + d / N, x <- x + lr (b1 u + m / N), d <- 0; in the others
-    x <- x + lr m / N. Liu et al., arXiv 2401.09135, algorithm 3.
+    x <- x + lr m / N. Liu et al., arXiv 2401.09135.
     """
     first, gathered = slots
     np.add(gathered, mean, out=gathered)

@@ -124,8 +124,7 @@ class ServerSection(Section):
         """`lr`, or the default of the optimizer.
 
         sgd and momentum: 1, so that sgd is FedAvg. nesterov, delayed-nesterov: 0.7 (Douillard et al., arXiv
-        2311.08105). adam 0.1, yogi 0.01 (Reddi et al., arXiv 2003.00295, table 8 and following). fadas: 0.001 (Wang et
-        al., arXiv 2407.18365).
+        2311.08105). adam 0.1, yogi 0.01 (Reddi et al., arXiv 2003.00295). fadas 0.001 (Wang et al., arXiv 2407.18365).
         """
         return SERVER_RATES[self.optimizer] if self.lr is None else self.lr
 

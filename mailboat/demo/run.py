@@ -121,7 +121,8 @@ class _Demonstration:
             seed=options.seed,
             heldout=options.heldout,
         )
-        pool(plan.layout, plan.started)
+        if options.baselines:
+            pool(plan.layout, plan.started)
         write_federation(plan)
 
     @asynccontextmanager
