@@ -14,9 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV
 PARALLEL := -n $(WORKERS) --dist worksteal
 
 SEEDS ?= 2000
+RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
-.PHONY: bench bench-memory bench-reconnect coverage clean
+.PHONY: bench bench-memory bench-reconnect bench-hostile coverage clean fuzz sbom
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +84,17 @@ sim: setup ## seeded worlds with every kind of fault, on all cores; goes on wher
 coverage: setup ## the last run's coverage, line by line, and the gate
 	@$(VENV)/coverage report
 	@$(MAKE) --no-print-directory coverage-gate
+
+fuzz: setup ## spoilt bytes into every decoder of foreign bytes: make fuzz RUNS=10000000 SEED=3
+	@$(VENV)/python -m tests.fuzz --runs $(RUNS) --seed $(or $(SEED),0)
+
+bench-hostile: setup ## how much slower a round gets when one site floods the federation
+	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json
+
+sbom: setup ## what is installed, with versions and licences, as CycloneDX JSON: build/sbom.json
+	@mkdir -p build
+	@$(VENV)/python -m tools.sbom > build/sbom.json
+	@echo "[sbom] build/sbom.json"
 
 # What may lose or double an update stands in these two packages.
 .PHONY: coverage-gate

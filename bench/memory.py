@@ -28,7 +28,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from broker.launcher import run_broker
-from shared.config import BrokerSection, FederationConfig, LinkSection, load_config
+from shared.config import BrokerSection, FederationConfig, LinkSection
+from shared.configfile import load_config
 from shared.ids import new_session_id, new_update_id
 from shared.link import Connected, Link, LinkDownError, LinkOptions, Packet
 from shared.manifest import Manifest, UpdateFacts
@@ -188,7 +189,7 @@ class ProtocolSite:
 
     def _update(self, announce: Announce) -> Manifest:
         return Manifest(
-            transfer_id=new_update_id(),
+            transfer_id=new_update_id(self.name),
             federation=NAME,
             fingerprint=self.load.plan.fingerprint,
             codec="f32",

@@ -8,8 +8,8 @@ silent (`hole`: half-open connections, no answer to new ones) or breaks (`down`:
 Measured at the proxy: the time from the link's return until PROGRESS_BYTES have crossed in the transfer's direction,
 more than all that is said around a transfer. Runs go on side by side.
 
-What a busy machine delays says nothing: a measurement is marked when this process was late for its own looks between the
-link's return and the progress, made once more at the end, and left out of the verdict.
+What a busy machine delays says nothing: a measurement is marked when this process was late for its own looks between
+the link's return and the progress, made once more at the end, and left out of the verdict.
 """
 
 from __future__ import annotations

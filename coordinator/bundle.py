@@ -1,13 +1,15 @@
 """A run in one file for somebody else: all the evidence, and a script that checks it without this project.
 
     <federation>-v00000007/
+        authority.pub                      of a sealed run: the authority's public keys, PEM
         SHA256SUMS                         of every other file; `sha256sum -c SHA256SUMS` reads it
         federation.json                    what all agreed on; its SHA-256 is config_sha256 of row 1
         journal.jsonl                      the rows: seq, at, kind, body (base64), prev and hash (hex)
         masters/v00000000.safetensors      version 0, float32
         plan.json                          the sealed plan; its SHA-256 is the fingerprint in row 1
         updates/<id>.frames, .manifest     each update that was accepted (or merged up to the version asked for)
-        verify.py                          `python verify.py`: the Python standard library, msgpack and zstandard
+        verify.py                          `python verify.py`: the Python standard library, msgpack, zstandard, and
+                                           cryptography for a sealed run
 
 The two JSON files are the very bytes that were hashed, so that no reader has to know how they were made canonical; no
 machine's paths are in them. The same run gives the same bundle, byte for byte: names ascend, and all dates are zero.
@@ -64,9 +66,17 @@ class _Contents:
 
 
 def export_bundle(
-    storage: Path, federation: FederationConfig, plan: SealedPlan, out: Path, *, upto: int | None = None
+    storage: Path,
+    federation: FederationConfig,
+    plan: SealedPlan,
+    out: Path,
+    *,
+    upto: int | None = None,
+    authority: bytes | None = None,
 ) -> Bundle:
     """Write the bundle of a run to the new file `out`, up to version `upto` (None: all that there is).
+
+    `authority` are the public keys (PEM) with which the memberships in a sealed run's journal are signed.
 
     Evidence is exported as it lies on the disk, also when it is damaged: the script says so. ConfigError when `out`
     exists or there is no such version, CorruptError when the journal's chain is broken or a file is gone,
@@ -80,7 +90,7 @@ def export_bundle(
         lines, _fd = stack.enter_context(durable.temporary_file(out.parent))
         contents = _survey(journal, storage, upto)
         _write_lines(journal, contents.rows, lines)
-        sources = _sources(storage, federation, plan, lines, contents)
+        sources = _sources(storage, federation, plan, lines, contents, authority)
         temporary, fd = stack.enter_context(durable.temporary_file(out.parent))
         with durable.storage_errors(out.parent), open(fd, "wb", closefd=False) as file:
             _write_tar(file, f"{federation.federation.name}-v{contents.version:08d}", sources)
@@ -134,7 +144,12 @@ def _line(row: Row) -> bytes:
 
 
 def _sources(
-    storage: Path, federation: FederationConfig, plan: SealedPlan, lines: Path, contents: _Contents
+    storage: Path,
+    federation: FederationConfig,
+    plan: SealedPlan,
+    lines: Path,
+    contents: _Contents,
+    authority: bytes | None,
 ) -> dict[str, Path | bytes]:
     """Return name and origin of each file, SHA256SUMS included, by name."""
     sources: dict[str, Path | bytes] = {
@@ -144,6 +159,8 @@ def _sources(
         "plan.json": _canonical(plan.model_dump(mode="json")),
         "verify.py": SCRIPT,
     }
+    if authority is not None:
+        sources["authority.pub"] = authority
     for update_id in contents.updates:
         for suffix in ("frames", "manifest"):
             sources[f"updates/{update_id}.{suffix}"] = storage / "updates" / f"{update_id}.{suffix}"

@@ -1,5 +1,7 @@
 """Check a bundle of Mailboat's evidence with Python 3.11, msgpack and zstandard, and with nothing of Mailboat.
 
+A sealed run is signed; to check that, the package cryptography is needed as well.
+
     python verify.py [FOLDER]      FOLDER is where the bundle was unpacked; by default where this script lies
 
 It prints what it looked at and each thing that is wrong, and ends with status 0 or 3. What it checks:
@@ -10,9 +12,12 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 4. each update was decided once and counted at most once, and versions follow each other without a gap
 5. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
    unpacked and put together, the frames are the file whose SHA-256 was accepted
+6. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
+   seen, fits a key whose membership is signed by a key in authority.pub, and that row has that hash now
 
-A sound chain shows that no row was changed by itself. That all rows were not written anew is shown by comparing a hash
-with one that somebody else kept: the receipts that the sites hold, or the last row's hash, noted earlier.
+A sound chain shows that no row was changed by itself. That all rows were not written anew is shown by the signatures of
+the sites, if authority.pub has the fingerprint that you know, and else by comparing a hash with one that somebody else
+kept: the receipts that the sites hold, or the last row's hash, noted earlier.
 
 A frame is one zstd frame of one slice of the file. In a slice the bytes stand grouped: first byte 0 of each element of
 `group` bytes, then byte 1, and so on; bytes that fill no element come last.
@@ -23,6 +28,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +40,20 @@ import zstandard
 GENESIS = bytes(32)
 FRAME_BYTES_MAX = 900_000
 SLICE_BYTES_MAX = 768 * 1024
+UNREADABLE = (
+    ImportError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    msgpack.UnpackException,
+    zstandard.ZstdError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a spoilt bundle raises."""
 
 
 def file_sha256(path: Path) -> str:
@@ -155,6 +175,57 @@ def expand(frame: bytes, size: int, group: int) -> bytes:
     return bytes(out)
 
 
+def framed(domain: str, *parts: bytes) -> bytes:
+    """What a signature is taken over: each part behind its length."""
+    return b"".join(struct.pack(">I", len(part)) + part for part in (domain.encode(), *parts))
+
+
+def check_signatures(folder: Path, lines: list[dict[str, Any]], records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield each signature that does not fit, and each row that has another hash than the one that was signed."""
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - sealed runs alone need it
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415 - sealed runs alone need it
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - sealed runs alone need it
+
+    blocks = (folder / "authority.pub").read_text(encoding="ascii").split("-----BEGIN")[1:]
+    keys: list[Any] = [load_pem_public_key(f"-----BEGIN{block}".encode()) for block in blocks]
+    authorities = [key.public_bytes_raw() for key in keys]
+    hashes = {line["seq"]: line["hash"] for line in lines}
+    plan = bytes.fromhex(records[0]["fingerprint"])
+    signed: set[str] = set()
+    for row, record in enumerate(records, start=1):
+        if record["t"] not in {"signed", "witnessed"}:
+            continue
+        of_site = record["t"] == "witnessed"
+        outer = msgpack.unpackb(record["member"])
+        member = msgpack.unpackb(outer["d"])
+        seen = (struct.pack(">Q", record["seq"]), bytes.fromhex(record["head"]))
+        said = framed("mailboat witness v1", bytes.fromhex(record["bare_sha256"]), *seen) if of_site else b""
+        version = struct.pack(">Q", record.get("version", 0))
+        said = said or framed("mailboat head v1", member["federation"].encode(), plan, version, *seen)
+        issuer = [key for key in authorities if hashlib.sha256(key).hexdigest()[:16] == outer["a"]]
+        place = f"journal.jsonl: row {row}"
+        try:
+            Ed25519PublicKey.from_public_bytes(issuer[0]).verify(
+                outer["s"], framed("mailboat membership v1", outer["d"])
+            )
+            Ed25519PublicKey.from_public_bytes(member["sign_key"]).verify(record["signature"], said)
+        except (InvalidSignature, IndexError):
+            yield f"{place}: its signature, or the membership whose key it names, does not fit"
+            continue
+        name = record["site"] if of_site else "coordinator"
+        if member["role"] != ("site" if of_site else "coordinator") or (of_site and member["name"] != name):
+            yield f"{place}: signed by {member['role']} {member['name']}"
+        if record["seq"] and hashes.get(record["seq"]) != record["head"]:
+            yield f"{place}: row {record['seq']} had another hash for {name}: history was changed after that was signed"
+        signed |= {record["update_id"]} if of_site else set()
+    for record in records:
+        if record["t"] == "accepted" and record["update_id"] not in signed:
+            yield f"journal.jsonl: update {record['update_id']} is not signed by its site"
+    told = ", ".join(hashlib.sha256(framed("mailboat authority v1", key)).hexdigest()[:32] for key in authorities)
+    count = sum(record["t"] in {"signed", "witnessed"} for record in records)
+    sys.stdout.write(f"{count} signatures looked at; fingerprint of the authority, for you to compare: {told}\n")
+
+
 def check(folder: Path) -> Iterator[str]:
     """Yield all that is wrong with the bundle in `folder`."""
     yield from check_sums(folder)
@@ -163,6 +234,8 @@ def check(folder: Path) -> Iterator[str]:
     records = [record_of(line) for line in lines]
     yield from check_opened(folder, records[0])
     yield from check_counting(records)
+    if json.loads((folder / "federation.json").read_bytes())["trust"]["mode"] == "sealed":
+        yield from check_signatures(folder, lines, records)
     merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
     for record in records:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
@@ -179,15 +252,7 @@ def main(folder: Path) -> int:
         for finding in check(folder):
             wrong += 1
             sys.stdout.write(f"WRONG  {finding}\n")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        msgpack.UnpackException,
-        zstandard.ZstdError,
-    ) as error:
+    except UNREADABLE as error:
         wrong += 1
         sys.stdout.write(f"WRONG  the bundle cannot be read any further: {type(error).__name__}: {error}\n")
     sys.stdout.write(f"{wrong} things are wrong\n" if wrong else "nothing is wrong\n")

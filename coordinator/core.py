@@ -17,32 +17,47 @@ need no list, because a site repeats its offer until it has the receipt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from typing import assert_never
 
 from coordinator import decisions as d
+from coordinator.decisions import Instant
 from coordinator.downlink import Downlink
+from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import plan_merge
-from coordinator.offers import check_offer, check_own
-from coordinator.records import Accepted, Dropped, Finished, Record, Rejected, VersionCommitted
+from coordinator.offers import OVERTAKEN, REUSED, check_id, check_offer, check_standing, unrecorded
+from coordinator.records import (
+    Dropped,
+    Finished,
+    Quarantined,
+    Record,
+    Rejected,
+    Released,
+    Signed,
+    VersionCommitted,
+    accepted_record,
+    witness_record,
+)
 from coordinator.rounds import RoundView, updates_to_merge
-from coordinator.sites import Claim, Sites
-from coordinator.uploads import Uploads
+from coordinator.sites import Claim, Sites, stranger
+from coordinator.uploads import Upload, Uploads
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import RefusedError
 from shared.manifest import Manifest, UpdateFacts
 from shared.messages import (
     LOST,
     Announce,
+    Head,
     Hello,
     Message,
     Offer,
     Presence,
     Probe,
-    Receipt,
     Refused,
     Status,
+    Wait,
     Want,
     Welcome,
 )
@@ -54,23 +69,12 @@ DOWNLINK_MERGE_S = 0.3
 IDLE_STALLS = 3
 """An upload or pull that shows no sign of life for this many stall times gives its credit back."""
 
-OVERTAKEN = {"run-complete", "too-stale"}
-"""Rules that an update may keep when it is first offered, and break when it is offered again."""
-
-REUSED = ("id-reused", "this update id was used before, with another manifest")
-"""Rule and detail."""
-
-
-@dataclass(frozen=True, slots=True)
-class Instant:
-    """Now, twice: `mono` (monotonic seconds) for decisions, `wall` (unix seconds) for people."""
-
-    mono: float
-    wall: float
-
 
 class Core:
-    """See the module's docstring; `boot` is this process's session id."""
+    """See the module's docstring; `boot` is this process's session id.
+
+    `attest` (`Guard.attest`) says under whose signed membership an update counts, and refuses one that nobody signed.
+    """
 
     def __init__(
         self,
@@ -79,8 +83,10 @@ class Core:
         *,
         config: CoordinatorConfig,
         boot: str,
+        attest: Callable[[Manifest], bytes | None] = lambda _manifest: None,
     ) -> None:
         link = config.link
+        self._attest = attest
         self.federation = federation
         self.plan = plan
         self.fingerprint = plan.fingerprint
@@ -93,21 +99,22 @@ class Core:
         self.ledger = Ledger()
         # What follows is lost with the process.
         self.sites = Sites(probe_s=link.stall_s)
+        self.intake = Intake(config.admission)
         self.uploads = Uploads(budget_bytes=config.credit_mib << 20, window=link.window, idle_s=idle_s)
         self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
         self._started: float | None = None
         self._round_opened = 0.0
         self._answered: set[str] = set()
-        self._lost: dict[str, list[str]] | None = None
         self.merging = False
 
     def apply(self, record: Record) -> None:
         """Take one fact from the journal: recovery is this, for each record in order."""
         self.ledger.apply(record)
+        self.intake.saw(record)
 
     def _record(self, out: d.Decision, record: Record) -> None:
         out.records.append(record)
-        self.ledger.apply(record)
+        self.apply(record)
 
     # -- events ---
 
@@ -123,6 +130,29 @@ class Core:
                 self.downlink.reset()
             case d.Received():
                 self._receive(event.site, event.message, now, out)
+            case d.SpoolOpened() | d.ChunksStored() | d.Verified() | d.VerifyFailed() | d.Postponed():
+                self._on_upload(event, now, out)
+            case d.Merged():
+                self._merged(event, now, out)
+            case d.Ruled():
+                self._ruled(event, now, out)
+            case d.Tick():
+                self._tick(now, out)
+            case _:
+                assert_never(event)
+        self._close_round(now, out)
+        return out
+
+    def signed(self, head: Head, member: bytes, at: float) -> d.Decision:
+        """The head of the chain was signed, with the key of that membership, at `at` (unix seconds): tell the sites."""
+        out = d.Decision()
+        self._record(out, Signed(head.version, head.seq, head.head, head.signature, member, at))
+        for name in sorted(self.sites.present):
+            out.to(name, head)
+        return out
+
+    def _on_upload(self, event: d.UploadEvent, now: Instant, out: d.Decision) -> None:
+        match event:
             case d.SpoolOpened():
                 self.uploads.opened(event.transfer_id, event.have, now.mono, out)
             case d.ChunksStored():
@@ -133,14 +163,6 @@ class Core:
                 self._verify_failed(event, now, out)
             case d.Postponed():
                 self.uploads.postpone(event, now.mono, out)
-            case d.Merged():
-                self._merged(event, now, out)
-            case d.Tick():
-                self._tick(now, out)
-            case _:
-                assert_never(event)
-        self._close_round(now, out)
-        return out
 
     def announcement(self) -> Announce:
         """The retained word about the current version."""
@@ -177,7 +199,7 @@ class Core:
     # -- who speaks ---
 
     def _hello(self, name: str, hello: Hello, now: Instant, out: d.Decision) -> None:
-        refusal = self._stranger(name, hello)
+        refusal = stranger(name, hello, self.plan, self.federation)
         if refusal is not None:
             rule, detail = refusal
             out.to(name, Refused(session=hello.session, rule=rule, detail=detail))
@@ -194,34 +216,17 @@ class Core:
             if other is not None:
                 self._refuse_double(name, other, out)
 
-    def _stranger(self, name: str, hello: Hello) -> tuple[str, str] | None:
-        roster = self.federation.federation.sites
-        if roster and name not in roster:
-            return "unknown-site", f"{name} is not in [federation] sites"
-        if hello.fingerprint == self.fingerprint:
-            return None
-        if hello.config_sha256 != self.plan.config_sha256:
-            return "other-config", "federation.toml differs from the coordinator's"
-        if hello.frozen_sha256 != self.plan.frozen_sha256:
-            return "other-weights", (
-                f"the frozen weights of the base model differ: {hello.frozen_sha256[:12]} at the site, "
-                f"{self.plan.frozen_sha256[:12]} in the federation"
-            )
-        return "other-plan", "the resolved layer plan or the tokenizer differs from the coordinator's"
-
     def _welcome(self, name: str, session: str, now: Instant, out: d.Decision) -> None:
         out.to(name, Welcome(session=session, boot=self.boot, clock=now.wall))
-        for update_id in self._lost_of(name):
+        for update_id in self._lost.get(name, ()):
             out.to(name, self.ledger.receipt(update_id))
+        signed = self.ledger.signed
+        if signed is not None:
+            out.to(name, Head(version=signed.version, seq=signed.seq, head=signed.head, signature=signed.signature))
 
-    def _lost_of(self, name: str) -> list[str]:
-        """Ids of the site's updates that were given up, which happens only while no coordinator runs."""
-        if self._lost is None:
-            self._lost = {}
-            for update_id, known in self.ledger.known.items():
-                if known.rule == LOST:
-                    self._lost.setdefault(known.site, []).append(update_id)
-        return self._lost.get(name, [])
+    @cached_property
+    def _lost(self) -> dict[str, list[str]]:
+        return self.ledger.by_rule(LOST)  # read once: updates are given up only while no coordinator runs
 
     def _refuse_double(self, name: str, session: str, out: d.Decision) -> None:
         detail = f"another process already runs as site {name}"
@@ -240,18 +245,18 @@ class Core:
 
     def _offer(self, name: str, manifest: Manifest, now: Instant, out: d.Decision) -> None:
         try:
-            check_own(manifest, site=name)
+            check_id(manifest, site=name)
         except RefusedError as foreign:  # no record: whose id this is, may still offer it
-            out.to(name, _unrecorded(manifest, foreign.rule, foreign.message))
+            out.to(name, unrecorded(manifest, foreign.rule, foreign.message))
             return
         known = self.ledger.known.get(manifest.transfer_id)
         if known is not None:
             same = known.manifest_sha256 == manifest.digest
-            out.to(name, self.ledger.receipt(manifest.transfer_id) if same else _unrecorded(manifest, *REUSED))
+            out.to(name, self.ledger.receipt(manifest.transfer_id) if same else unrecorded(manifest, *REUSED))
             return
         under_way = self.uploads.get(manifest.transfer_id)
         if under_way is not None and under_way.manifest != manifest:
-            out.to(name, _unrecorded(manifest, *REUSED))
+            out.to(name, unrecorded(manifest, *REUSED))
             return
         refusal = self._refusal(name, manifest)
         in_admission = under_way is not None and under_way.receiver.complete
@@ -262,30 +267,26 @@ class Core:
                 self.uploads.settle(manifest.transfer_id, now.mono, out)
                 out.jobs.append(d.Discard(manifest.transfer_id))
             return
+        late = None if under_way is not None else self.intake.put_off(name, manifest, now.mono)
+        if late is not None:
+            why, retry_s = late
+            out.to(name, Wait(transfer_id=manifest.transfer_id, rule=why.rule, detail=why.message, retry_s=retry_s))
+            return
         self.uploads.offer(name, manifest, now.mono, out)
 
     def _refusal(self, name: str, manifest: Manifest) -> RefusedError | None:
         try:
             check_offer(manifest, site=name, plan=self.plan, federation=self.federation)
+            self._attest(manifest)
+            check_standing(manifest, self.ledger, limit=self.federation.aggregation.staleness.limit)
         except RefusedError as refusal:
             return refusal
-        facts = manifest.update
-        base = self.ledger.states.get(facts.base_version)
-        if base is None or base.file_sha256 != facts.base_sha256:
-            return RefusedError(f"version {facts.base_version} of that digest was never published", rule="base-unknown")
-        if self.ledger.finished:
-            return RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
-        limit = self.federation.aggregation.staleness.limit
-        if self.ledger.version - facts.base_version > limit:
-            return RefusedError(f"more than {limit} versions late", rule="too-stale")
         return None
 
     def _reject(self, name: str, manifest: Manifest, why: RefusedError, now: Instant, out: d.Decision) -> None:
-        self._record(
-            out,
-            Rejected(manifest.transfer_id, name, manifest.digest, why.rule, why.message[:500], now.wall),
-        )
-        out.to(name, self.ledger.receipt(manifest.transfer_id))
+        update_id = manifest.transfer_id
+        self._record(out, Rejected(update_id, name, manifest.digest, why.rule, why.message[:500], now.wall))
+        out.to(name, self.ledger.receipt(update_id))
         if isinstance(manifest.facts, UpdateFacts) and manifest.facts.base_version == self.ledger.version:
             self._answered.add(name)
 
@@ -293,26 +294,38 @@ class Core:
         upload = self.uploads.settle(event.update_id, now.mono, out)
         if upload is None or event.update_id in self.ledger.known:
             return
-        manifest, facts = upload.manifest, upload.manifest.update
-        if self.ledger.finished:
-            why = RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
-            self._reject(upload.site, manifest, why, now, out)
+        try:
+            if self.ledger.finished:
+                raise RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
+            self._accept(upload, event.norm, now, out)
+        except RefusedError as why:
+            self._reject(upload.site, upload.manifest, why, now, out)
             out.jobs.append(d.Discard(event.update_id))
             return
-        self._record(
-            out,
-            Accepted(
-                update_id=event.update_id,
-                site=upload.site,
-                base_version=facts.base_version,
-                examples=facts.examples,
-                manifest_sha256=manifest.digest,
-                file_sha256=manifest.file_sha256,
-                norm=event.norm,
-                at=now.wall,
-            ),
-        )
         out.to(upload.site, self.ledger.receipt(event.update_id))
+
+    def _accept(self, upload: Upload, norm: float, now: Instant, out: d.Decision) -> None:
+        manifest, member = upload.manifest, self._attest(upload.manifest)
+        odd = self.intake.objection(manifest.update.examples, norm)
+        self._record(out, accepted_record(manifest, norm, now.wall))
+        if member is not None:
+            self._record(out, witness_record(manifest, member, now.wall))
+        if odd is not None:
+            self._record(out, Quarantined(manifest.transfer_id, odd.rule, odd.message, now.wall))
+            if manifest.update.base_version == self.ledger.version:
+                self._answered.add(upload.site)  # a round does not wait for what a person has to look at
+
+    def _ruled(self, event: d.Ruled, now: Instant, out: d.Decision) -> None:
+        update = self.ledger.quarantined.get(event.update_id)
+        if update is None:
+            return
+        late = self.ledger.version - update.base_version > self.federation.aggregation.staleness.limit
+        if event.release and not late:
+            self._record(out, Released(event.update_id, now.wall))
+        else:
+            rule = "too-stale" if event.release else "quarantine"
+            self._record(out, Dropped(event.update_id, rule, now.wall))
+        out.to(update.site, self.ledger.receipt(event.update_id))
 
     def _verify_failed(self, event: d.VerifyFailed, now: Instant, out: d.Decision) -> None:
         upload = self.uploads.settle(event.update_id, now.mono, out)
@@ -367,7 +380,7 @@ class Core:
             ),
         )
         if self.ledger.version >= self.federation.federation.versions:
-            for update in list(self.ledger.pending):
+            for update in [*self.ledger.pending, *self.ledger.quarantined.values()]:
                 self._record(out, Dropped(update.update_id, "run-complete", now.wall))
                 out.to(update.site, self.ledger.receipt(update.update_id))
             self._record(out, Finished(self.ledger.version, now.wall))
@@ -389,14 +402,3 @@ class Core:
             and not self.sites.expected(now.mono, back_within_s=self.back_within_s)
         ):
             out.jobs.append(d.Stop())
-
-
-def _unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:
-    """An answer about this manifest that leaves the fate of its update id open."""
-    return Receipt(
-        update_id=manifest.transfer_id,
-        manifest_sha256=manifest.digest,
-        outcome="rejected",
-        rule=rule,
-        detail=detail,
-    )

@@ -19,6 +19,15 @@ from coordinator.records import Record
 from shared.manifest import Manifest
 from shared.messages import Message
 
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """Now, twice: `mono` (monotonic seconds) for decisions, `wall` (unix seconds) for people."""
+
+    mono: float
+    wall: float
+
+
 # -- events ---
 
 
@@ -92,11 +101,20 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
+class Ruled:
+    """A person has decided about an update in quarantine; one that is not there is left as it is."""
+
+    update_id: str
+    release: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; about four times a second."""
 
 
-Event = LinkUp | LinkDown | Received | SpoolOpened | ChunksStored | Verified | VerifyFailed | Postponed | Merged | Tick
+UploadEvent = SpoolOpened | ChunksStored | Verified | VerifyFailed | Postponed
+Event = LinkUp | LinkDown | Received | UploadEvent | Merged | Ruled | Tick
 
 # -- decisions ---
 

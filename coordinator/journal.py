@@ -3,7 +3,7 @@
 One coordinator writes: it holds a lock on `<journal>.lock` for as long as it lives. Anyone may read meanwhile
 (`coordinator.rows`): in WAL mode readers and the writer do not wait for each other.
 
-    meta       key, value                            schema = 2
+    meta       key, value                            schema = 3
     rows       seq, at, kind, body, prev, hash       seq from 1 without gaps; body is a record's msgpack
     snapshots  seq, body, audit_size, audit_sha256   the newest one; row seq, of kind snapshot, carries its digest
     segments   first, last, file, sha256             rows that lie in files of their own, in archive/
@@ -12,7 +12,8 @@ Compaction has one commit point. First the rows are copied into a segment, which
 adds the snapshot and its row, names the segment and takes the rows out. Killed before it, the segment is litter that
 the next compaction replaces; killed after it, nothing is left to do.
 
-Schema 1 had the first two tables alone; opening such a journal for writing adds the others.
+Schema 1 had the first two tables alone; opening such a journal for writing adds the others. Schema 2 knew no rows of
+kind `signed` and `witnessed`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ CREATE TABLE segments (
     first INTEGER PRIMARY KEY, last INTEGER NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL
 );
 UPDATE meta SET value = 2 WHERE key = 'schema';
-"""
+""",
+    2: "UPDATE meta SET value = 3 WHERE key = 'schema';",
 }
 """What makes the next schema out of one."""
 
@@ -88,6 +90,11 @@ class Journal(JournalReader):
     def length(self) -> int:
         """Number of rows there ever were, which is the seq of the last one."""
         return self._length
+
+    @property
+    def head(self) -> bytes:
+        """Hash of the last row."""
+        return self._head
 
     @property
     def loose(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from coordinator import admission
@@ -27,10 +27,16 @@ NORM_TOLERANCE = 1e-9
 
 
 def check_update(
-    storage: Path, accepted: Accepted, base_sha256: str | None, plan: SealedPlan, federation: FederationConfig
+    storage: Path,
+    accepted: Accepted,
+    base_sha256: str | None,
+    plan: SealedPlan,
+    federation: FederationConfig,
+    check_manifest: Callable[[Manifest, str], Iterator[Finding]] = lambda _manifest, _place: iter(()),
 ) -> list[Finding]:
     """Compare a kept update with the record of its acceptance, and let it pass admission once more.
 
+    `check_manifest` says what else is wrong with its manifest, given its place.
     `base_sha256` is the file digest of the published state that it starts from, None when there is none.
     """
     found: list[Finding] = []
@@ -50,6 +56,7 @@ def check_update(
             found.append(Finding("update-facts", f"{place}.manifest", f"{name} {theirs}, the journal says {ours}"))
     if base_sha256 != facts.base_sha256:
         found.append(Finding("base-unknown", f"{place}.manifest", "it starts from a state that was never published"))
+    found += check_manifest(stored.manifest, place)
     damaged = [*_frames(stored, place)]
     return [*found, *(damaged or _content(stored, place, accepted, plan))]
 

@@ -15,10 +15,14 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Quarantined,
     Record,
     Rejected,
+    Released,
+    Signed,
     Snapshot,
     VersionCommitted,
+    Witnessed,
 )
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Outcome, Receipt
@@ -59,12 +63,21 @@ class Ledger:
         self.known: dict[str, Known] = {}
         self.pending: list[Accepted] = []
         """Accepted and not yet merged, in acceptance order."""
+        self.quarantined: dict[str, Accepted] = {}
+        """Accepted and kept apart, by id, in the order in which they were."""
         self.finished = False
+        self.signed: Signed | None = None
+        """The newest head of the chain that was signed."""
 
     @property
     def state(self) -> Manifest:
         """The current version's published state."""
         return self.states[self.version]
+
+    @property
+    def head_is_signed(self) -> bool:
+        """Whether the chain was signed since the newest version."""
+        return self.signed is not None and self.signed.version == self.version
 
     def apply(self, record: Record) -> None:
         """Take one fact; asserts that it follows from those before it."""
@@ -83,16 +96,28 @@ class Ledger:
                 self.known[record.update_id] = Known(
                     record.site, record.manifest_sha256, "rejected", record.rule, record.detail
                 )
+            case Quarantined():
+                held = next(update for update in self.pending if update.update_id == record.update_id)
+                self.pending.remove(held)
+                self.quarantined[record.update_id] = held
+                self.known[record.update_id].rule = record.rule
+                self.known[record.update_id].detail = record.detail
+            case Released():
+                self.pending.append(self.quarantined.pop(record.update_id))
+                self.known[record.update_id].rule, self.known[record.update_id].detail = None, ""
             case Dropped():
                 self.pending = [update for update in self.pending if update.update_id != record.update_id]
+                self.quarantined.pop(record.update_id, None)
                 known = self.known[record.update_id]
                 known.outcome, known.rule = "dropped", record.rule
             case VersionCommitted():
                 self._apply_version(record)
             case Finished():
                 self.finished = True
-            case Snapshot():
-                pass  # it sums up what was applied before it
+            case Signed():
+                self.signed = record
+            case Witnessed() | Snapshot():
+                pass  # evidence for others; what was applied before it
             case _:
                 assert_never(record)
 
@@ -108,6 +133,14 @@ class Ledger:
             assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
             known.outcome, known.version = "merged", record.version
             known.staleness, known.weight = part.staleness, part.weight
+
+    def by_rule(self, rule: str) -> dict[str, list[str]]:
+        """Ids of the updates that were rejected or dropped under `rule`, by site."""
+        found: dict[str, list[str]] = {}
+        for update_id, known in self.known.items():
+            if known.rule == rule:
+                found.setdefault(known.site, []).append(update_id)
+        return found
 
     def receipt(self, update_id: str) -> Receipt:
         """What a site is told of its update; KeyError for one that was never decided."""

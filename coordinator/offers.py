@@ -5,9 +5,12 @@ Each rule has a name; the name is what the site's operator sees, what the journa
 
 from __future__ import annotations
 
+from coordinator.ledger import Ledger
 from shared.config import FederationConfig
 from shared.errors import RefusedError
+from shared.ids import is_update_id_of
 from shared.manifest import Manifest, UpdateFacts
+from shared.messages import Receipt
 from shared.plan import SealedPlan
 
 HEADER_ALLOWANCE = 16 * 1024 * 1024
@@ -16,12 +19,32 @@ HEADER_ALLOWANCE = 16 * 1024 * 1024
 BYTES_PER_PARAMETER = 5
 """float32 and, generously, one companion value per four; no codec needs more."""
 
+UNRECORDED = frozenset({"not-an-update", "other-site", "foreign-id", "id-reused"})
+"""Rules under which nothing is recorded: the id is another's, or has its record already."""
+
+OVERTAKEN = {"run-complete", "too-stale"}
+"""Rules that an update may keep when it is first offered, and break when it is offered again."""
+
+REUSED = ("id-reused", "this update id was used before, with another manifest")
+"""Rule and detail."""
+
+
+def check_id(manifest: Manifest, *, site: str) -> None:
+    """Raise RefusedError unless the very site that offers this drew its id, and says so in the manifest.
+
+    Nothing may be recorded under another's id: the offer of the site that drew it must still count.
+    """
+    check_own(manifest, site=site)
+    if not is_update_id_of(manifest.transfer_id, site):
+        raise RefusedError(
+            f"update id {manifest.transfer_id} was not drawn by {site}",
+            rule="foreign-id",
+            hint="an update that an older release sealed is trained again",
+        )
+
 
 def check_own(manifest: Manifest, *, site: str) -> None:
-    """Raise RefusedError unless this is an update of the very site that offers it.
-
-    Nothing may be recorded under the id of one that is not: the id is another's, whose own offer must still count.
-    """
+    """Raise RefusedError unless this is an update of the very site that offers it."""
     facts = manifest.facts
     if not isinstance(facts, UpdateFacts):
         raise RefusedError("a site offered something that is not an update", rule="not-an-update")
@@ -51,3 +74,26 @@ def check_offer(manifest: Manifest, *, site: str, plan: SealedPlan, federation: 
         raise RefusedError(f"{manifest.file_size} bytes, the plan admits at most {bound}", rule="too-large")
     if manifest.wire_bytes > manifest.file_size + 1024 * manifest.frames:
         raise RefusedError("frames longer than what they hold", rule="inflated-frames")
+
+
+def check_standing(manifest: Manifest, ledger: Ledger, *, limit: int) -> None:
+    """Raise RefusedError unless an update fits where the run stands; `limit` is how many versions late it may be."""
+    facts = manifest.update
+    base = ledger.states.get(facts.base_version)
+    if base is None or base.file_sha256 != facts.base_sha256:
+        raise RefusedError(f"version {facts.base_version} of that digest was never published", rule="base-unknown")
+    if ledger.finished:
+        raise RefusedError(f"the run was complete at version {ledger.version}", rule="run-complete")
+    if ledger.version - facts.base_version > limit:
+        raise RefusedError(f"more than {limit} versions late", rule="too-stale")
+
+
+def unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:
+    """An answer about this manifest that leaves the fate of its update id open."""
+    return Receipt(
+        update_id=manifest.transfer_id,
+        manifest_sha256=manifest.digest,
+        outcome="rejected",
+        rule=rule,
+        detail=detail,
+    )

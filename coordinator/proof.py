@@ -9,7 +9,7 @@ Where a segment of the journal was moved away, the proof begins with the newest 
 which rows are missed and their file's SHA-256, and checks each file against the digests that the snapshot carries.
 
 A chain alone proves that no row was changed by itself; one who rewrites all rows makes a sound chain. What such a
-rewriter cannot reach are the receipts at the sites, so they are compared here.
+rewriter cannot reach are the sites' signatures, and the receipts and heads at the sites, so they are compared here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from coordinator import records
 from coordinator.journal import Journal
 from coordinator.kept import check_frames, check_master, check_state, check_update
 from coordinator.ledger import Known
+from coordinator.offers import UNRECORDED
 from coordinator.optimizers import SLOTS
 from coordinator.rows import JournalReader, Restored
+from coordinator.seals import Seals
 from coordinator.trail import Finding, Trail, row_place
 from coordinator.views import JOURNAL
 from shared import audit
@@ -40,9 +42,6 @@ from shared.messages import LOST, Receipt
 from shared.plan import SealedPlan
 
 AUDIT = "audit.jsonl"
-RULE_OF_REUSE = "id-reused"
-"""A rejection that the journal does not hold: it is about a second manifest under an id that was decided before."""
-
 UNREADABLE = (CorruptError, UnicodeDecodeError)
 """What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
 
@@ -66,6 +65,8 @@ class Proof:
     """Accepted ones, each with its frames."""
     receipts: int
     findings: tuple[Finding, ...]
+    signatures: int = 0
+    """Of coordinator and sites; checked, and they fit."""
     pruned: tuple[str, ...] = ()
     """Rows that are not here, and the SHA-256 of the file that holds them."""
 
@@ -74,6 +75,7 @@ class Proof:
 class _Chain:
     """Where the reading of the journal stands."""
 
+    seals: Seals
     seq: int = 0
     head: bytes = GENESIS
 
@@ -84,13 +86,17 @@ def prove(
     plan: SealedPlan,
     *,
     receipts: Sequence[Path] = (),
+    authorities: tuple[bytes, ...] = (),
     progress: Progress = lambda _share: None,
 ) -> Proof:
     """Check a run in a coordinator's storage folder; `receipts` are copies of sites' receipt folders.
 
+    `authorities` are the public keys (32 raw bytes) that memberships in the journal must be signed with; without them
+    a signature is compared with the key that the journal names.
+
     Raises ConfigError when there is no journal or a receipts folder is none; all else is a finding.
     """
-    trail, chain = Trail(federation, plan), _Chain()
+    trail, chain = Trail(federation, plan), _Chain(Seals(federation, plan.fingerprint, authorities))
     findings: list[Finding] = []
     unreadable: set[int] = set()
     try:
@@ -108,17 +114,28 @@ def prove(
         if restored is not None and pruned:
             trail.begin(restored.row.seq, restored.ledger)
             chain.seq, chain.head = restored.row.seq, restored.row.hash
+            chain.seals.begin(chain.seq, restored.ledger.signed)
         findings += _follow(journal, trail, chain, unreadable, restored)
         findings += _masters(storage, trail, journal, chain.seq)
-        findings += _transfers(storage, trail, progress)
+        findings += _transfers(storage, trail, chain.seals, progress)
         lines = _Lines(restored.mark if restored and pruned else None, chain.seq, unreadable)
         findings += _audit_lines(storage / AUDIT, journal, lines)
     held = 0
     for folder in receipts:
+        findings += chain.seals.check_heads(folder, f"{folder.parent.name}/{folder.name}")
         for path in _receipt_files(folder):
             held += 1
             findings += _receipt(path, trail)
-    return Proof(chain.seq, chain.head.hex(), trail.version, len(_kept(trail)), held, tuple(findings), pruned)
+    return Proof(
+        chain.seq,
+        chain.head.hex(),
+        trail.version,
+        len(_kept(trail)),
+        held,
+        tuple(findings),
+        chain.seals.signatures,
+        pruned,
+    )
 
 
 # -- the journal ---
@@ -148,12 +165,12 @@ def _follow(
         chain.seq, chain.head = row.seq, row.hash
         if restored is not None and row.seq == restored.row.seq and (what := trail.differs(restored.ledger)):
             yield Finding("snapshot-differs", row_place(row.seq), f"other {what} than the rows before it tell")
-        yield from _content(row, trail, unreadable)
+        yield from _content(row, trail, chain.seals, unreadable)
     if not trail.versions:
         yield Finding("not-opened", JOURNAL, "no row opens the run")
 
 
-def _content(row: Row, trail: Trail, unreadable: set[int]) -> Iterator[Finding]:
+def _content(row: Row, trail: Trail, seals: Seals, unreadable: set[int]) -> Iterator[Finding]:
     try:
         record = records.from_bytes(row.body)
         columns = (record.kind, records.recorded_at(record))
@@ -164,6 +181,7 @@ def _content(row: Row, trail: Trail, unreadable: set[int]) -> Iterator[Finding]:
     if (row.kind, row.at) != columns:
         yield Finding("row-columns", row_place(row.seq), "its columns differ from its body")
     yield from trail.take(row.seq, record)
+    yield from seals.take(row, record)
 
 
 def _below(error: CorruptError | UnicodeDecodeError) -> str:
@@ -233,7 +251,7 @@ def _went_on(journal: JournalReader, length: int) -> bool:
         return False
 
 
-def _transfers(storage: Path, trail: Trail, progress: Progress) -> Iterator[Finding]:
+def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) -> Iterator[Finding]:
     kept = _kept(trail)
     total, done = len(trail.versions) + len(kept), 0
     for version, recorded in trail.versions.items():
@@ -248,7 +266,7 @@ def _transfers(storage: Path, trail: Trail, progress: Progress) -> Iterator[Find
         _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
         sha256 = base.file_sha256 if base else None
-        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation)
+        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, seals.check_manifest)
         done += 1
         progress(done / total)
 
@@ -281,7 +299,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
         return
     if receipt.update_id != path.stem:
         yield Finding("receipt-differs", where, f"it is about update {receipt.update_id}")
-    if receipt.rule == RULE_OF_REUSE:
+    if receipt.rule in UNRECORDED:
         return
     known = trail.known.get(receipt.update_id)
     if known is None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import msgpack
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from shared.errors import CorruptError, RefusedError
 from shared.ids import Ident, Sha256Hex, TransferId
-from shared.manifest import describe_invalid, manifest_from_bytes
+from shared.manifest import Manifest, describe_invalid, manifest_from_bytes
+from shared.trust.witness import bare_sha256
 
 SCHEMA_VERSION = 1
 
@@ -26,6 +27,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 Real = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$", strict=True)]
 Text = Annotated[str, Field(max_length=500, strict=True)]
+RawBytes = Annotated[bytes, Strict()]
 ManifestBytes = Annotated[bytes, Strict()]
 """`Manifest.to_bytes()`, kept as it was sealed; `shared.manifest.manifest_from_bytes` opens it."""
 
@@ -92,6 +94,30 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """An accepted update is kept apart, under the named rule, until a person releases or drops it."""
+
+    kind: ClassVar[str] = "quarantined"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    rule: Rule
+    detail: Text
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A person has let an update out of quarantine: it waits to be merged, behind all that wait."""
+
+    kind: ClassVar[str] = "released"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """The part that one update had in a version."""
 
@@ -134,6 +160,45 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Signed:
+    """The coordinator has signed the head of the chain; the sites get its word, and cannot be told otherwise later."""
+
+    kind: ClassVar[str] = "signed"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    """The newest version then."""
+    seq: Count
+    """An earlier row, and its hash."""
+    head: Sha256Hex
+    signature: RawBytes
+    """64 bytes; of what, says `shared.trust.witness`."""
+    member: RawBytes
+    """The membership whose key it is, as the federation's authority signed it."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Witnessed:
+    """A site has signed an update of its own, and with it the last head that it had seen."""
+
+    kind: ClassVar[str] = "witnessed"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    site: Ident
+    bare_sha256: Sha256Hex
+    """Of the update's manifest without the signature."""
+    seq: Count
+    """An earlier row, and the hash that it had for the site; 0 and zeros when it had seen none."""
+    head: Sha256Hex
+    signature: RawBytes
+    member: RawBytes
+    """As in `Signed`."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The rows before this one are summed up in a snapshot, and were moved out of the journal into a segment."""
 
@@ -149,11 +214,21 @@ class Snapshot:
     at: Real
 
 
-Record = Opened | Accepted | Rejected | Dropped | VersionCommitted | Finished | Snapshot
+Record = (
+    Opened
+    | Accepted
+    | Rejected
+    | Quarantined
+    | Released
+    | Dropped
+    | VersionCommitted
+    | Finished
+    | Signed
+    | Witnessed
+    | Snapshot
+)
 
-_KINDS: dict[str, TypeAdapter[Record]] = {
-    each.kind: TypeAdapter(each) for each in (Opened, Accepted, Rejected, Dropped, VersionCommitted, Finished, Snapshot)
-}
+_KINDS: dict[str, TypeAdapter[Record]] = {each.kind: TypeAdapter(each) for each in get_args(Record)}
 
 
 def to_wire(record: Record) -> dict[str, Any]:
@@ -201,6 +276,37 @@ def from_bytes(body: bytes) -> Record:
     return from_wire(wire)
 
 
+def accepted_record(manifest: Manifest, norm: float, at: float) -> Accepted:
+    """Return the acceptance of the update that this manifest describes."""
+    facts = manifest.update
+    return Accepted(
+        update_id=manifest.transfer_id,
+        site=facts.site,
+        base_version=facts.base_version,
+        examples=facts.examples,
+        manifest_sha256=manifest.digest,
+        file_sha256=manifest.file_sha256,
+        norm=norm,
+        at=at,
+    )
+
+
+def witness_record(manifest: Manifest, member: bytes, at: float) -> Witnessed:
+    """Return what an update's own manifest says of what its site had seen; asserts that it was signed."""
+    witness = manifest.witness
+    assert witness is not None, "an update with a membership is signed"
+    bare = bare_sha256(manifest)
+    return Witnessed(
+        manifest.transfer_id, manifest.update.site, bare, witness.seq, witness.head, witness.signature, member, at
+    )
+
+
 def recorded_at(record: Record) -> float:
     """Unix seconds of a record, for people; of Opened, when its state was sealed."""
     return manifest_from_bytes(record.state).created if isinstance(record, Opened) else record.at
+
+
+def told(record: Record) -> dict[str, Any]:
+    """What the log says of a record."""
+    fields = ("update_id", "site", "base_version", "version", "examples", "rule", "detail")
+    return {name: getattr(record, name) for name in fields if hasattr(record, name)}

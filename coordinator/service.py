@@ -13,19 +13,21 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, assert_never
+from typing import Any, assert_never
 
 import structlog
 
 from coordinator import admission, aggregate
 from coordinator import decisions as d
-from coordinator.core import Core, Instant
+from coordinator.core import Core
+from coordinator.decisions import Instant
 from coordinator.disk import Disk, discard_rejected
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
-from coordinator.records import Record
+from coordinator.quarantine import forget_ruling, rulings
+from coordinator.records import Record, VersionCommitted, told
 from coordinator.rows import Restored
 from coordinator.status import live_status
 from shared import durable
@@ -55,8 +57,6 @@ COMPACT_ROWS = 10_000
 """Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
 log = structlog.get_logger("coordinator")
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 async def run_coordinator(
@@ -103,7 +103,6 @@ class Service:
         self.states = FrameStore(config.storage / "states")
         self.masters = config.storage / "masters"
         self.boot = new_session_id()
-        self.core = Core(federation, plan, config=config, boot=self.boot)
         self.link = Link(
             LinkOptions(
                 broker=config.broker,
@@ -113,6 +112,7 @@ class Service:
             )
         )
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
+        self.core = Core(federation, plan, config=config, boot=self.boot, attest=self.guard.attest)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
@@ -124,6 +124,7 @@ class Service:
             room=self.disk.room,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
+        self._refused = ("", "")
         # One thread, so that many updates which arrive together are verified in the memory of one.
         self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
@@ -139,13 +140,11 @@ class Service:
             self.core.apply(record)
         discard_rejected(self.updates, self.core.ledger)
         await asyncio.to_thread(self._check_masters)
+        if not self.core.ledger.head_is_signed:  # killed between the two
+            await self._sign_head()
         await self._compact()
-        log.info(
-            "recovered",
-            version=self.core.ledger.version,
-            pending=len(self.core.ledger.pending),
-            updates=len(self.core.ledger.known),
-        )
+        ledger = self.core.ledger
+        log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
         with first_error():
             await self._serve()
         self.guard.save()
@@ -157,17 +156,8 @@ class Service:
 
     async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
-            helpers = [
-                self._tasks.create_task(work)
-                for work in (
-                    self.mail.read(),
-                    self.mail.watch(),
-                    self._tick(),
-                    self._write_status(),
-                    self.pump.run(),
-                    self.spooler.run(),
-                )
-            ]
+            links = (self.mail.read(), self.mail.watch(), self.pump.run(), self.spooler.run())
+            helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
             await self._decide()
             for helper in helpers:
                 helper.cancel()
@@ -208,6 +198,10 @@ class Service:
         if site is not None:
             self._events.put_nowait(d.Received(site, message))
 
+    def hears(self, site: str | None) -> bool:
+        """See Desk."""
+        return site is None or self.core.intake.hears(site, time.monotonic())
+
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """See Desk."""
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
@@ -238,12 +232,16 @@ class Service:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
 
     def _chunk_refused(self, transfer_id: str, rule: str) -> None:
-        log.warning("refused a chunk", update=transfer_id, rule=rule)
+        if (transfer_id, rule) != self._refused:  # a flood is told once
+            self._refused = (transfer_id, rule)
+            log.warning("refused a chunk", update=transfer_id, rule=rule)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self._events.put_nowait(d.Tick())
+            for ruling in rulings(self.config.storage):
+                self._events.put_nowait(ruling)
 
     # -- decide ---
 
@@ -253,7 +251,11 @@ class Service:
             decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
             if decision.records:
                 await self._write_down(decision.records)
+                if any(isinstance(record, VersionCommitted) for record in decision.records):
+                    decision.sends[:0] = await self._sign_head()
                 await self._compact()
+            if isinstance(event, d.Ruled):
+                forget_ruling(self.config.storage, event)
             for send in decision.sends:
                 self._tasks.create_task(self._send(send))
             for job in decision.jobs:
@@ -271,7 +273,16 @@ class Service:
         await self.disk.given_room(self.audit.follow)
         passing("audit.after")
         for fact in facts:
-            log.info(fact.kind, **_told(fact))
+            log.info(fact.kind, **told(fact))
+
+    async def _sign_head(self) -> list[d.Send]:
+        """Sign the chain's head (nothing without trust), write that down, and return the word to the sites."""
+        signed = self.guard.sign_head(self.core.ledger.version, self.journal.length, self.journal.head.hex())
+        if signed is None:
+            return []
+        decision = self.core.signed(*signed, time.time())
+        await self._write_down(decision.records)
+        return decision.sends
 
     async def _send(self, send: d.Send) -> None:
         channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
@@ -353,12 +364,8 @@ class Service:
         # The one before stays until the new one is in the journal; version 0 stays for replays.
         await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
         passing("prune.after")
-        log.info(
-            "merged",
-            version=job.plan.version,
-            updates=len(job.plan.contributions),
-            s=round(time.monotonic() - started, 3),
-        )
+        took = round(time.monotonic() - started, 3)
+        log.info("merged", version=job.plan.version, updates=len(job.plan.contributions), s=took)
         self._events.put_nowait(d.Merged(job.plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
@@ -366,8 +373,6 @@ class Service:
         if stored is None:
             raise CorruptError(f"{self.states.root}: state {transfer_id} is gone", hint="restore it from a backup")
         return self.guard.seal_chunk(stored.manifest, index, stored.read_frame(index))
-
-    # -- status ---
 
     async def _write_status(self) -> None:
         while True:
@@ -388,8 +393,3 @@ class Service:
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
-
-
-def _told(record: Any) -> dict[str, Any]:
-    fields = ("update_id", "site", "base_version", "version", "examples", "rule", "detail")
-    return {name: getattr(record, name) for name in fields if hasattr(record, name)}

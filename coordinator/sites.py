@@ -20,7 +20,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from shared.messages import Status
+from shared.config import FederationConfig
+from shared.messages import Hello, Status
+from shared.plan import SealedPlan
 
 LAST_WORDS = frozenset({"done", "stopped", "failed"})
 """Phases of a site that leaves of its own will."""
@@ -148,3 +150,20 @@ class Sites:
     def _promote(site: Site) -> str | None:
         site.session, site.challenger = site.challenger, None
         return site.session
+
+
+def stranger(name: str, hello: Hello, plan: SealedPlan, federation: FederationConfig) -> tuple[str, str] | None:
+    """Return rule and detail why a hello is turned away; None for one that says what the federation agreed on."""
+    roster = federation.federation.sites
+    if roster and name not in roster:
+        return "unknown-site", f"{name} is not in [federation] sites"
+    if hello.fingerprint == plan.fingerprint:
+        return None
+    if hello.config_sha256 != plan.config_sha256:
+        return "other-config", "federation.toml differs from the coordinator's"
+    if hello.frozen_sha256 != plan.frozen_sha256:
+        return "other-weights", (
+            f"the frozen weights of the base model differ: {hello.frozen_sha256[:12]} at the site, "
+            f"{plan.frozen_sha256[:12]} in the federation"
+        )
+    return "other-plan", "the resolved layer plan or the tokenizer differs from the coordinator's"

@@ -12,6 +12,10 @@ it sums up, so the hash chain binds it. Reading is strict, because we wrote thes
               detail, version, staleness, weight
     pending   records of acceptance, in order
     finished  whether the run is complete
+    signed    record of the newest signed head, or nil
+    quarantined  records of acceptance of the updates that are kept apart
+
+The last two are absent from what was written with journal schema 2.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import zstandard
 
 from coordinator import records
 from coordinator.ledger import Files, Known, Ledger
-from coordinator.records import Accepted, Opened
+from coordinator.records import Accepted, Opened, Signed
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import Outcome
@@ -70,7 +74,9 @@ def to_bytes(ledger: Ledger) -> bytes:
             for update_id, known in ledger.known.items()
         ],
         "pending": [records.to_wire(accepted) for accepted in ledger.pending],
+        "quarantined": [records.to_wire(accepted) for accepted in ledger.quarantined.values()],
         "finished": ledger.finished,
+        "signed": None if ledger.signed is None else records.to_wire(ledger.signed),
     }
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgpack.packb(body, use_bin_type=True))
 
@@ -111,6 +117,10 @@ def _ledger(body: dict[str, Any]) -> Ledger:
         ledger.known[update_id.hex()] = Known(sites[site], digest.hex(), _OUTCOMES[outcome], *rest)
     ledger.pending = [record for record in pending if isinstance(record, Accepted)]
     ledger.finished = body["finished"]
+    held = [records.from_wire(wire) for wire in body.get("quarantined", ())]
+    ledger.quarantined = {record.update_id: record for record in held if isinstance(record, Accepted)}
+    signed = body.get("signed") and records.from_wire(body["signed"])
+    ledger.signed = signed if isinstance(signed, Signed) else None
     return ledger
 
 

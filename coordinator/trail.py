@@ -22,10 +22,14 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Quarantined,
     Record,
     Rejected,
+    Released,
+    Signed,
     Snapshot,
     VersionCommitted,
+    Witnessed,
 )
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
@@ -84,6 +88,8 @@ class Trail:
         """Row and record of each accepted update, in order of acceptance."""
         self.pending: dict[str, Accepted] = {}
         """Accepted and not yet merged, in order of acceptance."""
+        self.quarantined: dict[str, Accepted] = {}
+        """Accepted and kept apart."""
         self.finished = False
 
     def begin(self, seq: int, ledger: Ledger) -> None:
@@ -96,7 +102,9 @@ class Trail:
             )
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
-        self.accepted = {accepted.update_id: (seq, accepted) for accepted in ledger.pending}
+        self.quarantined = dict(ledger.quarantined)
+        waiting = (*ledger.pending, *ledger.quarantined.values())
+        self.accepted = {accepted.update_id: (seq, accepted) for accepted in waiting}
 
     def differs(self, ledger: Ledger) -> str | None:
         """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
@@ -108,9 +116,10 @@ class Trail:
             version: (state.digest, ledger.files[version].master, ledger.files[version].optimizer)
             for version, state in ledger.states.items()
         }
-        said = (ours, list(self.known.items()), list(self.pending.values()), self.finished)
-        told = (theirs, list(ledger.known.items()), ledger.pending, ledger.finished)
-        names = ("versions", "decided updates", "waiting updates", "end of the run")
+        held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
+        said = (ours, list(self.known.items()), list(self.pending.values()), held, self.finished)
+        told = (theirs, list(ledger.known.items()), ledger.pending, theirs_held, ledger.finished)
+        names = ("versions", "decided updates", "waiting updates", "quarantine", "end of the run")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
     def take(self, seq: int, record: Record) -> list[Finding]:
@@ -139,7 +148,7 @@ class Trail:
     def _take(self, seq: int, record: Record) -> Iterator[Broken]:
         if (self.version < 0) != isinstance(record, Opened):
             yield "opened-once", f"{record.kind} {'before the run was' if self.version < 0 else 'again, it was'} opened"
-        if self.finished and not isinstance(record, Rejected | Snapshot):
+        if self.finished and not isinstance(record, Rejected | Signed | Snapshot):
             yield "after-the-end", f"{record.kind} after the run was finished"
         match record:
             case Opened():
@@ -148,15 +157,16 @@ class Trail:
                 yield from self._accepted(seq, record)
             case Rejected():
                 yield from self._rejected(record)
-            case Dropped():
-                yield from self._dropped(record)
+            case Quarantined() | Released() | Dropped():
+                yield from self._moved(record)
             case VersionCommitted():
                 yield from self._committed(seq, record)
             case Finished():
                 yield from self._finished(record)
+            case Signed() | Witnessed():
+                pass  # `coordinator.seals` follows them
             case Snapshot():
-                if (record.version, record.updates) != (self.version, len(self.known)):
-                    yield "snapshot-differs", f"it sums up version {record.version} and {record.updates} updates"
+                yield from self._snapshot(record)
             case _:
                 assert_never(record)
 
@@ -186,19 +196,52 @@ class Trail:
         known = Known(record.site, record.manifest_sha256, "rejected", record.rule, record.detail)
         self.known[record.update_id] = known
 
+    def _moved(self, record: Quarantined | Released | Dropped) -> Iterator[Broken]:
+        match record:
+            case Quarantined():
+                yield from self._quarantined(record)
+            case Released():
+                yield from self._released(record)
+            case Dropped():
+                yield from self._dropped(record)
+
+    def _quarantined(self, record: Quarantined) -> Iterator[Broken]:
+        held = self.pending.pop(record.update_id, None)
+        if held is None:
+            yield "not-pending", f"update {record.update_id} is kept apart, but was not waiting"
+            return
+        self.quarantined[record.update_id] = held
+        self.known[record.update_id].rule, self.known[record.update_id].detail = record.rule, record.detail
+
+    def _released(self, record: Released) -> Iterator[Broken]:
+        held = self.quarantined.pop(record.update_id, None)
+        if held is None:
+            yield "not-quarantined", f"update {record.update_id} is released, but was not kept apart"
+            return
+        self.pending[record.update_id] = held
+        self.known[record.update_id].rule, self.known[record.update_id].detail = None, ""
+
     def _dropped(self, record: Dropped) -> Iterator[Broken]:
-        if self.pending.pop(record.update_id, None) is None:
+        waiting = self.pending.pop(record.update_id, None) or self.quarantined.pop(record.update_id, None)
+        if waiting is None:
             yield "not-pending", f"update {record.update_id} is dropped, but was not waiting"
             return
         known = self.known[record.update_id]
         known.outcome, known.rule = "dropped", record.rule
 
+    def _snapshot(self, record: Snapshot) -> Iterator[Broken]:
+        if (record.version, record.updates) != (self.version, len(self.known)):
+            yield "snapshot-differs", f"it sums up version {record.version} and {record.updates} updates"
+
     def _finished(self, record: Finished) -> Iterator[Broken]:
         last = self.federation.federation.versions
         if not record.version == self.version == last:
             yield "last-version", f"finished at {record.version}; committed {self.version}, agreed were {last}"
-        if self.pending:
-            yield "left-pending", f"{len(self.pending)} accepted updates were neither merged nor dropped"
+        if self.pending or self.quarantined:
+            yield (
+                "left-pending",
+                f"{len(self.pending) + len(self.quarantined)} accepted updates were neither merged nor dropped",
+            )
         self.finished = True
 
     # -- versions ---

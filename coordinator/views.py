@@ -12,12 +12,23 @@ from typing import Literal
 
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
-from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Contribution,
+    Dropped,
+    Finished,
+    Opened,
+    Quarantined,
+    Record,
+    Rejected,
+    Released,
+    VersionCommitted,
+)
 from coordinator.rows import Restored
 from shared.errors import ConfigError
 from shared.manifest import Manifest, manifest_from_bytes
 
-Fate = Literal["waiting", "merged", "rejected", "dropped"]
+Fate = Literal["waiting", "quarantined", "merged", "rejected", "dropped"]
 
 JOURNAL = "journal.sqlite"
 
@@ -50,10 +61,10 @@ class UpdateLife:
     """Global L2 norm of the delta."""
     file_sha256: str | None = None
     rule: str | None = None
-    """Why it was rejected or dropped."""
+    """Why it was rejected, dropped or kept apart."""
     detail: str = ""
     settled_at: float | None = None
-    """Unix seconds when it was merged or dropped."""
+    """Unix seconds when it was merged, dropped or kept apart."""
     version: int | None = None
     """The version it was merged into."""
     staleness: int | None = None
@@ -122,6 +133,10 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
         versions += _summed_up(since.ledger, since.row.at)
         updates |= {update_id: _settled(update_id, since) for update_id in since.ledger.known}
         updates |= {each.update_id: _born(each) for each in since.ledger.pending}
+        for each in since.ledger.quarantined.values():
+            told = updates[each.update_id]
+            held = replace(_born(each), fate="quarantined", rule=told.rule, detail=told.detail, settled_at=since.row.at)
+            updates[each.update_id] = held
     for record in records:
         match record:
             case Opened():
@@ -130,9 +145,8 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
                 versions.append(VersionView(0, state.created, state, record.master_sha256, ()))
             case Accepted() | Rejected():
                 updates[record.update_id] = _born(record)
-            case Dropped():
-                life = updates[record.update_id]
-                updates[record.update_id] = replace(life, fate="dropped", rule=record.rule, settled_at=record.at)
+            case Quarantined() | Released() | Dropped():
+                updates[record.update_id] = _moved(updates[record.update_id], record)
             case VersionCommitted():
                 versions.append(_version(record))
                 for part in record.contributions:
@@ -203,6 +217,16 @@ def _born(record: Accepted | Rejected) -> UpdateLife:
         norm=record.norm,
         file_sha256=record.file_sha256,
     )
+
+
+def _moved(life: UpdateLife, record: Quarantined | Released | Dropped) -> UpdateLife:
+    match record:
+        case Quarantined():
+            return replace(life, fate="quarantined", rule=record.rule, detail=record.detail, settled_at=record.at)
+        case Released():
+            return replace(life, fate="waiting", rule=None, detail="", settled_at=None)
+        case Dropped():
+            return replace(life, fate="dropped", rule=record.rule, settled_at=record.at)
 
 
 def _summed_up(ledger: Ledger, at: float) -> Iterator[VersionView]:

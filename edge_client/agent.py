@@ -8,7 +8,6 @@ survive (a sealed update, a receipt) is on disk before its event is raised.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import time
 from collections.abc import Coroutine
@@ -20,22 +19,22 @@ from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from edge_client.disk import Disk
+from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
+from edge_client.sealing import seal_parts
 from edge_client.session import Identity, Session
 from edge_client.training import Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import CorruptError, RefusedError
 from shared.faultpoint import passing
-from shared.ids import new_update_id
 from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import LOST, Chunk, Message, Presence, Receipt, Status, Wait
+from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Status, Wait
 from shared.pump import Pump, SettledError
-from shared.slices import make_transfer_frames
 from shared.spooler import Spooler
 from shared.store import FrameStore
 from shared.tasks import first_error
@@ -66,6 +65,7 @@ class Agent:
         self.outbox = outbox
         self.worker = worker
         self.name = federation.federation.name
+        self.heads = Heads(config.storage)
         self.states = FrameStore(config.storage / "states")
         self.scratch = config.storage / "work"
         self.session = Session(
@@ -164,7 +164,14 @@ class Agent:
         """See Desk."""
         if isinstance(message, Wait):
             log.warning("asked to wait", update=message.transfer_id, rule=message.rule, reason=message.detail)
-        self._events.put_nowait(d.Received(message))
+        if isinstance(message, Head):
+            self.heads.take(message, self.guard.check_head)
+        else:
+            self._events.put_nowait(d.Received(message))
+
+    def hears(self, _site: str | None) -> bool:
+        """See Desk."""
+        return True
 
     def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
         """See Desk."""
@@ -333,31 +340,20 @@ class Agent:
         self._metrics = {**self._metrics, "loss": loss}
 
     def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
-        update_id, codec = new_update_id(), self.federation.codec
-        facts = UpdateFacts(
-            site=self.config.name,
-            base_version=base.state.version,
-            base_sha256=base.file_sha256,
-            examples=examples,
-            metrics=self._metrics,
-        )
-        frames = make_transfer_frames(
+        frames, build = seal_parts(
             load_file(delta_file),
-            codec.up,
-            {"mailboat": "update", "federation": self.name, "update_id": update_id},
-            codec.slice_kib * 1024,
+            UpdateFacts(
+                site=self.config.name,
+                base_version=base.state.version,
+                base_sha256=base.file_sha256,
+                examples=examples,
+                metrics=self._metrics,
+            ),
+            self.federation,
+            self.identity.fingerprint,
         )
         return self.outbox.seal(
-            frames,
-            lambda summary: Manifest(
-                transfer_id=update_id,
-                federation=self.name,
-                fingerprint=self.identity.fingerprint,
-                codec=codec.up,
-                **dataclasses.asdict(summary),
-                created=time.time(),
-                facts=facts,
-            ),
+            frames, lambda summary: self.guard.witnessed(build(summary, time.time()), self.heads.last)
         )
 
     async def _settle(self, receipt: Receipt) -> None:

@@ -22,6 +22,7 @@ from mailboat.commands import (
     export,
     init,
     provision,
+    quarantine,
     site,
     status,
 )
@@ -42,6 +43,7 @@ _ORDER = [
     "site",
     "status",
     "audit",
+    "quarantine",
     "export",
     "evaluate",
     "doctor",
@@ -108,6 +110,7 @@ site.app.command("enroll")(enroll.enroll)
 site.app.command("accept")(enroll.accept)
 app.command("status", short_help="Say where the run stands.")(status.status)
 app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by line.")
+app.add_typer(quarantine.app, name="quarantine", short_help="Decide about updates that are out of line.")
 app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)
 app.command("evaluate", short_help="Measure a model on annotated notes.")(export.evaluate)
 app.command("doctor", short_help="Check this machine, and say what to do.")(doctor.doctor)

@@ -88,9 +88,16 @@ def _broken(where: str, seq: int, what: str) -> CorruptError:
 
 
 def line_of(row: Row) -> Line:
-    """Return a row's line; a manifest inside it is cut down to id, file digest and sizes."""
+    """Return a row's line; a manifest inside it is cut down to id, file digest and sizes.
+
+    A membership is left out, and other bytes are in hex.
+    """
     fields: dict[str, Any] = msgpack.unpackb(row.body, raw=False, strict_map_key=True)
-    shown = {key: value for key, value in fields.items() if key not in {"v", "t", "at", "state"}}
+    shown = {
+        key: value.hex() if isinstance(value, bytes) else value
+        for key, value in fields.items()
+        if key not in {"v", "t", "at", "state", "member"}
+    }
     if "state" in fields:
         manifest = manifest_from_bytes(fields["state"])
         shown["state"] = {
@@ -123,6 +130,10 @@ def _told(line: Line) -> str:
             return f"{start}  examples {line['examples']}  norm {line['norm']:.4g}"
         case "rejected":
             return f"{line['site']}  update {line['update_id'][:8]}  {line['rule']}: {line['detail']}"
+        case "quarantined":
+            return f"update {line['update_id'][:8]}  {line['rule']}: {line['detail']}"
+        case "released":
+            return f"update {line['update_id'][:8]}  out of quarantine"
         case "dropped":
             return f"update {line['update_id'][:8]}  {line['rule']}"
         case "committed":
@@ -133,6 +144,11 @@ def _told(line: Line) -> str:
             return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
         case "finished":
             return f"version {line['version']} is the last"
+        case "signed":
+            return f"version {line['version']}  row {line['seq']} has hash {line['head'][:8]}, signed"
+        case "witnessed":
+            seen = f"had seen row {line['seq']} with hash {line['head'][:8]}" if line["seq"] else "had seen no head"
+            return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
         case "snapshot":
             return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return "written by a newer release"
@@ -152,6 +168,10 @@ class Query:
     update_id: str | None = None
 
 
+_OF_WAITING = {"dropped", "quarantined", "released"}
+"""Kinds of lines that name an update and not its site."""
+
+
 def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
     """Yield the lines that `query` asks for; `lines` start at the first row, or a `dropped` line has no known site.
 
@@ -162,8 +182,10 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
         about = [line, *line.get("contributions", ())]
         if line["kind"] == "accepted":
             waiting[line["update_id"]] = line
-        elif line["kind"] == "dropped" and (origin := waiting.pop(line["update_id"], None)) is not None:
+        elif line["kind"] in _OF_WAITING and (origin := waiting.get(line["update_id"])) is not None:
             about.append(origin)
+            if line["kind"] == "dropped":
+                del waiting[line["update_id"]]
         for part in line.get("contributions", ()):
             waiting.pop(part["update_id"], None)
         if (

@@ -1,4 +1,4 @@
-"""Configuration files: TOML into frozen pydantic models, with errors that name the file and the key.
+"""What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
 
 Two kinds, kept apart on purpose. `federation.toml` is what all must agree on; its canonical hash goes into the
 fingerprint that every manifest carries. `coordinator.toml` and `site.toml` are each machine's own business.
@@ -6,19 +6,15 @@ fingerprint that every manifest carries. `coordinator.toml` and `site.toml` are 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from shared.errors import ConfigError
 from shared.ids import Ident, Sha256Hex
 
 CodecName = Literal["f32", "bf16", "int8"]
@@ -278,6 +274,32 @@ class LocalTrustSection(Section):
     """Folder of keys and memberships, 0700; needed when the federation's trust is sealed."""
 
 
+class AdmissionSection(Section):
+    """What one site may bring. A sound update that is out of line is kept apart until a person has looked at it."""
+
+    updates_per_hour: int = Field(default=360, ge=0)
+    """New updates of one site, all of an hour's at once if need be; beyond it the site is told to wait. 0: no limit."""
+    mib_per_hour: int = Field(default=0, ge=0)
+    """The same for their bytes; 0 leaves it at updates_per_hour times what the plan admits."""
+    messages_per_s: Positive = 100.0
+    """Control messages of one site that are looked at, ten seconds' worth at once; the rest is dropped unread."""
+    norm_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """L2 norm of a delta above which it goes into quarantine; 0: none."""
+    norm_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    """The same, as a multiple of the median over the last 64 updates, once there are eight; 0: none."""
+    examples_min: int = Field(default=1, ge=1)
+    """Examples that an update must claim to stay out of quarantine."""
+    examples_max: int = Field(default=0, ge=0)
+    """Examples that it may claim; 0: no limit."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.examples_max and self.examples_max < self.examples_min:
+            msg = "examples_max is below examples_min"
+            raise ValueError(msg)
+        return self
+
+
 class CoordinatorConfig(Section):
     """`coordinator.toml`."""
 
@@ -286,6 +308,7 @@ class CoordinatorConfig(Section):
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
+    admission: AdmissionSection = AdmissionSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     spool_mib: int = Field(default=0, ge=0)
@@ -324,70 +347,3 @@ class SiteConfig(Section):
     """Most bytes that sealed updates may take here before training pauses; 0 sets no bound."""
     min_free_mib: int = Field(default=512, ge=0)
     """Bytes that stay free on the disk; training pauses rather than take them."""
-
-
-# -- loading ---
-
-_C = TypeVar("_C", bound=Section)
-
-
-def load_config(path: Path, model: type[_C]) -> _C:
-    """Read a TOML file into `model`; relative paths inside are taken from the file's folder.
-
-    Raises ConfigError that names the file, the key and, for an unknown key, the nearest right one.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such file", hint="`mailboat init DIR` writes commented examples") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, a TOML file was expected", hint="name the file itself") from None
-    except PermissionError:
-        raise ConfigError(f"{path} may not be read by this user", hint="check the file's owner and mode") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", hint="save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the line it names") from None
-    return _anchored(parse_config(data, model, str(path)), path.resolve().parent)
-
-
-def parse_config(data: dict[str, Any], model: type[_C], where: str) -> _C:
-    """Validate a decoded table; ConfigError names `where` and each wrong key."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = [_problem(model, item["loc"], item["type"], item["msg"]) for item in error.errors()]
-        hint = "mend the key" if len(problems) == 1 else "mend these keys"
-        raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint) from None
-
-
-def _problem(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, text: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "extra_forbidden":
-        known = _keys_beside(model, loc)
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
-        instead = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {key}: {instead}"
-    return f"{key}: {text.removeprefix('Value error, ')}"
-
-
-def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    here: Any = model
-    for part in loc[:-1]:
-        annotation = here.model_fields[part].annotation
-        here = next((arm for arm in (annotation, *typing.get_args(annotation)) if hasattr(arm, "model_fields")), None)
-        if here is None:
-            return []
-    return sorted(here.model_fields)
-
-
-def _anchored(config: _C, folder: Path) -> _C:
-    changed: dict[str, Any] = {}
-    for name, value in config:
-        if isinstance(value, Path):
-            changed[name] = folder / value.expanduser()
-        elif isinstance(value, Section):
-            changed[name] = _anchored(value, folder)
-    return config.model_copy(update=changed)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
+from shared.bucket import Bucket
 from shared.errors import RefusedError
 from shared.faultpoint import passing
 from shared.link import Connected, Disconnected, Link, LinkDownError, Packet
@@ -22,6 +23,9 @@ from shared.trust.replay import RepeatedError
 
 WATCH_S = 1.0
 """How often memberships are looked at, and counters written down."""
+
+WARNINGS = 20
+"""Refused messages of one topic that are told at once."""
 
 DATA = {Channel.UP_DATA, Channel.DOWN_DATA, Channel.BULK}
 
@@ -34,6 +38,9 @@ class Desk(Protocol):
 
     def link_down(self) -> None:
         """Connection lost; what was not acknowledged may not have arrived."""
+
+    def hears(self, site: str | None) -> bool:
+        """Whether one more control message on a topic of this site is looked at; what is not is dropped unread."""
 
     def take_message(self, site: str | None, message: Message) -> None:
         """A control message that may be believed."""
@@ -60,6 +67,7 @@ class Mailroom:
         self._federation = federation
         self._desk = desk
         self._log = log
+        self._told: dict[str, tuple[Bucket, int]] = {}
 
     async def read(self) -> None:
         """Hand over what comes in until the link is closed; raises what ends the link."""
@@ -105,7 +113,7 @@ class Mailroom:
         try:
             if address.channel in DATA:
                 self._desk.take_chunk(address.site, parse_chunk(packet.payload))
-            elif packet.payload:  # an empty payload clears what was retained
+            elif packet.payload and self._desk.hears(address.site):  # an empty payload clears what was retained
                 message = self._guard.open(packet.payload, address.channel, address.site, time.time())
                 self._desk.take_message(address.site, message)
         except (UnknownMessageError, RepeatedError) as error:
@@ -114,5 +122,17 @@ class Mailroom:
             self._log.debug("cannot read a message yet", topic=packet.topic, rule=error.rule)
             self._desk.refused(address.site, error)
         except RefusedError as error:
-            self._log.warning("refused a message", topic=packet.topic, rule=error.rule, reason=error.message)
+            self._warn(packet.topic, error)
             self._desk.refused(address.site, error)
+
+    def _warn(self, topic: str, error: RefusedError) -> None:
+        """Tell of a refused message; of a flood on one topic, a line a second and how many were left out."""
+        now = time.monotonic()
+        bucket, left_out = self._told.setdefault(topic, (Bucket(WARNINGS, 1.0), 0))
+        if bucket.wait(1, now) > 0:
+            self._told[topic] = bucket, left_out + 1
+            return
+        bucket.take(1, now)
+        self._told[topic] = bucket, 0
+        more = {"left_out": left_out} if left_out else {}
+        self._log.warning("refused a message", topic=topic, rule=error.rule, reason=error.message, **more)

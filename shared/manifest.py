@@ -70,6 +70,15 @@ class StateFacts(WireModel):
     version: int = Field(ge=0)
 
 
+class Witness(WireModel):
+    """A site's signature over its update and the last head of the coordinator's chain that it had seen by then."""
+
+    seq: int = Field(ge=0, lt=2**63)
+    """Row of that head; 0 when the site had seen none."""
+    head: Sha256Hex
+    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+
+
 class Manifest(WireModel):
     """One transfer, described before it is sent; see the module's docstring."""
 
@@ -90,6 +99,8 @@ class Manifest(WireModel):
     created: NonNegative
     """Unix seconds by the sender's clock; for people, never for decisions."""
     facts: UpdateFacts | StateFacts
+    witness: Witness | None = None
+    """In sealed federations, of updates; see `shared.trust.witness`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -99,6 +110,9 @@ class Manifest(WireModel):
             raise ValueError(msg)
         if len(self.frame_hashes) != 32 * frames:
             msg = f"{len(self.frame_hashes)} bytes of frame hashes for {frames} frames"
+            raise ValueError(msg)
+        if self.witness is not None and isinstance(self.facts, StateFacts):
+            msg = "a state has no witness"
             raise ValueError(msg)
         return self
 
@@ -133,8 +147,13 @@ class Manifest(WireModel):
         return self.facts
 
     def to_wire(self) -> dict[str, Any]:
-        """Return plain msgpack-able values, in field order (the encoding is canonical)."""
-        return {**vars(self), "frame_lengths": list(self.frame_lengths), "facts": {**vars(self.facts)}}
+        """Return plain msgpack-able values, in field order (the encoding is canonical); no witness, no field of it."""
+        fields = {**vars(self), "frame_lengths": list(self.frame_lengths), "facts": {**vars(self.facts)}}
+        if self.witness is None:
+            del fields["witness"]
+        else:
+            fields["witness"] = {**vars(self.witness)}
+        return fields
 
     def to_bytes(self) -> bytes:
         """Canonical msgpack bytes; equal manifests give equal bytes."""

@@ -173,6 +173,17 @@ class Announce(Message):
     target: Version
 
 
+class Head(Message):
+    """Coordinator to site, in sealed federations: its word that row `seq` has hash `head`, for the site to keep."""
+
+    kind: ClassVar[str] = "head"
+    version: Version
+    """The newest version then."""
+    seq: int = Field(ge=1, lt=2**63)
+    head: Sha256Hex
+    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+
+
 class Presence(Message):
     """Site to everybody who may read it, retained; the broker says online=False for us by the last will."""
 
@@ -183,7 +194,8 @@ class Presence(Message):
 
 
 _TYPES: dict[str, type[Message]] = {
-    kind.kind: kind for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Wait, Receipt, Status, Announce, Presence)
+    kind.kind: kind
+    for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Wait, Receipt, Status, Announce, Head, Presence)
 }
 
 

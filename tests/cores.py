@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from coordinator import decisions as d
-from coordinator.core import Core, Instant
+from coordinator.core import Core
+from coordinator.decisions import Instant
 from coordinator.ledger import Ledger
 from coordinator.merging import MergeResult
+from coordinator.offers import UNRECORDED
 from coordinator.records import Opened, Record
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.manifest import Manifest
@@ -17,8 +19,6 @@ from tests.factories import digest, make_federation, make_plan, make_state
 
 STALL_S = 5.0
 BOOT = "b" * 16
-UNRECORDED = {"id-reused", "not-an-update", "other-site"}
-"""Rules under which an update id is not used up: it may be another's."""
 M = TypeVar("M", bound=Message)
 J = TypeVar("J", bound=d.Job)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from shared.config import FederationConfig, parse_config
+from shared.config import FederationConfig
+from shared.configfile import parse_config
+from shared.ids import marked
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.plan import SealedPlan
 
@@ -50,11 +52,16 @@ def make_state(plan: SealedPlan, version: int, *, frames: int = 5, salt: str = "
     return _make(plan, file_sha256[:32], file_sha256, frames, StateFacts(version=version))
 
 
+def update_id_of(site: str, what: str) -> str:
+    """The update id that this site draws for whatever `what` names."""
+    return marked(digest(f"{site} {what}")[:20], site)
+
+
 def make_update(
     plan: SealedPlan, site: str, base: Manifest, *, update_id: str | None = None, frames: int = 5, examples: int = 10
 ) -> Manifest:
     """The manifest of an update that starts from the state `base`."""
-    transfer_id = update_id or digest(f"{site} {base.transfer_id}")[:32]
+    transfer_id = update_id or update_id_of(site, base.transfer_id)
     facts = UpdateFacts(
         site=site, base_version=base.state.version, base_sha256=base.file_sha256, examples=examples, metrics={}
     )

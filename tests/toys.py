@@ -25,7 +25,8 @@ from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from edge_client.training import Trainer
 from shared import durable
-from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import MailboatError
 from shared.ids import new_session_id
 from shared.plan import SealedPlan, load_plan

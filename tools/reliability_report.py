@@ -153,8 +153,11 @@ def memory() -> Iterator[str]:
         [run["uploads"], *(f"{run[key] / 1e6:.0f}" for key in ("wire_bytes_each", "idle_bytes", "peak_bytes"))]
         for run in found["runs"]
     ]
-    yield from rows(["uploads at once", "MB each", "idle MB", "peak MB"], body)
-    yield f"Peak memory of the coordinator's process, last against first: {found['ratio']:.2f}."
+    yield from rows(["uploads at once", "MB on the wire, each", "idle MB", "peak MB"], body)
+    yield (
+        f"Updates of {found['mb']:g} MB. Peak memory of the coordinator's "
+        f"process, last against first: {found['ratio']:.2f}."
+    )
     yield ""
     if "note" in found:
         yield from (found["note"], "")

@@ -100,7 +100,8 @@ audit_proof.register(app)
 
 
 def _storage(config: Path) -> Path:
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
 
     return load_config(config, CoordinatorConfig).storage
 
@@ -135,6 +136,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
     yield "accepted", _time(life.decided_at)
     if life.settled_at is None:
         yield "waiting", "for the round to close"
+    elif life.fate == "quarantined":
+        yield "quarantine", f"{_time(life.settled_at)}  {life.rule}: {life.detail}"
     elif life.fate == "dropped":
         yield "dropped", f"{_time(life.settled_at)}  {life.rule}"
     else:

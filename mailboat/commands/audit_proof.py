@@ -31,6 +31,10 @@ _STORAGE = Annotated[
         help="Instead of --config: a coordinator's storage folder or a copy, federation.toml in or beside it."
     ),
 ]
+_AUTHORITY = Annotated[
+    Path | None,
+    typer.Option(help="The authority's public keys (authority.pub); by default those of the coordinator's kit."),
+]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DEFAULT = Path("coordinator.toml")
 
@@ -47,20 +51,29 @@ def verify(
     receipts: Annotated[
         list[Path] | None, typer.Option(help="A copy of a site's receipts folder; may be given several times.")
     ] = None,
+    authority: _AUTHORITY = None,
     config: _CONFIG = _DEFAULT,
     storage: _STORAGE = None,
     as_json: _JSON = False,
 ) -> None:
     """Check the journal's hash chain, the audit trail and every kept file against each other; name all that is wrong.
 
+    In a sealed federation also the signatures of coordinator and sites, and the history that they speak of.
+
     Works beside a running coordinator, and writes nothing.
     """
     from coordinator.proof import prove
 
     folder, federation, plan = _load(config, storage)
+    authorities = _authorities(_authority_pem(config, storage, authority), authority)
     with _progress() as told:
         proof = prove(
-            folder, federation, plan, receipts=receipts or (), progress=lambda share: told("checking files", share)
+            folder,
+            federation,
+            plan,
+            receipts=receipts or (),
+            authorities=authorities,
+            progress=lambda share: told("checking files", share),
         )
     if as_json:
         console.print_json(dataclasses.asdict(proof))
@@ -70,6 +83,9 @@ def verify(
         out.print(f"run       version {proof.version}, {proof.updates} updates accepted", markup=False)
         if receipts:
             out.print(f"receipts  {proof.receipts} held by sites", markup=False)
+        if federation.trust.mode == "sealed":
+            whose = "" if authorities else "; whose keys they are was not checked, --authority was not given"
+            out.print(f"signed    {proof.signatures} signatures fit{whose}", markup=False)
         for missed in proof.pruned:
             out.print(f"pruned    {missed}; checked from the snapshot behind them on", markup=False)
         for finding in proof.findings:
@@ -131,6 +147,7 @@ def export(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The tar file to write; must be new.")],
     version: Annotated[int | None, typer.Option(min=0, help="Only what led to this version.")] = None,
+    authority: _AUTHORITY = None,
     config: _CONFIG = _DEFAULT,
     storage: _STORAGE = None,
 ) -> None:
@@ -141,7 +158,9 @@ def export(
     from coordinator.bundle import export_bundle
 
     folder, federation, plan = _load(config, storage)
-    bundle = export_bundle(folder, federation, plan, out, upto=version)
+    bundle = export_bundle(
+        folder, federation, plan, out, upto=version, authority=_authority_pem(config, storage, authority)
+    )
     console.say(f"{out}: version {bundle.version}, {bundle.rows} rows, {bundle.updates} updates")
     console.result().print(f"sha256    {bundle.sha256}", markup=False)
     console.result().print(f"last row  {bundle.head}", markup=False)
@@ -149,7 +168,8 @@ def export(
 
 def _load(config: Path, storage: Path | None) -> tuple[Path, FederationConfig, SealedPlan]:
     from mailboat.sealing import PLAN
-    from shared.config import CoordinatorConfig, FederationConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.configfile import load_config
     from shared.plan import load_plan
 
     if storage is None:
@@ -161,6 +181,27 @@ def _load(config: Path, storage: Path | None) -> tuple[Path, FederationConfig, S
         path = inside if inside.exists() else storage.resolve().parent / "federation.toml"
     federation = load_config(path, FederationConfig)
     return folder, federation, load_plan(folder / PLAN, federation)
+
+
+def _authority_pem(config: Path, storage: Path | None, authority: Path | None) -> bytes | None:
+    """The authority's public keys: of the file that was named, else of the coordinator's kit, else none."""
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
+    from shared.trust.kit import AUTHORITY, read_private
+
+    if authority is not None:
+        try:
+            return authority.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{authority} cannot be read: {error.strerror}", hint="name authority.pub") from None
+    kit = None if storage is not None else load_config(config, CoordinatorConfig).trust.kit
+    return None if kit is None else read_private(kit / AUTHORITY)
+
+
+def _authorities(pem: bytes | None, authority: Path | None) -> tuple[bytes, ...]:
+    from shared.trust.kit import AUTHORITY, parse_authorities
+
+    return () if pem is None else parse_authorities(pem, authority or Path(AUTHORITY))
 
 
 def _tell_version(each: Recomputed) -> None:

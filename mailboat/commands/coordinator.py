@@ -115,7 +115,8 @@ def fsck(
 
 
 def _load(config: Path) -> tuple[CoordinatorConfig, FederationConfig]:
-    from shared.config import CoordinatorConfig, FederationConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.configfile import load_config
 
     coordinator = load_config(config, CoordinatorConfig)
     return coordinator, load_config(coordinator.federation, FederationConfig)

@@ -26,7 +26,8 @@ def export(
     """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained."""
     from coordinator.views import find_version, load_run
     from mailboat import modelling
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
@@ -59,7 +60,8 @@ def evaluate(
     """Compare a model's findings with annotated notes: strict F1 (exact spans) and lenient F1 (overlapping spans)."""
     from coordinator.views import find_version, load_run
     from mailboat import modelling
-    from shared.config import CoordinatorConfig, load_config
+    from shared.config import CoordinatorConfig
+    from shared.configfile import load_config
 
     if model is not None and version is not None:
         raise ConfigError("--version and --model were both given", hint="give one of them")
@@ -82,6 +84,7 @@ def evaluate(
 
 
 def _federation(path: Path) -> FederationConfig:
-    from shared.config import FederationConfig, load_config
+    from shared.config import FederationConfig
+    from shared.configfile import load_config
 
     return load_config(path, FederationConfig)

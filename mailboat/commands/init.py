@@ -109,7 +109,8 @@ def _model(given: str | None) -> str:
 
 def _check(files: dict[str, str]) -> None:
     """Raise ConfigError when a value from the command line would make a file that cannot be loaded."""
-    from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig, parse_config
+    from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig
+    from shared.configfile import parse_config
 
     kinds: dict[str, type[Section]] = {"federation.toml": FederationConfig, "coordinator.toml": CoordinatorConfig}
     for name, text in files.items():

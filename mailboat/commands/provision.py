@@ -39,7 +39,8 @@ def init(
     """Make an authority, the coordinator's kit, and all that the broker needs; say what to copy where."""
     from mailboat import authority as bench
     from mailboat.enrolment import authority_fingerprint
-    from shared.config import FederationConfig, load_config
+    from shared.config import FederationConfig
+    from shared.configfile import load_config
 
     agreed = load_config(federation, FederationConfig)
     if agreed.trust.mode != "sealed":

@@ -35,7 +35,8 @@ def run_command(
     from mailboat import foreground
     from mailboat.reach import until_done
     from shared import logs
-    from shared.config import FederationConfig, SiteConfig, load_config
+    from shared.config import FederationConfig, SiteConfig
+    from shared.configfile import load_config
 
     site = load_config(config, SiteConfig)
     federation = load_config(site.federation, FederationConfig)
@@ -58,7 +59,8 @@ def fsck(
     An update without its receipt is never deleted. Returns 0 when nothing is damaged (any more), 3 when damage is left.
     """
     from edge_client.fsck import check
-    from shared.config import SiteConfig, load_config
+    from shared.config import SiteConfig
+    from shared.configfile import load_config
 
     site = load_config(config, SiteConfig)
     checked = check(site.storage, repair=repair)

@@ -29,7 +29,8 @@ def status(
     Works on the coordinator's machine, whether or not the coordinator runs.
     """
     from mailboat.overview import load_overview
-    from shared.config import CoordinatorConfig, FederationConfig, load_config
+    from shared.config import CoordinatorConfig, FederationConfig
+    from shared.configfile import load_config
 
     coordinator = load_config(config, CoordinatorConfig)
     federation = load_config(coordinator.federation, FederationConfig)

@@ -14,7 +14,8 @@ from mailboat.doctor.machine import check_disk, check_versions
 from mailboat.doctor.network import Party, ask_clock, check_broker, read_announcement
 from mailboat.doctor.trust import check_trust
 from mailboat.sealing import PLAN, resolve
-from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError, MailboatError, RefusedError
 from shared.messages import Announce, Refused, Welcome
 from shared.plan import SealedPlan, load_plan

@@ -5,6 +5,7 @@
     kit.py         the folder of keys and memberships on one machine
     envelope.py    one control message, signed and encrypted
     replay.py      counters that rise over restarts, at the sender and at the receiver
+    witness.py     who has seen which history: heads of the audit chain, signed and counter-signed
     payload.py     chunks under a key per transfer
     guard.py       what links use: seal and open; one open, one sealed
 

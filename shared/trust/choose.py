@@ -10,7 +10,7 @@ import structlog
 from shared.config import FederationConfig, LocalTrustSection
 from shared.errors import ConfigError
 from shared.topics import Role
-from shared.trust.guard import Guard, OpenGuard
+from shared.trust.guard import CoordinatorsGuard, OpenGuard, SitesGuard
 from shared.trust.kit import Kit, load_kit
 from shared.trust.sealed import CoordinatorGuard, SiteGuard
 
@@ -22,7 +22,7 @@ log = structlog.get_logger("trust")
 
 def coordinator_guard(
     federation: FederationConfig, local: LocalTrustSection, *, fingerprint: str, storage: Path
-) -> Guard:
+) -> CoordinatorsGuard:
     """Return the coordinator's guard; ConfigError when the federation is sealed and the kit is missing or unfit."""
     kit = own_kit(federation, local, site=None)
     if kit is None:
@@ -32,7 +32,7 @@ def coordinator_guard(
 
 def site_guard(
     federation: FederationConfig, local: LocalTrustSection, *, site: str, fingerprint: str, storage: Path
-) -> Guard:
+) -> SitesGuard:
     """Return a site's guard; ConfigError as `coordinator_guard`, or when the kit is another site's."""
     kit = own_kit(federation, local, site=site)
     if kit is None:

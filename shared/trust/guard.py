@@ -12,7 +12,7 @@ from typing import Protocol
 
 from shared.errors import RefusedError
 from shared.manifest import Manifest
-from shared.messages import Chunk, Message, Refused, chunk_header, decode, encode
+from shared.messages import Chunk, Head, Message, Refused, chunk_header, decode, encode
 from shared.topics import Channel
 
 
@@ -64,6 +64,29 @@ class Guard(Protocol):
         """Write down what a restart must not forget."""
 
 
+class CoordinatorsGuard(Guard, Protocol):
+    """What the coordinator's guard does besides."""
+
+    def sign_head(self, version: int, seq: int, head: str) -> tuple[Head, bytes] | None:
+        """Return the signed head of the chain, and the membership under whose key; None without trust."""
+
+    def attest(self, manifest: Manifest) -> bytes | None:
+        """Return the membership under whose key an update was signed; None without trust.
+
+        RefusedError with rule 'no-witness' or 'bad-witness' when it was not.
+        """
+
+
+class SitesGuard(Guard, Protocol):
+    """What a site's guard does besides."""
+
+    def check_head(self, head: Head) -> None:
+        """RefusedError(rule='bad-head') unless the coordinator has signed it."""
+
+    def witnessed(self, manifest: Manifest, head: Head | None) -> Manifest:
+        """Return the manifest of an update, signed with the last head seen; unchanged without trust."""
+
+
 class OpenGuard:
     """A federation without trust: nothing is signed, nothing is hidden, the broker's access list is all there is."""
 
@@ -82,6 +105,22 @@ class OpenGuard:
     def open_chunk(self, manifest: Manifest, chunk: Chunk) -> memoryview:
         """The frame, as it came."""
         return chunk.frame
+
+    def sign_head(self, version: int, seq: int, head: str) -> None:
+        """There is no key."""
+
+    def check_head(self, head: Head) -> None:
+        """Nobody signs one."""
+        raise RefusedError("a signed head in a federation without trust", rule="bad-head")
+
+    def witnessed(self, manifest: Manifest, head: Head | None) -> Manifest:
+        """As it is."""
+        return manifest
+
+    def attest(self, manifest: Manifest) -> None:
+        """Nobody signs; a signature that nobody can check is refused."""
+        if manifest.witness is not None:
+            raise RefusedError("a signed update in a federation without trust", rule="bad-witness")
 
     def refresh(self, now: float) -> Changes:
         """Nothing can change."""

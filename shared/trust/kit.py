@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -79,6 +79,8 @@ class Peers:
     members: dict[str, Membership]
     revocations: Revocations
     unreadable: tuple[str, ...] = ()
+    documents: dict[str, bytes] = field(default_factory=dict)
+    """The memberships as the authority signed them."""
 
     def revoked(self, membership: Membership) -> bool:
         """Whether the list names this membership's serial."""
@@ -109,6 +111,10 @@ class Kit:
         the authority signed: who believes a broken list believes those whom it names.
         """
         return read_peers(self.folder, self.role, self.authorities, self.federation)
+
+    def document(self) -> bytes:
+        """Our own membership as the authority signed it; ConfigError when it cannot be read."""
+        return read_private(self.folder / MEMBER)
 
     def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
         """Name, inode, time and size of all that `peers` reads: another value means that something changed."""
@@ -212,10 +218,12 @@ def read_peers(folder: Path, role: Role, authorities: tuple[bytes, ...], federat
     revocations = _load_revocations(folder / REVOCATIONS, authorities, federation)
     wanted: Role = "site" if role == "coordinator" else "coordinator"
     members: dict[str, Membership] = {}
+    documents: dict[str, bytes] = {}
     unreadable = []
     for path in _member_files(folder, role):
         try:
-            member = verify_membership(read_private(path), authorities, federation=federation)
+            document = read_private(path)
+            member = verify_membership(document, authorities, federation=federation)
             if member.role != wanted:
                 raise RefusedError(f"the membership of a {member.role}", rule="other-role")
             if role == "coordinator" and f"{member.name}{MEMBER_SUFFIX}" != path.name:
@@ -225,13 +233,13 @@ def read_peers(folder: Path, role: Role, authorities: tuple[bytes, ...], federat
         except ConfigError as error:
             unreadable.append(error.message)
         else:
-            members[member.name] = member
+            members[member.name], documents[member.name] = member, document
     if role == "site" and not members:
         raise ConfigError(
             unreadable[0] if unreadable else f"{folder / COORDINATOR}: no such file",
             hint="the authority's kit for this site holds it",
         )
-    return Peers(members, revocations, tuple(unreadable))
+    return Peers(members, revocations, tuple(unreadable), documents)
 
 
 def load_authority(path: Path) -> Ed25519PrivateKey:
@@ -240,10 +248,15 @@ def load_authority(path: Path) -> Ed25519PrivateKey:
 
 
 def load_authorities(path: Path) -> tuple[bytes, ...]:
-    """The one or two public keys (32 raw bytes each) of an `authority.pub`; ConfigError for anything else."""
+    """The keys of a kit's `authority.pub`; ConfigError as `parse_authorities`, and for too wide a mode."""
+    return parse_authorities(read_private(path), path)
+
+
+def parse_authorities(data: bytes, path: Path) -> tuple[bytes, ...]:
+    """The one or two public keys (32 raw bytes each) in PEM; ConfigError, naming `path`, for anything else."""
     hint = "it holds one Ed25519 public key as PEM, or two during a roll-over"
     try:
-        text = read_private(path).decode("ascii")
+        text = data.decode("ascii")
         blocks = [block + _PEM_END for block in text.split(_PEM_END) if block.strip()]
         keys = [load_pem_public_key(block.strip().encode()) for block in blocks]
     except (ValueError, UnsupportedAlgorithm):

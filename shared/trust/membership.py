@@ -109,6 +109,11 @@ def verify_membership(data: bytes, authorities: Iterable[bytes], *, federation: 
     return _federations_own(_verified(data, authorities, MEMBERSHIP_DOMAIN, Membership), federation)
 
 
+def stated_membership(data: bytes) -> Membership:
+    """Return what a document says, whoever signed it; RefusedError(rule='bad-document') when it is none."""
+    return _read(_split(data)[1], Membership)
+
+
 def verify_revocations(data: bytes, authorities: Iterable[bytes], *, federation: str) -> Revocations:
     """Return the list when one of the authority's keys has signed it; RefusedError as `verify_membership`."""
     return _federations_own(_verified(data, authorities, REVOCATIONS_DOMAIN, Revocations), federation)
@@ -128,17 +133,24 @@ def _signed(authority: Ed25519PrivateKey, domain: str, document: WireModel) -> b
 
 
 def _verified(data: bytes, authorities: Iterable[bytes], domain: str, model: type[_W]) -> _W:
-    outer = _map(data)
-    match outer:
-        case {"a": str(signer), "d": bytes(body), "s": bytes(signature)} if len(outer) == 3:
-            pass
-        case _:
-            raise RefusedError("a document without signer, body and signature", rule="bad-document")
+    signer, body, signature = _split(data)
     known = {key_id(public): public for public in authorities}
     if signer not in known:
         raise RefusedError(f"a document signed by {signer[:16]!a}, no authority of ours", rule="unknown-authority")
     if not verifies(known[signer], signature, domain, body):
         raise RefusedError("a document whose signature does not fit its content", rule="bad-signature")
+    return _read(body, model)
+
+
+def _split(data: bytes) -> tuple[str, bytes, bytes]:
+    outer = _map(data)
+    match outer:
+        case {"a": str(signer), "d": bytes(body), "s": bytes(signature)} if len(outer) == 3:
+            return signer, body, signature
+    raise RefusedError("a document without signer, body and signature", rule="bad-document")
+
+
+def _read(body: bytes, model: type[_W]) -> _W:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in _map(body).items()}
     try:
         return model.model_validate(fields)

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from shared import durable
 from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest
-from shared.messages import Chunk, Hello, Message, Offer, Presence, Refused, Welcome, decode_body, encode_body
+from shared.messages import Chunk, Head, Hello, Message, Offer, Presence, Refused, Welcome, decode_body, encode_body
 from shared.topics import Channel, topic
 from shared.trust import payload
 from shared.trust.envelope import (
@@ -47,6 +47,7 @@ from shared.trust.kit import Kit, Peers
 from shared.trust.membership import Membership
 from shared.trust.payload import STATE_DOMAIN, UPDATE_DOMAIN, Recent, cipher
 from shared.trust.replay import Counter, Heard
+from shared.trust.witness import bare_sha256, head_fits, signed_head, witness_fits, witnessed
 
 CONTROL_S = 600
 ANNOUNCE_S = 30 * 86_400
@@ -241,6 +242,23 @@ class CoordinatorGuard(SealedGuard):
             kept = self._updates.setdefault(site or "", Recent(KEPT_TRANSFERS))
             kept.put(transfer_id, cipher(grant, UPDATE_DOMAIN, transfer_id))
 
+    def sign_head(self, version: int, seq: int, head: str) -> tuple[Head, bytes]:
+        """See Guard."""
+        at = (version, seq, head)
+        return signed_head(self.kit.sign_key, self.kit.federation, self._fingerprint.hex(), at), self.kit.document()
+
+    def attest(self, manifest: Manifest) -> bytes:
+        """See Guard."""
+        site = manifest.update.site
+        if manifest.witness is None:
+            raise RefusedError("an update that its site has not signed", rule="no-witness")
+        member = self.peers.members.get(site)
+        if member is None or not witness_fits(member.sign_key, bare_sha256(manifest), manifest.witness):
+            raise RefusedError(
+                f"an update that {site} has not signed with the keys that it has now", rule="bad-witness"
+            )
+        return self.peers.documents[site]
+
     def seal_chunk(self, manifest: Manifest, index: int, frame: bytes) -> bytes:
         """See Guard; chunks of states."""
         return payload.seal_chunk(self._states.cipher(manifest), manifest, index, frame)
@@ -319,6 +337,15 @@ class SiteGuard(SealedGuard):
             raise RefusedError("a welcome without the federation key", rule="bad-message")
         if not self._states or self._states[0].key.key != grant:
             self._states = (_States(FederationKey(grant)), *self._states)[:KEPT_FEDERATION_KEYS]
+
+    def check_head(self, head: Head) -> None:
+        """See Guard."""
+        if not head_fits(self._coordinator.sign_key, self.kit.federation, self._fingerprint.hex(), head):
+            raise RefusedError("a head of the audit chain that the coordinator has not signed", rule="bad-head")
+
+    def witnessed(self, manifest: Manifest, head: Head | None) -> Manifest:
+        """See Guard."""
+        return witnessed(self.kit.sign_key, manifest, head)
 
     def seal_chunk(self, manifest: Manifest, index: int, frame: bytes) -> bytes:
         """See Guard; chunks of updates."""

@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from broker.config import Setting, local_settings
-from shared.config import FederationConfig, load_config
+from shared.config import FederationConfig
+from shared.configfile import load_config
 from tests.chaos.plan import COORDINATOR_NAME, Plan
 from tests.kits import Kits
 from tests.toys import INITIAL, toy_plan

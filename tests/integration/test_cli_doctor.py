@@ -18,7 +18,8 @@ from broker.launcher import find_mosquitto
 from mailboat.doctor.finding import Finding
 from mailboat.doctor.network import Party, ask_clock, check_broker, read_announcement
 from mailboat.reach import reachable
-from shared.config import BrokerSection, FederationConfig, load_config
+from shared.config import BrokerSection, FederationConfig
+from shared.configfile import load_config
 from shared.link.endpoints import parse_endpoints
 from shared.messages import Refused, Welcome
 from shared.plan import load_plan

@@ -23,7 +23,8 @@ from coordinator.records import Finished, Record, Rejected, VersionCommitted
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
-from shared.config import FederationConfig, SiteConfig, load_config
+from shared.config import FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.ids import new_session_id
 from shared.manifest import Manifest

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from coordinator.journal import Journal
 from coordinator.records import Finished, VersionCommitted
-from shared.config import BrokerSection, FederationConfig, LinkSection, load_config
+from shared.config import BrokerSection, FederationConfig, LinkSection
+from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.link import Connected, Link, LinkOptions, Packet
 from shared.messages import Hello, encode
@@ -107,6 +108,7 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
         found[sealed] = _plaintext(root, [packet.payload for packet in mine])
     assert found[True] == set()
     assert found[False] >= {"loss", "examples", "frame_hashes", "base_sha256", "zstd frame", "a.weight", "a digest"}
+    assert "tensor values" in found[False]
 
 
 def _plaintext(root: Path, payloads: list[bytes]) -> set[str]:
@@ -135,6 +137,14 @@ def _plaintext(root: Path, payloads: list[bytes]) -> set[str]:
     for path in (root / "coordinator" / "states").glob("*.manifest"):
         if path.stem.encode() in clear:
             found.add("a digest")
+    for path in (root / "coordinator").glob("*ates/*.frames"):
+        frames = path.read_bytes()
+        if frames[8:72] in clear or frames[-64:] in clear:
+            found.add("tensor values")
+    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+        hashes = [row.hash for row in journal.rows()]
+    if any(each in clear or each.hex().encode() in clear for each in hashes):
+        found.add("the history")
     return found
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

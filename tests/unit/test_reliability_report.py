@@ -115,9 +115,24 @@ def test_times_of_a_busy_machine_are_left_out(written: Any) -> None:
     assert "1 times are left out" in text
 
 
+def test_outages_appear_with_what_was_late(written: Any) -> None:
+    """A line for each kind of outage, with the settings that it was measured under."""
+    settings = {
+        "update_bytes": 8e6,
+        "mbit_s": 4.0,
+        "progress_bytes": 16384,
+        "starved_max": 0.1,
+        "window_bytes": 8.4e6,
+    }
+    text = written(reconnect={"settings": settings, "table": [{"fault": "hole", "late": 1}], "note": "Noted."})
+    assert "transfers of 8 MB over 4 Mbit/s" in text
+    assert "| hole | 1 |" in text
+    assert "Noted." in text
+
+
 def test_other_measurements_appear_as_they_are(written: Any) -> None:
     """What another program measured is shown under its own names."""
-    text = written(sim={"seeds": 2000, "found": {"no dedupe": 3}, "runs": [{"a": 1, "b": 2}]})
+    text = written(goodput={"seeds": 2000, "found": {"no dedupe": 3}, "runs": [{"a": 1, "b": 2}]})
     assert "| seeds | 2000 |" in text
     assert "| no dedupe | 3 |" in text
     assert "| a | b |" in text

@@ -53,11 +53,11 @@ def test_the_script_alone_finds_nothing_wrong(unpacked: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("nothing is wrong\n")
-    assert len(SCRIPT.read_text().splitlines()) < 200
+    assert len(SCRIPT.read_text().splitlines()) < 270
 
 
 def test_the_script_needs_little() -> None:
-    """Besides the standard library it imports msgpack and zstandard."""
+    """Besides the standard library it imports msgpack and zstandard; what else, only where a run is sealed."""
     modules = {line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith(("import ", "from "))}
     assert modules - sys.stdlib_module_names - {"collections.abc", "__future__"} == {"msgpack", "zstandard"}
 

@@ -11,7 +11,7 @@ from coordinator.core import DOWNLINK_MERGE_S, IDLE_STALLS
 from coordinator.records import Accepted, Dropped, Finished, VersionCommitted
 from shared.messages import Announce, Message, Offer, Presence, Probe, Receipt, Refused, Status, Want, Welcome
 from tests.cores import BOOT, STALL_S, CoordinatorBench, bits, jobs, said, session_of
-from tests.factories import digest, make_federation, make_state, make_update
+from tests.factories import digest, make_federation, make_state, make_update, update_id_of
 
 
 def _bench(versions: int = 3, config: dict[str, Any] | None = None, **aggregation: Any) -> CoordinatorBench:
@@ -370,7 +370,7 @@ def test_a_site_whose_update_was_rejected_is_not_waited_for(stale: bool) -> None
     bench.hello("south")
     bench.tick()
     if stale:
-        old = _update_of(bench, "south", update_id="1" * 32).model_copy(update={"codec": "bf16"})
+        old = _update_of(bench, "south", update_id=update_id_of("south", "old")).model_copy(update={"codec": "bf16"})
         bench.upload("south", _update_of(bench, "south"))
         bench.merged(bench.tick(STALL_S))
     else:

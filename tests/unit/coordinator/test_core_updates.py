@@ -12,7 +12,7 @@ from coordinator.records import Accepted, Dropped, Rejected
 from shared.manifest import Manifest
 from shared.messages import LOST, Offer, Receipt, Wait, Want
 from tests.cores import CoordinatorBench, bits, said
-from tests.factories import SLICE, digest, make_federation, make_state, make_update
+from tests.factories import SLICE, digest, make_federation, make_state, make_update, update_id_of
 
 
 def _bench(versions: int = 9, limit: int = 1, mode: str = "fedasync") -> CoordinatorBench:
@@ -158,7 +158,7 @@ def test_a_version_that_was_never_published_is_no_base() -> None:
 def test_an_update_that_is_too_late_is_rejected_and_one_just_in_time_is_not() -> None:
     """The limit is on versions published since the update's base."""
     bench = _bench(limit=1)
-    update, later = _update(bench), _update(bench, update_id="1" * 32)
+    update, later = _update(bench), _update(bench, update_id=update_id_of("north", "later"))
     _advance(bench, 1)
     assert bench.receive("north", Offer(manifest=update)).jobs == [d.OpenSpool(update)]
     _advance(bench, 1)
@@ -231,6 +231,17 @@ def test_an_id_that_was_used_before_is_not_used_again() -> None:
     assert bench.core.ledger.receipt(update.transfer_id).outcome == "accepted"
 
 
+def test_a_site_that_knows_anothers_id_cannot_use_it_up() -> None:
+    """Offered in its own name, before the true owner offers it, nothing is recorded or begun; the owner's counts."""
+    bench = _bench()
+    update = _update(bench)
+    decision = bench.receive("south", Offer(manifest=_update(bench, "south", update_id=update.transfer_id)))
+    assert [receipt.rule for receipt in said(decision, Receipt, "south")] == ["foreign-id"]
+    assert (decision.records, decision.jobs) == ([], [])
+    (accepted,) = bench.upload("north", update).records
+    assert accepted == bench.core.ledger.pending[0]
+
+
 def test_an_id_that_is_on_its_way_is_not_used_twice() -> None:
     """Another manifest, also of another site, does not get the first one's bitmap; the first goes on."""
     bench = _bench()
@@ -238,9 +249,10 @@ def test_an_id_that_is_on_its_way_is_not_used_twice() -> None:
     bench.receive("north", Offer(manifest=update))
     bench.handle(d.SpoolOpened(update.transfer_id, bits(5)))
     others = (_update(bench, examples=11), _update(bench, "south", update_id=update.transfer_id))
-    for site, other in zip(("north", "south"), others, strict=True):
+    rules = ("id-reused", "foreign-id")
+    for site, other, rule in zip(("north", "south"), others, rules, strict=True):
         decision = bench.receive(site, Offer(manifest=other))
-        assert [receipt.rule for receipt in said(decision, Receipt, site)] == ["id-reused"]
+        assert [receipt.rule for receipt in said(decision, Receipt, site)] == [rule]
         assert said(decision, Want, "north") == []
         assert decision.records == []
     assert bench.core.uploads.accepts("north", update.transfer_id, 0)
@@ -317,7 +329,7 @@ def test_an_update_in_admission_is_not_overtaken() -> None:
 def test_a_site_is_told_of_an_update_that_was_given_up() -> None:
     """On each hello, since its receipt said accepted and it may not have heard; other sites and fates are not told."""
     bench = _bench()
-    lost, late = _update(bench, "north"), _update(bench, "north", update_id="ab" * 16)
+    lost, late = _update(bench, "north"), _update(bench, "north", update_id=update_id_of("north", "later"))
     for update, rule in ((lost, LOST), (late, "run-complete")):
         bench.upload("north", update)
         bench.records.append(Dropped(update.transfer_id, rule, 1.0))

@@ -15,7 +15,17 @@ from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.masters import master_path
 from coordinator.proof import Proof, prove
-from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Dropped,
+    Finished,
+    Opened,
+    Quarantined,
+    Record,
+    Rejected,
+    Released,
+    VersionCommitted,
+)
 from coordinator.trail import Finding
 from coordinator.views import JOURNAL
 from shared.errors import ConfigError, CorruptError, RefusedError
@@ -453,3 +463,33 @@ def test_the_folders_are_asked_for(run: AuditedRun, tmp_path: Path) -> None:
         proof_of(run, receipts=[tmp_path / "none"])
     with pytest.raises(ConfigError, match="no journal"):
         prove(tmp_path, run.federation, run.plan)
+
+
+# -- quarantine ---
+
+
+def _apart(*, released: bool) -> Edit:
+    """The spare update was kept apart, and perhaps released, before it was dropped."""
+
+    def edit(record: Record) -> Sequence[Record]:
+        if not (isinstance(record, Accepted) and record.site == "spare"):
+            return [record]
+        held = Quarantined(record.update_id, "norm-max", "its norm is 9", record.at)
+        return [record, held, *([Released(record.update_id, record.at)] if released else [])]
+
+    return edit
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_an_update_may_be_kept_apart(run: AuditedRun, released: bool) -> None:
+    """Quarantined, and released or not, before it was dropped: nothing is wrong."""
+    with run.forged(_apart(released=released)):
+        assert found(run) == []
+
+
+def test_a_quarantine_that_follows_from_nothing_is_found(run: AuditedRun) -> None:
+    """Of an update that was merged already, and a release of what was not kept apart."""
+    merged = run.accepted[0].update_id
+    forged: list[Record] = [Quarantined(merged, "norm-max", "", 9.0), Released(merged, 9.0)]
+    with run.forged(lambda record: [*forged, record] if isinstance(record, Dropped) else [record]):
+        assert [rule for rule, _ in found(run)] == ["not-pending", "not-quarantined"]

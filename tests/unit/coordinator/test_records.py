@@ -15,10 +15,14 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Quarantined,
     Record,
     Rejected,
+    Released,
+    Signed,
     Snapshot,
     VersionCommitted,
+    Witnessed,
 )
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts
@@ -51,6 +55,12 @@ SAMPLES: dict[str, Record] = {
     "committed_without_slots": VersionCommitted(1, (), STATE, "3d" * 32, None, 1_763_629_304.5),
     "finished": Finished(10, 1_763_629_305.5),
     "snapshot": Snapshot(9, 27, "5a" * 32, 1_763_629_306.5),
+    "quarantined": Quarantined("a1" * 16, "norm-factor", "its norm is 5, 50 times the usual 0.1", 1_763_629_309.5),
+    "released": Released("a1" * 16, 1_763_629_310.5),
+    "signed": Signed(4, 27, "5b" * 32, bytes(range(64)), b"a membership", 1_763_629_307.5),
+    "witnessed": Witnessed(
+        "a1" * 16, "st-mary", "5c" * 32, 27, "5b" * 32, bytes(range(64, 128)), b"a membership", 1_763_629_308.5
+    ),
 }
 
 

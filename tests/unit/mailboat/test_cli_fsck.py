@@ -13,7 +13,8 @@ from coordinator.views import JOURNAL
 from edge_client.outbox import Outbox
 from mailboat.commands import coordinator, site
 from shared.audit import AuditLog
-from shared.config import FederationConfig, load_config
+from shared.config import FederationConfig
+from shared.configfile import load_config
 from shared.errors import CorruptError
 from shared.plan import load_plan
 from tests.toys import write_toy

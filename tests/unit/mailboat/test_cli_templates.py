@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from mailboat.commands.init import TEMPLATES, init
-from shared.config import CoordinatorConfig, FederationConfig, SiteConfig, load_config
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError
 
 KINDS: dict[str, type[BaseModel]] = {

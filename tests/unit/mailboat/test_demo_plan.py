@@ -18,7 +18,8 @@ from mailboat.demo.plan import (
     write_processes,
 )
 from mailboat.demo.toml import to_toml
-from shared.config import CoordinatorConfig, FederationConfig, Mode, SiteConfig, load_config
+from shared.config import CoordinatorConfig, FederationConfig, Mode, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError
 
 BROKER = "mqtt://127.0.0.1:4711"

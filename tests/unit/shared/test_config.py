@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig, load_config, parse_config
+from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig
+from shared.configfile import load_config, parse_config
 from shared.errors import ConfigError
 
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from shared.ids import Ident, SessionId, Sha256Hex, TransferId, new_session_id, new_update_id
+from shared.ids import Ident, SessionId, Sha256Hex, TransferId, is_update_id_of, new_session_id, new_update_id
 
 HEX = {SessionId: 16, TransferId: 32, Sha256Hex: 64}
 
@@ -63,7 +63,16 @@ def test_ids_are_lower_case_hex_of_one_length(kind: Any) -> None:
 
 def test_fresh_ids_are_valid_and_differ() -> None:
     """Each draw is new."""
-    updates, sessions = [new_update_id() for _ in range(100)], [new_session_id() for _ in range(100)]
+    updates, sessions = [new_update_id("st-mary") for _ in range(100)], [new_session_id() for _ in range(100)]
     assert all(_valid(TransferId, each) for each in updates)
     assert all(_valid(SessionId, each) for each in sessions)
     assert len({*updates, *sessions}) == 200
+
+
+def test_an_update_id_is_of_the_site_that_drew_it_and_of_no_other() -> None:
+    """Neither a site whose name is longer or shorter, nor a random id, nor one with a changed digit."""
+    drawn = new_update_id("st-mary")
+    assert is_update_id_of(drawn, "st-mary")
+    assert not any(is_update_id_of(drawn, name) for name in ("st-john", "st-mar", "st-mary1", ""))
+    changed = [drawn[:at] + ("0" if drawn[at] != "0" else "1") + drawn[at + 1 :] for at in range(32)]
+    assert not any(is_update_id_of(each, "st-mary") for each in changed)

@@ -15,6 +15,7 @@ from shared.messages import (
     CHUNK_HEADER_BYTES,
     MAX_CONTROL_BYTES,
     Announce,
+    Head,
     Hello,
     Message,
     Offer,
@@ -72,6 +73,7 @@ EXAMPLES: list[Message] = [
         final=False,
         target=3,
     ),
+    Head(version=3, seq=27, head="5b" * 32, signature=bytes(range(64))),
     Presence(site="north", session=SESSION, online=True),
 ]
 GOLDEN = Path(__file__).parents[2] / "golden" / "messages"

@@ -114,13 +114,15 @@ def test_reading_in_order_reads_each_frame_once() -> None:
 @codecs
 def test_spans_are_the_tensor(codec: Codec) -> None:
     """The spans of a tensor, one behind the other, are what reading it whole gives; also of an empty one."""
-    tensors = {**tensors_of(), "large": (np.random.default_rng(1).standard_normal(2 * SPAN + 777) * 1e-3)}
-    given = {name: np.asarray(values, dtype=np.float32) for name, values in tensors.items()}
+    given = tensors_of()
+    given["large"] = (np.random.default_rng(1).standard_normal(2 * SPAN + 777) * 1e-3).astype(np.float32)
     reader = reader_of(*transfer_of(given, codec))
     for name in given:
         spans = list(reader.spans(name))
         assert all(span.size <= SPAN for span in spans)
-        np.testing.assert_array_equal(np.concatenate([[], *spans]), reader.tensor(name).reshape(-1))
+        np.testing.assert_array_equal(
+            np.concatenate([np.empty(0, np.float32), *spans]), reader.tensor(name).reshape(-1)
+        )
 
 
 @codecs

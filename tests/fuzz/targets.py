@@ -1,0 +1,287 @@
+"""The decoders of foreign bytes, each with sound samples, the mutation that fits it, and what calls it.
+
+A target returns or raises an error of the project's own; anything else is a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import struct
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import zstandard
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from broker.provision import make_request as make_csr
+from coordinator import bundle_verify, records, snapshots
+from coordinator.intake import Intake
+from coordinator.offers import check_id, check_offer
+from mailboat.enrolment import make_request, parse_grant, parse_request, to_json
+from shared import messages
+from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import parse_config
+from shared.errors import ConfigError, RefusedError
+from shared.manifest import Manifest, manifest_from_bytes
+from shared.reader import TensorReader
+from shared.slices import compress_slice
+from shared.tensorfile import build_header, header_size, parse_header
+from shared.transfer import Bitmap, Sender
+from shared.trust import envelope, payload
+from shared.trust.membership import stated_membership, verify_membership, verify_revocations
+from shared.trust.witness import parse_head
+from tests.factories import make_federation, make_plan, make_state, make_update
+from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_msgpack, mutated_value, packed
+from tests.unit.shared.transfers import SLICE_BYTES, transfer_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FEDERATION = make_federation()
+PLAN = make_plan(FEDERATION)
+STATE = make_state(PLAN, 0)
+UPDATE = make_update(PLAN, "north", STATE)
+AUTHORITY = bytes(range(32))
+TOPIC = "mb/v1/ward/site/north/up/ctl"
+CODECS = ("f32", "bf16", "int8")
+
+Mutation = Callable[[bytes, random.Random], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One decoder."""
+
+    name: str
+    samples: Sequence[bytes]
+    mutate: Mutation
+    run: Callable[[bytes], object]
+    share: int = 10
+    """Executions of a hundred that it gets, roughly."""
+
+
+def _golden(folder: str, pattern: str = "*.msgpack") -> list[bytes]:
+    return [path.read_bytes() for path in sorted((GOLDEN / folder).glob(pattern))]
+
+
+def _inner(data: bytes, rng: random.Random) -> bytes:
+    """An envelope whose body is spoilt, and which is sound otherwise."""
+    outer = msgpack.unpackb(data, raw=False)
+    outer["b"] = mutated_msgpack(outer["b"], rng)
+    return packed(outer, data, rng)
+
+
+# -- what calls each ---
+
+
+def _message(data: bytes) -> None:
+    message = messages.decode(data)
+    if isinstance(message, messages.Offer):
+        _offer(message.manifest)
+    if isinstance(message, messages.Want):
+        Sender(5).on_want(message.have, message.window)
+
+
+def _offer(manifest: Manifest) -> None:
+    if hasattr(manifest.facts, "site"):
+        check_id(manifest, site="north")
+        check_offer(manifest, site="north", plan=PLAN, federation=FEDERATION)
+        Intake(AdmissionSection()).put_off("north", manifest, 0.0)
+
+
+def _manifest(data: bytes) -> None:
+    manifest = manifest_from_bytes(data)
+    assert manifest_from_bytes(manifest.to_bytes()) == manifest
+    _offer(manifest)
+
+
+def _chunk(data: bytes) -> None:
+    chunk = messages.parse_chunk(data)
+    payload.open_chunk(_CIPHER, UPDATE, chunk)
+
+
+_CIPHER = payload.cipher(bytes(32), payload.UPDATE_DOMAIN, UPDATE.transfer_id)
+
+
+def _document(data: bytes) -> None:
+    for read in (stated_membership, _verified, _listed):
+        try:
+            read(data)
+        except RefusedError:
+            continue
+
+
+def _verified(data: bytes) -> object:
+    return verify_membership(data, [AUTHORITY], federation="north")
+
+
+def _listed(data: bytes) -> object:
+    return verify_revocations(data, [AUTHORITY], federation="north")
+
+
+def _header(data: bytes) -> None:
+    size = int.from_bytes(data[-8:], "little") % (1 << 40)
+    head = data[:-8]
+    if len(head) >= 8 and header_size(head[:8], size) == len(head) - 8:
+        parse_header(head, size)
+
+
+def _bitmap(data: bytes) -> None:
+    size = 1 + data[0] * 93 if data else 1
+    have = Bitmap.from_bytes(size, data[1:])
+    assert len(have) <= size
+    assert all(index < size for index in have.missing())
+
+
+def _config(kind: type[Any]) -> Callable[[bytes], object]:
+    def run(data: bytes) -> object:
+        try:
+            tree = tomllib.loads(data.decode())
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError):
+            raise ConfigError("not TOML", hint="") from None  # as load_config says it
+        return parse_config(tree, kind, "fuzz")
+
+    return run
+
+
+# -- transfers: a manifest that fits, and frames that hold something else ---
+
+
+def _transfer_sample(codec: Any) -> bytes:
+    manifest, frames = transfer_of({"w": np.linspace(-1, 1, 3000, dtype=np.float32)}, codec)
+    packed: bytes = msgpack.packb([manifest.to_bytes(), frames])
+    return packed
+
+
+def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
+    raw, frames = msgpack.unpackb(data)
+    at = rng.randrange(len(frames))
+    match rng.randrange(4):
+        case 0:
+            frames[at] = mutated_bytes(frames[at], rng)
+        case 1:  # a bomb: much more than a slice, or a lie about it
+            size = rng.choice((SLICE_BYTES - 1, SLICE_BYTES + 1, 10_000_000, 0))
+            frames[at] = zstandard.compress(bytes(size))
+        case 2:  # the same slice with other content, soundly compressed
+            size = rng.choice((SLICE_BYTES, 1, 100))
+            frames[at] = compress_slice(rng.randbytes(size), rng.choice((1, 2, 4)))
+        case _:  # another header, soundly compressed, as long as the first slice
+            entries = [("w", rng.choice(("F32", "BF16", "I8", "F64")), (rng.choice((3000, 0, 2**40)),))]
+            try:
+                first = build_header(entries, {})  # type: ignore[arg-type]
+            except (KeyError, AssertionError, ValueError, RefusedError):
+                first = struct.pack("<Q", rng.choice((0, 2**63, 100))) + rng.randbytes(92)
+            frames[0] = compress_slice((first + bytes(SLICE_BYTES))[:SLICE_BYTES], 2)
+    manifest = msgpack.unpackb(raw, raw=False)
+    manifest["frame_lengths"] = [max(1, len(frame)) for frame in frames]
+    manifest["frame_hashes"] = b"".join(hashlib.sha256(frame).digest() for frame in frames)
+    if rng.random() < 0.2:
+        manifest = mutated_value(manifest, rng)
+    return packed([packed(manifest, raw, rng), frames], data, rng)
+
+
+def _transfer(data: bytes) -> None:
+    try:
+        raw, frames = msgpack.unpackb(data)
+        manifest = manifest_from_bytes(raw)
+    except (ValueError, TypeError):
+        return
+    if len(frames) != manifest.frames:
+        return
+    reader = TensorReader(manifest, lambda index: frames[index], verify=True)
+    for _name, values in reader.tensors():
+        assert values.dtype == np.float32
+    reader.verify_file()
+
+
+# -- files ---
+
+
+def _bundle(data: bytes) -> None:
+    lines = [json.loads(line) for line in data.splitlines()]
+    list(bundle_verify.check_chain(lines))
+    list(bundle_verify.check_counting([bundle_verify.record_of(line) for line in lines]))
+
+
+def _bundle_script(data: bytes) -> None:
+    """As `main` runs it: what it says it catches is caught."""
+    with redirect_stdout(io.StringIO()):
+        try:
+            _bundle(data)
+        except bundle_verify.UNREADABLE:
+            return
+
+
+_TOML = {
+    FederationConfig: b'[federation]\nname = "ward"\nversions = 3\n[model]\nbase = "b"\n[codec]\nup = "bf16"\n'
+    b'[aggregation]\nmode = "fedbuff"\n[aggregation.staleness]\nkind = "hinge"\n[trust]\nmode = "sealed"\n',
+    CoordinatorConfig: b'federation = "f"\nstorage = "s"\n[broker]\nurl = "mqtts://h:1"\n[admission]\nnorm_max = 1.5\n',
+    SiteConfig: b'name = "north"\nfederation = "f"\nstorage = "s"\n[data]\nnotes = "n"\n[link]\nwindow = 4\n',
+}
+_HEAD = b'{"version": 3, "seq": 27, "head": "' + b"5b" * 32 + b'", "signature": "' + b"00" * 64 + b'"}'
+_KEY = ec.generate_private_key(ec.SECP256R1())
+_REQUEST = to_json(make_request("north", Ed25519PrivateKey.generate(), bytes(32), make_csr(_KEY, name="north")))
+_LINE = (
+    b'{"seq":1,"at":1.0,"kind":"dropped","body":"hKF2AaF0p2Ryb3BwZWSpdXBkYXRlX2lkoWGkcnVsZaFi","prev":"'
+    + b"00" * 32
+    + b'","hash":"'
+    + b"00" * 32
+    + b'"}'
+)
+
+_PARTS = [("a", "F32", (3, 4)), ("b", "BF16", (7,)), ("c", "I8", (300,))]
+_HEADER = build_header(_PARTS, {"mailboat": "update"})  # type: ignore[arg-type]
+
+
+def _header_sample() -> bytes:
+    return _HEADER + (len(_HEADER) + 48 + 14 + 300).to_bytes(8, "little")
+
+
+def _header_mutated(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.3:
+        return mutated_bytes(data, rng)
+    text = mutated_json(data[8:-8], rng)
+    return struct.pack("<Q", len(text)) + text + data[-8:]
+
+
+ENVELOPES = _golden("trust", "*.envelope")
+CONTENT = [envelope.Content(b"body", bytes(32)).to_bytes()]
+DOCUMENTS = [*_golden("trust", "*.member"), *_golden("trust", "revocations")]
+
+
+def _envelope(data: bytes) -> None:
+    envelope.parse(data, TOPIC).signed_by(AUTHORITY)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("message", _golden("messages"), mutated_msgpack, _message, 15),
+        Target("body", _golden("messages"), _inner, _message, 20),
+        Target(
+            "envelope", _golden("trust", "*.envelope"), mutated_msgpack, lambda data: envelope.parse(data, TOPIC), 10
+        ),
+        Target("content", CONTENT, mutated_msgpack, envelope.parse_content, 5),
+        Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes()], mutated_msgpack, _manifest, 10),
+        Target("chunk", _golden("trust", "*.chunk"), mutated_bytes, _chunk, 10),
+        Target("document", DOCUMENTS, mutated_msgpack, _document, 5),
+        Target("header", [_header_sample()], _header_mutated, _header, 10),
+        Target("bitmap", [b"\x01" + bytes(12)], mutated_bytes, _bitmap, 3),
+        *(Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2) for codec in CODECS),
+        Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
+        Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
+        Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
+        Target("request", [_REQUEST], mutated_json, parse_request, 1),
+        Target("grant", [_REQUEST], mutated_json, parse_grant, 1),
+        Target("bundle", [_LINE], mutated_json, _bundle_script, 2),
+        *(Target(kind.__name__, [text], mutated_bytes, _config(kind), 1) for kind, text in _TOML.items()),
+    )
+}
