@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.sim import campaign, runner
+from tests.sim.world import World, run_world
 
 
 def test_ranges_leave_out_what_is_done() -> None:
@@ -40,13 +42,12 @@ def test_a_campaign_belongs_to_one_commit(tmp_path: Path) -> None:
 
 def test_a_failing_seed_is_kept_and_the_rest_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """One bad world among others."""
-    real = campaign.run_world
 
-    def broken(seed: int) -> campaign.World:
+    def broken(seed: int) -> World:
         if seed == 1:
             msg = "lost"
             raise AssertionError(msg)
-        return real(seed)
+        return run_world(seed)
 
     monkeypatch.setattr(campaign, "run_world", broken)
     result = campaign.run_range("c", 0, 2)
@@ -58,7 +59,7 @@ def test_a_failing_seed_is_kept_and_the_rest_is_run(monkeypatch: pytest.MonkeyPa
 def test_a_result_does_not_replace_one_of_more_worlds(tmp_path: Path) -> None:
     """A short run leaves the published figures alone."""
     path = tmp_path / "sim.json"
-    many, few = campaign.Result("a", worlds=campaign.Counter(sync=5), ranges=[(0, 4)]), campaign.Result("b")
+    many, few = campaign.Result("a", worlds=Counter(sync=5), ranges=[(0, 4)]), campaign.Result("b")
     runner.publish(path, many)
     runner.publish(path, few)
     assert json.loads(path.read_bytes())["commit"] == "a"
