@@ -89,7 +89,6 @@ class Core:
         self._attest = attest
         self.federation = federation
         self.plan = plan
-        self.fingerprint = plan.fingerprint
         self.boot = boot
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
@@ -126,6 +125,7 @@ class Core:
         match event:
             case d.LinkUp():
                 out.sends.append(d.Send(None, self.announcement()))
+                self.uploads.link_up(now.mono, out)
             case d.LinkDown():
                 self.downlink.reset()
             case d.Received():
@@ -168,7 +168,7 @@ class Core:
         """The retained word about the current version."""
         return Announce(
             boot=self.boot,
-            fingerprint=self.fingerprint,
+            fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             manifest=self.ledger.state,
@@ -395,10 +395,6 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
-        if (
-            self.ledger.finished
-            and self.exit_when_done
-            and now.mono - self._round_opened >= self.settle_s
-            and not self.sites.expected(now.mono, back_within_s=self.back_within_s)
-        ):
+        done = self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s
+        if done and not self.sites.expected(now.mono, back_within_s=self.back_within_s):
             out.jobs.append(d.Stop())
