@@ -17,7 +17,8 @@ SEEDS ?= 2000
 RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
-.PHONY: bench bench-memory bench-reconnect bench-hostile coverage clean fuzz sbom
+.PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
+.PHONY: fuzz sbom
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,14 +61,30 @@ imports: setup ## import-linter: who may import whom
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
+chaos: SEEDS = 0-23
 chaos: setup ## real processes killed, stopped, cut off and starved of disk, from seeds: make chaos SEEDS=0-23
-	@$(VENV)/python -m tests.chaos --seeds $(or $(SEEDS),0-23) --json docs/results/chaos.json
+	@$(VENV)/python -m tests.chaos --seeds $(SEEDS) --json docs/results/chaos.json
 
 reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
 	@$(VENV)/python -m tools.reliability_report
 
 bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, against 2 (3.2 GB of disk)
 	@$(VENV)/python -m bench.memory --json docs/results/memory.json
+
+bench-round: setup ## one round of 60 M parameters and four sites, on tmpfs and on the disk (6 GB of each): make bench-round ARGS="--turns 3"
+	@$(VENV)/python -m bench.round --disk . --json docs/results/round.json $(ARGS)
+
+# Flower and NVIDIA FLARE, pinned, each in an environment of its own below .bench/.
+peers: setup
+	@PYTHON=$(VENV)/python bench/peers/setup.sh
+
+bench-peers: peers ## the same round given to Flower and NVIDIA FLARE in turns (as root in a network of its own)
+	@$(VENV)/python -m bench.round --runs "mailboat f32" "mailboat bf16" "mailboat int8" flare flower \
+		--turns 2 --json docs/results/round.json $(ARGS)
+
+reliability-peers: peers ## the same faults given to Mailboat, Flower and NVIDIA FLARE (over three hours, mostly waiting)
+	@$(VENV)/python -m bench.peers.faults --faults "link down" "server killed" "site killed" \
+		--json docs/results/peers.json $(ARGS)
 
 bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 s, silent and loud (a quarter of an hour)
 	@$(VENV)/python -m bench.reconnect --json docs/results/reconnect.json

@@ -35,6 +35,8 @@ from shared.messages import Outcome
 SCHEMA_VERSION = 1
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _LEVEL = 3
+RATIO_MAX = 2000
+"""A snapshot is mostly digests, which nothing compresses; the bound is far above any."""
 _MALFORMED = (
     zstandard.ZstdError,
     msgpack.UnpackException,
@@ -87,7 +89,7 @@ def from_bytes(data: bytes) -> Ledger:
     CorruptError when they are not a ledger's bytes, RefusedError(rule='newer-schema') for a newer release's.
     """
     try:
-        body = msgpack.unpackb(zstandard.ZstdDecompressor().decompress(data), raw=False)
+        body = msgpack.unpackb(_expanded(data), raw=False)
         version = int(body["v"])
         ledger = _ledger(body) if version == SCHEMA_VERSION else None
     except _MALFORMED:
@@ -99,6 +101,15 @@ def from_bytes(data: bytes) -> Ledger:
             hint="run the release that wrote the journal, or a later one",
         )
     return ledger
+
+
+def _expanded(data: bytes) -> bytes:
+    """What a snapshot holds; ValueError when it claims more than any does, for which memory would be taken at once."""
+    size = zstandard.get_frame_parameters(data).content_size
+    if size > RATIO_MAX * len(data):
+        msg = f"{size} bytes out of {len(data)}"
+        raise ValueError(msg)
+    return zstandard.ZstdDecompressor().decompress(data)
 
 
 def _ledger(body: dict[str, Any]) -> Ledger:

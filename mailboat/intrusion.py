@@ -63,6 +63,7 @@ class Member:
                     self.up.set()
                 case Disconnected():
                     self.cut = True
+                    self.up.clear()
                 case Packet():
                     self.heard.append(event.payload)
             self.news.set()
@@ -158,14 +159,16 @@ async def _write(intruder: Member, victim: Member, coordinator: Member | None) -
 async def _take_over(intruder: Member, victim: Member) -> Finding:
     """Dialling in under the victim's client id cuts off nobody but the intruder's own connection."""
     victim.cut = False
-    intruder.up.clear()
-    thief = Link(LinkOptions(intruder.party.broker, _PATIENT, victim.name, give_up_s=PATIENCE_S))
-    async with thief:
+    async with Link(LinkOptions(intruder.party.broker, _PATIENT, victim.name, give_up_s=PATIENCE_S)) as thief:
         event = await anext(thief.events())
         assert isinstance(event, Connected)
-    await victim.link.publish(topic(victim.party.federation, Channel.UP_CTL, victim.party.site), _marker())
-    async with asyncio.timeout(PATIENCE_S):
-        await intruder.up.wait()  # its own connection was cut by the thief's, and comes back by itself
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE_S):
+                while not victim.cut:
+                    victim.news.clear()
+                    await victim.news.wait()
+    async with asyncio.timeout(PATIENCE_S):  # whoever was cut off comes back by itself
+        await asyncio.gather(intruder.up.wait(), victim.up.wait())
     if victim.cut:
         return _broken("client id", f"{intruder.name} takes over the connection of {victim.name} by its client id")
     return ok("client id", f"{intruder.name} cannot use the client id of {victim.name}")
@@ -198,7 +201,7 @@ async def _without(party: Party, revoked: BrokerSection | None) -> list[Finding]
 @contextlib.asynccontextmanager
 async def _connected(party: Party) -> AsyncIterator[Member]:
     """One member, connected as itself and listening to all that it may and may not hear."""
-    options = LinkOptions(party.broker, _PATIENT, "mailboat-check", ("#",), give_up_s=PATIENCE_S)
+    options = LinkOptions(party.broker, _PATIENT, party.site or "coordinator", ("#",), give_up_s=PATIENCE_S)
     async with Link(options) as link:
         member = Member(party, link)
         listening = asyncio.create_task(member.listen())

@@ -246,12 +246,66 @@ def _plain(found: dict[str, Any]) -> Iterator[str]:
 
 
 def peers() -> Iterator[str]:
-    """The same outage given to others."""
+    """The same faults given to others."""
     found = load("peers")
-    yield from ("", "## Beside other frameworks", "")
-    yield "Measured on the machine named below." if found else "Not measured yet."
+    yield from section("Beside other frameworks", "make reliability-peers", found)
+    if found is None:
+        return
+    settings, runs = found["settings"], found["runs"]
+    yield (
+        f"{settings['sites']} sites, a model of {settings['mb']:g} MB as float32, {settings['rounds']} rounds; "
+        f"training adds known noise and is made to take {settings['training']:g} s. All processes are real, all "
+        "settings the frameworks' defaults, as `bench/peers/frameworks.py` starts them; Mailboat sends float32, as the "
+        "others do. "
+        f"Site 1 has a link of {settings['mbit']:g} Mbit/s through a TCP proxy. The fault strikes when two fifths of "
+        f"its second update have passed: *link down*, its connections are reset and new ones refused for "
+        f"{settings['outage']:g} s; *server killed* and *site killed*, all its processes get SIGKILL at once and "
+        f"are started again {settings['restart_s']:g} s later with the same command. A run that shows no progress "
+        f"for a quarter of an hour is watched no longer."
+    )
     yield ""
-    yield from _plain(found or {})
+    header = [
+        "fault",
+        "framework",
+        "run",
+        "after s",
+        "trained",
+        "counted",
+        "MB up, down",
+        "bytes s",
+        "round s",
+        "site 1 s",
+        "load",
+    ]
+    body = [
+        [
+            run["fault"],
+            f"{run['framework']} {run['version']}".replace(" this tree", ""),
+            run["verdict"],
+            f"{run['took_s']:.0f}",
+            " ".join(map(str, run["trained"])),
+            " ".join(map(str, run["counted"])),
+            f"{run['up_mb']:.0f}, {run['down_mb']:.0f}",
+            *(_seconds(run[key]) for key in ("moving_s", "round_s", "site_1_s")),
+            run["load"] or "-",
+        ]
+        for run in runs
+    ]
+    yield from rows(header, body)
+    yield (
+        "*run*: how the framework says it ended. *trained*: finished trainings of each site; *counted*: how many of "
+        "its updates are in the last global model, read from the model itself. *MB*: over the link of site 1. "
+        "*bytes s*, *round s*, *site 1 s*: from the end of the fault (link back, process started) to the first "
+        "bytes of site 1, to a newer model at any site, to a newer model at site 1; negative where rounds went on "
+        "during the fault. *load*: how many processes wanted one of the machine's cores when the fault struck."
+    )
+    yield ""
+    for remark in found.get("remarks", []):
+        yield from (f"- {remark}", "")
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
 
 
 if __name__ == "__main__":

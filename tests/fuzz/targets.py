@@ -27,7 +27,7 @@ from broker.provision import make_request as make_csr
 from coordinator import bundle_verify, records, snapshots
 from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
-from mailboat.enrolment import make_request, parse_grant, parse_request, to_json
+from mailboat.enrolment import make_grant, make_request, parse_grant, parse_request, to_json
 from shared import messages
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
@@ -229,6 +229,18 @@ _TOML = {
 _HEAD = b'{"version": 3, "seq": 27, "head": "' + b"5b" * 32 + b'", "signature": "' + b"00" * 64 + b'"}'
 _KEY = ec.generate_private_key(ec.SECP256R1())
 _REQUEST = to_json(make_request("north", Ed25519PrivateKey.generate(), bytes(32), make_csr(_KEY, name="north")))
+_GRANT = to_json(
+    make_grant(
+        Ed25519PrivateKey.generate(),
+        name="north",
+        federation="ward",
+        member=b"member",
+        coordinator=b"coordinator",
+        certificate="certificate",
+        ca="ca",
+        authorities="authorities",
+    )
+)
 _LINE = (
     b'{"seq":1,"at":1.0,"kind":"dropped","body":"hKF2AaF0p2Ryb3BwZWSpdXBkYXRlX2lkoWGkcnVsZaFi","prev":"'
     + b"00" * 32
@@ -280,7 +292,7 @@ TARGETS: dict[str, Target] = {
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
         Target("request", [_REQUEST], mutated_json, parse_request, 1),
-        Target("grant", [_REQUEST], mutated_json, parse_grant, 1),
+        Target("grant", [_GRANT], mutated_json, parse_grant, 1),
         Target("bundle", [_LINE], mutated_json, _bundle_script, 2),
         *(Target(kind.__name__, [text], mutated_bytes, _config(kind), 1) for kind, text in _TOML.items()),
     )

@@ -27,12 +27,14 @@ VERSIONS = 3
 SITES = (1, 2, 3)
 ONE_MODE = pytest.mark.parametrize("run", ["fedbuff"], indirect=True)
 MOMENTUM = '[aggregation.server]\noptimizer = "momentum"\nlr = 0.7\n'
+FADAS = '[aggregation.server]\noptimizer = "fadas"\n'
+EXTRA = {"sync": MOMENTUM, "fedbuff": FADAS, "fedasync": ""}
 
 
 @asynccontextmanager
 async def _everything(root: Path, mode: str) -> AsyncIterator[None]:
     async with run_broker("mosquitto", root / "mosquitto") as broker:
-        write_toy(root, broker.url, sites=3, versions=VERSIONS, mode=mode, quorum=3, extra=MOMENTUM)
+        write_toy(root, broker.url, sites=3, versions=VERSIONS, mode=mode, quorum=3, extra=EXTRA[mode])
         async with asyncio.TaskGroup() as group:
             group.create_task(toy_coordinator(root / "coordinator.toml"))
             for number in SITES:
@@ -44,7 +46,7 @@ async def _everything(root: Path, mode: str) -> AsyncIterator[None]:
 
 @pytest.fixture(scope="module", params=MODES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a complete run in each mode, momentum at the server; each test leaves it as it was."""
+    """The folder of a complete run in each mode, with slots at the server if there are any; no test changes it."""
     if find_mosquitto() is None:
         pytest.skip("Mosquitto is not installed: apt-get install mosquitto")
     root = tmp_path_factory.mktemp(request.param)

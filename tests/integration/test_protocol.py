@@ -282,7 +282,7 @@ def test_an_update_with_nan_is_rejected_and_the_run_goes_on(
         data[-4:] = np.float32("nan").tobytes()
         return FrameWriter([bytes(data)], group=group_size(codec), slice_size=slice_size)
 
-    monkeypatch.setattr("edge_client.agent.make_transfer_frames", careless)
+    monkeypatch.setattr("edge_client.sealing.make_transfer_frames", careless)
     write_toy(tmp_path, mosquitto_url, sites=2, versions=2)
     run_async(_everybody(tmp_path, *(toy_site(tmp_path / f"site-{n}.toml") for n in (1, 2))), timeout_s=60)
     (rejected,) = (record for record in toy_records(tmp_path) if isinstance(record, Rejected))

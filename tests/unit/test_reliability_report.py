@@ -136,3 +136,26 @@ def test_other_measurements_appear_as_they_are(written: Any) -> None:
     assert "| seeds | 2000 |" in text
     assert "| no dedupe | 3 |" in text
     assert "| a | b |" in text
+
+
+def test_the_same_faults_given_to_others_stand_side_by_side(written: Any) -> None:
+    """A run that never went on says never, one whose rounds went on during the fault says since when."""
+    run = {
+        "framework": "other",
+        "version": "9.1",
+        "fault": "link down",
+        "verdict": "running",
+        "took_s": 12.3,
+        "trained": [2, 2],
+        "counted": [1, 1],
+        "up_mb": 30.2,
+        "down_mb": 41.0,
+        "moving_s": None,
+        "round_s": -7.4,
+        "site_1_s": 3.0,
+        "load": 0.0,
+    }
+    settings = {"sites": 2, "mb": 24, "mbit": 16, "rounds": 7, "training": 60, "outage": 240, "restart_s": 5}
+    text = written(peers={"machine": {}, "settings": settings, "remarks": ["a remark"], "runs": [run]})
+    assert "| link down | other 9.1 | running | 12 | 2 2 | 1 1 | 30, 41 | never | -7 | 3 | - |" in text
+    assert "- a remark" in text

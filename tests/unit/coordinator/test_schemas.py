@@ -94,6 +94,18 @@ def test_bytes_that_are_no_snapshot_are_refused(data: bytes) -> None:
         snapshots.from_bytes(data)
 
 
+def test_a_snapshot_that_claims_to_be_huge_takes_no_memory() -> None:
+    """A spoilt size in its header, which the decompressor would believe, is refused before anything is allocated."""
+    data = bytearray((GOLDEN / "snapshot-schema1.msgpack.zst").read_bytes())
+    parameters = zstandard.get_frame_parameters(bytes(data))
+    body = zstandard.ZstdDecompressor().decompress(bytes(data))
+    assert parameters.content_size == len(body)
+    huge = b"\x28\xb5\x2f\xfd\xe0" + (2**40).to_bytes(8, "little") + bytes(data[13:])
+    assert zstandard.get_frame_parameters(huge).content_size == 2**40
+    with pytest.raises(CorruptError, match="snapshot"):
+        snapshots.from_bytes(huge)
+
+
 def test_a_snapshot_of_another_schema_says_which_release_reads_it() -> None:
     """The message names the schema."""
     data = zstandard.compress(msgpack.packb({"v": 2}))

@@ -1,0 +1,1 @@
+"""The job that NVIDIA FLARE runs, in an environment of its own."""

@@ -1,0 +1,1 @@
+"""Known noise added to a model."""
