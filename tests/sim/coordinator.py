@@ -25,12 +25,12 @@ from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
-from shared.trust.guard import TurnedAwayError
+from shared.trust.guard import CoordinatorsGuard, TurnedAwayError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
-from tests.sim.trust import CoordinatorsGuard, coordinator_guard
+from tests.sim.trust import coordinator_guard
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
 

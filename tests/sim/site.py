@@ -19,12 +19,12 @@ from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
-from shared.trust.guard import StaleKeyError
+from shared.trust.guard import SitesGuard, StaleKeyError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
-from tests.sim.trust import SitesGuard, site_guard
+from tests.sim.trust import site_guard
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
