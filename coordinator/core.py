@@ -89,7 +89,6 @@ class Core:
         self._attest = attest
         self.federation = federation
         self.plan = plan
-        self.fingerprint = plan.fingerprint
         self.boot = boot
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
@@ -126,6 +125,7 @@ class Core:
         match event:
             case d.LinkUp():
                 out.sends.append(d.Send(None, self.announcement()))
+                self.uploads.link_up(now.mono, out)
             case d.LinkDown():
                 self.downlink.reset()
             case d.Received():
@@ -168,7 +168,7 @@ class Core:
         """The retained word about the current version."""
         return Announce(
             boot=self.boot,
-            fingerprint=self.fingerprint,
+            fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             manifest=self.ledger.state,

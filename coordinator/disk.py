@@ -6,6 +6,7 @@ What finds the disk full is done when there is room. Meanwhile the coordinator s
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -14,7 +15,8 @@ import structlog
 
 from coordinator.ledger import Ledger
 from shared.config import CoordinatorConfig
-from shared.errors import NoRoomError
+from shared.errors import CorruptError, NoRoomError
+from shared.manifest import StateFacts
 from shared.messages import LOST
 from shared.room import MIB, POLL_S, Room
 from shared.store import FrameStore
@@ -66,3 +68,28 @@ def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
     for update_id in rejected:
         updates.delete(update_id)
     return rejected
+
+
+def discard_uncommitted(states: FrameStore, ledger: Ledger) -> list[str]:
+    """Delete the states that a merge wrote and no row published, and return their ids; for a start after a crash.
+
+    The merge is made anew, perhaps of more updates, so that each crash would leave another. A state of a later version
+    stays: a journal that was put back from a backup knows less than its files. One that cannot be read is fsck's.
+    """
+    published = {state.transfer_id for state in ledger.states.values()}
+    uncommitted = [
+        state_id
+        for state_id in states.ids()
+        if state_id not in published and _version_of(states, state_id) <= ledger.version + 1
+    ]
+    for state_id in uncommitted:
+        states.delete(state_id)
+    return uncommitted
+
+
+def _version_of(states: FrameStore, state_id: str) -> float:
+    try:
+        stored = states.get(state_id)
+    except CorruptError:
+        return math.inf
+    return stored.manifest.facts.version if stored and isinstance(stored.manifest.facts, StateFacts) else math.inf

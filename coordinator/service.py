@@ -21,7 +21,7 @@ from coordinator import admission, aggregate
 from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
-from coordinator.disk import Disk, discard_rejected
+from coordinator.disk import Disk, discard_rejected, discard_uncommitted
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
@@ -139,6 +139,7 @@ class Service:
         for record in self.journal.replay(restored.row if restored else None):
             self.core.apply(record)
         discard_rejected(self.updates, self.core.ledger)
+        discard_uncommitted(self.states, self.core.ledger)
         await asyncio.to_thread(self._check_masters)
         if not self.core.ledger.head_is_signed:  # killed between the two
             await self._sign_head()

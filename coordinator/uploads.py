@@ -117,6 +117,13 @@ class Uploads:
             wait = Wait(transfer_id=event.update_id, rule=event.rule, detail=event.detail, retry_s=event.retry_s)
             out.to(upload.site, wait)
 
+    def link_up(self, now: float, out: Decision) -> None:
+        """Our link is back: what was on its way to us is lost, so each sender hears what we hold and sends the rest."""
+        for upload in self._by_id.values():
+            if upload.receiver.open and upload.reserved:
+                upload.quiet_since = now
+                self._answer(upload, out, restart=True)
+
     def tick(self, now: float, out: Decision) -> None:
         """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""
         for transfer_id, upload in list(self._by_id.items()):
@@ -138,7 +145,7 @@ class Uploads:
         out.jobs.append(CloseSpool(transfer_id))
         self._grant_waiting(now, out)
 
-    def _answer(self, upload: Upload, out: Decision) -> None:
+    def _answer(self, upload: Upload, out: Decision, *, restart: bool = False) -> None:
         """Say what we hold, with as much window as the budget admits."""
         manifest, receiver = upload.manifest, upload.receiver
         window, retry_s = self.window, 0.0
@@ -151,10 +158,9 @@ class Uploads:
                     self._waiting.append(manifest.transfer_id)
             else:
                 window = upload.reserved // manifest.slice_size
-        out.to(
-            upload.site,
-            Want(transfer_id=manifest.transfer_id, have=receiver.have.to_bytes(), window=window, retry_s=retry_s),
-        )
+        have = receiver.have.to_bytes()
+        want = Want(transfer_id=manifest.transfer_id, have=have, window=window, restart=restart, retry_s=retry_s)
+        out.to(upload.site, want)
 
     def _reserve(self, upload: Upload) -> None:
         """Set aside what this upload lacks of a whole window, as far as the budget goes.

@@ -56,8 +56,5 @@ class Heads:
         if last is not None and head.seq <= last.seq:
             rule = "head-differs" if head.seq == last.seq else "head-went-back"
             raise RefusedError(f"it signed row {last.seq} with hash {last.head} before, now row {head.seq}", rule=rule)
-        with durable.storage_errors(self._path.parent), self._path.open("ab") as file:
-            file.write(head_line(head))
-            file.flush()
-            durable.sync_file(file.fileno())
+        durable.append(self._path, head_line(head))
         self.last = head

@@ -36,8 +36,8 @@ ABANDON_BELOW = 0.5
 RETRAIN_S, RETRAIN_CAP_S = 30.0, 3600.0
 """A state whose update was rejected is trained on again if it is still the newest after so long; doubling each time."""
 
-IDLE_HELLO_S = 30.0
-"""An idle site says hello this often: 300 bytes, in case the broker lost an announcement."""
+IDLE_HELLO_S, ANEW_S = 30.0, 1.0
+"""An idle site says hello this often (300 bytes); the same announcement begins a pull anew at most this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +198,13 @@ class Session:
     def _announce(self, announce: Announce, now: float, wall: float, out: d.Decision) -> None:
         if announce.fingerprint != self.identity.fingerprint:
             return  # perhaps retained from an earlier run; the coordinator's answer to our hello decides
-        self.announced = announce
-        if self.connected and announce.boot != self._boot and self._boot is not None:
+        again, self.announced = self.announced == announce, announce
+        if self.connected and self._boot not in {None, announce.boot}:
             # A coordinator that has just booted knows nothing of us.
-            self.push = None
-            self._boot = announce.boot
+            self.push, self._boot = None, announce.boot
             self._greet(now, wall, out)
+        elif again and self.pull is not None and self.pull.begins_anew(now, within_s=ANEW_S):
+            self._want(now, out, restart=True)  # its link was away, and with it what it had sent us
 
     # -- pull ---
 
@@ -235,7 +236,7 @@ class Session:
             return
         pull.receiver.credit(granted=True)
         pull.unacknowledged = 0
-        if not restart:
+        if not (restart and pull.begins_anew(now)):
             pull.patience.moved(now)
         self._say_want(pull, out, restart=restart)
 
@@ -263,6 +264,8 @@ class Session:
         push = self.push
         if push is None or push.manifest.transfer_id != want.transfer_id:
             return
+        if want.restart and not push.unsent:
+            push.sender.restart()
         if push.sender.on_want(want.have, want.window):
             push.patience.moved(now)
         if push.sender.state is SenderState.PACED:

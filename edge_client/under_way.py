@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edge_client.patience import Patience
@@ -18,6 +19,13 @@ class Pull:
     patience: Patience
     unacknowledged: int = 0
     """Chunks stored since the last Want."""
+    begun_at: float = -math.inf
+    """Monotonic seconds of the last Want that began anew."""
+
+    def begins_anew(self, now: float, *, within_s: float = 0.0) -> bool:
+        """Take down that it begins anew now; False when it did so less than `within_s` ago."""
+        before, self.begun_at = self.begun_at, now
+        return now - before >= within_s
 
 
 @dataclass(slots=True)

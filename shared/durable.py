@@ -184,6 +184,28 @@ def replace_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         fsync_dir(path.parent)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Put `data` at the end of a file, durably, and make the file when missing; one process writes it.
+
+    When the disk does not take it all the file stays as it was, so that what is appended later begins where this did;
+    errors as `storage_errors`. A crash may leave the beginning of `data`.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        try:
+            with storage_errors(path.parent, len(data)):
+                write_all(fd, data, size)
+                sync_file(fd)
+        except (OSError, UnavailableError):
+            os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
+    if not size:
+        fsync_dir(path.parent)
+
+
 def remove(path: Path) -> None:
     """Delete a file durably; nothing happens when it is not there."""
     if path.exists():

@@ -152,7 +152,7 @@ class Manifest(WireModel):
         if self.witness is None:
             del fields["witness"]
         else:
-            fields["witness"] = self.witness.model_dump(mode="python")
+            fields["witness"] = {**vars(self.witness)}
         return fields
 
     def to_bytes(self) -> bytes:

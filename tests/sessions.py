@@ -93,10 +93,10 @@ class SessionBench:
         self.handle(d.LinkUp())
         return self.welcome()
 
-    def want(self, update: Manifest, *held: int, window: int = 4, retry_s: float = 0.0) -> d.Decision:
+    def want(self, update: Manifest, *held: int, window: int = 4, **changes: Any) -> d.Decision:
         """The coordinator wants chunks of an update."""
         have = Bitmap(update.frames, held).to_bytes()
-        return self.receive(Want(transfer_id=update.transfer_id, have=have, window=window, retry_s=retry_s))
+        return self.receive(Want(transfer_id=update.transfer_id, have=have, window=window, **changes))
 
     def receipt(self, update: Manifest, **changes: Any) -> Receipt:
         """The coordinator's receipt for an update."""

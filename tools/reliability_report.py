@@ -138,6 +138,8 @@ def recovery() -> Iterator[str]:
         sent = [f"{statistics.median(resent):.2f}", f"{max(resent):.2f}"] if resent else ["-", "-"]
         body.append([name, f"{len(times)} of {len(measured)}", *seen, *sent])
     yield from rows(["fault", "timed", "recovery s", "worst s", "resent MB", "worst MB"], body)
+    for note in found.get("notes", []):
+        yield from (f"- {note}", "")
     if left_out:
         yield f"{left_out} times are left out: over {STARVED_MAX:.0%} of them the machine was busy with something else."
         yield ""

@@ -10,7 +10,7 @@ from typing import Any
 from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
-from coordinator.disk import discard_rejected
+from coordinator.disk import discard_rejected, discard_uncommitted
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
@@ -25,12 +25,12 @@ from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
-from shared.trust.guard import TurnedAwayError
+from shared.trust.guard import CoordinatorsGuard, TurnedAwayError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
-from tests.sim.trust import guard_of
+from tests.sim.trust import coordinator_guard
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
 
@@ -43,6 +43,7 @@ class CoordinatorMachine(Machine):
     """See the module's docstring; `journal_path` is on a real file system."""
 
     core: Core
+    guard: CoordinatorsGuard
     updates: FrameStore
     states: FrameStore
     spooler: VirtualSpooler
@@ -75,16 +76,10 @@ class CoordinatorMachine(Machine):
             self.step()
             self.journal.append([self._genesis()])
         boot = hashlib.sha256(f"boot {self.scenario.seed} {self.life}".encode()).hexdigest()[:16]
-        self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot)
+        self.guard = coordinator_guard(self.scenario.sealed, self.plan.fingerprint, root / "trust", self.wall)
+        self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot, attest=self.guard.attest)
         # Less than any configuration admits, so that a few chunks spend it.
         self.core.uploads.budget_bytes = self.scenario.budget_chunks * 4096
-        self.guard = guard_of(
-            self.name,
-            sealed=self.scenario.sealed,
-            fingerprint=self.plan.fingerprint,
-            folder=root / "trust",
-            now=self.wall,
-        )
         for store in (self.updates, self.states):
             store.recover()
         records = []
@@ -97,12 +92,15 @@ class CoordinatorMachine(Machine):
         version = newest.version if isinstance(newest, VersionCommitted) else 0
         check_files(self.masters, version, (), newest.master_sha256, None)
         discard_rejected(self.updates, self.core.ledger)
+        discard_uncommitted(self.states, self.core.ledger)
         self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
         self._held: d.Decision | None = None
         """What waits for room in the journal, and with it all that is to be decided after it."""
         self._backlog: deque[d.Event] = deque()
         self.witness.recovered(self.core, records, self.updates)
+        if not self.core.ledger.head_is_signed:  # killed between the two
+            self._sign_head()
 
     def part(self) -> None:
         """See Machine."""
@@ -194,6 +192,8 @@ class CoordinatorMachine(Machine):
             self._held = decision
             self.later(POLL_S, self._try_again, decision)
             return
+        if any(isinstance(record, VersionCommitted) for record in decision.records):
+            decision.sends[:0] = self._sign_head()
         self.witness.deciding = False
         for send in decision.sends:
             self.witness.says(self.core, send)
@@ -203,6 +203,17 @@ class CoordinatorMachine(Machine):
             self.step()
             self._start(job)
         self.witness.bounds(self)
+
+    def _sign_head(self) -> list[d.Send]:
+        """As `Service._sign_head`; on a full disk the next start does it."""
+        assert self.journal is not None
+        signed = self.guard.sign_head(self.core.ledger.version, self.journal.length, self.journal.head.hex())
+        if signed is None:
+            return []
+        decision = self.core.signed(*signed, self.wall)
+        if not self._append(decision):
+            raise UnavailableError("no room for the signature")
+        return decision.sends
 
     def _try_again(self, decision: d.Decision) -> None:
         self._held = None

@@ -268,7 +268,7 @@ class SimOs:
     """As much of `os` as the code under test uses; one for a whole world, whatever the machine."""
 
     O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC = os.O_RDONLY, os.O_RDWR, os.O_CREAT, os.O_EXCL, os.O_TRUNC
-    O_DIRECTORY = os.O_DIRECTORY
+    O_DIRECTORY, SEEK_END = os.O_DIRECTORY, os.SEEK_END
 
     def __init__(self) -> None:
         self._open: dict[int, tuple[Disk, Inode | Folder]] = {}
@@ -297,6 +297,10 @@ class SimOs:
 
     def close(self, fd: int) -> None:
         del self._open[fd]
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        assert (offset, whence) == (0, os.SEEK_END)
+        return len(self._file(fd)[1].data)
 
     def _file(self, fd: int) -> tuple[Disk, Inode]:
         disk, inode = self._open[fd]

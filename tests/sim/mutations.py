@@ -214,6 +214,12 @@ MUTATIONS = (
     Mutation(
         "bytes of a rejected update stay after a crash", 400, ((tests.sim.coordinator, "discard_rejected", _nothing),)
     ),
+    Mutation(
+        "states that nobody published stay",
+        60,
+        ((tests.sim.coordinator, "discard_uncommitted", _nothing),),
+        first=2200,  # one world in two thousand dies twice between a merge and its row: 2226 does
+    ),
     Mutation("credits of a closed upload are not returned", 60, (_changed(Uploads, "_close", _leaky_close),)),
     Mutation("the budget is not looked at", 60, ((Uploads, "_reserve", _generous),)),
     Mutation("the window does not bound", 60, ((Sender, "take", _take_all),)),

@@ -63,7 +63,7 @@ def main() -> None:
         if chosen.json:
             campaign.save(chosen.json, {"commit": campaign.current_commit(), "found at seed": found})
         sys.exit(None in found.values())
-    seeds = [range(chosen.seeds), range(SEALED, SEALED + chosen.sealed)]
+    seeds = [range(SEALED, SEALED + chosen.sealed), range(chosen.seeds)]
     result = campaign.run(seeds, chosen.workers, chosen.campaign, campaign.current_commit())
     if chosen.json:
         publish(chosen.json, result)

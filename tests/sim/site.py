@@ -8,22 +8,23 @@ from typing import Any
 
 from edge_client import decisions as d
 from edge_client.agent import Agent
+from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
 from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import marked
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Message, Presence, Receipt, parse_chunk
+from shared.messages import Head, Message, Presence, Receipt, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
 from shared.topics import Channel
-from shared.trust.guard import StaleKeyError
+from shared.trust.guard import SitesGuard, StaleKeyError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
-from tests.sim.trust import guard_of
+from tests.sim.trust import site_guard
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
@@ -37,6 +38,7 @@ class SiteMachine(Machine):
     """See the module's docstring; `exit` is how the process left."""
 
     session: Session
+    guard: SitesGuard
     outbox: Outbox
     states: FrameStore
     spooler: VirtualSpooler
@@ -68,13 +70,8 @@ class SiteMachine(Machine):
             frozen_sha256=self.plan.frozen_sha256,
             software="test",
         )
-        self.guard = guard_of(
-            self.name,
-            sealed=self.scenario.sealed,
-            fingerprint=self.plan.fingerprint,
-            folder=root / "trust",
-            now=self.wall,
-        )
+        self.guard = site_guard(self.name, self.scenario.sealed, self.plan.fingerprint, root / "trust")
+        self.heads = Heads(root)
         # Sealed once a process, as the agent does: the broker holds the will for as long as that lives.
         self._away, self._here = self._presence(online=False), self._presence(online=True)
         self._asked_for_keys = -math.inf
@@ -135,7 +132,9 @@ class SiteMachine(Machine):
         """See Machine."""
         if address[0] in CONTROL:
             message = self.opened(address, data)
-            if message is not None:
+            if isinstance(message, Head):
+                self.heads.take(message, self.guard.check_head)
+            elif message is not None:
                 self.decide(d.Received(message))
             return
         chunk = parse_chunk(data)
@@ -285,7 +284,10 @@ class SiteMachine(Machine):
         self._sealing = True
         try:
             manifest = self.outbox.seal(
-                sealing, lambda summary: manifest_of(self.plan, update_id, summary, facts, wall)
+                sealing,
+                lambda summary: self.guard.witnessed(
+                    manifest_of(self.plan, update_id, summary, facts, wall), self.heads.last
+                ),
             )
         except NoRoomError:
             self.later(POLL_S, self._seal, update_id, frames, facts)

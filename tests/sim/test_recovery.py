@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.disk import discard_rejected
+from coordinator.disk import discard_rejected, discard_uncommitted
 from coordinator.ledger import Known
 from edge_client.outbox import Outbox
+from shared import durable
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.messages import Receipt
 from shared.store import FrameStore
@@ -147,3 +148,22 @@ def test_bytes_of_a_rejected_update_go_at_the_next_start() -> None:
         bench.core.ledger.known[digest(name)[:32]] = Known("north", digest("m"), "rejected", "non-finite")
     assert discard_rejected(store, bench.core.ledger) == [digest("rejected")[:32]]
     assert store.partial_ids() == [digest("arriving")[:32]]
+
+
+def test_a_state_that_nobody_published_goes_at_the_next_start() -> None:
+    """Killed between a merge and its row; a later version's state is of a journal put back from a backup, and stays."""
+    bench = CoordinatorBench()
+    store = FrameStore(Disk(random.Random(0)).path("states"))
+
+    def seal(state_id: str, version: int) -> None:
+        sealing: Any = ToyFrames(FRAMES)
+        facts = StateFacts(version=version)
+        store.seal(sealing, lambda summary: manifest_of(PLAN, state_id, summary, facts, 0.0))
+
+    published = bench.state.transfer_id
+    uncommitted, later, damaged = (digest(name)[:32] for name in ("uncommitted", "later", "damaged"))
+    for state_id, version in ((published, 0), (uncommitted, 1), (later, 2), (damaged, 1)):
+        seal(state_id, version)
+    durable.replace_atomic(store.root / f"{damaged}.manifest", b"not a manifest")
+    assert discard_uncommitted(store, bench.core.ledger) == [uncommitted]
+    assert store.ids() == sorted([published, later, damaged])

@@ -19,7 +19,7 @@ from typing import Any
 from shared.messages import Message, decode, encode, encode_body
 from shared.topics import Channel, topic
 from shared.trust.envelope import Content, FederationKey, Header, pack
-from shared.trust.guard import Guard, OpenGuard
+from shared.trust.guard import CoordinatorsGuard, Guard, OpenGuard, SitesGuard
 from shared.trust.kit import Kit, load_kit
 from shared.trust.sealed import ANNOUNCE_S, CoordinatorGuard, SiteGuard
 from tests.kits import Kits
@@ -55,13 +55,16 @@ def kits() -> dict[str, Kit]:
     return {COORDINATOR: load_kit(bench.coordinator, role="coordinator", federation=FEDERATION, now=0), **made}
 
 
-def guard_of(name: str, *, sealed: bool, fingerprint: str, folder: Any, now: float) -> Guard:
-    """The guard of a process that starts now, with its counters in `folder`."""
+def coordinator_guard(sealed: bool, fingerprint: str, folder: Any, now: float) -> CoordinatorsGuard:
+    """The guard of a coordinator that starts now, with its counters in `folder`."""
     if not sealed:
         return PlainGuard()
-    if name == COORDINATOR:
-        return CoordinatorGuard(kits()[name], fingerprint=fingerprint, folder=folder, now=now)
-    return SiteGuard(kits()[name], fingerprint=fingerprint, folder=folder)
+    return CoordinatorGuard(kits()[COORDINATOR], fingerprint=fingerprint, folder=folder, now=now)
+
+
+def site_guard(name: str, sealed: bool, fingerprint: str, folder: Any) -> SitesGuard:
+    """The same for a site."""
+    return SiteGuard(kits()[name], fingerprint=fingerprint, folder=folder) if sealed else PlainGuard()
 
 
 class Forger:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from coordinator.core import Core
 from coordinator.decisions import Send
 from coordinator.ledger import Ledger
-from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, Signed, VersionCommitted
 from edge_client import decisions as sd
 from edge_client.outbox import Outbox
 from shared.manifest import Manifest, manifest_from_bytes
@@ -119,7 +119,7 @@ class Witness:
         self._records += records
 
     def _fact(self, record: Record) -> None:
-        demand(not self.finished or isinstance(record, Rejected), f"{record.kind} after the end")
+        demand(not self.finished or isinstance(record, Rejected | Signed), f"{record.kind} after the end")
         match record:
             case Opened():
                 self._publish(0, record.state, record.master_sha256)

@@ -151,7 +151,7 @@ class World:
             disk = machine.disk
             disk.full = False
             disk.sync_fails = disk.write_fails = disk.read_fails = 0.0
-            machine.frozen_until = machine.unreachable_until = 0.0
+            machine.unreachable_until = 0.0  # who stands still goes on by itself, and with what came first
             machine.rot, machine.fuse = 0.0, None
             machine.start()
         for site in self.sites:
@@ -228,7 +228,8 @@ class World:
             machine.stop()
         if self._happens(weather.freezes):
             machine.disk.faults["stood still"] += 1
-            machine.frozen_until = self.clock.now + rng.uniform(0.5, 12.0)
+            # Never less than before: what waits for that moment must not be overtaken.
+            machine.frozen_until = max(machine.frozen_until, self.clock.now + rng.uniform(0.5, 12.0))
             self.tell(machine.name, "stands still until", machine.frozen_until)
         if self._happens(weather.clock_jumps):
             machine.disk.faults["clock jumped"] += 1

@@ -52,6 +52,23 @@ def test_an_offer_opens_the_spool_before_anything_is_promised() -> None:
     assert out == Decision(jobs=[OpenSpool(update)])
 
 
+def test_when_our_link_is_back_senders_begin_anew_from_what_is_held() -> None:
+    """What was on its way is lost. Who waits for credit, or is being verified, is told nothing."""
+    uploads = _uploads(budget_chunks=6)
+    half, whole, waits = _update("a"), _update("b", frames=2), _update("c")
+    for update in (half, whole, waits):
+        _begin(uploads, update)
+    _store(uploads, half, 0, 2)
+    _store(uploads, whole, 0, 1)
+    _begin(uploads, _update("d", frames=2))
+    out = Decision()
+    uploads.link_up(9.0, out)
+    told = {send.site: send.message for send in out.sends if isinstance(send.message, Want)}
+    assert (told["a"].have, told["a"].restart, told["a"].window) == (bits(8, 0, 2), True, 4)
+    assert "b" not in told
+    assert uploads.reserved <= uploads.budget_bytes
+
+
 def test_an_offer_repeated_while_the_spool_opens_gets_no_answer_yet() -> None:
     """The answer comes when the bitmap is known; a second open would race with the first."""
     uploads, update, out = _uploads(), _update("a"), Decision()

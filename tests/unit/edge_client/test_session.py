@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edge_client import decisions as d
-from edge_client.session import IDLE_HELLO_S
+from edge_client.session import ANEW_S, IDLE_HELLO_S
 from shared.messages import Hello, Probe, Refused, Want, Welcome
 from tests.sessions import BOOT, CAP_S, REBOOT, SESSION, STALL_S, SessionBench, jobs, other_digest, sent
 
@@ -33,6 +33,18 @@ def test_each_connection_begins_with_a_hello() -> None:
     bench.announce(bench.state(2), final=True)
     (hello,) = sent(bench.handle(d.LinkUp()), Hello)
     assert (hello.heard, hello.heard_final) == (bench.state(2).transfer_id, True)
+
+
+def test_the_same_announcement_again_restarts_the_pull() -> None:
+    """The coordinator says it when its link is back: what it had sent is lost. Another one does not."""
+    bench = SessionBench()
+    bench.connect()
+    bench.announce(bench.state(0))
+    bench.opened(bench.state(0))
+    assert sent(bench.announce(bench.state(0)), Want) == []  # a doubled one: it has just been asked for
+    bench.now += ANEW_S
+    wants = [sent(bench.announce(bench.state(0), target=target), Want) for target in (3, 4)]
+    assert [[want.restart for want in some] for some in wants] == [[True], []]
 
 
 def test_hello_is_repeated_until_welcome_ever_more_slowly() -> None:

@@ -51,6 +51,16 @@ def test_chunks_go_out_as_the_coordinator_wants_them() -> None:
     assert bench.want(FIRST, 0, 1, 2, 3).jobs == [d.SendChunks(FIRST.transfer_id, (6, 7))]
 
 
+def test_what_a_coordinator_missed_is_sent_again_when_it_says_so() -> None:
+    """Its link was away: all that it lacks goes out at once. What the link here still holds will arrive by itself."""
+    bench = _pushing()
+    bench.want(FIRST)
+    _sent(bench, 3)
+    assert bench.want(FIRST, 0, restart=True).jobs == [d.SendChunks(FIRST.transfer_id, (4,))]
+    _sent(bench, 2)
+    assert bench.want(FIRST, 0, restart=True).jobs == [d.SendChunks(FIRST.transfer_id, (1, 2, 3, 4))]
+
+
 def test_a_want_of_something_else_is_not_answered() -> None:
     """About the update that waits its turn, or one that was never ours."""
     bench = _pushing()

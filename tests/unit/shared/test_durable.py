@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared import durable
-from shared.errors import CorruptError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, UnavailableError
 
 
 @pytest.fixture
@@ -164,6 +164,29 @@ def test_replace_atomic_keeps_the_old_bytes_on_failure(tmp_path: Path, monkeypat
         durable.replace_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
+
+
+def test_append_adds_durably_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syncs: durable.SyncCount
+) -> None:
+    """A disk that fills up in mid-write leaves the file as it was, and the next line begins where this one did."""
+    path, real = tmp_path / "lines", os.pwrite
+    durable.append(path, b"one\n")
+    assert (syncs.files, syncs.folders) == (1, 1)
+
+    def fills_up(fd: int, data: bytes, offset: int) -> int:
+        if offset > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, bytes(data)[:1], offset)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", fills_up)
+        with pytest.raises(NoRoomError):
+            durable.append(path, b"two\n")
+    assert path.read_bytes() == b"one\n"
+    durable.append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
+    assert (syncs.files, syncs.folders) == (2, 1)
 
 
 def test_remove(tmp_path: Path, syncs: durable.SyncCount) -> None:
