@@ -73,6 +73,7 @@ class Link:
         self._waiting_bytes = 0
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
+        self._topics = options.subscriptions
         self._spoken: dict[Endpoint, ProtocolVersion] = {}
         self._doubtful: set[Endpoint] = set()
         self._usual_s: float | None = None
@@ -150,6 +151,24 @@ class Link:
         if self._connection is None:
             raise LinkDownError("there is no connection to the broker now", hint="publish again after `Connected`")
         await self._connection.post(Publication(topic, payload, retain))
+
+    async def follow(self, topics: tuple[str, ...]) -> None:
+        """Subscribe to these topics and to nothing else, on this connection and on later ones.
+
+        A connection that is being set up may miss the change: ask again now and then, which costs nothing. Raises
+        RefusedError when the broker does not grant one of them; then everything stays as it was.
+        """
+        before, self._topics = self._topics, topics
+        connection = self._connection
+        if connection is None or connection.topics == topics:
+            return
+        try:
+            await connection.follow(topics)
+        except NotGrantedError as refused:
+            self._topics = before
+            raise refusals.subscribe_refusal(refused.topic, str(refused), connection.broker) from None
+        except HungUpError:
+            pass  # the next connection subscribes to them
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -267,7 +286,7 @@ class Link:
                     raise HungUpError(f"the broker did not answer within {answer_s:.1f} s") from None
                 raise
             one_step()
-            await connection.subscribe_all(self.options.subscriptions)
+            await connection.follow(self._topics)
             one_step()
             for publication in self.options.hello:
                 await connection.post(publication)
