@@ -43,6 +43,8 @@ FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
 FIRST_ANSWER_S = 1.0
 """Shortest wait for the answer to a first CONNECT in MQTT 5, before 3.1.1 is tried."""
+DIALLED, GREETED = 1, 2
+"""Steps of an attempt that are done: a connection stands, the broker has accepted us."""
 PROTOCOL_NAMES = {ProtocolVersion.V5: "5", ProtocolVersion.V311: "3.1.1"}
 
 _log = structlog.get_logger("link")
@@ -245,15 +247,21 @@ class Link:
 
     async def _in_time(self, endpoint: Endpoint, protocol: ProtocolVersion, state: Backoff) -> Connection:
         """Set up a connection, each step within the patience that what happened so far leaves for it."""
-        started, reached = time.monotonic(), False
+        started, steps = time.monotonic(), 0
 
         def patience_s() -> float:
-            uniform = self._chance.uniform
-            return backoff.patience_s(state, now=started, usual_s=self._usual_s, reached=reached, uniform=uniform)
+            return backoff.patience_s(
+                state,
+                now=started,
+                usual_s=self._usual_s,
+                reached=steps >= DIALLED,
+                greeted=steps >= GREETED,
+                uniform=self._chance.uniform,
+            )
 
         def one_step() -> None:
-            nonlocal reached
-            reached = True
+            nonlocal steps
+            steps += 1
             deadline.reschedule(asyncio.get_running_loop().time() + patience_s())
 
         try:
@@ -261,7 +269,9 @@ class Link:
                 return await self._set_up(endpoint, protocol, one_step)
         except TimeoutError:
             waited_s = time.monotonic() - started
-            raise _FailedError(f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=reached) from None
+            raise _FailedError(
+                f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=steps >= DIALLED
+            ) from None
 
     def _protocol(self, endpoint: Endpoint) -> ProtocolVersion:
         guess = ProtocolVersion.V311 if endpoint in self._doubtful else ProtocolVersion.V5
