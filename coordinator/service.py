@@ -148,16 +148,12 @@ class Service:
         await self._compact()
         ledger = self.core.ledger
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
-        with first_error():
+        with first_error(), self._admission:
             await self._serve()
         self.guard.save()
         self._save_status()
 
     async def _serve(self) -> None:
-        with self._admission:
-            await self._serve_until_stop()
-
-    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
             links = (self.mail.read(), self.mail.watch(), self.earshot.run(), self.pump.run(), self.spooler.run())
             helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
