@@ -40,7 +40,7 @@ from coordinator.records import (
     accepted_record,
     witness_record,
 )
-from coordinator.rounds import RoundView, updates_to_merge
+from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from coordinator.sites import Claim, Sites, stranger
 from coordinator.uploads import Upload, Uploads
 from shared.config import CoordinatorConfig, FederationConfig
@@ -258,6 +258,11 @@ class Core:
         if under_way is not None and under_way.manifest != manifest:
             out.to(name, unrecorded(manifest, *REUSED))
             return
+        late = None if under_way is not None else self.intake.put_off(name, manifest, now.mono)
+        if late is not None:  # also when it would be refused: each refusal is a row of the journal
+            why, retry_s = late
+            out.to(name, Wait(transfer_id=manifest.transfer_id, rule=why.rule, detail=why.message, retry_s=retry_s))
+            return
         refusal = self._refusal(name, manifest)
         in_admission = under_way is not None and under_way.receiver.complete
         if refusal is not None and not in_admission:
@@ -266,11 +271,6 @@ class Core:
                 # An earlier attempt may have left some of it, or be under way still.
                 self.uploads.settle(manifest.transfer_id, now.mono, out)
                 out.jobs.append(d.Discard(manifest.transfer_id))
-            return
-        late = None if under_way is not None else self.intake.put_off(name, manifest, now.mono)
-        if late is not None:
-            why, retry_s = late
-            out.to(name, Wait(transfer_id=manifest.transfer_id, rule=why.rule, detail=why.message, retry_s=retry_s))
             return
         self.uploads.offer(name, manifest, now.mono, out)
 
@@ -350,17 +350,17 @@ class Core:
         view = RoundView(
             version=self.ledger.version,
             pending=self.ledger.pending,
-            present=self.sites.present,
+            awaited=self.sites.awaited,
             answered=frozenset(self._answered),
             open_s=now.mono - self._round_opened,
             settled=now.mono - self._started >= self.settle_s,
         )
         section = self.federation.aggregation
-        count = updates_to_merge(view, section)
-        if count:
+        if count := updates_to_merge(view, section):
             self.merging = True
-            ids = {version: manifest.transfer_id for version, manifest in self.ledger.states.items()}
-            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, self.ledger.pending[:count], section, ids)))
+            self.sites.punctual(*punctuality(view, section))
+            merged = self.ledger.pending[:count]
+            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, merged, section, self.ledger.state_ids)))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
         assert self.merging

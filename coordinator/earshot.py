@@ -14,10 +14,10 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import structlog
 
+from coordinator.intake import Intake
 from shared.bucket import Bucket
 from shared.errors import RefusedError
 from shared.link import Link
@@ -81,22 +81,48 @@ def topics_heard(federation: str, members: frozenset[str] | None, muted: frozens
 class Earshot:
     """Keeps a link's subscriptions as `Nuisance` wants them."""
 
-    def __init__(self, link: Link, federation: str, members: Callable[[], frozenset[str] | None]) -> None:
-        """`members` are the names on the roster now, None without one."""
+    def __init__(
+        self,
+        link: Link,
+        federation: str,
+        members: Callable[[], frozenset[str] | None],
+        intake: Intake,
+        away: Callable[[str], None],
+    ) -> None:
+        """`members` are the names on the roster now, None without one; `away` is told who was muted."""
         self._link = link
         self._federation = federation
         self._members = members
+        self._intake = intake
+        self._away = away
+        self._refused = ("", "")
         self._nuisance = Nuisance()
         self._changed = asyncio.Event()
 
-    def unwanted(self, site: str | None, size: int = 0) -> Literal[False]:
-        """A message of this site that nobody asked for came in; says so when it was one too many. Returns False."""
-        if site is None or site not in (self._members() or ()):
+    def hears(self, site: str) -> bool:
+        """Whether one more control message of this site is looked at."""
+        now = time.monotonic()
+        if site in self._nuisance.muted(now):  # what the broker still held
             return False
+        heard = self._intake.hears(site, now)
+        if not heard:
+            self.unwanted(site)
+        return heard
+
+    def refused(self, transfer_id: str, rule: str) -> None:
+        """A chunk did not fit its upload; of many alike one is told."""
+        if (transfer_id, rule) != self._refused:
+            self._refused = (transfer_id, rule)
+            log.warning("refused a chunk", update=transfer_id, rule=rule)
+
+    def unwanted(self, site: str | None, size: int = 0) -> None:
+        """A message of this site that nobody asked for came in; says so when it was one too many."""
+        if site is None or site not in (self._members() or ()):
+            return
         if seconds := self._nuisance.charge(site, size, time.monotonic()):
             log.warning("a site floods; it is not listened to for a while", site=site, seconds=seconds)
             self._changed.set()
-        return False
+            self._away(site)  # no round waits for whom we do not hear
 
     async def run(self) -> None:
         """Until cancelled."""

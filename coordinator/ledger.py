@@ -24,6 +24,7 @@ from coordinator.records import (
     VersionCommitted,
     Witnessed,
 )
+from shared.ids import TransferId
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Outcome, Receipt
 
@@ -68,6 +69,11 @@ class Ledger:
         self.finished = False
         self.signed: Signed | None = None
         """The newest head of the chain that was signed."""
+
+    @property
+    def state_ids(self) -> dict[int, TransferId]:
+        """Transfer id of each version's published state."""
+        return {version: manifest.transfer_id for version, manifest in self.states.items()}
 
     @property
     def state(self) -> Manifest:

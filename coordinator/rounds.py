@@ -1,7 +1,8 @@
 """When a round closes: sync, buffered-async (FedBuff) and fully async (FedAsync) as three rules over the same facts.
 
 Sync (FedAvg, arXiv 1602.05629) closes when a quorum of sites has answered and every site that is present has; a site
-answers with an update, or with one that is rejected; the deadline stands in for those present who do not come.
+answers with an update, or with one that is rejected; the deadline stands in for those present who do not come, and no
+later round waits for them either until they have answered one in time.
 FedBuff (arXiv 2106.06639) closes at K updates. FedAsync (arXiv 1903.03934) closes at each. None may wait for ever on
 sites that will not come: a buffer that nobody present is going to fill closes early, and the deadline closes any round
 that has something to merge.
@@ -24,8 +25,8 @@ class RoundView:
     """The version that everybody is to train on now."""
     pending: Sequence[Accepted]
     """Accepted and not yet merged, in acceptance order."""
-    present: frozenset[str]
-    """Sites connected now."""
+    awaited: frozenset[str]
+    """Sites connected now, but for those that missed a deadline and have answered no round in time since."""
     open_s: float
     """Seconds since this version was announced."""
     answered: frozenset[str]
@@ -39,8 +40,8 @@ def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
     if not view.pending:
         return 0
     overdue = view.open_s >= section.deadline_s
-    contributed = view.answered.union(update.site for update in view.pending if update.base_version == view.version)
-    nobody_left = view.settled and bool(view.present) and view.present <= contributed
+    contributed = _contributed(view)
+    nobody_left = view.settled and bool(view.awaited) and view.awaited <= contributed
     match section.mode:
         case "fedasync":
             return 1
@@ -50,5 +51,16 @@ def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
             return len(view.pending) if overdue or nobody_left else 0
         case "sync":
             quorum = len(view.answered.union(update.site for update in view.pending)) >= section.quorum
-            everybody = view.settled and view.present <= contributed
+            everybody = view.settled and view.awaited <= contributed
             return len(view.pending) if quorum and (everybody or overdue) else 0
+
+
+def punctuality(view: RoundView, section: AggregationSection) -> tuple[frozenset[str], frozenset[str]]:
+    """Return who answered a round that closes now in time, and who was waited for to its deadline in vain."""
+    contributed = _contributed(view)
+    late = view.awaited - contributed if view.open_s >= section.deadline_s else frozenset[str]()
+    return contributed, late
+
+
+def _contributed(view: RoundView) -> frozenset[str]:
+    return view.answered.union(update.site for update in view.pending if update.base_version == view.version)

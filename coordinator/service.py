@@ -115,18 +115,17 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.core = Core(federation, plan, config=config, boot=self.boot, attest=self.guard.attest)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
-        self.earshot = Earshot(self.link, self.name, self.guard.members)
+        self.earshot = Earshot(self.link, self.name, self.guard.members, self.core.intake, self._away)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
         self.spooler = Spooler(
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
-            refused=self._chunk_refused,
+            refused=self.earshot.refused,
             room=self.disk.room,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
-        self._refused = ("", "")
         # One thread, so that many updates which arrive together are verified in the memory of one.
         self._admission = ThreadPoolExecutor(1, "admission")
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
@@ -199,7 +198,7 @@ class Service:
 
     def hears(self, site: str | None) -> bool:
         """See Desk."""
-        return site is None or self.core.intake.hears(site, time.monotonic()) or self.earshot.unwanted(site)
+        return site is None or self.earshot.hears(site)
 
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """See Desk."""
@@ -226,17 +225,16 @@ class Service:
             if session is not None:
                 answer = Refused(session=session, rule=why.rule, detail=why.message)
                 self._tasks.create_task(self._send(d.Send(name, answer)))
-                self._events.put_nowait(d.Received(name, Presence(site=name, session=session, online=False)))
+                self._away(name)
         if changes.rekeyed and self.link.connected:
             self._tasks.create_task(self._send(d.Send(None, self.core.announcement())))
 
+    def _away(self, name: str) -> None:
+        if (session := self.core.sites[name].session) is not None:
+            self._events.put_nowait(d.Received(name, Presence(site=name, session=session, online=False)))
+
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
-
-    def _chunk_refused(self, transfer_id: str, rule: str) -> None:
-        if (transfer_id, rule) != self._refused:  # a flood is told once
-            self._refused = (transfer_id, rule)
-            log.warning("refused a chunk", update=transfer_id, rule=rule)
 
     async def _tick(self) -> None:
         while True:

@@ -74,6 +74,7 @@ class Sites:
     def __init__(self, *, probe_s: float) -> None:
         self.probe_s = probe_s
         self._sites: dict[str, Site] = {}
+        self._slow: set[str] = set()
 
     def __getitem__(self, name: str) -> Site:
         return self._sites.setdefault(name, Site())
@@ -86,6 +87,15 @@ class Sites:
     def present(self) -> frozenset[str]:
         """Sites with a process that speaks for them."""
         return frozenset(name for name, site in self._sites.items() if site.session is not None)
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """Those present that a round waits for."""
+        return self.present - self._slow
+
+    def punctual(self, in_time: frozenset[str], late: frozenset[str]) -> None:
+        """Remember who answered a round in time, and whom it waited for in vain."""
+        self._slow = self._slow - in_time | late
 
     def hello(self, name: str, session: str, now: float) -> tuple[Claim, str | None]:
         """A process claims the name.

@@ -334,8 +334,7 @@ def test_a_present_site_is_waited_for_until_the_deadline() -> None:
     bench.tick()
     bench.upload("north", _update_of(bench, "north"))
     assert bench.tick(59.0).jobs == []
-    merging = bench.tick(1.0)
-    bench.merged(merging)
+    bench.merged(bench.upload("south", _update_of(bench, "south")))
     bench.upload("north", _update_of(bench, "north"))
     assert bench.tick(59.0).jobs == []
     assert jobs(bench.tick(1.0), d.Merge)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from coordinator import decisions as d
 from coordinator.records import Accepted
-from coordinator.rounds import RoundView, updates_to_merge
+from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from shared.config import AggregationSection, Mode
-from tests.factories import digest
+from tests.cores import CoordinatorBench, jobs
+from tests.factories import digest, make_federation, make_update, update_id_of
 
 VERSION = 7
 DEADLINE_S = 60.0
@@ -41,15 +43,18 @@ def _count(
     quorum: int = 2,
 ) -> int:
     section = AggregationSection(mode=mode, quorum=quorum, buffer=3, deadline_s=DEADLINE_S)
-    view = RoundView(
+    return updates_to_merge(_view(pending, present, answered, open_s, settled=settled), section)
+
+
+def _view(pending: str, present: str, answered: str, open_s: float, *, settled: bool = True) -> RoundView:
+    return RoundView(
         version=VERSION,
         pending=_accepted(pending),
-        present=frozenset(present),
+        awaited=frozenset(present),
         answered=frozenset(answered),
         open_s=open_s,
         settled=settled,
     )
-    return updates_to_merge(view, section)
 
 
 @pytest.mark.parametrize("mode", ["sync", "fedbuff", "fedasync"])
@@ -132,3 +137,42 @@ def test_fedasync(pending: str, settled: bool) -> None:
 def test_at_the_deadline_a_rejected_update_counts_as_an_answer(answered: str, merged: int) -> None:
     """A quorum of all sites is reached although one of them never sends an update that passes."""
     assert _count("sync", "a", "abc", answered=answered, open_s=DEADLINE_S) == merged
+
+
+@pytest.mark.parametrize(
+    ("pending", "answered", "open_s", "in_time", "late"),
+    [
+        ("a b", "", 1.0, "ab", ""),
+        ("a b-", "", 59.9, "a", ""),
+        ("a b-", "", 60.0, "a", "bc"),
+        ("a b", "c", 60.0, "abc", ""),
+    ],
+)
+def test_who_answered_in_time(pending: str, answered: str, open_s: float, in_time: str, late: str) -> None:
+    """Of a, b and c, who are waited for; nobody is late before the deadline, and a late base is no answer."""
+    view = _view(pending, "abc", answered, open_s)
+    assert punctuality(view, AggregationSection(deadline_s=DEADLINE_S)) == (frozenset(in_time), frozenset(late))
+
+
+def test_who_missed_a_deadline_holds_up_no_later_round_until_it_answers_in_time() -> None:
+    """A site that stays and sends nothing costs one deadline, not one for each version."""
+    aggregation = {"mode": "sync", "quorum": 1, "deadline_s": DEADLINE_S}
+    bench = CoordinatorBench(make_federation(federation={"name": "ward", "versions": 9}, aggregation=aggregation))
+    for site in ("north", "south"):
+        bench.hello(site)
+    bench.tick()
+    _upload(bench, "north")
+    merging = bench.tick(DEADLINE_S)  # south let it pass
+    bench.merged(merging)
+    bench.tick(1.0)
+    bench.merged(_upload(bench, "north"))
+    assert bench.core.ledger.version == 2
+    assert _upload(bench, "south", "in time").jobs == []  # north is waited for
+    bench.merged(_upload(bench, "north"))
+    assert _upload(bench, "north").jobs == []  # south is waited for again
+    assert jobs(_upload(bench, "south"), d.Merge)
+
+
+def _upload(bench: CoordinatorBench, site: str, text: str = "") -> d.Decision:
+    update_id = update_id_of(site, f"{bench.core.ledger.version} {text}")
+    return bench.upload(site, make_update(bench.plan, site, bench.state, update_id=update_id))
