@@ -122,13 +122,15 @@ class Earshot:
         if seconds := self._nuisance.charge(site, size, time.monotonic()):
             log.warning("a site floods; it is not listened to for a while", site=site, seconds=seconds)
             self._changed.set()
-            self._away(site)  # no round waits for whom we do not hear
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             self._changed.clear()
-            wanted = topics_heard(self._federation, self._members(), self._nuisance.muted(time.monotonic()))
+            muted = self._nuisance.muted(time.monotonic())
+            for site in muted:  # again and again: a hello of before may wait to be handled
+                self._away(site)  # no round waits for whom we do not hear
+            wanted = topics_heard(self._federation, self._members(), muted)
             try:
                 await self._link.follow(wanted)
             except RefusedError as error:
