@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from mailboat.enrolment import Base64, Key
 from shared.ids import Ident
 from shared.manifest import WireModel
+from shared.trust.document import Base64, Key
 from shared.trust.membership import UnixSeconds
 
 State = Literal["admitted", "revoked", "superseded"]
@@ -30,6 +30,8 @@ class Entry(WireModel):
     """65 bytes, uncompressed point."""
     member: Base64 = b""
     """The signed membership; empty for a certificate without one."""
+    ca: int = Field(default=1, ge=1)
+    """Which of the authority's CAs issued the certificate: the first, the second, ..."""
 
 
 class Register(WireModel):
@@ -43,6 +45,10 @@ class Register(WireModel):
     """Of the newest revocation list."""
     listed_at: UnixSeconds
     """Date of the newest revocation list; rises with each."""
+    ca: int = Field(default=1, ge=1)
+    """Which CA issues."""
+    ca_before: int | None = Field(default=None, ge=1)
+    """Which one is trusted beside it, during a roll-over."""
     entries: tuple[Entry, ...] = ()
 
     def current(self, name: str) -> Entry | None:

@@ -27,7 +27,7 @@ from broker.provision import make_request as make_csr
 from coordinator import bundle_verify, records, snapshots
 from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
-from mailboat.enrolment import make_grant, make_request, parse_grant, parse_request, to_json
+from mailboat.enrolment import make_request, parse_request
 from shared import messages
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
@@ -38,6 +38,8 @@ from shared.slices import compress_slice
 from shared.tensorfile import build_header, header_size, parse_header
 from shared.transfer import Bitmap, Sender
 from shared.trust import envelope, payload
+from shared.trust.document import to_json
+from shared.trust.grant import make_grant, parse_grant
 from shared.trust.membership import stated_membership, verify_membership, verify_revocations
 from shared.trust.witness import parse_head
 from tests.factories import make_federation, make_plan, make_state, make_update
