@@ -2,10 +2,10 @@
 
 A roll-over goes in four steps, and none of them may come before everybody has what the one before it has made:
 
-    begin_ca     a second CA; broker and coordinator trust both         then: the broker's files, and its restart
+    begin_ca     a second CA; broker and coordinator trust both         then: the broker's files, and its reload
     renew        sites and coordinator under the new CA, trusting both  then: the sites take their grants
     rotate_end   the broker's certificate under the new CA              then: the broker's file, and its reload
-    finish_ca    everybody trusts the new CA alone; the old key goes    then: the broker's files, and its restart
+    finish_ca    everybody trusts the new CA alone; the old key goes    then: the broker's files, and its reload
 
 `rotate_end` and `finish_ca` refuse to run before the register says that nobody depends on the old CA any more. What the
 register cannot say is which site has taken its grant; the coordinator's `mailboat status` does.

@@ -82,7 +82,7 @@ def _roll_over(opened: Authority, *, finish: bool, now: int) -> None:
     from mailboat import renewing
 
     folder = opened.folder
-    copied = f"{folder}/broker/ca.crt and crl.pem to the broker's folder, and restart Mosquitto (a reload does not do)"
+    copied = f"{folder}/broker/ca.crt and crl.pem to the broker's folder, then: {SIGHUP}"
     if finish:
         renewing.finish_ca(opened, now=now)
         console.say("the CA before and its key are gone")
@@ -93,7 +93,7 @@ def _roll_over(opened: Authority, *, finish: bool, now: int) -> None:
     renewing.begin_ca(opened, now=now)
     for line in (
         "there are two CAs now; each step only when the one before it is done:",
-        f"1. copy {copied};",
+        f"1. copy {copied}",
         f"   copy {folder}/coordinator-kit/ca.crt into the coordinator's kit",
         "2. mailboat provision renew         every site and the coordinator, and copy what it says",
         "   until `mailboat status` at the coordinator says of no site that it has not taken its renewal",
