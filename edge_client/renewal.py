@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from shared.config import FederationConfig, SiteConfig
-from shared.errors import ConfigError, NoRoomError, RefusedError
+from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.messages import MAX_TEXT, Renewal, Renewed
 from shared.trust import kit as kits
 from shared.trust.grant import check_renewal, holder_of, install, is_here
@@ -38,7 +38,7 @@ class Renewals:
             return
         try:
             answer = await asyncio.to_thread(self._answer, self._kit, renewal.grant)
-        except (NoRoomError, ConfigError) as error:
+        except (UnavailableError, ConfigError) as error:
             log.warning("did not take a renewal", reason=error.message, hint=error.hint)
             return
         await say(answer)
@@ -61,7 +61,11 @@ class Renewals:
             if error.rule == "not-newer" and is_here(kit, data):
                 return
             raise
-        install(kit, grant)
+        try:
+            install(kit, grant)
+        except OSError as error:
+            reason = (error.strerror or "unknown reason").lower()
+            raise RefusedError(f"the site's kit cannot be written: {reason}", rule="kit-not-writable") from None
         until = holder_of(kit, self._federation).member.not_after
         log.info("renewed", until=time.strftime("%Y-%m-%d", time.gmtime(until)))
         if self._shown is not None and self._shown.resolve() != (kit / kits.TLS_CERT).resolve():

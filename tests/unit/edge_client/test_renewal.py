@@ -106,6 +106,17 @@ def test_a_kit_that_cannot_be_read_gives_no_answer(bench: GrantBench) -> None:
     assert "0644" in logs[0]["reason"]
 
 
+def test_a_kit_that_cannot_be_written_is_answered(bench: GrantBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator's log shall say which site needs its owner or mode mended; the process goes on."""
+
+    def denied(_folder: Path, _grant: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("edge_client.renewal.install", denied)
+    (said,) = take(renewals(bench), bench.grant("north"))
+    assert said.rule == "kit-not-writable"
+
+
 def test_nothing_is_taken_without_trust(bench: GrantBench) -> None:
     """In an open federation anybody could have sent it."""
     before = content(bench.kits.folder("north"))

@@ -239,11 +239,3 @@ def test_what_cannot_be_a_site_gets_no_kit(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError):
         enroll(name=name, out=tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
-
-
-def test_no_site_is_called_as_the_broker(folder: Path) -> None:
-    """The register keeps the broker's own certificate under that name."""
-    kit, said = ask(folder, "broker")
-    with pytest.raises(RefusedError) as refused:
-        approve(kit / "request.json", folder=folder, fingerprint=said)
-    assert refused.value.rule == "name-taken"
