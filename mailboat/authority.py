@@ -81,8 +81,7 @@ def open_authority(folder: Path) -> Authority:
         register = Register.model_validate_json(kits.read_private(folder / REGISTER))
     except ValidationError:
         raise CorruptError(f"{folder / REGISTER} is not a register", hint="restore it from the backup") from None
-    generations = [register.ca] if register.ca_before is None else [register.ca, register.ca_before]
-    cas = tuple(load_ca(folder, generation) for generation in generations)
+    cas = tuple(load_ca(folder, generation) for generation in register.generations)
     authority = Authority(folder, kits.load_authority(folder / AUTHORITY_KEY), cas, register)
     publish(authority)
     return authority

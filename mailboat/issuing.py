@@ -73,7 +73,7 @@ class Authority:
     folder: Path
     key: Ed25519PrivateKey
     cas: tuple[Ca, ...]
-    """The one that issues, and during a roll-over the one before it."""
+    """The one that issues, and during a roll-over the one that is trusted beside it."""
     register: Register
 
     @property
@@ -274,8 +274,7 @@ def publish(authority: Authority) -> None:
     grants = {f"{name}{GRANT_SUFFIX}": grant_of(authority, entry) for name, entry in sites.items()}
     kits.make_private_folder(kit / GRANTS)
     _publish_folder(kit / GRANTS, GRANT_SUFFIX, {name: data for name, data in grants.items() if data is not None})
-    generations = {register.ca, *([] if register.ca_before is None else [register.ca_before])}
-    kept = {name for generation in generations for name in ca_files(generation)}
+    kept = {name for generation in register.generations for name in ca_files(generation)}
     for path in sorted(authority.folder.iterdir()):
         if _CA_FILE.fullmatch(path.name) and path.name not in kept:
             durable.remove(path)

@@ -47,9 +47,24 @@ class Register(WireModel):
     """Date of the newest revocation list; rises with each."""
     ca: int = Field(default=1, ge=1)
     """Which CA issues."""
-    ca_before: int | None = Field(default=None, ge=1)
-    """Which one is trusted beside it, during a roll-over."""
+    ca_beside: int | None = Field(default=None, ge=1)
+    """Which one is trusted beside it, during a roll-over: the next one, that does not issue yet, or the one before."""
     entries: tuple[Entry, ...] = ()
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """The CAs that are trusted, the one that issues first."""
+        return (self.ca,) if self.ca_beside is None else (self.ca, self.ca_beside)
+
+    @property
+    def next_ca(self) -> int | None:
+        """The CA that waits to issue."""
+        return self.ca_beside if self.ca_beside is not None and self.ca_beside > self.ca else None
+
+    @property
+    def ca_before(self) -> int | None:
+        """The CA that issues no more and is trusted yet."""
+        return self.ca_beside if self.ca_beside is not None and self.ca_beside < self.ca else None
 
     def current(self, name: str) -> Entry | None:
         """The entry that counts for this name."""

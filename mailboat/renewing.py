@@ -1,14 +1,15 @@
 """Renewing what an authority has issued, and rolling over to another TLS CA.
 
-A roll-over goes in four steps, and none of them may come before everybody has what the one before it has made:
+A roll-over goes in four steps, and none may come before everybody has what the one before it has made:
 
-    begin_ca     a second CA; broker and coordinator trust both         then: the broker's files, and its reload
-    renew        sites and coordinator under the new CA, trusting both  then: the sites take their grants
-    rotate_end   the broker's certificate under the new CA              then: the broker's file, and its reload
-    finish_ca    everybody trusts the new CA alone; the old key goes    then: the broker's files, and its reload
+    begin_ca       a second CA, trusted and not issuing yet               then: the broker's files, and its reload
+    renew, for all it issues: sites and coordinator, and they trust both  then: the sites take their grants
+    rotate_end     the broker's certificate is of the new CA              then: the broker's file, and its reload
+    finish_ca      everybody trusts the new CA alone; the old key goes    then: the broker's files, and its reload
 
-`rotate_end` and `finish_ca` refuse to run before the register says that nobody depends on the old CA any more. What the
-register cannot say is which site has taken its grant; the coordinator's `mailboat status` does.
+So nobody ever shows a certificate of a CA that the other side does not have, and a timer that renews whoever is due may
+go on meanwhile. `rotate_end` and `finish_ca` refuse to run before the register says that nobody depends on the old CA
+any more. What the register cannot say is which site has taken its grant; the coordinator's `mailboat status` does.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def rotate_end(authority: Authority, name: End, *, now: int) -> Authority:
         raise RefusedError(
             f"the broker's certificate would be of a CA that is not in the kits of {', '.join(behind)} yet",
             rule="roll-over",
-            hint="`mailboat provision renew` first, until the coordinator's `mailboat status` says that they took it",
+            hint="`mailboat provision renew --all`, and wait until `mailboat status` at the coordinator names nobody",
         )
     path = authority.folder / (COORDINATOR_KIT if name == "coordinator" else BROKER)
     path /= kits.TLS_KEY if name == "coordinator" else SERVER_KEY
@@ -64,18 +65,22 @@ def renew(
 ) -> tuple[Authority, tuple[str, ...]]:
     """Renew whoever has less than a third of the time left, is of the CA before, or has no grant; returns who too.
 
-    A site's new time is `days`, or as long as before. With `everybody`, all sites and the coordinator. The broker's
-    certificate, which sites have to be able to verify, is renewed during a roll-over by `rotate_end` alone.
+    A site's new time is `days`, or as long as before. With `everybody`, all sites and the coordinator, and a CA that
+    waits to issue does so from now on. The broker's certificate, which sites have to be able to verify, is left to
+    `rotate_end` as long as the CA before is trusted.
     """
+    if everybody and authority.register.next_ca is not None:
+        authority = dataclasses.replace(authority, cas=authority.cas[::-1])
+        register = authority.register
+        authority = commit(authority, register.entries, now=now, ca=register.next_ca, ca_beside=register.ca)
     behind, names = _behind(authority), []
     for entry in [each for each in authority.register.entries if each.state == "admitted"]:
-        rolls = entry.role == "broker" and authority.register.ca_before is not None
-        due = (
-            _ends_soon(entry, now)
-            or entry.name in behind
-            or (entry.role == "site" and grant_of(authority, entry) is None)
-        )
-        if rolls or not (due or (everybody and entry.role != "broker")):
+        if entry.role == "broker":
+            due = authority.register.ca_before is None and _ends_soon(entry, now)
+        else:
+            lost = entry.role == "site" and grant_of(authority, entry) is None
+            due = everybody or lost or entry.name in behind or _ends_soon(entry, now)
+        if not due:
             continue
         if entry.role == "site":
             authority = _renew_site(authority, entry, days=days or _days_of(entry), now=now)
@@ -86,35 +91,39 @@ def renew(
 
 
 def begin_ca(authority: Authority, *, now: int) -> Authority:
-    """Make a second CA: it issues from now on, and both are trusted; RefusedError(rule='roll-over') during another."""
+    """Make a second CA, which is trusted from now on; RefusedError(rule='roll-over') during another roll-over."""
     register = authority.register
-    if register.ca_before is not None:
+    if register.ca_beside is not None:
         raise RefusedError(
             "a roll-over to another CA is under way",
             rule="roll-over",
             hint="end it: `mailboat provision rotate ca --finish`",
         )
     made = make_ca(authority.folder, register.federation, register.ca + 1, now)
-    authority = dataclasses.replace(authority, cas=(made, *authority.cas))
-    return commit(authority, register.entries, now=now, ca=register.ca + 1, ca_before=register.ca)
+    authority = dataclasses.replace(authority, cas=(*authority.cas, made))
+    return commit(authority, register.entries, now=now, ca_beside=register.ca + 1)
 
 
-def finish_ca(authority: Authority, *, now: int) -> tuple[Authority, tuple[str, ...]]:
-    """Drop the CA before, delete its key, and renew all sites without it; returns their names too.
+def finish_ca(authority: Authority, *, now: int) -> Authority:
+    """Drop the CA before, delete its key, and renew all sites without it.
 
     ConfigError when there is no roll-over, RefusedError(rule='roll-over') when a certificate of the old CA counts yet.
     """
-    if authority.register.ca_before is None:
+    register = authority.register
+    if register.ca_beside is None:
         raise ConfigError("no roll-over is under way", hint="`mailboat provision rotate ca` begins one")
-    if behind := _behind(authority):
+    behind = ["everybody"] if register.next_ca is not None else _behind(authority)
+    if behind:
         raise RefusedError(
             f"the certificates of {', '.join(behind)} are of the CA before",
             rule="roll-over",
-            hint="`mailboat provision renew` for sites and coordinator, then `mailboat provision rotate broker`",
+            hint="`mailboat provision renew --all` for sites and coordinator, then `mailboat provision rotate broker`",
         )
     authority = dataclasses.replace(authority, cas=authority.cas[:1])
-    authority = commit(authority, authority.register.entries, now=now, ca_before=None)
-    return renew(authority, days=None, now=now, everybody=True)
+    authority = commit(authority, register.entries, now=now, ca_beside=None)
+    for entry in [each for each in register.entries if each.role == "site" and each.state == "admitted"]:
+        authority = _renew_site(authority, entry, days=_days_of(entry), now=now)
+    return authority
 
 
 def _renew_site(authority: Authority, entry: Entry, *, days: int, now: int) -> Authority:

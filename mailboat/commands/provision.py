@@ -130,7 +130,12 @@ def list_command(
     rows = [_row(entry, now) for entry in opened.register.entries]
     if as_json:
         console.print_json(
-            {"federation": opened.register.federation, "revocations": opened.register.number, "members": rows}
+            {
+                "federation": opened.register.federation,
+                "revocations": opened.register.number,
+                "cas": opened.register.generations,
+                "members": rows,
+            }
         )
         return
     out = console.result()
@@ -195,4 +200,5 @@ def _row(entry: Entry, now: int) -> dict[str, str | int]:
         "until": time.strftime("%Y-%m-%d", time.gmtime(entry.not_after)),
         "days_left": (entry.not_after - now) // _DAY_S,
         "serial": entry.serial,
+        "ca": entry.ca,
     }

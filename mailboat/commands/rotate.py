@@ -58,7 +58,10 @@ def renew(
     days: Annotated[
         int | None, typer.Option(min=1, max=3650, help="How long sites count then; else as long as each did before.")
     ] = None,
-    everybody: Annotated[bool, typer.Option("--all", help="Every site and the coordinator, whatever is left.")] = False,
+    everybody: Annotated[
+        bool,
+        typer.Option("--all", help="Every site and the coordinator, whatever is left; a second CA issues from now on."),
+    ] = False,
 ) -> None:
     """Renew whoever has less than a third of the time left; to be run each week, by hand or by a timer."""
     from mailboat import authority as bench
@@ -92,13 +95,13 @@ def _roll_over(opened: Authority, *, finish: bool, now: int) -> None:
         return
     renewing.begin_ca(opened, now=now)
     for line in (
-        "there are two CAs now; each step only when the one before it is done:",
+        "there is a second CA now; each step only when the one before it is done:",
         f"1. copy {copied}",
         f"   copy {folder}/coordinator-kit/ca.crt into the coordinator's kit",
-        "2. mailboat provision renew         every site and the coordinator, and copy what it says",
-        "   until `mailboat status` at the coordinator says of no site that it has not taken its renewal",
+        "2. mailboat provision renew --all, and copy what it says; then wait until `mailboat status` at the",
+        "   coordinator names no site any more that has not taken its renewal",
         "3. mailboat provision rotate broker, and copy what it says",
-        "4. mailboat provision rotate ca --finish",
+        "4. mailboat provision rotate ca --finish, and copy what it says",
     ):
         console.say(line)
 

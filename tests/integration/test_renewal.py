@@ -196,7 +196,7 @@ def test_another_ca_takes_the_place_of_the_first_and_nobody_is_lost(federation: 
         async with running(federation) as (broker, _gate):
             rotate("ca", folder=folder)
             await broker.reload()
-            renew(folder=folder)
+            renew(folder=folder, everybody=True)
             await until(lambda: taken(root))
             for name in SITES:
                 assert first in (root / f"{name}-kit" / kits.CA_CERT).read_text()
