@@ -115,7 +115,7 @@ class Renewals:
                 log.warning("kept the grants as they were", reason=error.message, hint=error.hint)
             here = {name: site.session for name, site in self._sites.items() if site.session is not None}
             for site, renewal in self.offers.due(here, time.monotonic()):
-                log.info("offers a renewal", site=site)
+                log.info("offers a grant", site=site)
                 await self._post(renewal, Channel.DOWN_CTL, site)
             await asyncio.sleep(LOOK_S)
 
@@ -125,9 +125,9 @@ class Renewals:
             return False
         if self.offers.answered(site, message):
             if message.rule is None:
-                log.info("a site is renewed", site=site)
+                log.info("a site has its newest grant", site=site)
             else:
-                log.warning("a site refused its renewal", site=site, rule=message.rule, reason=message.detail)
+                log.warning("a site refused a grant", site=site, rule=message.rule, reason=message.detail)
         return True
 
     def _look(self, kit: Path) -> None:

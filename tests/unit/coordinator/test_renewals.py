@@ -154,7 +154,7 @@ def test_a_grant_that_is_put_there_reaches_a_site_that_is_here(bench: GrantBench
         assert renewals.takes("north", answer(data, rule="other-keys"))
         assert renewals.takes("north", answer(data, session=B))
         assert not renewals.takes("north", Probe(session=A))
-    assert [line["event"] for line in logs] == ["a site refused its renewal", "a site is renewed"]
+    assert [line["event"] for line in logs] == ["a site refused a grant", "a site has its newest grant"]
     assert logs[0]["rule"] == "other-keys"
 
 
