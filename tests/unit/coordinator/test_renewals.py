@@ -51,11 +51,11 @@ def test_an_offer_without_an_answer_is_repeated() -> None:
     assert offered(offers, 0.0, north=A)
     assert offered(offers, AGAIN_S - 1, north=A) == {}
     assert offered(offers, AGAIN_S, north=A) == {"north": b"one"}
-    assert offers.waiting == ("north",)
+    assert list(offers.waiting) == ["north"]
     assert offers.answered("north", answer(b"one"))
     assert not offers.answered("north", answer(b"one"))
     assert offered(offers, 3 * AGAIN_S, north=A) == {}
-    assert offers.waiting == ()
+    assert list(offers.waiting) == []
 
 
 def test_a_newer_grant_is_offered_at_once_and_an_older_answer_does_not_count() -> None:

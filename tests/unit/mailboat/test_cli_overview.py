@@ -143,8 +143,12 @@ def test_a_roster_is_listed_from_the_start() -> None:
 
 def test_the_quarantine_is_counted() -> None:
     """Updates that are kept apart, and not those that were released; they are not among the waiting ones."""
-    held = [accepted("a"), Quarantined(digest("a")[:32], "norm-max", "", 6.0)]
-    released = [accepted("b"), Quarantined(digest("b")[:32], "norm-max", "", 6.0), Released(digest("b")[:32], 7.0)]
+    held: list[Record] = [accepted("a"), Quarantined(digest("a")[:32], "norm-max", "", 6.0)]
+    released: list[Record] = [
+        accepted("b"),
+        Quarantined(digest("b")[:32], "norm-max", "", 6.0),
+        Released(digest("b")[:32], 7.0),
+    ]
     found = seen([*held, *released], live("a", "b"))
     assert (found.quarantined, found.pending) == (1, 1)
 

@@ -41,7 +41,7 @@ class Files:
 
 def authorities(context: ssl.SSLContext) -> set[str]:
     """Common names of the CAs that a context believes."""
-    return {str(ca["subject"][0][0][1]) for ca in context.get_ca_certs()}  # type: ignore[index]
+    return {str(ca["subject"][0][0][1]) for ca in context.get_ca_certs()}
 
 
 def test_renewed_files_count_from_the_next_connection_on(tmp_path: Path) -> None:
