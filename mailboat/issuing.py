@@ -59,6 +59,8 @@ AUTHORITY_DAYS = 3650
 COORDINATOR_DAYS = 365
 """The certificates of coordinator and broker, which are files that somebody copies."""
 DAY_S = 86_400
+SAME_TIME_S = 60
+"""How far renewals that follow each other at once may come to be dated ahead."""
 
 _CA_FILE = re.compile(r"ca(-\d+)?\.(key|crt)")
 
@@ -122,13 +124,15 @@ def admit(
 ) -> tuple[Authority, Path]:
     """Issue membership and certificate for a site's signing, box and TLS key; returns the path of its grant.
 
-    Each is dated after the site's last one, whatever the clock says: a site takes newer ones alone.
+    Two of one second are dated one after the other, because a site takes later ones alone. One that a clock which was
+    ahead has dated far in the future does not count: no site has taken it, and this one takes its place.
     """
     serial = new_serial()
     before = [
         stated_membership(each.member) for each in authority.register.entries if each.name == name and each.member
     ]
-    now = max(now, *(each.not_before + provision.BACKDATED_S + 1 for each in before)) if before else now
+    issued = [each.not_before + provision.BACKDATED_S for each in before]
+    now = max([now, *(at + 1 for at in issued if at <= now + SAME_TIME_S)])
     member = membership(authority, name, "site", (keys[0], keys[1]), serial=serial, now=now, days=days)
     certificate = provision.issue_client(
         authority.cas[0], provision.key_from_bytes(keys[2]), name=name, serial=serial, now=now, days=days

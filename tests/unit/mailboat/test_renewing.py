@@ -78,6 +78,18 @@ def test_a_renewal_is_for_the_coordinator_to_hand_over_and_is_always_later(folde
     assert kits.load_kit(kit, role="site", federation="ward", now=bench.unix_now()).member == member(folder)
 
 
+def test_a_clock_that_was_ahead_is_forgiven(folder: Path) -> None:
+    """What was dated next year is refused by the kit; once the clock is right, the next renewal counts."""
+    kit = admit(folder)
+    now = bench.unix_now()
+    renewing.rotate_site(bench.open_authority(folder), "site-1", days=45, now=now + 365 * DAY_S)
+    with pytest.raises(RefusedError) as refused:
+        take(folder, kit)
+    assert refused.value.rule == "not-valid-now"
+    renewing.rotate_site(bench.open_authority(folder), "site-1", days=45, now=now + 1)
+    take(folder, kit)
+
+
 def test_what_is_handed_over_follows_the_register(folder: Path) -> None:
     """A revoked site's grant goes; a grant of another time is left out, and `renew` makes a new one."""
     admit(folder)
