@@ -22,6 +22,7 @@ from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import Disk, discard_rejected, discard_uncommitted
+from coordinator.earshot import Earshot
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
@@ -116,6 +117,7 @@ class Service:
         self.core = Core(federation, plan, config=config, boot=self.boot, attest=self.guard.attest)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.renewals = Renewals(config, federation, self.core.sites, self.mail.post)
+        self.earshot = Earshot(self.link, self.name, self.guard.members)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
         self.spooler = Spooler(
@@ -148,19 +150,16 @@ class Service:
         await self._compact()
         ledger = self.core.ledger
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
-        with first_error():
+        with first_error(), self._admission:
             await self._serve()
         self.guard.save()
         self._save_status()
 
     async def _serve(self) -> None:
-        with self._admission:
-            await self._serve_until_stop()
-
-    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
-            links = (self.mail.read(), self.mail.watch(), self.pump.run(), self.spooler.run(), self.renewals.run())
-            helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
+            links = (self.mail.read(), self.mail.watch(), self.earshot.run(), self.renewals.run())
+            work = (*links, self.pump.run(), self.spooler.run(), self._tick(), self._write_status())
+            helpers = [self._tasks.create_task(each) for each in work]
             await self._decide()
             for helper in helpers:
                 helper.cancel()
@@ -203,12 +202,14 @@ class Service:
 
     def hears(self, site: str | None) -> bool:
         """See Desk."""
-        return site is None or self.core.intake.hears(site, time.monotonic())
+        return site is None or self.core.intake.hears(site, time.monotonic()) or self.earshot.unwanted(site)
 
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """See Desk."""
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+        else:
+            self.earshot.unwanted(site, len(chunk.frame))
 
     async def caught_up(self) -> None:
         """See Desk."""
@@ -216,6 +217,7 @@ class Service:
 
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""
+        self.earshot.unwanted(site)
         if isinstance(error, TurnedAwayError):
             self._tasks.create_task(self._send(d.Send(site, error.answer)))
 
@@ -385,12 +387,11 @@ class Service:
             await self.disk.look()
 
     def _save_status(self) -> None:
-        counters = self.link.counters
         status = live_status(
             self.core,
             connected=self.link.connected,
-            bytes_up=counters.bytes_received,
-            bytes_down=counters.bytes_sent,
+            bytes_up=self.link.counters.bytes_received,
+            bytes_down=self.link.counters.bytes_sent,
             at=time.time(),
             held=self.disk.held,
             renewals=self.renewals.offers.waiting,
