@@ -29,7 +29,7 @@ from shared.trust.grant import GRANT_SUFFIX, parse_grant
 from shared.trust.kit import AUTHORITY, GRANTS, load_authorities, read_peers, read_private
 
 LOOK_S = 1.0
-AGAIN_S = 300.0
+AGAIN_S = 60.0
 """An offer that nobody answered is repeated after this long; a site of an older release never answers."""
 
 REMIND_S = 86_400.0
