@@ -49,12 +49,13 @@ class _Offered:
 
 
 class Offers:
-    """See the module's docstring; `waiting` are the sites whose newest grant has had no answer."""
+    """See the module's docstring."""
 
     def __init__(self) -> None:
         self._grants: dict[str, tuple[str, bytes]] = {}
         self._offered: dict[str, _Offered] = {}
         self._answered: dict[str, tuple[str, str]] = {}
+        self._taken: dict[str, str] = {}
 
     def hold(self, grants: Mapping[str, bytes]) -> None:
         """From now on these are the grants that there are, by site."""
@@ -62,9 +63,8 @@ class Offers:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Sites, by name, that have not said anything to their grant since this process started."""
-        said = {site: sha256 for site, (_session, sha256) in self._answered.items()}
-        return tuple(sorted(site for site, (sha256, _grant) in self._grants.items() if said.get(site) != sha256))
+        """Sites, by name, that have not said since this process started that they hold their newest grant."""
+        return tuple(sorted(site for site, (sha256, _) in self._grants.items() if self._taken.get(site) != sha256))
 
     def due(self, sessions: Mapping[str, str], now: float) -> list[tuple[str, Renewal]]:
         """What is to be sent to whom of the sites that are here, by session; `now` is monotonic seconds."""
@@ -91,6 +91,8 @@ class Offers:
         if self._grants.get(site, ("", b""))[0] != said.grant_sha256 or self._answered.get(site) == now:
             return False
         self._answered[site] = now
+        if said.rule is None:
+            self._taken[site] = said.grant_sha256
         return True
 
 

@@ -50,7 +50,7 @@ class LiveStatus(_Live):
     held: str = ""
     """Why no update is taken for now: the disk has no room."""
     renewals: tuple[str, ...] = ()
-    """Sites that have not answered yet to the grant that waits for them here."""
+    """Sites that have not said yet that they hold the newest grant that lies here for them."""
 
 
 def live_status(

@@ -58,7 +58,7 @@ class Overview:
     quarantined: int = 0
     """Updates that are kept apart until somebody has looked."""
     renewals: tuple[str, ...] = ()
-    """Sites that have not answered yet to the grant that waits for them."""
+    """Sites that have not said yet that they hold their newest grant."""
 
 
 def load_overview(storage: Path, federation: FederationConfig, *, now: float) -> Overview:

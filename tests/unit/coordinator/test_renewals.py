@@ -69,6 +69,19 @@ def test_a_newer_grant_is_offered_at_once_and_an_older_answer_does_not_count() -
     assert offered(offers, 0.5, north=A) == {"north": b"two"}
 
 
+def test_who_refuses_is_not_asked_again_and_is_still_missed() -> None:
+    """Whoever waits for everybody to have a grant must not take a no for a yes; a new process is asked again."""
+    offers = Offers()
+    offers.hold({"north": b"one"})
+    assert offered(offers, 0.0, north=A)
+    assert offers.answered("north", answer(b"one", rule="kit-not-writable"))
+    assert offered(offers, 2 * AGAIN_S, north=A) == {}
+    assert offers.waiting == ("north",)
+    assert offered(offers, 3 * AGAIN_S, north=B) == {"north": b"one"}
+    assert offers.answered("north", answer(b"one", B))
+    assert list(offers.waiting) == []
+
+
 def test_nobody_answers_for_another() -> None:
     """A site without a grant, and an answer about another's, change nothing."""
     offers = Offers()
