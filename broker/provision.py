@@ -81,10 +81,15 @@ def issue_server(
     days: int,
 ) -> x509.Certificate:
     """Return the broker's certificate for these host names or addresses; ConfigError for what is neither."""
+    return _issue(authority, key, ("broker", serial, now, days), ExtendedKeyUsageOID.SERVER_AUTH, check_hosts(hosts))
+
+
+def check_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """Return these host names or addresses as a certificate says them; ConfigError for what is neither."""
     names = [_host(host) for host in hosts]
     if not names:
         raise ConfigError("the broker has no host name", hint="name one, as clients will dial it")
-    return _issue(authority, key, ("broker", serial, now, days), ExtendedKeyUsageOID.SERVER_AUTH, names)
+    return names
 
 
 def make_crl(
@@ -113,6 +118,19 @@ def make_crl(
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_utc(revoked[serial]))
         builder = builder.add_revoked_certificate(entry.build())
     return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+def crl_numbers(pem: bytes) -> list[tuple[x509.Name, int]]:
+    """Issuer and number of each list in a file of `make_crl`'s; empty when it is none."""
+    end = b"-----END X509 CRL-----"
+    blocks = [block + end for block in pem.split(end) if block.strip()]
+    try:
+        lists = [x509.load_pem_x509_crl(block) for block in blocks]
+        return [
+            (each.issuer, each.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number) for each in lists
+        ]
+    except (ValueError, x509.ExtensionNotFound):
+        return []
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:

@@ -29,6 +29,7 @@ from coordinator.masters import check_files, prune_masters
 from coordinator.optimizers import SLOTS
 from coordinator.quarantine import forget_ruling, rulings
 from coordinator.records import Record, VersionCommitted, told
+from coordinator.renewals import Renewals
 from coordinator.rows import Restored
 from coordinator.status import live_status
 from shared import durable
@@ -115,6 +116,7 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.core = Core(federation, plan, config=config, boot=self.boot, attest=self.guard.attest)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
+        self.renewals = Renewals(config, federation, self.core.sites, self.mail.post)
         self.earshot = Earshot(self.link, self.name, self.guard.members, self.core.intake, self._away)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
@@ -154,8 +156,9 @@ class Service:
 
     async def _serve(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
-            links = (self.mail.read(), self.mail.watch(), self.earshot.run(), self.pump.run(), self.spooler.run())
-            helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
+            links = (self.mail.read(), self.mail.watch(), self.earshot.run(), self.renewals.run())
+            work = (*links, self.pump.run(), self.spooler.run(), self._tick(), self._write_status())
+            helpers = [self._tasks.create_task(each) for each in work]
             await self._decide()
             for helper in helpers:
                 helper.cancel()
@@ -193,7 +196,7 @@ class Service:
 
     def take_message(self, site: str | None, message: Message) -> None:
         """See Desk."""
-        if site is not None:
+        if site is not None and not self.renewals.takes(site, message):
             self._events.put_nowait(d.Received(site, message))
 
     def hears(self, site: str | None) -> bool:
@@ -382,14 +385,14 @@ class Service:
             await self.disk.look()
 
     def _save_status(self) -> None:
-        counters = self.link.counters
         status = live_status(
             self.core,
             connected=self.link.connected,
-            bytes_up=counters.bytes_received,
-            bytes_down=counters.bytes_sent,
+            bytes_up=self.link.counters.bytes_received,
+            bytes_down=self.link.counters.bytes_sent,
             at=time.time(),
             held=self.disk.held,
+            renewals=self.renewals.offers.waiting,
         )
         text = status.model_dump_json(indent=1).encode()
         durable.replace_atomic(self.config.storage / "status.json", text, durable=False)

@@ -49,10 +49,19 @@ class LiveStatus(_Live):
     sites: dict[str, SiteStatus]
     held: str = ""
     """Why no update is taken for now: the disk has no room."""
+    renewals: tuple[str, ...] = ()
+    """Sites that have not said yet that they hold the newest grant that lies here for them."""
 
 
 def live_status(
-    core: Core, *, connected: bool, bytes_up: int, bytes_down: int, at: float, held: str = ""
+    core: Core,
+    *,
+    connected: bool,
+    bytes_up: int,
+    bytes_down: int,
+    at: float,
+    held: str = "",
+    renewals: tuple[str, ...] = (),
 ) -> LiveStatus:
     """Sum up the core's state; counters and clock come from the shell."""
     present = core.sites.present
@@ -86,4 +95,5 @@ def live_status(
         at=at,
         sites=sites,
         held=held,
+        renewals=renewals,
     )

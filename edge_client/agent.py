@@ -22,6 +22,7 @@ from edge_client.disk import Disk
 from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
+from edge_client.renewal import Renewals
 from edge_client.sealing import seal_parts
 from edge_client.session import Identity, Session
 from edge_client.training import Trainer
@@ -33,7 +34,7 @@ from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
 from shared.mailroom import Mailroom
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Status, Wait
+from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Renewal, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.spooler import Spooler
 from shared.store import FrameStore
@@ -66,6 +67,7 @@ class Agent:
         self.worker = worker
         self.name = federation.federation.name
         self.heads = Heads(config.storage)
+        self.renewals = Renewals(config, federation, identity.session)
         self.states = FrameStore(config.storage / "states")
         self.scratch = config.storage / "work"
         self.session = Session(
@@ -166,6 +168,8 @@ class Agent:
             log.warning("asked to wait", update=message.transfer_id, rule=message.rule, reason=message.detail)
         if isinstance(message, Head):
             self.heads.take(message, self.guard.check_head)
+        elif isinstance(message, Renewal):
+            self._tasks.create_task(self.renewals.take(message, self._say))
         else:
             self._events.put_nowait(d.Received(message))
 

@@ -7,7 +7,7 @@ from shared.errors import RefusedError
 _HINTS = {
     "duplicate-site": "stop the other process, or give this site another name in site.toml",
     "from-the-future": "set this machine's clock",
-    "membership-expired": "ask the federation's authority for a new membership",
+    "membership-expired": "ask the federation's authority for a new grant, then: mailboat site accept",
     "other-config": "copy the coordinator's federation.toml here",
     "other-plan": "use the coordinator's tokenizer files and release of mailboat",
     "other-weights": "use the federation's base model and revision, or point model_dir in site.toml to it",

@@ -23,6 +23,7 @@ from mailboat.commands import (
     init,
     provision,
     quarantine,
+    rotate,
     site,
     status,
 )
@@ -102,6 +103,8 @@ def demo(ctx: typer.Context) -> None:
 
 app.command("init", short_help="Write the configuration files of a federation.")(init.init)
 app.add_typer(provision.app, name="provision", short_help="Say who takes part: keys and certificates.")
+provision.app.command("rotate")(rotate.rotate)
+provision.app.command("renew")(rotate.renew)
 app.add_typer(data.app, name="data", short_help="Write synthetic notes to try things with.")
 app.add_typer(broker.app, name="broker", short_help="Run a broker on this machine; write access rules.")
 app.add_typer(coordinator.app, name="coordinator", short_help="Run the side that merges.")

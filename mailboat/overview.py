@@ -55,6 +55,10 @@ class Overview:
     sites: tuple[SiteRow, ...]
     held: str = ""
     """Why the coordinator takes no update for now."""
+    quarantined: int = 0
+    """Updates that are kept apart until somebody has looked."""
+    renewals: tuple[str, ...] = ()
+    """Sites that have not said yet that they hold their newest grant."""
 
 
 def load_overview(storage: Path, federation: FederationConfig, *, now: float) -> Overview:
@@ -90,6 +94,8 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
         coordinator=_coordinator(live, running=running, connected=connected, now=now),
         sites=rows,
         held=live.held if running and live is not None else "",
+        quarantined=sum(life.fate == "quarantined" for life in run.updates.values()),
+        renewals=live.renewals if running and live is not None else (),
     )
 
 

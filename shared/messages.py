@@ -28,6 +28,7 @@ from shared.manifest import MAX_FRAMES, Manifest, Metrics, NonNegative, WireMode
 SCHEMA_VERSION = 1
 MAX_CONTROL_BYTES = 990_000
 MAX_TEXT = 500
+MAX_GRANT_BYTES = 100_000
 
 Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$")]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -184,6 +185,23 @@ class Head(Message):
     signature: Annotated[bytes, Field(min_length=64, max_length=64)]
 
 
+class Renewal(Message):
+    """Coordinator to site, in sealed federations: a newer grant of the authority's, as it signed it."""
+
+    kind: ClassVar[str] = "renewal"
+    grant: Annotated[bytes, Field(min_length=1, max_length=MAX_GRANT_BYTES)]
+
+
+class Renewed(Message):
+    """Site to coordinator: that grant is in this site's kit, or it was refused under the named rule."""
+
+    kind: ClassVar[str] = "renewed"
+    session: SessionId
+    grant_sha256: Sha256Hex
+    rule: Rule | None = None
+    detail: Text = ""
+
+
 class Presence(Message):
     """Site to everybody who may read it, retained; the broker says online=False for us by the last will."""
 
@@ -195,7 +213,10 @@ class Presence(Message):
 
 _TYPES: dict[str, type[Message]] = {
     kind.kind: kind
-    for kind in (Hello, Probe, Welcome, Refused, Offer, Want, Wait, Receipt, Status, Announce, Head, Presence)
+    for kind in (
+        *(Hello, Probe, Welcome, Refused, Offer, Want, Wait, Receipt, Status),
+        *(Announce, Head, Renewal, Renewed, Presence),
+    )
 }
 
 

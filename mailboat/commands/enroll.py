@@ -13,8 +13,6 @@ from shared.errors import ConfigError, RefusedError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from mailboat.enrolment import Grant
-
 REQUEST = "request.json"
 
 
@@ -27,9 +25,10 @@ def enroll(
     from pydantic import TypeAdapter, ValidationError
 
     from broker.provision import make_request as make_csr
-    from mailboat.enrolment import make_request, to_json
+    from mailboat.enrolment import make_request
     from shared.config import SiteName
     from shared.trust import kit as kits
+    from shared.trust.document import to_json
 
     try:
         TypeAdapter(SiteName).validate_python(name)
@@ -57,11 +56,16 @@ def accept(
         typer.Option(help="The authority's fingerprint, as it was read out; else it is shown and asked for."),
     ] = None,
 ) -> None:
-    """Put what the authority granted into this site's kit; run it again with each renewal."""
+    """Put what the authority granted into this site's kit.
+
+    Renewals come over the federation's own channel while the site runs; one that could not come so is accepted here.
+    """
     from mailboat.commands.provision import confirm
-    from mailboat.enrolment import MAX_DOCUMENT_BYTES, authority_fingerprint, parse_grant
+    from mailboat.enrolment import authority_fingerprint
     from mailboat.files import reading
     from shared.trust import kit as kits
+    from shared.trust.document import MAX_DOCUMENT_BYTES
+    from shared.trust.grant import check_grant, install, parse_grant
 
     kits.check_kit_modes(kit)
     granted = parse_grant(reading(grant, MAX_DOCUMENT_BYTES))
@@ -74,39 +78,11 @@ def accept(
             rule="unknown-authority",
             hint="a site that joins another federation takes a new kit",
         )
-    _check(granted, kit)
-    files = {
-        kits.CA_CERT: granted.ca.encode(),
-        kits.TLS_CERT: granted.certificate.encode(),
-        kits.COORDINATOR: granted.coordinator,
-        kits.MEMBER: granted.member,
-        kits.AUTHORITY: granted.authorities.encode(),  # last: a kit without it is asked about again
-    }
-    for name, data in files.items():
-        kits.write_private(kit / name, data)
+    check_grant(granted, kits.public_keys(kit), kits.tls_point(kit))
+    install(kit, granted)
     console.say(f"{kit} is the kit of {granted.name} in federation {granted.federation}; in site.toml:")
     for line in _settings(kit, granted.name):
         console.result().print(line, markup=False)
-
-
-def _check(granted: Grant, kit: Path) -> None:
-    """RefusedError unless everything granted is for the keys of this kit."""
-    from broker.provision import load_certificate, same_key
-    from mailboat.enrolment import trusted_by
-    from shared.trust import kit as kits
-
-    keys, by = kits.public_keys(kit), trusted_by(granted)
-    member, coordinator = by.member, by.coordinator
-    certificate = load_certificate(granted.certificate.encode(), where="the granted certificate")
-    ours = (member.sign_key, member.box_key) == (keys.sign, keys.box)
-    if not ours or not same_key(certificate.public_key(), _tls_key(kit).public_key()):
-        raise RefusedError(
-            f"the grant for {granted.name} is for other keys than those in {kit}",
-            rule="other-keys",
-            hint="check which kit it is for",
-        )
-    if (member.role, coordinator.role, member.name) != ("site", "coordinator", granted.name):
-        raise RefusedError(f"the grant for {granted.name} mixes up roles or names", rule="bad-document")
 
 
 def _tls_key(kit: Path) -> ec.EllipticCurvePrivateKey:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Say who takes part: keys, certificates, revocations.", no_args_is_help=True)
 
-_DEFAULT = Path("authority")
-_DIR = typer.Option("--dir", help="The authority's folder.")
+DEFAULT = Path("authority")
+DIR = typer.Option("--dir", help="The authority's folder.")
 _BROKER_FOLDER = Path("/etc/mosquitto/mailboat")
 _DAY_S = 86_400
 
-DaysOption = Annotated[int, typer.Option(min=1, max=3650, help="How long the site's membership counts.")]
+SITE_DAYS = 45
+"""Renewed from the fifteenth day before the end on: a weekly `provision renew` reaches a site that was a week away."""
+DaysOption = Annotated[int, typer.Option(min=1, max=3650, help="How long the site's membership and certificate count.")]
 
 
 @app.command()
@@ -77,8 +79,8 @@ def _copy_what_where(folder: Path, there: Path, host: str, port: int) -> list[st
 def approve(
     request: Annotated[Path, typer.Argument(help="The site's request.json.")],
     *,
-    folder: Annotated[Path, _DIR] = _DEFAULT,
-    days: DaysOption = 90,
+    folder: Annotated[Path, DIR] = DEFAULT,
+    days: DaysOption = SITE_DAYS,
     fingerprint: Annotated[
         str | None, typer.Option(help="What the site has read out; else it is shown and asked for.")
     ] = None,
@@ -88,8 +90,9 @@ def approve(
 ) -> None:
     """Admit a site, once its fingerprint was compared over the telephone; writes NAME.grant for the site."""
     from mailboat import authority as bench
-    from mailboat.enrolment import MAX_DOCUMENT_BYTES, authority_fingerprint, parse_request
+    from mailboat.enrolment import authority_fingerprint, parse_request
     from mailboat.files import reading
+    from shared.trust.document import MAX_DOCUMENT_BYTES
 
     opened = bench.open_authority(folder)
     asked = parse_request(reading(request, MAX_DOCUMENT_BYTES))
@@ -105,35 +108,7 @@ def approve(
 
 
 @app.command()
-def rotate(
-    name: Annotated[
-        str, typer.Argument(help="A site, coordinator or broker: its certificate; federation-key: the key of states.")
-    ],
-    *,
-    folder: Annotated[Path, _DIR] = _DEFAULT,
-    days: DaysOption = 90,
-) -> None:
-    """Renew a certificate before it expires, for the keys that are there; or let the federation key be drawn anew."""
-    from mailboat import authority as bench
-
-    opened, now = bench.open_authority(folder), bench.unix_now()
-    if name == "federation-key":
-        bench.rotate_federation_key(opened, now=now)
-        console.say(f"copy {folder}/coordinator-kit/revocations into the coordinator's kit: it draws a new key at once")
-    elif name == "coordinator":
-        bench.rotate_end(opened, "coordinator", now=now)
-        console.say(f"copy {folder}/coordinator-kit/tls.crt into the coordinator's kit, and restart the coordinator")
-    elif name == "broker":
-        bench.rotate_end(opened, "broker", now=now)
-        console.say(f"copy {folder}/broker/server.crt to the broker's folder, then: {_SIGHUP}")
-    else:
-        _opened, path = bench.rotate_site(opened, name, days=days, now=now)
-        _tell_grant(name, path, days)
-        _tell_roster(folder)
-
-
-@app.command()
-def revoke(name: Annotated[str, typer.Argument(help="The site.")], *, folder: Annotated[Path, _DIR] = _DEFAULT) -> None:
+def revoke(name: Annotated[str, typer.Argument(help="The site.")], *, folder: Annotated[Path, DIR] = DEFAULT) -> None:
     """Take a site's membership and certificate back, for good; its name may be admitted again with new keys."""
     from mailboat import authority as bench
 
@@ -145,7 +120,7 @@ def revoke(name: Annotated[str, typer.Argument(help="The site.")], *, folder: An
 @app.command("list")
 def list_command(
     *,
-    folder: Annotated[Path, _DIR] = _DEFAULT,
+    folder: Annotated[Path, DIR] = DEFAULT,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say who was admitted, until when, and who was revoked."""
@@ -155,7 +130,12 @@ def list_command(
     rows = [_row(entry, now) for entry in opened.register.entries]
     if as_json:
         console.print_json(
-            {"federation": opened.register.federation, "revocations": opened.register.number, "members": rows}
+            {
+                "federation": opened.register.federation,
+                "revocations": opened.register.number,
+                "cas": opened.register.generations,
+                "members": rows,
+            }
         )
         return
     out = console.result()
@@ -186,7 +166,13 @@ def confirm(right: str, given: str | None, what: str, who: str) -> None:
         )
 
 
-_SIGHUP = "systemctl reload mosquitto, or: kill -HUP its process"
+def tell_hand_over(folder: Path) -> None:
+    """Say how roster and grants get to the coordinator, which hands the grants to the sites."""
+    console.say(f"copy {folder}/coordinator-kit/roster and grants into the coordinator's kit, unless it uses this very")
+    console.say("folder; a running coordinator hands each site its grant within seconds, or when the site comes")
+
+
+SIGHUP = "systemctl reload mosquitto, or: kill -HUP its process"
 
 
 def _tell_grant(name: str, path: Path, days: int) -> None:
@@ -201,7 +187,7 @@ def _tell_roster(folder: Path) -> None:
 def _tell_revoked(folder: Path) -> None:
     console.say(f"copy {folder}/coordinator-kit/revocations and roster into the coordinator's kit, unless it uses this")
     console.say("very folder; a running coordinator sees it within seconds, and revoked keys count no more")
-    console.say(f"copy {folder}/broker/crl.pem and acl to the broker's folder, then: {_SIGHUP}")
+    console.say(f"copy {folder}/broker/crl.pem and acl to the broker's folder, then: {SIGHUP}")
 
 
 def _row(entry: Entry, now: int) -> dict[str, str | int]:
@@ -214,4 +200,5 @@ def _row(entry: Entry, now: int) -> dict[str, str | int]:
         "until": time.strftime("%Y-%m-%d", time.gmtime(entry.not_after)),
         "days_left": (entry.not_after - now) // _DAY_S,
         "serial": entry.serial,
+        "ca": entry.ca,
     }

@@ -46,6 +46,11 @@ def status(
     if overview.held:
         out.print(f"held        no update is taken: {overview.held}", markup=False, style="bold red")
     out.print(f"pending     {overview.pending} updates accepted and not yet merged", markup=False)
+    if overview.quarantined:
+        count = f"{overview.quarantined} update{'s' if overview.quarantined > 1 else ''}"
+        out.print(f"quarantine  {count} kept apart: `mailboat quarantine list`", markup=False, style="yellow")
+    if overview.renewals:
+        out.print(f"renewals    not taken yet by {', '.join(overview.renewals)}", markup=False)
     if overview.sites:
         out.print(_table(overview))
 

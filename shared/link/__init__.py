@@ -7,6 +7,7 @@ backoff.py    when to try again (pure)
 vigil.py      whether a connection still lives (pure)
 refusals.py   what reason codes mean (pure)
 endpoints.py  URLs, credentials, certificates
+tls.py        certificates that were renewed, read again
 counters.py   bytes as MQTT packets (pure)
 model.py      options, events, LinkDownError
 """

@@ -33,8 +33,9 @@ from shared.link.backoff import Backoff
 from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
 from shared.link.counters import Counters
 from shared.link.dial import dial
-from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
+from shared.link.endpoints import Endpoint, parse_endpoints, read_password
 from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
+from shared.link.tls import Certificates
 from shared.link.vigil import LOOK_S, Verdict, Vigil
 
 WAITING_BYTES_MAX = 1024 * 1024
@@ -67,7 +68,7 @@ class Link:
         self.options = options
         self.counters = Counters()
         self._endpoints = parse_endpoints(options.broker.url)
-        self._tls = tls_context(options.broker) if any(endpoint.tls for endpoint in self._endpoints) else None
+        self._certificates = Certificates(options.broker) if any(each.tls for each in self._endpoints) else None
         self._shared = Shared(options, read_password(options.broker), self.counters, self._take_in)
         self._chance = chance or random.Random()  # from the system's entropy: no two sites in step
         self._queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
@@ -280,7 +281,8 @@ class Link:
     async def _set_up(self, endpoint: Endpoint, protocol: ProtocolVersion, one_step: Callable[[], None]) -> Connection:
         """The steps of an attempt; `one_step` is called after each, since each shows that the broker answers."""
         self._held, started = [], time.monotonic()
-        sock = await dial(endpoint, self._tls if endpoint.tls else None, dead_after_s=self.options.link.stall_s)
+        tls = self._certificates.context() if self._certificates is not None and endpoint.tls else None
+        sock = await dial(endpoint, tls, dead_after_s=self.options.link.stall_s)
         one_step()
         connection = Connection(self._shared, sock, broker=str(endpoint), protocol=protocol)
         # A broker that knows only 3.1.1 takes properties for a will, or for a name, and waits for the rest of it.

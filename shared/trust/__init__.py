@@ -2,6 +2,8 @@
 
     signing.py     what exactly is signed: domain and length-prefixed parts
     membership.py  the authority's word that keys belong to a name; the list of those taken back
+    grant.py       what a site is handed when it is admitted, and each time it is renewed
+    document.py    requests and grants as JSON
     kit.py         the folder of keys and memberships on one machine
     envelope.py    one control message, signed and encrypted
     replay.py      counters that rise over restarts, at the sender and at the receiver

@@ -6,6 +6,7 @@
     authority.pub                 the authority's Ed25519 public keys, PEM, one or two during a roll-over
     coordinator.member            at a site: whom to believe
     roster/<site>.member          at the coordinator: whom to admit
+    grants/<site>.grant           at the coordinator: what to hand to that site when it has an older one
     revocations                   which serials no longer count; may be absent as long as none was revoked
 
 The folder is 0700 and every file 0600; anything wider is refused, because a key that others could read is no key.
@@ -48,6 +49,7 @@ MEMBER = "member"
 AUTHORITY = "authority.pub"
 COORDINATOR = "coordinator.member"
 ROSTER = "roster"
+GRANTS = "grants"
 REVOCATIONS = "revocations"
 MEMBER_SUFFIX = ".member"
 
@@ -272,6 +274,19 @@ def public_keys(folder: Path) -> PublicKeys:
     sign_key = _load_sign_key(folder / SIGN_KEY)
     box_key = _load_box_key(folder / BOX_KEY)
     return PublicKeys(sign_key.public_key().public_bytes_raw(), box_key.public_key().public_bytes_raw())
+
+
+def tls_point(folder: Path) -> bytes:
+    """The public half of the kit's TLS key, as `point`; ConfigError when it cannot be read or is of another kind."""
+    key = _load_private(folder / TLS_KEY)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ConfigError(f"{folder / TLS_KEY} holds no P-256 key", hint=_RESTORE)
+    return point(key.public_key())
+
+
+def point(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A P-256 public key as 65 raw bytes (uncompressed point)."""
+    return key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
 def check_kit_modes(folder: Path) -> None:

@@ -67,6 +67,15 @@ class Membership(WireModel):
         """Whether `now` (unix seconds) lies between the two dates, which are inclusive."""
         return self.not_before <= now <= self.not_after
 
+    def ends_soon(self, now: float) -> bool:
+        """Whether less than a third of its life is left: it is time to renew it."""
+        return ends_soon(self.not_before, self.not_after, now)
+
+
+def ends_soon(begin: float, end: float, now: float) -> bool:
+    """Whether of the time between two dates (unix seconds) less than a third is left."""
+    return 3 * (end - now) < end - begin
+
 
 class Revocations(WireModel):
     """Serials that no longer count, of memberships and of the certificates that go with them.

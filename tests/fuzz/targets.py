@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+import ssl
 import struct
 import tomllib
 from collections.abc import Callable, Sequence
@@ -22,12 +23,15 @@ import numpy as np
 import zstandard
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from broker import provision
+from broker.provision import key_bytes
 from broker.provision import make_request as make_csr
 from coordinator import bundle_verify, records, snapshots
 from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
-from mailboat.enrolment import make_grant, make_request, parse_grant, parse_request, to_json
+from mailboat.enrolment import make_request, parse_request
 from shared import messages
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
@@ -38,7 +42,17 @@ from shared.slices import compress_slice
 from shared.tensorfile import build_header, header_size, parse_header
 from shared.transfer import Bitmap, Sender
 from shared.trust import envelope, payload
-from shared.trust.membership import stated_membership, verify_membership, verify_revocations
+from shared.trust.document import to_json
+from shared.trust.grant import Holder, check_renewal, make_grant, parse_grant
+from shared.trust.kit import PublicKeys, authority_pem
+from shared.trust.membership import (
+    Membership,
+    public_bytes,
+    sign_membership,
+    stated_membership,
+    verify_membership,
+    verify_revocations,
+)
 from shared.trust.witness import parse_head
 from tests.factories import make_federation, make_plan, make_state, make_update
 from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_msgpack, mutated_value, packed
@@ -229,18 +243,6 @@ _TOML = {
 _HEAD = b'{"version": 3, "seq": 27, "head": "' + b"5b" * 32 + b'", "signature": "' + b"00" * 64 + b'"}'
 _KEY = ec.generate_private_key(ec.SECP256R1())
 _REQUEST = to_json(make_request("north", Ed25519PrivateKey.generate(), bytes(32), make_csr(_KEY, name="north")))
-_GRANT = to_json(
-    make_grant(
-        Ed25519PrivateKey.generate(),
-        name="north",
-        federation="ward",
-        member=b"member",
-        coordinator=b"coordinator",
-        certificate="certificate",
-        ca="ca",
-        authorities="authorities",
-    )
-)
 _LINE = (
     b'{"seq":1,"at":1.0,"kind":"dropped","body":"hKF2AaF0p2Ryb3BwZWSpdXBkYXRlX2lkoWGkcnVsZaFi","prev":"'
     + b"00" * 32
@@ -248,6 +250,57 @@ _LINE = (
     + b"00" * 32
     + b'"}'
 )
+
+
+# -- renewals: signed by the right authority around certificates that are not what they should be ---
+
+_AUTHORITY = Ed25519PrivateKey.generate()
+_ISSUED = 1_800_000_000
+_CA = (_KEY, provision.make_ca(_KEY, name="ward", serial=1, now=_ISSUED, days=45))
+_CERTIFICATE = provision.issue_client(_CA, _KEY.public_key(), name="north", serial=2, now=_ISSUED, days=45)
+_MEMBER = Membership(
+    role="site",
+    name="north",
+    federation="ward",
+    sign_key=bytes(32),
+    box_key=bytes(32),
+    serial=2,
+    not_before=_ISSUED,
+    not_after=_ISSUED + 100,
+)
+_COORDINATOR = _MEMBER.model_copy(update={"role": "coordinator", "name": "coordinator"})
+_HOLDER = Holder(
+    _MEMBER.model_copy(update={"not_before": 0}),
+    PublicKeys(bytes(32), bytes(32)),
+    key_bytes(_KEY.public_key()),
+    (public_bytes(_AUTHORITY),),
+)
+_RENEWAL: bytes = msgpack.packb(
+    [
+        sign_membership(_AUTHORITY, _MEMBER),
+        *(each.public_bytes(Encoding.DER) for each in (_CERTIFICATE, _CA[1], _CA[1])),
+    ]
+)
+
+
+def _renewal(data: bytes) -> None:
+    try:
+        member, certificate, *cas = msgpack.unpackb(data)
+        pems = [ssl.DER_cert_to_PEM_cert(each) for each in (certificate, *cas)]
+        grant = make_grant(
+            _AUTHORITY,
+            name="north",
+            federation="ward",
+            member=member,
+            coordinator=sign_membership(_AUTHORITY, _COORDINATOR),
+            certificate=pems[0],
+            ca="".join(pems[1:]),
+            authorities=authority_pem(_HOLDER.authorities).decode(),
+        )
+    except (ValueError, TypeError):  # not four strings of bytes: this target is about those
+        return
+    check_renewal(to_json(grant), _HOLDER, _ISSUED)
+
 
 _PARTS = [("a", "F32", (3, 4)), ("b", "BF16", (7,)), ("c", "I8", (300,))]
 _HEADER = build_header(_PARTS, {"mailboat": "update"})  # type: ignore[arg-type]
@@ -292,7 +345,8 @@ TARGETS: dict[str, Target] = {
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
         Target("request", [_REQUEST], mutated_json, parse_request, 1),
-        Target("grant", [_GRANT], mutated_json, parse_grant, 1),
+        Target("grant", _golden("trust", "*.grant"), mutated_json, parse_grant, 1),
+        Target("renewal", [_RENEWAL], mutated_msgpack, _renewal, 2),
         Target("bundle", [_LINE], mutated_json, _bundle_script, 2),
         *(Target(kind.__name__, [text], mutated_bytes, _config(kind), 1) for kind, text in _TOML.items()),
     )

@@ -93,6 +93,10 @@ def messages() -> Iterator[tuple[str, bytes]]:
     )
     yield "bad-schema-version--of-the-year-9999", _enveloped(_packed({"v": 9999, "t": "hello"}))
     yield "bad-schema-version--not-a-number", _enveloped(_packed({"v": "1", "t": "hello"}))
+    yield "bad-message--grant-is-empty", _message("renewal", grant=b"")
+    yield "bad-message--grant-is-text", _message("renewal", grant="{}")
+    answer = {"session": "0123456789abcdef", "grant_sha256": "5b" * 32, "detail": ""}
+    yield "bad-message--rule-with-a-newline", _message("renewed", **answer, rule="not-newer\n")
     yield "unknown-message--no-such-type", _message("shutdown")
     yield "bad-manifest--offer-without-frames", _message("offer", manifest=_manifest(frame_lengths=[]))
 

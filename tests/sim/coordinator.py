@@ -15,12 +15,13 @@ from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
+from coordinator.renewals import Offers
 from coordinator.service import DAMAGED_RETRY_S
 from shared import durable
 from shared.config import CoordinatorConfig
 from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
 from shared.manifest import Manifest, StateFacts
-from shared.messages import parse_chunk
+from shared.messages import Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
@@ -30,9 +31,9 @@ from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
-from tests.sim.trust import coordinator_guard
+from tests.sim.trust import coordinator_guard, grants
 from tests.sim.weather import Scenario
-from tests.sim.witness import Witness
+from tests.sim.witness import Witness, demand
 
 READS = (Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE)
 TICK = d.Tick()
@@ -77,6 +78,8 @@ class CoordinatorMachine(Machine):
             self.journal.append([self._genesis()])
         boot = hashlib.sha256(f"boot {self.scenario.seed} {self.life}".encode()).hexdigest()[:16]
         self.guard = coordinator_guard(self.scenario.sealed, self.plan.fingerprint, root / "trust", self.wall)
+        self.offers = Offers()
+        self.offers.hold(grants() if self.scenario.sealed else {})
         self.core = Core(self.scenario.federation, self.plan, config=self.config, boot=boot, attest=self.guard.attest)
         # Less than any configuration admits, so that a few chunks spend it.
         self.core.uploads.budget_bytes = self.scenario.budget_chunks * 4096
@@ -158,7 +161,10 @@ class CoordinatorMachine(Machine):
         assert site is not None
         if channel is not Channel.UP_DATA:
             message = self.opened(address, data)
-            if message is not None:
+            if isinstance(message, Renewed):
+                demand(message.rule is None, f"{site} refused its renewal: {message.rule}")
+                self.offers.answered(site, message)
+            elif message is not None:
                 self.decide(d.Received(site, message))
             return
         chunk = parse_chunk(data)
@@ -174,8 +180,11 @@ class CoordinatorMachine(Machine):
             self.post((Channel.DOWN_CTL, site), error.answer)
 
     def ticked(self) -> None:
-        """See Machine."""
+        """See Machine; and as `Renewals.run`."""
         self.decide(TICK)
+        here = {name: site.session for name, site in self.core.sites.items() if site.session is not None}
+        for name, renewal in self.offers.due(here, self.clock.now):
+            self.post((Channel.DOWN_CTL, name), renewal)
 
     # -- decide ---
 

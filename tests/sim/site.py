@@ -14,7 +14,7 @@ from edge_client.session import Identity, Session
 from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import marked
 from shared.manifest import Manifest, UpdateFacts
-from shared.messages import Head, Message, Presence, Receipt, parse_chunk
+from shared.messages import Head, Message, Presence, Receipt, Renewal, Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
 from shared.store import FrameStore
@@ -24,7 +24,7 @@ from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.shells import VirtualPump, VirtualSpooler
 from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
-from tests.sim.trust import site_guard
+from tests.sim.trust import renewal_rule, site_guard
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
 
@@ -53,6 +53,8 @@ class SiteMachine(Machine):
         self.bad_updates = 0.0
         self.exit: d.Exit | None = None
         self.trainings = 0
+        self.renewed: bytes | None = None
+        """The grant that this site took."""
 
     # -- life ---
 
@@ -134,12 +136,22 @@ class SiteMachine(Machine):
             message = self.opened(address, data)
             if isinstance(message, Head):
                 self.heads.take(message, self.guard.check_head)
+            elif isinstance(message, Renewal):
+                self._renew(message.grant)
             elif message is not None:
                 self.decide(d.Received(message))
             return
         chunk = parse_chunk(data)
         if self.session.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+
+    def _renew(self, grant: bytes) -> None:
+        """As `Renewals.take`; the kit lies elsewhere and survives whatever happens here."""
+        rule = None if grant == self.renewed else renewal_rule(self.name, grant)
+        if rule is None:
+            self.renewed = grant
+        sha256 = hashlib.sha256(grant).hexdigest()
+        self._say(Renewed(session=self.identity.session, grant_sha256=sha256, rule=rule))
 
     def refused(self, _site: str | None, error: RefusedError) -> None:
         """As `Agent.refused`."""

@@ -16,13 +16,17 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+from broker.provision import BACKDATED_S
+from shared.errors import RefusedError
 from shared.messages import Message, decode, encode, encode_body
 from shared.topics import Channel, topic
 from shared.trust.envelope import Content, FederationKey, Header, pack
+from shared.trust.grant import check_renewal, holder_of
 from shared.trust.guard import CoordinatorsGuard, Guard, OpenGuard, SitesGuard
 from shared.trust.kit import Kit, load_kit
 from shared.trust.sealed import ANNOUNCE_S, CoordinatorGuard, SiteGuard
-from tests.kits import Kits
+from tests.grants import GrantBench
+from tests.kits import ALWAYS, Kits
 from tests.sim.broker import DATA, Address, Broker
 from tests.sim.weather import NAMES
 
@@ -53,6 +57,24 @@ def kits() -> dict[str, Kit]:
         bench.site(name)
     made = {name: load_kit(bench.folder(name), role="site", federation=FEDERATION, now=0) for name in NAMES}
     return {COORDINATOR: load_kit(bench.coordinator, role="coordinator", federation=FEDERATION, now=0), **made}
+
+
+@functools.lru_cache(1)
+def grants() -> dict[str, bytes]:
+    """A newer grant for each site, that counts under any clock; made once a process, as `kits`."""
+    bench = GrantBench(Kits.reopen(kits()[COORDINATOR].folder.parent, FEDERATION, *NAMES), issued=BACKDATED_S + 1)
+    return {name: bench.grant(name, member=bench.member(name, not_after=ALWAYS)) for name in NAMES}
+
+
+@functools.lru_cache(1024)
+def renewal_rule(name: str, grant: bytes) -> str | None:
+    """As `edge_client.renewal` decides for a site with its first membership: why not; None when it is taken."""
+    kit = kits()[name].folder
+    try:
+        check_renewal(grant, holder_of(kit, FEDERATION), 1.0)
+    except RefusedError as error:
+        return error.rule
+    return None
 
 
 def coordinator_guard(sealed: bool, fingerprint: str, folder: Any, now: float) -> CoordinatorsGuard:

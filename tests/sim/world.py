@@ -27,7 +27,7 @@ from tests.sim.clock import Clock
 from tests.sim.coordinator import FIRST_MASTER, CoordinatorMachine
 from tests.sim.machine import EPOCH_S, Machine
 from tests.sim.site import SiteMachine
-from tests.sim.trust import Forger, kits
+from tests.sim.trust import Forger, grants
 from tests.sim.weather import JUMPS_S, SMALL_JUMPS_S, Scenario, Weather, scenario
 from tests.sim.witness import ViolationError, Witness, demand
 
@@ -286,7 +286,7 @@ def run_world(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """Run the world of a seed to its end; see World.run for what it raises."""
     plan = scenario(seed)
     if plan.sealed:
-        kits()
+        grants()
     with (
         tempfile.TemporaryDirectory(prefix="mailboat-sim-", dir=SCRATCH) as folder,
         disk.installed(random.Random(seed)),

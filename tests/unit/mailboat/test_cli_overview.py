@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from coordinator.records import Accepted, Contribution, Finished, Opened, Record, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Contribution,
+    Finished,
+    Opened,
+    Quarantined,
+    Record,
+    Released,
+    VersionCommitted,
+)
 from coordinator.status import LiveStatus, SiteStatus
 from coordinator.views import read_run
 from mailboat.overview import Overview, overview
@@ -130,3 +139,21 @@ def test_a_roster_is_listed_from_the_start() -> None:
     federation = make_federation(federation={"sites": ["x", "y"]})
     shown = overview(read_run([OPENED], Path("storage")), None, federation, now=NOW)
     assert [row.site for row in shown.sites] == ["x", "y"]
+
+
+def test_the_quarantine_is_counted() -> None:
+    """Updates that are kept apart, and not those that were released; they are not among the waiting ones."""
+    held: list[Record] = [accepted("a"), Quarantined(digest("a")[:32], "norm-max", "", 6.0)]
+    released: list[Record] = [
+        accepted("b"),
+        Quarantined(digest("b")[:32], "norm-max", "", 6.0),
+        Released(digest("b")[:32], 7.0),
+    ]
+    found = seen([*held, *released], live("a", "b"))
+    assert (found.quarantined, found.pending) == (1, 1)
+
+
+def test_renewals_that_nobody_took_are_those_of_a_coordinator_that_runs() -> None:
+    """A live view that is no longer renewed says nothing about them."""
+    assert seen([], live("a", renewals=("a", "b"))).renewals == ("a", "b")
+    assert seen([], live("a", renewals=("a",), at=NOW - 60)).renewals == ()

@@ -13,6 +13,7 @@ from coordinator.quarantine import rulings
 from coordinator.records import Quarantined
 from coordinator.views import JOURNAL
 from mailboat.commands import audit, quarantine
+from mailboat.commands.status import status
 from shared.errors import ConfigError
 from tests.audited import AuditedRun
 
@@ -47,6 +48,15 @@ def test_one_is_shown_beside_others(config: Path, capsys: pytest.CaptureFixture[
     assert "beside      s0-0" in out
     quarantine.show("abab", config=config, as_json=True)
     assert json.loads(capsys.readouterr().out)["update"]["site"] == "s0-0"
+
+
+def test_the_status_counts_it(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text, with the command that lists them, and as JSON; it is not among the updates that wait."""
+    (config.parent / "federation.toml").write_text('[federation]\nname = "ward"\n[model]\nbase = "b"\n')
+    status(config=config)
+    assert "quarantine  1 update kept apart: `mailboat quarantine list`" in capsys.readouterr().out
+    status(config=config, as_json=True)
+    assert json.loads(capsys.readouterr().out)["quarantined"] == 1
 
 
 @pytest.mark.parametrize("verdict", ["release", "drop"])

@@ -12,8 +12,10 @@ from cryptography import x509
 from mailboat import authority as bench
 from mailboat import enrolment
 from mailboat.commands.enroll import accept, enroll
-from mailboat.commands.provision import approve, init, list_command, revoke, rotate
+from mailboat.commands.provision import approve, init, list_command, revoke
+from mailboat.commands.rotate import rotate
 from shared.errors import ConfigError, CorruptError, RefusedError
+from shared.trust.grant import parse_grant
 from shared.trust.kit import load_kit, read_peers
 
 
@@ -104,7 +106,7 @@ def test_an_altered_request_is_refused(folder: Path, field: str) -> None:
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b"[" * 50_000, b" " * 200_000])
 def test_other_files_are_neither_request_nor_grant(data: bytes) -> None:
     """Any bytes are refused by name, and nothing else happens."""
-    for parse in (enrolment.parse_request, enrolment.parse_grant):
+    for parse in (enrolment.parse_request, parse_grant):
         with pytest.raises(RefusedError):
             parse(data)
 
@@ -237,11 +239,3 @@ def test_what_cannot_be_a_site_gets_no_kit(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError):
         enroll(name=name, out=tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
-
-
-def test_no_site_is_called_as_the_broker(folder: Path) -> None:
-    """The register keeps the broker's own certificate under that name."""
-    kit, said = ask(folder, "broker")
-    with pytest.raises(RefusedError) as refused:
-        approve(kit / "request.json", folder=folder, fingerprint=said)
-    assert refused.value.rule == "name-taken"

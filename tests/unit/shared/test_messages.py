@@ -23,6 +23,8 @@ from shared.messages import (
     Probe,
     Receipt,
     Refused,
+    Renewal,
+    Renewed,
     Status,
     UnknownMessageError,
     Wait,
@@ -74,6 +76,8 @@ EXAMPLES: list[Message] = [
         target=3,
     ),
     Head(version=3, seq=27, head="5b" * 32, signature=bytes(range(64))),
+    Renewal(grant=b'{"v": 1}'),
+    Renewed(session=SESSION, grant_sha256=digest("g"), rule="not-newer", detail="made before"),
     Presence(site="north", session=SESSION, online=True),
 ]
 GOLDEN = Path(__file__).parents[2] / "golden" / "messages"
@@ -128,6 +132,9 @@ def test_an_unknown_type_is_told_apart() -> None:
         (_sealed({"v": 2, "t": "probe", "session": SESSION}), "bad-schema-version"),
         (_sealed({"v": 1, "t": "probe", "session": "../../etc"}), "bad-message"),
         (_sealed({"v": 1, "t": "probe", "session": SESSION + "\n"}), "bad-message"),
+        (_sealed({"v": 1, "t": "renewal", "grant": b""}), "bad-message"),
+        (_sealed({"v": 1, "t": "renewal", "grant": b"x" * 100_001}), "bad-message"),
+        (_sealed({"v": 1, "t": "renewed", "session": SESSION, "grant_sha256": ID}), "bad-message"),
         (_sealed({"v": 1, "t": "offer", "manifest": {"kind": "x"}}), "bad-manifest"),
         (_sealed({"v": 1, "t": "want", "transfer_id": ID, "have": b"", "window": -1}), "bad-message"),
         (_sealed({"v": 1, "t": "presence", "site": "A B", "session": SESSION, "online": True}), "bad-message"),

@@ -1,0 +1,236 @@
+"""Renewal over the federation's own channel, over a real Mosquitto with TLS: new certificates, and another CA."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from broker import provision
+from broker.launcher import find_mosquitto
+from coordinator.records import Finished, VersionCommitted
+from mailboat import authority as bench
+from mailboat.commands.rotate import renew, rotate
+from mailboat.register import Entry
+from shared.config import BrokerSection, LinkSection
+from shared.errors import RefusedError
+from shared.link import Connected, Link, LinkOptions
+from shared.trust import kit as kits
+from tests.helpers import run_async
+from tests.integration.test_tls import SITES, Federation, federation
+from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site
+
+__all__ = ["federation"]
+
+PATIENCE_S = 280.0
+"""Some twenty seconds of waiting for second-long looks and reconnects, on a machine that has other things to do."""
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(PATIENCE_S + 20),
+    pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed: apt-get install mosquitto"),
+]
+
+
+class Gated(ToyTrainer):
+    """Trains when the test says so: until then the run stands still and its processes stay."""
+
+    def __init__(self, gate: asyncio.Event) -> None:
+        super().__init__(step=1.0, seconds=0.0, examples=10)
+        self.gate = gate
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """As the toy, after the gate."""
+        await self.gate.wait()
+        return await super().train(state, base_version, delta, on_progress=on_progress)
+
+
+class Mosquitto:
+    """The federation's broker, to be stopped and started while its clients live."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.root = federation.root
+        self.log = federation.root / "mosquitto.log"
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start it with the generated configuration, as it is but for the user that runs the tests."""
+        program = find_mosquitto()
+        assert program is not None
+        config = self.root / "mosquitto.conf"
+        generated = (self.root / "authority" / "broker" / "mosquitto.conf").read_text()
+        config.write_text(generated + f"\nuser {Path.home().owner()}\n")
+        with self.log.open("wb") as output:
+            self.process = await asyncio.create_subprocess_exec(program, "-c", config, stderr=output, stdout=output)
+        await until(lambda: "running" in self.log.read_text())
+
+    async def stop(self) -> None:
+        """End it at once."""
+        if self.process is not None:
+            self.process.kill()
+            await self.process.wait()
+
+    async def restart(self) -> None:
+        """Stop and start it, and wait until coordinator and sites have heard of each other again."""
+        before = connections(self.root)
+        await self.stop()
+        await self.start()
+        await until(lambda: all((connections(self.root).get(name) or 0) > count for name, count in before.items()))
+
+    async def reload(self) -> None:
+        """Have it read its certificates again."""
+        assert self.process is not None
+        size = self.log.stat().st_size
+        self.process.send_signal(signal.SIGHUP)
+        await until(lambda: b"Reloading config" in self.log.read_bytes()[size:])
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return once it holds; what is looked at are files of other tasks and processes."""
+    while not holds():  # noqa: ASYNC110 - files raise no events
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running(federation: Federation) -> AsyncIterator[tuple[Mosquitto, asyncio.Event]]:
+    """Broker, coordinator and both sites, connected; leaving opens the gate and waits for the end of the run."""
+    gate, broker, root = asyncio.Event(), Mosquitto(federation), federation.root
+    try:
+        await broker.start()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(root / "coordinator.toml"))
+            for name in SITES:
+                group.create_task(toy_site(root / f"{name}.toml", trainer=Gated(gate)))
+            await until(lambda: connections(root).keys() == set(SITES))
+            yield broker, gate
+            gate.set()
+    finally:
+        await broker.stop()
+
+
+def live(root: Path) -> dict[str, object]:
+    """The coordinator's live view; empty before the first one."""
+    path = root / "coordinator" / "status.json"
+    told: dict[str, object] = json.loads(path.read_bytes()) if path.exists() else {}
+    return told
+
+
+def connections(root: Path) -> dict[str, int]:
+    """How often each site that is here has connected anew, as it says itself."""
+    sites = live(root).get("sites")
+    here = {name: site for name, site in sites.items() if site["present"]} if isinstance(sites, dict) else {}
+    return {name: site["reconnects"] for name, site in here.items()}
+
+
+def taken(root: Path) -> bool:
+    """Whether the coordinator has heard of every site that it holds the newest grant."""
+    certificates = {name: certificate(root, name).serial_number for name in SITES}
+    issued = {name: entry.serial for name in SITES if (entry := current(root, name))}
+    return certificates == issued and live(root).get("renewals") == []
+
+
+def current(root: Path, name: str) -> Entry | None:
+    """What the authority's register says of a name."""
+    return bench.open_authority(root / "authority").register.current(name)
+
+
+def certificate(root: Path, name: str) -> x509.Certificate:
+    """The TLS certificate in a site's kit."""
+    return x509.load_pem_x509_certificate((root / f"{name}-kit" / kits.TLS_CERT).read_bytes())
+
+
+async def refused(section: BrokerSection) -> None:
+    """Return once the broker has refused this certificate; fails when it lets the client in."""
+    async with Link(LinkOptions(section, LinkSection(), "any", ("t",))) as link:
+        with pytest.raises(RefusedError) as caught:
+            assert isinstance(await anext(link.events()), Connected)
+        assert "certificate" in caught.value.rule
+
+
+def check_run(root: Path) -> None:
+    """The run came to its end with everybody."""
+    records = toy_records(root)
+    versions = [record for record in records if isinstance(record, VersionCommitted)]
+    assert any(isinstance(record, Finished) for record in records)
+    assert {part.site for version in versions for part in version.contributions} == set(SITES)
+
+
+def test_a_running_site_is_renewed_over_the_channel(federation: Federation) -> None:
+    """After `rotate` the site has new membership and certificate within seconds, and the next connection uses it.
+
+    A broker that refuses the certificate from before lets the site in again; nobody has touched the site's machine.
+    """
+    root, folder = federation.root, federation.root / "authority"
+    kit = root / "site-1-kit"
+    keys = {name: (kit / name).read_bytes() for name in (kits.SIGN_KEY, kits.BOX_KEY, kits.TLS_KEY)}
+    before, old = certificate(root, "site-1"), root / "old.crt"
+    shutil.copy(kit / kits.TLS_CERT, old)
+
+    async def run() -> None:
+        async with running(federation) as (broker, _gate):
+            rotate("site-1", folder=folder, days=9)
+            await until(lambda: taken(root))
+            opened = bench.open_authority(folder)
+            gone = {before.serial_number: bench.unix_now()}
+            crl = provision.make_crl(opened.cas[0], gone, number=99, at=bench.unix_now() - 1, days=9)
+            (folder / "broker" / "crl.pem").write_bytes(crl)
+            await broker.restart()
+            await refused(federation.broker("site-1", cert_file=old))
+
+    run_async(run(), timeout_s=PATIENCE_S)
+    check_run(root)
+    assert certificate(root, "site-1").serial_number != before.serial_number
+    assert {name: (kit / name).read_bytes() for name in keys} == keys
+    kits.check_kit_modes(kit)
+    member = kits.load_kit(kit, role="site", federation="toy", now=bench.unix_now()).member
+    assert member.serial == certificate(root, "site-1").serial_number
+    assert member.not_after < before.not_valid_after_utc.timestamp()
+
+
+def test_another_ca_takes_the_place_of_the_first_and_nobody_is_lost(federation: Federation) -> None:
+    """The four steps of a roll-over while everybody runs: in the end the old CA is trusted by nobody.
+
+    Only the broker's folder, which is its own here, and the authority's are touched; no site is restarted.
+    """
+    root, folder = federation.root, federation.root / "authority"
+    before, old = certificate(root, "site-1"), root / "old.crt"
+    shutil.copy(root / "site-1-kit" / kits.TLS_CERT, old)
+    first = (folder / "ca.crt").read_text()
+
+    async def run() -> None:
+        async with running(federation) as (broker, _gate):
+            rotate("ca", folder=folder)
+            await broker.reload()
+            renew(folder=folder, everybody=True)
+            await until(lambda: taken(root))
+            for name in SITES:
+                assert first in (root / f"{name}-kit" / kits.CA_CERT).read_text()
+            await broker.restart()  # everybody comes back with certificates of the new CA
+            rotate("broker", folder=folder)
+            await broker.reload()
+            rotate("ca", folder=folder, finish=True)
+            await until(lambda: taken(root))
+            await broker.reload()
+            await refused(federation.broker("site-1", cert_file=old))
+            await broker.restart()
+
+    run_async(run(), timeout_s=PATIENCE_S)
+    check_run(root)
+    second = (folder / "ca-2.crt").read_text()
+    assert not (folder / "ca.key").exists()
+    for holder in (folder / "broker", folder / "coordinator-kit", *(root / f"{name}-kit" for name in SITES)):
+        assert (holder / "ca.crt").read_text() == second
+    ca = x509.load_pem_x509_certificate(second.encode())
+    for name in SITES:
+        certificate(root, name).verify_directly_issued_by(ca)
+    assert before.issuer != ca.subject
