@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from edge_client.data.load import NoteSet, load_notes
-from edge_client.data.notes import Entity, Note, Sentence
+from edge_client.data.load import MARKED_FORMATS, NoteSet, load_notes, read_files, read_marked
+from edge_client.data.notes import AnyNote, Entity, Note, Sentence
 
-__all__ = ["Entity", "Note", "NoteSet", "Sentence", "load_notes"]
+__all__ = [
+    "MARKED_FORMATS",
+    "AnyNote",
+    "Entity",
+    "Note",
+    "NoteSet",
+    "Sentence",
+    "load_notes",
+    "read_files",
+    "read_marked",
+]

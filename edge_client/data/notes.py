@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class AnyNote(Protocol):
+    """What every kind of note has, whatever the task."""
+
+    @property
+    def id(self) -> str:
+        """Unique in its folder."""
+        ...
+
+    @property
+    def patient(self) -> str:
+        """Whom it is about; the notes of one patient are never divided between training and testing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +50,8 @@ class Note:
 
     id: str
     sentences: tuple[Sentence, ...]
+
+    @property
+    def patient(self) -> str:
+        """The note's own id: these formats do not say whose notes belong together."""
+        return self.id

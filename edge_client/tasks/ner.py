@@ -6,21 +6,35 @@ further one I, everything else O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from nervaluate.evaluator import Evaluator
+from torch.nn.functional import cross_entropy
 
-from edge_client.data import Entity, Note, Sentence
-from edge_client.tasks import F1, IGNORED, Ids, Scores, Window
+from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, read_marked
+from edge_client.tasks import IGNORED, TOKENS, Ids, Scores, Window
 from edge_client.tasks.encoding import NO_WORD, EncodedLine, TextEncoder
+from shared.config import TaskSection
+from shared.errors import RefusedError
 
 OUTSIDE = 0
 
 
+def make(section: TaskSection) -> NerTask:
+    """Return the task for the federation's labels."""
+    return NerTask(section.labels)
+
+
 class NerTask:
     """Named-entity recognition over a closed set of labels. A unit is a word; an example is a line with words."""
+
+    head = TOKENS
+    formats = MARKED_FORMATS
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -30,6 +44,10 @@ class NerTask:
     def classes(self) -> tuple[str, ...]:
         """O, then B-x and I-x for each label x, in the order of the federation's labels."""
         return ("O", *(f"{part}-{label}" for label in self.labels for part in "BI"))
+
+    def read(self, path: Path) -> Iterator[Note | RefusedError]:
+        """Yield the notes with marked entities under `path`."""
+        return read_marked(path, self.labels)
 
     def examples(self, notes: Sequence[Note]) -> int:
         """Return the number of lines that hold a word."""
@@ -53,6 +71,15 @@ class NerTask:
                 yield from packer.add(encoded, self._targets(sentence), first_unit)
                 first_unit += len(sentence.tokens)
             yield from packer.flush()
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy over the tokens that bear a label."""
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def decide(self, logits: torch.Tensor) -> Ids:
+        """Return the likeliest class of each word."""
+        best: Ids = logits.argmax(dim=-1).numpy()
+        return best
 
     def score(self, notes: Sequence[Note], predictions: Ids) -> Scores:
         """Entity-level F1: strict wants span and type right, lenient an overlap and the type.
@@ -166,11 +193,12 @@ def _spans(entity: Entity) -> dict[str, object]:
 
 def _f1(true: list[list[dict[str, object]]], found: list[list[dict[str, object]]], labels: Sequence[str]) -> Scores:
     if not true:
-        return Scores(0.0, 0.0, {label: F1(0.0, 0.0) for label in labels})
+        return Scores(_both(None), {label: _both(None) for label in labels})
     report = Evaluator(true, found, tags=list(labels), loader="dict").evaluate()
-    per_label = {
-        label: F1(float(scores["strict"].f1), float(scores["ent_type"].f1)) if scores else F1(0.0, 0.0)
-        for label, scores in ((label, report["entities"].get(label)) for label in labels)
-    }
-    overall = report["overall"]
-    return Scores(float(overall["strict"].f1), float(overall["ent_type"].f1), per_label)
+    return Scores(_both(report["overall"]), {label: _both(report["entities"].get(label)) for label in labels})
+
+
+def _both(report: Mapping[str, Any] | None) -> dict[str, float]:
+    """The two readings out of nervaluate's report; 0 where it has none."""
+    strict, lenient = (float(report[of].f1) if report else 0.0 for of in ("strict", "ent_type"))
+    return {"strict_f1": strict, "lenient_f1": lenient}
