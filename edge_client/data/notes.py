@@ -21,6 +21,19 @@ class AnyNote(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TextNote:
+    """A note as running text, with what is said of it as a whole.
+
+    Text and patient are left out of `repr`, so that a note that lands in a log by mistake shows its shape.
+    """
+
+    id: str
+    patient: str = field(repr=False)
+    text: str = field(repr=False)
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Entity:
     """A labelled run of tokens in one sentence.
 

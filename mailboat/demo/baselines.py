@@ -9,7 +9,6 @@ local F1 are held back here too, so that everybody has trained on equally many.
 from __future__ import annotations
 
 import asyncio
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from edge_client.worker_client import WorkerClient
 from mailboat.demo import defaults
 from mailboat.demo.facts import Score
 from mailboat.demo.live import View
-from mailboat.demo.plan import Layout, Plan
+from mailboat.demo.plan import Plan
 from mailboat.demo.scoring import score
 from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
@@ -117,9 +116,3 @@ def add(initial: Path, delta: Path, out: Path) -> None:
     """Write the sum of two float32 safetensors files of the same tensors."""
     start, change = load_file(initial), load_file(delta)
     save_file({name: np.add(start[name], change[name]) for name in start}, out)
-
-
-def pool(layout: Layout, sites: tuple[str, ...]) -> None:
-    """Copy the training notes of these sites into one folder; their names differ, so none is lost."""
-    for site in sites:
-        shutil.copytree(layout.notes / site, layout.pooled, dirs_exist_ok=True)

@@ -25,6 +25,10 @@ EPOCHS = 1
 """Passes over a site's notes in one local training."""
 BATCH_SIZE = 2
 LR = 6e-3
+STAY_LENGTH = 128
+"""Tokens of a window of the tasks on whole stays: the beginning of a summary, and its end with the diagnoses."""
+STAY_LR = 4e-3
+STAY_BATCH_SIZE = 2
 OTHER_MODEL_LR = 5e-4
 """For `--model`: models wider than the shipped one take smaller steps."""
 FINAL_LR = 0.1

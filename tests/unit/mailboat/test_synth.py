@@ -78,7 +78,7 @@ def test_folders_and_report(tmp_path: Path) -> None:
         notes = load_notes(report.out / name, NerTask(LABELS)).notes
         found = labels_of(list(notes))
         assert len(notes) == folder.notes == (5 if name == "heldout" else 4)
-        assert {label: found.count(label) for label in LABELS} == folder.entities
+        assert {label: found.count(label) for label in LABELS} == folder.labels
         assert sum(len(sentence.tokens) for note in notes for sentence in note.sentences) == folder.tokens
 
 
