@@ -2,7 +2,7 @@
 
 The same trainer, model and layers, from the same version 0. Only the schedule differs: one training from end to end,
 with one rise and fall of the learning rate and one optimizer, which is how anybody would train alone, and with epochs,
-batch and rate that suit such a training (`defaults.BASELINE_EPOCHS` and below). Notes that a site holds back for its
+batch and rate that suit such a training (`DemoTask`). Notes that a site holds back for its
 local F1 are held back here too, so that everybody has trained on equally many.
 """
 
@@ -33,9 +33,9 @@ def baseline_federation(plan: Plan) -> FederationConfig:
     training = plan.federation.training
     whole = training.model_copy(
         update={
-            "epochs": min(defaults.BASELINE_EPOCHS, training.epochs * plan.rounds),
+            "epochs": min(plan.task.baseline_epochs, training.epochs * plan.rounds),
             "batch_size": defaults.BASELINE_BATCH_SIZE,
-            "lr": defaults.BASELINE_LR * training.lr,
+            "lr": plan.task.baseline_lr * training.lr,
         }
     )
     return plan.federation.model_copy(update={"training": whole})

@@ -43,6 +43,9 @@ BASELINE_LR = 0.75
 results are averaged. Centralized training of the top four blocks, seeds 0, 1, 2: 76.2, 75.6, 77.6 at this rate; 77.6
 and 71.8 (seeds 0 and 1) at two thirds of it."""
 
+STAY_BASELINE_EPOCHS = 8
+STAY_BASELINE_LR = 1.0
+
 HOLDOUT = 0.1
 """Share of a site's own notes on which it reports its local F1."""
 SLICE_KIB = 128

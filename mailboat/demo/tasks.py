@@ -26,6 +26,10 @@ class DemoTask:
     lr: float
     """The sites' peak learning rate for the shipped model."""
     batch_size: int
+    baseline_epochs: int
+    """Epochs of a baseline, one training with one rise and fall of the rate."""
+    baseline_lr: float
+    """Share of `lr` that suits such a training."""
 
 
 def pool_notes(folders: Sequence[Path], out: Path) -> None:
@@ -36,13 +40,27 @@ def pool_notes(folders: Sequence[Path], out: Path) -> None:
 
 def _on_stays(kind: str) -> DemoTask:
     section = TaskSection(kind=kind, labels=tuple(load_codes()), max_length=defaults.STAY_LENGTH)
-    return DemoTask(section, make_stays, pool_stays, defaults.STAY_LR, defaults.STAY_BATCH_SIZE)
+    return DemoTask(
+        section=section,
+        make=make_stays,
+        pool=pool_stays,
+        lr=defaults.STAY_LR,
+        batch_size=defaults.STAY_BATCH_SIZE,
+        baseline_epochs=defaults.STAY_BASELINE_EPOCHS,
+        baseline_lr=defaults.STAY_BASELINE_LR,
+    )
 
 
 TASKS: Mapping[str, DemoTask] = MappingProxyType(
     {
         "ner": DemoTask(
-            TaskSection(max_length=defaults.MAX_LENGTH), make_notes, pool_notes, defaults.LR, defaults.BATCH_SIZE
+            section=TaskSection(max_length=defaults.MAX_LENGTH),
+            make=make_notes,
+            pool=pool_notes,
+            lr=defaults.LR,
+            batch_size=defaults.BATCH_SIZE,
+            baseline_epochs=defaults.BASELINE_EPOCHS,
+            baseline_lr=defaults.BASELINE_LR,
         ),
         "classification": _on_stays("classification"),
         "multilabel": _on_stays("multilabel"),
