@@ -29,7 +29,7 @@ class Family:
     final_norm: str | None
     """The norm above the top block, trained with it; None where each block ends in its own."""
     head: str
-    """The task's classifier."""
+    """The task's classifier; empty in the class that writes text, whose output layer is pre-trained and frozen."""
     causal: bool
     """True when a position sees only what stands to its left."""
     whole_head: str
@@ -51,10 +51,14 @@ class Family:
         """True for a tensor of the task's classifier, or of the pooler below it."""
         return name.startswith(tuple(f"{part}." for part in self.head_parts))
 
+    def for_text(self) -> Family:
+        """The same family in its class that writes text."""
+        return replace(self, head="")
+
     @property
     def head_parts(self) -> tuple[str, ...]:
         """What stands above the blocks for the task alone, from the top down."""
-        return (self.head,) if self.pooler is None else (self.head, self.pooler)
+        return tuple(part for part in (self.head, self.pooler) if part)
 
 
 _DECODER = Family("model", "model.layers", "model.norm", "score", causal=True, whole_head="score")

@@ -51,6 +51,8 @@ class LoadedModel:
     """Sorted by name."""
     frozen_sha256: str
     pad_id: int
+    max_length: int
+    """Tokens of a window."""
 
     @property
     def architecture(self) -> str:
@@ -79,8 +81,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     folder = local_folder(source, federation.model.revision)
     family = layers.family_of(read_config(folder)["model_type"], str(folder))
     task = load_task(federation.task)
-    if not task.head.per_token:
-        family = family.for_whole()
+    family = _for_head(family, task, federation, folder)
     # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
     with _quiet(), torch.random.fork_rng(devices=[]):
         tokenizer = _load_tokenizer(folder)
@@ -108,6 +109,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         trainable={name: parameters[name] for name in names},
         frozen_sha256=frozen_sha256(model, names, family),
         pad_id=tokenizer.pad_token_id,
+        max_length=federation.task.max_length,
     )
     _check_frozen(loaded, federation, folder)
     return loaded
@@ -203,6 +205,17 @@ def export(loaded: LoadedModel, out: Path) -> None:
 _OTHER_PLAN = "site and coordinator must share federation.toml and base model"
 
 
+def _for_head(family: Family, task: Task[Any], federation: FederationConfig, folder: Path) -> Family:
+    if task.head.writes:
+        if not family.causal:
+            raise ConfigError(
+                f"task.kind = {federation.task.kind!r} has the model write text, which {folder} cannot",
+                hint="choose a decoder such as LLaMA, or a task that classifies",
+            )
+        return family.for_text()
+    return family if task.head.per_token else family.for_whole()
+
+
 def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -225,8 +238,9 @@ def _load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> A
     classes, auto_class = task.classes, getattr(transformers, task.head.auto_class)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     had = tuple(config.id2label.values()) if config.id2label else ()
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {name: index for index, name in enumerate(classes)}
+    if not task.head.writes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: index for index, name in enumerate(classes)}
     if task.head.problem_type is not None:
         config.problem_type = task.head.problem_type
     try:
@@ -251,7 +265,7 @@ def _load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> A
         )
     # A head for other classes is drawn anew; a pooler knows no classes, and stays where the checkpoint has it.
     lost = [part for part in family.head_parts if any(name.startswith(f"{part}.") for name in missing)]
-    if had != classes and family.head not in lost:
+    if family.head and had != classes and family.head not in lost:
         lost.insert(0, family.head)
     _seed_parts(model, lost, model.config.initializer_range, seed)
     return model

@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edge_client.batches import Batch, make_batches
@@ -129,6 +131,8 @@ def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
     """Score the model as it is on `data`; a unit in no window (a word without tokens, say) is predicted as zero."""
     loaded.model.eval()
     task = loaded.task
+    if task.head.writes:
+        return task.score(data.notes, _written(loaded, data))
     found = [task.decide(torch.empty((0, len(task.classes))))]
     units: list[Ids] = [np.empty(0, dtype=np.int64)]
     with forward_pass(loaded, data.prepared) as forward:
@@ -139,6 +143,34 @@ def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
     predictions = np.zeros((task.units(data.notes), *rows.shape[1:]), dtype=rows.dtype)
     predictions[np.concatenate(units)] = rows
     return task.score(data.notes, predictions)
+
+
+def _written(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
+    """What the task reads from the model's answers, one for each unit; zero for a unit in no window.
+
+    Greedy, so that the same model gives the same answers, and at most to the window's length.
+    """
+    task = loaded.task
+    answers = np.zeros(task.units(data.notes), dtype=object)
+    for batch in data.prepared.batches:
+        prompts = [window.ids[: int(window.positions[0])] for window in batch.windows]
+        begin = max(len(prompt) for prompt in prompts)
+        ids = np.full((len(prompts), begin), loaded.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, begin - len(prompt) :], mask[row, begin - len(prompt) :] = prompt, 1
+        written = loaded.model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            do_sample=False,
+            max_new_tokens=max(1, loaded.max_length - begin),
+            eos_token_id=loaded.encoder.stop,
+            pad_token_id=loaded.pad_id,
+        )
+        read = task.decide(loaded.tokenizer.batch_decode(written[:, begin:], skip_special_tokens=True))
+        for window, answer in zip(batch.windows, read, strict=True):
+            answers[window.units] = answer
+    return answers
 
 
 def _speaking(logits: torch.Tensor, batch: Batch, *, per_token: bool) -> torch.Tensor:

@@ -40,6 +40,8 @@ class Head:
     """Name of the class in transformers."""
     per_token: bool
     """True: logits (windows, tokens, classes), a target for each token. False: (windows, classes), one a window."""
+    writes: bool = False
+    """True: the model answers in text, which its pre-trained output layer writes; the loss is per token."""
     problem_type: str | None = None
     """What the model's configuration says of its targets, for those who load the exported model."""
 
@@ -59,7 +61,8 @@ class Window:
     `units` are what it predicts: the task's own numbering over all notes, each unit in at most one window.
     Under a head per token `targets` has the window's length and is IGNORED where a token bears no label, and
     `positions` are the tokens whose logits count, one for each unit. Otherwise `targets` is the window's own, of any
-    shape that the task's loss takes stacked, `positions` is empty, and there is one unit.
+    shape that the task's loss takes stacked, `positions` is empty, and there is one unit. Under a head that writes
+    there is one unit too, and `positions` is where its answer begins in `ids`.
     """
 
     ids: Ids = field(repr=False)
@@ -67,6 +70,9 @@ class Window:
     positions: Ids
     units: Ids
 
+
+TEXT = Head("AutoModelForCausalLM", per_token=True, writes=True)
+"""Text after a prompt."""
 
 _MEASURE = re.compile(r"[a-z0-9_]{1,32}")
 
@@ -107,7 +113,7 @@ class Task(Protocol[N]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the head's outputs, in order of their ids."""
+        """Names of the head's outputs, in order of their ids; none under a head that writes."""
         ...
 
     @property
@@ -139,8 +145,8 @@ class Task(Protocol[N]):
         """Return the mean loss of a batch, a scalar; shapes as `Head.per_token` says, `targets` stacked."""
         ...
 
-    def decide(self, logits: torch.Tensor) -> npt.NDArray[Any]:
-        """Return what `logits` (units, classes) predict, one row a unit."""
+    def decide(self, outputs: Any) -> npt.NDArray[Any]:
+        """Return what a model's outputs predict, one row a unit: logits (units, classes), or the texts it wrote."""
         ...
 
     def score(self, notes: Sequence[N], predictions: npt.NDArray[Any]) -> Scores:

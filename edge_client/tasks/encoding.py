@@ -33,6 +33,8 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.speaks_last = speaks_last
         """A causal model has read a word only at the word's last token; others are used to the first."""
+        self.stop: int | None = tokenizer.eos_token_id
+        """Id of the token that ends a written answer."""
         self.start, self.end = _specials(tokenizer)
         """Ids that stand before and after each window, such as [CLS] and [SEP]."""
         self.line_break: tuple[int, ...] = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])

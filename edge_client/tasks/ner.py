@@ -51,11 +51,11 @@ class NerTask:
 
     def examples(self, notes: Sequence[Note]) -> int:
         """Return the number of lines that hold a word."""
-        return len(_lines(notes))
+        return len(lines_with_words(notes))
 
     def units(self, notes: Sequence[Note]) -> int:
         """Return the number of words."""
-        return sum(len(line.tokens) for line in _lines(notes))
+        return sum(len(line.tokens) for line in lines_with_words(notes))
 
     def windows(self, notes: Sequence[Note], encoder: TextEncoder) -> Iterator[Window]:
         """Yield windows of consecutive lines of one note, as many lines as fit; a longer line is split between words.
@@ -65,7 +65,7 @@ class NerTask:
         """
         first_unit = 0
         for note in notes:
-            lines = _lines([note])
+            lines = lines_with_words([note])
             packer = _Packer(encoder)
             for sentence, encoded in zip(lines, encoder.encode([line.tokens for line in lines]), strict=True):
                 yield from packer.add(encoded, self._targets(sentence), first_unit)
@@ -87,17 +87,13 @@ class NerTask:
         Both as nervaluate counts them (`strict` and `ent_type`, after SemEval-2013 task 9.1). `predictions` holds a
         class id for each word of `notes` in reading order.
         """
-        true, found, at = [], [], 0
-        for sentence in _lines(notes):
-            after = at + len(sentence.tokens)
-            gold = [_spans(entity) for entity in sentence.entities]
-            guess = [_spans(entity) for entity in self.entities(predictions[at:after])]
-            if gold or guess:
-                true.append(gold)
-                found.append(guess)
+        lines, found, at = lines_with_words(notes), [], 0
+        for line in lines:
+            after = at + len(line.tokens)
+            found.append(self.entities(predictions[at:after]))
             at = after
         assert at == len(predictions), "one prediction for each word"
-        return _f1(true, found, self.labels)
+        return entity_scores([line.entities for line in lines], found, self.labels)
 
     def entities(self, classes: Ids) -> tuple[Entity, ...]:
         """Return the entities that the class ids of one line's words spell.
@@ -182,20 +178,24 @@ def _pieces(line: EncodedLine, room: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _lines(notes: Sequence[Note]) -> list[Sentence]:
+def lines_with_words(notes: Sequence[Note]) -> list[Sentence]:
+    """Return the lines of all notes that hold a word, in reading order."""
     return [sentence for note in notes for sentence in note.sentences if sentence.tokens]
+
+
+def entity_scores(true: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entity]], labels: Sequence[str]) -> Scores:
+    """Compare the entities found in each line with the true ones; see `NerTask.score`."""
+    pairs = [pair for pair in zip(true, found, strict=True) if any(pair)]
+    if not pairs:
+        return Scores(_both(None), {label: _both(None) for label in labels})
+    gold, guess = ([[_spans(entity) for entity in line] for line in lines] for lines in zip(*pairs, strict=True))
+    report = Evaluator(gold, guess, tags=list(labels), loader="dict").evaluate()
+    return Scores(_both(report["overall"]), {label: _both(report["entities"].get(label)) for label in labels})
 
 
 def _spans(entity: Entity) -> dict[str, object]:
     """An entity as nervaluate wants it: both ends inclusive."""
     return {"label": entity.label, "start": entity.start, "end": entity.end - 1}
-
-
-def _f1(true: list[list[dict[str, object]]], found: list[list[dict[str, object]]], labels: Sequence[str]) -> Scores:
-    if not true:
-        return Scores(_both(None), {label: _both(None) for label in labels})
-    report = Evaluator(true, found, tags=list(labels), loader="dict").evaluate()
-    return Scores(_both(report["overall"]), {label: _both(report["entities"].get(label)) for label in labels})
 
 
 def _both(report: Mapping[str, Any] | None) -> dict[str, float]:
