@@ -87,8 +87,7 @@ def draw_stay(profile: SiteProfile, shares: Sequence[float], rng: random.Random)
     lines = [" ".join(line.tokens) for line in (*first[:begin], *others[end:])]
     lines.append(DIAGNOSES)
     for code in codes:
-        name = write_concept(rng.choice(_concepts(code)), "problem", profile, rng)
-        lines.append(f"{'Primary' if code == codes[0] else 'Secondary'} : {' '.join(name)}")
+        lines.append(" ".join(write_concept(rng.choice(_concepts(code)), "problem", profile, rng)))
     return Stay(
         "\n".join(lines), rng.choice(("slept well", "up in chair", "family visited", "ate half of lunch")), codes
     )
