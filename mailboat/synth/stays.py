@@ -86,8 +86,7 @@ def draw_stay(profile: SiteProfile, shares: Sequence[float], rng: random.Random)
     begin, end = (next(n for n, line in enumerate(lines) if list(line.tokens) == header) for lines in (first, others))
     lines = [" ".join(line.tokens) for line in (*first[:begin], *others[end:])]
     lines.append(DIAGNOSES)
-    for code in codes:
-        lines.append(" ".join(write_concept(rng.choice(_concepts(code)), "problem", profile, rng)))
+    lines += [" ".join(write_concept(rng.choice(_concepts(code)), "problem", profile, rng)) for code in codes]
     return Stay(
         "\n".join(lines), rng.choice(("slept well", "up in chair", "family visited", "ate half of lunch")), codes
     )
