@@ -34,6 +34,7 @@ def make(
     Coded stays have ICD-9 codes of what they name, in the layout of MIMIC-III. `labels` for federation.toml is printed.
     """
     from mailboat.demo.tasks import find_task
+    from shared.config import TaskSection
 
     chosen = find_task(task)
     report = chosen.make(out, sites=sites, notes=notes, alpha=alpha, seed=seed, heldout=heldout)
@@ -49,7 +50,10 @@ def make(
         console.result().print(
             f"{report.out / name}: {made.notes} notes, {made.tokens} words, marked: {kinds}", markup=False
         )
-    console.say(f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.section.labels)}")
+    if chosen.section.labels != TaskSection().labels:
+        console.say(
+            f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.section.labels)}"
+        )
 
 
 @app.command()

@@ -116,13 +116,13 @@ def test_it_learns(folders: dict[str, Path], kind: str) -> None:
     """Notes that name what they are about are told apart on held-out notes after training, and not before."""
     settings = federation(kind, layers={"plan": "all"})
     loaded = load_model(folders["llama"], settings)
-    data = make_dataset(loaded, texts(128, seed=0, several=kind == "multilabel"), batch_size=8, seed=0)
+    data = make_dataset(loaded, texts(96, seed=0, several=kind == "multilabel"), batch_size=8, seed=0)
     held_out = make_dataset(loaded, texts(32, seed=1, several=kind == "multilabel"), batch_size=8, seed=0)
     before = evaluate(loaded, held_out).main
-    section = settings.training.model_copy(update={"epochs": 40, "lr": 1e-2})
+    section = settings.training.model_copy(update={"epochs": 25, "lr": 1e-2})
     train(loaded, read_trainable(loaded), data, section, seed=1)
     assert before < 0.6
-    assert evaluate(loaded, held_out).main > 0.85
+    assert evaluate(loaded, held_out).main > 0.8
 
 
 def test_padding_does_not_change_what_a_note_is_given(folders: dict[str, Path]) -> None:
