@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: fuzz sbom
+.PHONY: fuzz fuzz-guided sbom
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,10 @@ coverage: setup ## the last run's coverage, line by line, and the gate
 
 fuzz: setup ## spoilt bytes into every decoder of foreign bytes: make fuzz RUNS=10000000 SEED=3
 	@$(VENV)/python -m tests.fuzz --runs $(RUNS) --seed $(or $(SEED),0)
+
+fuzz-guided: setup ## one decoder by coverage, with atheris: make fuzz-guided TARGET=manifest RUNS=1000000
+	@$(VENV)/python -c "import atheris" 2>/dev/null || $(VENV)/python -m pip install --quiet --no-deps atheris==3.0.0
+	@$(VENV)/python -m tests.fuzz.guided $(or $(TARGET),none) .make/corpus/$(or $(TARGET),none) -runs=$(RUNS)
 
 bench-hostile: setup ## how much slower a round gets when one site floods the federation
 	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json

@@ -1,14 +1,15 @@
-"""A hostile site with a place in the federation: how much slower the others' rounds get, and what memory it takes.
+"""A hostile member: how much longer the others' rounds take, and what memory the coordinator needs.
 
-Two honest sites and a coordinator run a federation twice over a real Mosquitto, once alone and once beside a third site
-that does all it can, as fast as the broker takes it:
+Two honest sites and a coordinator run a sealed federation over a real Mosquitto, once alone and once beside a third
+member that floods its own topics as fast as its link allows, for the whole run:
 
-    offers      sound offers under ever new ids, of updates that never come
-    chunks      whole packets for updates that nobody asked for, and garbage
-    messages    hellos and wants, whole bitmaps of nothing, and bytes that are no message
+    data      packets of 64 KiB for updates that nobody asked for, and garbage
+    control   offers, wants and hellos, each sealed with its own valid keys and repeated for ever, garbage, presence
+    mixed     both in turns
 
-What is measured is the median time from version to version in the coordinator's journal, and the coordinator's peak
-memory. `make bench-hostile`; a quiet machine is needed for times that mean something.
+It speaks MQTT by hand, with QoS 0, so that no acknowledgement slows it down; `--mbit` is the rate of its link, kept at
+the sender. Measured are the times from version to version in the coordinator's journal, and the peak memory of the
+coordinator and of the broker. Runs alone and beside take turns. `make bench-hostile`; times need a quiet machine.
 """
 
 from __future__ import annotations
@@ -19,147 +20,221 @@ import contextlib
 import itertools
 import json
 import secrets
+import socket
 import statistics
+import struct
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from broker.launcher import run_broker
 from coordinator.journal import Journal
 from coordinator.records import VersionCommitted
-from shared.config import BrokerSection, LinkSection
+from shared.config import FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.ids import new_session_id, new_update_id
-from shared.link import Connected, Link, LinkDownError, LinkOptions
-from shared.messages import Hello, Message, Offer, Want, chunk_header, encode
+from shared.messages import Hello, Message, Offer, Presence, Want, chunk_header
 from shared.plan import SealedPlan
 from shared.topics import Channel, topic
+from shared.trust.choose import site_guard
+from tests.chaos.results import machine
 from tests.factories import make_state, make_update
 from tests.toys import write_toy
 
 NAME = "toy"
-HOSTILE = "site-9"
+HOSTILE = "site-3"
+PARAMETERS = 2_000_000
 GARBAGE_BYTES = 64 * 1024
-IN_FLIGHT = 32
-"""Messages that the hostile site hands to the broker at once."""
+SEALED = 200
+"""Messages of each kind that are sealed beforehand."""
+PIECE_BYTES = 16 * 1024
+"""What is sent between two looks at the clock, at least."""
+SENT = "hostile-bytes"
+KINDS = ("data", "control", "mixed")
 
 
-class HostileSite:
-    """Sends until it is cancelled; counts what it got rid of."""
-
-    def __init__(self, url: str, plan: SealedPlan) -> None:
-        self.plan = plan
-        self.sent = 0
-        self.link = Link(LinkOptions(BrokerSection(url=url), LinkSection(), f"{NAME}-hostile"))
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        async with self.link, asyncio.TaskGroup() as tasks:
-            async for event in self.link.events():
-                if isinstance(event, Connected):
-                    for number in range(IN_FLIGHT):
-                        tasks.create_task(self._flood(number))
-
-    async def _flood(self, number: int) -> None:
-        up, data = (topic(NAME, channel, HOSTILE) for channel in (Channel.UP_CTL, Channel.UP_DATA))
-        base = make_state(self.plan, 0)
-        while True:
-            what, where = self._next(number, base), up
-            if number % 2:
-                where = data
-            with contextlib.suppress(LinkDownError):
-                await self.link.publish(where, what)
-                self.sent += 1
-
-    def _next(self, number: int, base: Any) -> bytes:
-        if number % 2:
-            body = secrets.token_bytes(GARBAGE_BYTES)
-            return body if number % 4 == 1 else chunk_header(secrets.token_hex(16), 0, len(body)) + body
-        choices: list[Message] = [
-            Offer(manifest=make_update(self.plan, HOSTILE, base, update_id=new_update_id(HOSTILE))),
-            Want(transfer_id=secrets.token_hex(16), have=b"", window=4096, restart=True),
-            Hello(
-                site=HOSTILE,
-                session=new_session_id(),
-                fingerprint=self.plan.fingerprint,
-                config_sha256=self.plan.config_sha256,
-                frozen_sha256=self.plan.frozen_sha256,
-                software="hostile",
-                clock=time.time(),
-            ),
-        ]
-        return encode(choices[number // 2 % 3]) if number % 8 else secrets.token_bytes(1000)
+def packets(root: Path, kind: str) -> list[bytes]:
+    """What the hostile site sends, over and over: whole PUBLISH packets of MQTT 3.1.1, QoS 0."""
+    config = load_config(root / f"{HOSTILE}.toml", SiteConfig)
+    federation = load_config(config.federation, FederationConfig)
+    plan = SealedPlan.model_validate_json((root / "coordinator" / "plan.json").read_bytes())
+    guard = site_guard(
+        federation, config.trust, site=HOSTILE, fingerprint=plan.fingerprint, storage=root / "hostile-storage"
+    )
+    control = [
+        _publish(channel, guard.seal(message, channel, HOSTILE, time.time()))
+        for _ in range(SEALED)
+        for channel, message in _messages(plan)
+    ]
+    control += [_publish(Channel.UP_CTL, secrets.token_bytes(300)) for _ in range(SEALED)]
+    data = [_publish(Channel.UP_DATA, secrets.token_bytes(GARBAGE_BYTES)) for _ in range(8)]
+    data += [
+        _publish(Channel.UP_DATA, chunk_header(secrets.token_hex(16), 0, GARBAGE_BYTES) + each[-GARBAGE_BYTES:])
+        for each in data
+    ]
+    if kind == "mixed":
+        return [*itertools.chain.from_iterable(zip(itertools.cycle(data), control, strict=False))]
+    return {"data": data, "control": control}[kind]
 
 
-async def measure(versions: int, *, hostile: bool) -> dict[str, Any]:
-    """One run's median round, the coordinator's peak memory, and what the hostile site sent."""
+def _messages(plan: SealedPlan) -> Iterator[tuple[Channel, Message]]:
+    base, session = make_state(plan, 0), new_session_id()
+    yield Channel.UP_CTL, Offer(manifest=make_update(plan, HOSTILE, base, update_id=new_update_id(HOSTILE)))
+    yield Channel.UP_CTL, Want(transfer_id=secrets.token_hex(16), have=b"", window=4096, restart=True)
+    yield (
+        Channel.UP_CTL,
+        Hello(
+            site=HOSTILE,
+            session=session,
+            fingerprint=plan.fingerprint,
+            config_sha256=plan.config_sha256,
+            frozen_sha256=plan.frozen_sha256,
+            software="hostile",
+            clock=time.time(),
+        ),
+    )
+    yield Channel.PRESENCE, Presence(site=HOSTILE, session=session, online=True)
+
+
+def _varint(value: int) -> bytes:
+    head, rest = value & 0x7F, value >> 7
+    return bytes([head | 0x80]) + _varint(rest) if rest else bytes([head])
+
+
+def _publish(channel: Channel, payload: bytes) -> bytes:
+    name = topic(NAME, channel, HOSTILE).encode()
+    body = struct.pack("!H", len(name)) + name + payload
+    return b"\x30" + _varint(len(body)) + body
+
+
+def flood(root: Path, port: int, kind: str, mbit: float) -> None:
+    """Send until killed; in a process of its own."""
+    pieces = [b"".join(some) for some in _batches(packets(root, kind))]
+    client_id = HOSTILE.encode()
+    connect = struct.pack("!H4sBBHH", 4, b"MQTT", 4, 2, 0, len(client_id)) + client_id
+    with socket.create_connection(("127.0.0.1", port)) as link:
+        link.sendall(b"\x10" + _varint(len(connect)) + connect)
+        link.recv(4)
+        sent, due = 0, time.monotonic()
+        for piece in itertools.cycle(pieces):
+            due = max(due, time.monotonic() - 0.1)
+            time.sleep(max(0.0, due - time.monotonic()))
+            link.sendall(piece)
+            sent += len(piece)
+            due += len(piece) * 8 / (mbit * 1e6)
+            (root / SENT).write_text(str(sent))
+
+
+def _batches(all_packets: list[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    for packet in all_packets:
+        batch.append(packet)
+        if sum(map(len, batch)) >= PIECE_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+async def measure(kind: str | None, versions: int, mbit: float) -> dict[str, Any]:
+    """One run: seconds of each round, memory in MiB, megabytes of the flood; `kind` is None without one."""
     with tempfile.TemporaryDirectory(prefix="mailboat-hostile-") as folder:
         root = Path(folder)
         async with run_broker("mosquitto", root / "broker") as broker:
-            write_toy(root, broker.url, sites=2, versions=versions, quorum=2, parameters=2_000_000)
-            plan = SealedPlan.model_validate_json((root / "coordinator" / "plan.json").read_bytes())
-            flood = HostileSite(broker.url, plan)
-            flooding = asyncio.create_task(flood.run()) if hostile else None
+            write_toy(
+                root, broker.url, sites=3, versions=versions, quorum=2, parameters=PARAMETERS, sealed=True, link=""
+            )
+            hostile = None
+            if kind is not None:
+                port = broker.url.rpartition(":")[2]
+                hostile = await _start("-m", "bench.hostile", "--flood", str(root), port, kind, str(mbit))
             parties = [
-                await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "tests.toys",
-                    "coordinator" if name == "coordinator" else "site",
-                    str(root / f"{name}.toml"),
-                    stdout=asyncio.subprocess.DEVNULL,
-                )
-                for name in ("coordinator", "site-1", "site-2")
+                await _start("-m", "tests.toys", role, str(root / f"{name}.toml"))
+                for role, name in (("coordinator", "coordinator"), ("site", "site-1"), ("site", "site-2"))
             ]
-            watching = asyncio.create_task(_peak_mib(parties[0].pid))
+            memory: dict[str, float] = {}
+            watching = asyncio.create_task(_watch({"coordinator": parties[0].pid, "broker": broker.pid}, memory))
             codes = [await party.wait() for party in parties]
             watching.cancel()
-            if flooding is not None:
-                flooding.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await flooding
-        assert codes == [0, 0, 0], codes
+            assert codes == [0, 0, 0], codes
+            if hostile is not None:
+                assert hostile.returncode is None, "the hostile site gave up"
+                hostile.kill()
+                await hostile.wait()
         with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
             times = [record.at for record in journal.replay() if isinstance(record, VersionCommitted)]
-        rounds = [after - before for before, after in itertools.pairwise(times)]
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
         return {
-            "round_s": round(statistics.median(rounds), 3),
-            "rounds": len(rounds),
-            "coordinator_peak_mib": round(_PEAK.get(parties[0].pid, 0.0)),
-            "hostile_messages": flood.sent,
+            "rounds": [after - before for before, after in itertools.pairwise(times)],
+            "mib": memory,
+            "hostile_mb": int((root / SENT).read_text()) / 1e6 if kind else 0.0,
         }
 
 
-_PEAK: dict[int, float] = {}
+async def _start(*command: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.DEVNULL)
 
 
-async def _peak_mib(pid: int) -> None:
-    """Note the peak memory of a process until it is gone."""
+async def _watch(pids: dict[str, int], peaks: dict[str, float]) -> None:
+    """Keep the peak memory of processes in `peaks`, in MiB, until cancelled."""
     while True:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    _PEAK[pid] = int(line.split()[1]) / 1024
+        for name, pid in pids.items():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        peaks[name] = int(line.split()[1]) / 1024
         await asyncio.sleep(0.2)
 
 
-async def compare(versions: int) -> dict[str, Any]:
-    """Both runs, and how much the round grew."""
-    alone = await measure(versions, hostile=False)
-    beside = await measure(versions, hostile=True)
-    return {"alone": alone, "beside": beside, "growth": round(beside["round_s"] / alone["round_s"] - 1, 3)}
+async def compare(kinds: list[str], versions: int, turns: int, mbit: float) -> dict[str, Any]:
+    """Runs in turns, and how much the median round, and all rounds together, grew over those alone."""
+    orders: list[str | None] = [None, *kinds]
+    runs: dict[str | None, list[dict[str, Any]]] = {kind: [] for kind in orders}
+    for turn in range(turns):
+        for kind in orders if turn % 2 == 0 else reversed(orders):
+            runs[kind].append(await measure(kind, versions, mbit))
+            _say(f"[hostile] {kind or 'alone'}: {statistics.median(runs[kind][-1]['rounds']):.2f} s a round")
+    return {
+        "machine": machine(),
+        "settings": {"versions": versions, "turns": turns, "mbit": mbit, "parameters": PARAMETERS},
+        "runs": [{"flood": kind or "none", **_summary(runs[kind], runs[None])} for kind in orders],
+    }
+
+
+def _summary(some: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[str, float]:
+    rounds, usual = (list(itertools.chain.from_iterable(run["rounds"] for run in each)) for each in (some, alone))
+    return {
+        "median_s": round(statistics.median(rounds), 3),
+        "worst_s": round(max(rounds), 3),
+        "growth_of_median": round(statistics.median(rounds) / statistics.median(usual) - 1, 3),
+        "growth_of_sum": round(sum(rounds) / sum(usual) - 1, 3),
+        "coordinator_mib": round(max(run["mib"]["coordinator"] for run in some)),
+        "broker_mib": round(max(run["mib"]["broker"] for run in some)),
+        "hostile_mb": round(sum(run["hostile_mb"] for run in some)),
+    }
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
 
 
 def main() -> None:
     """Print the comparison, and write it where told."""
     parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--versions", type=int, default=12)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--versions", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the hostile site's link")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--flood", nargs=4, metavar=("ROOT", "PORT", "KIND", "MBIT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    found = asyncio.run(compare(given.versions))
+    if given.flood:
+        root, port, kind, mbit = given.flood
+        flood(Path(root), int(port), kind, float(mbit))
+        return
+    found = asyncio.run(compare(given.kinds, given.versions, given.turns, given.mbit))
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

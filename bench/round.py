@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers.frameworks import Flare, Flower, Framework, Mailboat, environment, until, version_of
+from bench.peers.frameworks import Flare, Flower, Framework, environment, until, version_of
+from bench.peers.own import Mailboat
 from bench.peers.stage import Stage, isolate, loopback_bytes
 from bench.peers.work import Work, events
 from shared.manifest import manifest_from_bytes
@@ -33,6 +34,8 @@ from tests.chaos.results import machine
 
 TENSORS = 12
 MAILBOAT = ("mailboat f32", "mailboat bf16", "mailboat int8")
+SEALED = " sealed"
+ALL_MAILBOAT = (*MAILBOAT, *(run + SEALED for run in MAILBOAT))
 PEERS = ("flare", "flower")
 PATIENCE_S = 600.0
 WRITE_BYTES = 1 << 20
@@ -69,10 +72,10 @@ class Round:
 
 def make(run: str, work: Work, stage: Stage) -> Framework:
     """The framework of a run."""
-    name, _, codec = run.partition(" ")
+    name, _, codec = run.removesuffix(SEALED).partition(" ")
     match name:
         case "mailboat":
-            return Mailboat(work, stage, codec=codec, quorum=work.sites)
+            return Mailboat(work, stage, codec=codec, quorum=work.sites, sealed=run.endswith(SEALED))
         case "flower":
             return Flower(work, stage)
         case "flare":
@@ -189,7 +192,7 @@ def median_s(found: list[Round], run: str, place: str) -> float | None:
 def ratios(found: list[Round]) -> dict[str, float]:
     """Each run's median round, in that of each peer; and on the disk, in what it may take there."""
     told = {}
-    for run in MAILBOAT:
+    for run in ALL_MAILBOAT:
         for place in sorted({each.place for each in found}):
             mine = median_s(found, run, place)
             if mine is None:
@@ -198,6 +201,9 @@ def ratios(found: list[Round]) -> dict[str, float]:
                 theirs = median_s(found, peer, place)
                 if theirs is not None:
                     told[f"{run} / {peer}, {place}"] = round(mine / theirs, 3)
+            bare = median_s(found, run.removesuffix(SEALED), place)
+            if run.endswith(SEALED) and bare is not None:
+                told[f"{run} / {run.removesuffix(SEALED)}, {place}"] = round(mine / bare, 3)
             memory = median_s(found, run, "tmpfs")
             plain = [each.plain_s for each in found if (each.run, each.place) == (run, place) and each.plain_s]
             if place == "disk" and plain:
@@ -209,7 +215,7 @@ def ratios(found: list[Round]) -> dict[str, float]:
 def main() -> int:
     """Measure in turns; print and keep what was found after each run."""
     parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", nargs="+", choices=(*MAILBOAT, *PEERS), default=list(MAILBOAT))
+    parser.add_argument("--runs", nargs="+", choices=(*ALL_MAILBOAT, *PEERS), default=list(MAILBOAT))
     parser.add_argument("--parameters", type=float, default=60.0, help="millions")
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="rounds measured; one more warms up")

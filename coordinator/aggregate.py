@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
-from coordinator.merging import MergePlan, MergeResult
+from coordinator.merging import MergePlan, MergeResult, PlannedContribution
 from coordinator.optimizers import SLOTS, server_step
-from shared.codec import encode_file, group_size
-from shared.config import FederationConfig
+from coordinator.robust import trimmed, trimmed_mean
+from shared.codec import SPAN, encode_file, group_size
+from shared.config import AggregationSection, FederationConfig
 from shared.errors import CorruptError
 from shared.manifest import Manifest, StateFacts
 from shared.plan import SealedPlan
@@ -36,6 +37,9 @@ from shared.tensorfile import F32Array, Shape
 
 BLOCK_BYTES = 64 * 1024 * 1024
 """Sums held at a time, or one tensor where that is larger. Opening an update costs about one slice."""
+
+STRETCH_UNIT = SPAN // 32
+"""Values; robust means take a multiple of it of each update at a time. A multiple of every codec's block."""
 
 Progress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1; from the thread that merges."""
@@ -76,11 +80,16 @@ def merge(
             for slot in slots
         ]
         new_master = files.enter_context(writing(master_path(masters, plan.version), shapes, metadata("master")))
-        for name, (total, summed) in _sums(plan, updates, states, shapes, progress):
+        section = federation.aggregation
+        if section.rule == "mean":
+            found = _means(plan, updates, states, shapes, progress)
+        else:
+            found = _robust_means(plan, updates, section, shapes, progress)
+        for name, mean in found:
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
-            if total > 0:
-                _step(plan, federation, master, summed, slot_values)
+            if mean is not None:
+                _step(plan, federation, master, mean, slot_values)
             new_master.write(name, master)
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
@@ -139,10 +148,10 @@ def file_metadata(version: int, sealed: SealedPlan, federation: FederationConfig
     }
 
 
-def _sums(
+def _means(
     plan: MergePlan, updates: FrameStore, states: FrameStore, shapes: Mapping[str, Shape], progress: Progress
-) -> Iterator[tuple[str, tuple[float, F32Array]]]:
-    """Yield (name, (total denominator, weighted sum)) of each tensor, by name; the total is 0 where nobody holds it."""
+) -> Iterator[tuple[str, F32Array | None]]:
+    """Yield the weighted mean of each tensor, by name; None where nobody holds it."""
     totals = dict.fromkeys(shapes, 0.0)
     for part in plan.contributions:
         for name in _reader(updates, part.update_id).shapes:
@@ -156,7 +165,38 @@ def _sums(
             done += 1
             progress(0.9 * done / (len(steps) * len(plan.contributions)))
         for name in block:
-            yield name, (totals[name], sums.pop(name))
+            mean = sums.pop(name)
+            yield name, mean if totals[name] > 0 else None
+
+
+def _robust_means(
+    plan: MergePlan, updates: FrameStore, section: AggregationSection, shapes: Mapping[str, Shape], progress: Progress
+) -> Iterator[tuple[str, F32Array | None]]:
+    """As `_means`, by the rule of the federation: median or trimmed mean of each number."""
+    holders: dict[str, list[PlannedContribution]] = {name: [] for name in shapes}
+    for part in plan.contributions:
+        for name in _reader(updates, part.update_id).shapes:
+            holders[name].append(part)
+    for done, (name, parts) in enumerate(holders.items(), start=1):
+        yield name, _robust_mean(name, shapes[name], parts, updates, section) if parts else None
+        progress(0.9 * done / len(shapes))
+
+
+def _robust_mean(
+    name: str, shape: Shape, parts: Sequence[PlannedContribution], updates: FrameStore, section: AggregationSection
+) -> F32Array:
+    """All updates' values of a stretch of the tensor side by side, so that memory does not grow with updates."""
+    mean = np.empty(shape, dtype=np.float32)
+    flat, trim = mean.reshape(-1), trimmed(section.rule, len(parts), section.trim)
+    stretch = max(1, BLOCK_BYTES // (4 * len(parts) * STRETCH_UNIT)) * STRETCH_UNIT
+    for start in range(0, flat.size, stretch):
+        count = min(stretch, flat.size - start)
+        values = np.empty((len(parts), count), dtype=np.float32)
+        for row, part in zip(values, parts, strict=True):
+            update = _reader(updates, part.update_id).span(name, start, count)
+            np.multiply(update, np.float32(part.numerator), out=row)
+        flat[start : start + count] = trimmed_mean(values, trim)
+    return mean
 
 
 def _add(

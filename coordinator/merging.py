@@ -10,6 +10,9 @@ With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv 1602.05629, algorithm
 FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the line only: lateness
 damps the step. Were it below too, a buffer in which all are equally late would step as far as a fresh one.
 
+With a robust rule (`coordinator.robust`) every update counts alike: n^p is 1, and the median or trimmed mean of the
+s(tau_i) delta_i, clipped where wished, takes the place of the mean.
+
 fedasync: one update, x <- (1 - a_t) x + a_t (y + delta), where y is the published state that the site started from
 and a_t = alpha s(tau) (Xie et al., arXiv 1903.03934, algorithm 1). No server optimizer: mixing is the optimizer.
 """
@@ -40,7 +43,7 @@ class PlannedContribution:
     numerator: float
     """n^p s(tau), times C / |delta| where that is less than 1; for fedasync a_t."""
     denominator: float
-    """n^p; for fedasync 1."""
+    """n^p; 1 for fedasync and robust rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ def _planned(
     tau = version - 1 - update.base_version
     assert tau >= 0, f"update {update.update_id} starts from version {update.base_version}, which does not exist yet"
     damping = staleness_weight(section.staleness, tau)
-    size = 1.0 if section.mode == "fedasync" else float(update.examples) ** section.size_power
+    alike = section.mode == "fedasync" or section.rule != "mean"
+    size = 1.0 if alike else float(update.examples) ** section.size_power
     scale = section.alpha if section.mode == "fedasync" else size * _clipping(update.norm, section.clip_norm)
     return PlannedContribution(
         update_id=update.update_id,

@@ -22,6 +22,7 @@ from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import Disk, discard_rejected, discard_uncommitted
+from coordinator.earshot import Earshot
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
 from coordinator.masters import check_files, prune_masters
@@ -114,6 +115,7 @@ class Service:
         self.guard = coordinator_guard(federation, config.trust, fingerprint=plan.fingerprint, storage=config.storage)
         self.core = Core(federation, plan, config=config, boot=self.boot, attest=self.guard.attest)
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
+        self.earshot = Earshot(self.link, self.name, self.guard.members)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
         self.spooler = Spooler(
@@ -146,18 +148,14 @@ class Service:
         await self._compact()
         ledger = self.core.ledger
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
-        with first_error():
+        with first_error(), self._admission:
             await self._serve()
         self.guard.save()
         self._save_status()
 
     async def _serve(self) -> None:
-        with self._admission:
-            await self._serve_until_stop()
-
-    async def _serve_until_stop(self) -> None:
         async with self.link, self.spooler, asyncio.TaskGroup() as self._tasks:
-            links = (self.mail.read(), self.mail.watch(), self.pump.run(), self.spooler.run())
+            links = (self.mail.read(), self.mail.watch(), self.earshot.run(), self.pump.run(), self.spooler.run())
             helpers = [self._tasks.create_task(work) for work in (*links, self._tick(), self._write_status())]
             await self._decide()
             for helper in helpers:
@@ -201,12 +199,14 @@ class Service:
 
     def hears(self, site: str | None) -> bool:
         """See Desk."""
-        return site is None or self.core.intake.hears(site, time.monotonic())
+        return site is None or self.core.intake.hears(site, time.monotonic()) or self.earshot.unwanted(site)
 
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """See Desk."""
         if site is not None and self.core.uploads.accepts(site, chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
+        else:
+            self.earshot.unwanted(site, len(chunk.frame))
 
     async def caught_up(self) -> None:
         """See Desk."""
@@ -214,6 +214,7 @@ class Service:
 
     def refused(self, site: str | None, error: RefusedError) -> None:
         """See Desk."""
+        self.earshot.unwanted(site)
         if isinstance(error, TurnedAwayError):
             self._tasks.create_task(self._send(d.Send(site, error.answer)))
 

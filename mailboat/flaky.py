@@ -145,7 +145,7 @@ class FlakyProxy:
             pipe.end(reset=True)
 
     def hole(self) -> None:
-        """Forward nothing more on the connections there are, ever, and leave new ones without an answer until `heal`.
+        """Take and forward nothing more on the connections there are, ever, and answer no new ones until `heal`.
 
         A queue of connections that is full makes the kernel ignore the next ones, as a cable that was pulled does.
         """
@@ -324,7 +324,7 @@ class _Pipe:
         rate = link.bytes_per_s
         read_bytes = READ_BYTES if rate is None else min(READ_BYTES, max(1024, round(rate / STEPS_PER_S)))
         free_at = due = loop.time()
-        while data := await reader.read(read_bytes):
+        while data := await self._read(reader, read_bytes):
             free_at = max(free_at, loop.time())
             if rate is not None:
                 free_at += len(data) / rate
@@ -333,6 +333,13 @@ class _Pipe:
                 count(len(data))
             due = max(due, free_at + link.latency_s + self._chance.uniform(0.0, link.jitter_s))
             await waiting.put((due, data))
+
+    async def _read(self, reader: asyncio.StreamReader, size: int) -> bytes:
+        if self.swallows:
+            # Nothing is taken any more: a cable that was pulled acknowledges no bytes, so a full queue stays full.
+            await self._ended.wait()
+            return b""
+        return await reader.read(size)
 
     async def _deliver(self, waiting: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()

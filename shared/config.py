@@ -20,6 +20,7 @@ from shared.ids import Ident, Sha256Hex
 CodecName = Literal["f32", "bf16", "int8"]
 Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
+MergeRule = Literal["mean", "median", "trimmed-mean"]
 ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -156,6 +157,11 @@ class AggregationSection(Section):
     """Mixing rate of FedAsync."""
     size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
+    rule: MergeRule = "mean"
+    """What stands for a round's updates, tensor by tensor: their weighted mean, or for each number the median or the
+    mean without the outermost, in which every update counts alike."""
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Share of the updates that the trimmed mean leaves out at each end, rounded down."""
     clip_norm: Positive | None = None
     """An update whose L2 norm, over all its tensors, is above this is scaled down to it; None leaves it as it is."""
     deadline_s: Positive = 3600.0
@@ -169,6 +175,8 @@ class AggregationSection(Section):
             raise ValueError('[aggregation.server] has no meaning with mode = "fedasync", which mixes by alpha')
         if self.mode == "fedasync" and self.clip_norm is not None:
             raise ValueError('clip_norm has no meaning with mode = "fedasync", which mixes whole states')
+        if self.mode == "fedasync" and self.rule != "mean":
+            raise ValueError(f'rule = "{self.rule}" needs several updates, mode = "fedasync" merges one at a time')
         return self
 
 

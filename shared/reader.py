@@ -73,18 +73,22 @@ class TensorReader:
         """Yield one decoded tensor, flat, at most SPAN values at a time; RefusedError as `decode_tensor`."""
         size = math.prod(self.shapes[name])
         for start in range(0, size, SPAN):
-            count = min(SPAN, size - start)
-            before = part_specs(name, (start,), self.codec)
-            parts = []
-            # A span begins where a block of the codec does, so what lies before it is what `start` values take.
-            for (_, _, skipped), (part, dtype, shape) in zip(
-                before, part_specs(name, (count,), self.codec), strict=True
-            ):
-                begin = self.header.size + self._specs[part].begin + tensor_bytes(dtype, skipped)
-                data = self._bytes(begin, begin + tensor_bytes(dtype, shape))
-                parts.append(data.view(NUMPY_DTYPES[dtype]))
-            yield decode_tensor(parts, self.codec, (count,))
+            yield self.span(name, start, min(SPAN, size - start))
         self._hash_until(max(self._specs[part].end for part, _, _ in part_specs(name, self.shapes[name], self.codec)))
+
+    def span(self, name: str, start: int, count: int) -> F32Array:
+        """Return `count` decoded values of one tensor, flat, from `start`, a multiple of INT8_BLOCK.
+
+        RefusedError as `decode_tensor`.
+        """
+        # A span begins where a block of the codec does, so what lies before it is what `start` values take.
+        before, here = (part_specs(name, (size,), self.codec) for size in (start, count))
+        parts = []
+        for (_, _, skipped), (part, dtype, shape) in zip(before, here, strict=True):
+            begin = self.header.size + self._specs[part].begin + tensor_bytes(dtype, skipped)
+            data = self._bytes(begin, begin + tensor_bytes(dtype, shape))
+            parts.append(data.view(NUMPY_DTYPES[dtype]))
+        return decode_tensor(parts, self.codec, (count,))
 
     def tensors(self) -> Iterator[tuple[str, F32Array]]:
         """Yield all tensors, decoded, in file order."""

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.peers.frameworks import UNKNOWN, Flare, Flower, Framework, Mailboat, environment, until, version_of
+from bench.peers.frameworks import UNKNOWN, Flare, Flower, Framework, environment, until, version_of
+from bench.peers.own import Mailboat
 from bench.peers.stage import Stage, isolate
 from bench.peers.work import Work, events
 from mailboat.flaky import Conditions, FlakyProxy

@@ -127,7 +127,7 @@ async def _try_access(party: Party, endpoint: Endpoint, name: str) -> list[Findi
 
 async def _subscribe(connection: Connection, endpoint: Endpoint, topics: tuple[str, ...]) -> None:
     try:
-        await connection.subscribe_all(topics)
+        await connection.follow(topics)
     except NotGrantedError as refused:
         raise subscribe_refusal(refused.topic, str(refused), str(endpoint)) from None
 

@@ -25,6 +25,9 @@ OUTAGE_SHARE = 1 / 60
 PATIENCE_UNKNOWN_S = 3.0
 PATIENCE_MIN_S = 1.0
 PATIENCE_MAX_S = 10.0
+PATIENCE_GREETED_MAX_S = 60.0
+"""The same once the broker has accepted us. Three NATS servers that lost one took 8 s for a subscription; whoever gave
+up on them before had to be subscribed from the beginning."""
 PATIENCE_SPREAD = 0.75
 """A patience is drawn from this share of itself upwards, so that those who began in step do not stay in it."""
 
@@ -78,7 +81,13 @@ def delay_s(
 
 
 def patience_s(
-    state: Backoff, *, now: float, usual_s: float | None, reached: bool, uniform: Callable[[float, float], float]
+    state: Backoff,
+    *,
+    now: float,
+    usual_s: float | None,
+    reached: bool,
+    uniform: Callable[[float, float], float],
+    greeted: bool = False,
 ) -> float:
     """How long the next step of an attempt may take before the next attempt starts, in seconds.
 
@@ -86,7 +95,7 @@ def patience_s(
     packet lost on a dead link is not sent again for seconds, and asking afresh finds the link's return sooner; it grows
     with the outage, since a link may also have become slow. A broker that was reached and does not answer has perhaps
     thousands to greet, and giving up on it only adds to its work: for each attempt in a row that it kept waiting, it is
-    given twice the time.
+    given twice the time. `greeted` when it has accepted us already: then it is there, and this may go further.
     """
     if usual_s is None:
         longest = PATIENCE_UNKNOWN_S
@@ -94,5 +103,5 @@ def patience_s(
         longest = max(PATIENCE_MIN_S, 4 * usual_s, (now - state.since) * OUTAGE_SHARE)
     if reached:
         longest *= 2.0 ** min(state.kept_waiting, 32)
-    longest = min(PATIENCE_MAX_S, longest)
+    longest = min(PATIENCE_GREETED_MAX_S if greeted else PATIENCE_MAX_S, longest)
     return uniform(PATIENCE_SPREAD * longest, longest)

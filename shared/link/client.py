@@ -40,6 +40,8 @@ from shared.link.vigil import Signs
 
 MAX_INFLIGHT = 20
 """Publications handed to the library and not acknowledged; a broker may ask for fewer (Receive Maximum)."""
+SUBSCRIBE_MAX = 100
+"""Topics in one SUBSCRIBE."""
 CLOSE_S = 1.0
 """Longest wait for a DISCONNECT to leave."""
 
@@ -100,6 +102,7 @@ class Connection(aiomqtt.Client):
             logger=_QUIET,
         )
         self.broker = broker
+        self.topics: tuple[str, ...] = ()
         self.taken_over = False
         self._shared = shared
         self._socket = sock
@@ -137,15 +140,21 @@ class Connection(aiomqtt.Client):
         self._client_connect()
         await self._connected
 
-    async def subscribe_all(self, topics: tuple[str, ...]) -> None:
-        """Subscribe with QoS 1; NotGrantedError names the first topic that the broker does not grant."""
-        if not topics:
-            return
-        granted = await self.subscribe([(topic, 1) for topic in topics], timeout=math.inf)
-        for topic, code in zip(topics, granted, strict=True):
-            assert isinstance(code, ReasonCode)  # an int only with the callbacks of paho 1
-            if code.value >= refusals.FAILURE:
-                raise NotGrantedError(topic, code.value, str(code))
+    async def follow(self, topics: tuple[str, ...]) -> None:
+        """Subscribe to these with QoS 1, and to nothing else.
+
+        NotGrantedError names the first topic that the broker does not grant, HungUpError tells that it hung up first.
+        """
+        new, gone = sorted({*topics} - {*self.topics}), sorted({*self.topics} - {*topics})
+        for some in (new[at : at + SUBSCRIBE_MAX] for at in range(0, len(new), SUBSCRIBE_MAX)):
+            granted = await self.subscribe([(topic, 1) for topic in some], timeout=math.inf)
+            for topic, code in zip(some, granted, strict=True):
+                assert isinstance(code, ReasonCode)  # an int only with the callbacks of paho 1
+                if code.value >= refusals.FAILURE:
+                    raise NotGrantedError(topic, code.value, str(code))
+        self.topics = topics
+        if gone:  # last: what belongs to both sets is never missed
+            self._client.unsubscribe(gone)  # nobody waits: a loss of the connection ends the subscriptions too
 
     async def lost(self) -> str:
         """Wait for the end of the connection and return what is known of its reason."""

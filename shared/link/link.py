@@ -43,6 +43,8 @@ FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
 FIRST_ANSWER_S = 1.0
 """Shortest wait for the answer to a first CONNECT in MQTT 5, before 3.1.1 is tried."""
+DIALLED, GREETED = 1, 2
+"""Steps of an attempt that are done: a connection stands, the broker has accepted us."""
 PROTOCOL_NAMES = {ProtocolVersion.V5: "5", ProtocolVersion.V311: "3.1.1"}
 
 _log = structlog.get_logger("link")
@@ -73,6 +75,7 @@ class Link:
         self._waiting_bytes = 0
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
+        self._topics = options.subscriptions
         self._spoken: dict[Endpoint, ProtocolVersion] = {}
         self._doubtful: set[Endpoint] = set()
         self._usual_s: float | None = None
@@ -151,6 +154,24 @@ class Link:
             raise LinkDownError("there is no connection to the broker now", hint="publish again after `Connected`")
         await self._connection.post(Publication(topic, payload, retain))
 
+    async def follow(self, topics: tuple[str, ...]) -> None:
+        """Subscribe to these topics and to nothing else, on this connection and on later ones.
+
+        A connection that is being set up may miss the change: ask again now and then, which costs nothing. Raises
+        RefusedError when the broker does not grant one of them; then everything stays as it was.
+        """
+        before, self._topics = self._topics, topics
+        connection = self._connection
+        if connection is None or connection.topics == topics:
+            return
+        try:
+            await connection.follow(topics)
+        except NotGrantedError as refused:
+            self._topics = before
+            raise refusals.subscribe_refusal(refused.topic, str(refused), connection.broker) from None
+        except HungUpError:
+            pass  # the next connection subscribes to them
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -226,15 +247,21 @@ class Link:
 
     async def _in_time(self, endpoint: Endpoint, protocol: ProtocolVersion, state: Backoff) -> Connection:
         """Set up a connection, each step within the patience that what happened so far leaves for it."""
-        started, reached = time.monotonic(), False
+        started, steps = time.monotonic(), 0
 
         def patience_s() -> float:
-            uniform = self._chance.uniform
-            return backoff.patience_s(state, now=started, usual_s=self._usual_s, reached=reached, uniform=uniform)
+            return backoff.patience_s(
+                state,
+                now=started,
+                usual_s=self._usual_s,
+                reached=steps >= DIALLED,
+                greeted=steps >= GREETED,
+                uniform=self._chance.uniform,
+            )
 
         def one_step() -> None:
-            nonlocal reached
-            reached = True
+            nonlocal steps
+            steps += 1
             deadline.reschedule(asyncio.get_running_loop().time() + patience_s())
 
         try:
@@ -242,7 +269,9 @@ class Link:
                 return await self._set_up(endpoint, protocol, one_step)
         except TimeoutError:
             waited_s = time.monotonic() - started
-            raise _FailedError(f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=reached) from None
+            raise _FailedError(
+                f"no answer within {waited_s:.1f} s", answered=False, kept_waiting=steps >= DIALLED
+            ) from None
 
     def _protocol(self, endpoint: Endpoint) -> ProtocolVersion:
         guess = ProtocolVersion.V311 if endpoint in self._doubtful else ProtocolVersion.V5
@@ -267,7 +296,7 @@ class Link:
                     raise HungUpError(f"the broker did not answer within {answer_s:.1f} s") from None
                 raise
             one_step()
-            await connection.subscribe_all(self.options.subscriptions)
+            await connection.follow(self._topics)
             one_step()
             for publication in self.options.hello:
                 await connection.post(publication)

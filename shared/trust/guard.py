@@ -67,6 +67,9 @@ class Guard(Protocol):
 class CoordinatorsGuard(Guard, Protocol):
     """What the coordinator's guard does besides."""
 
+    def members(self) -> frozenset[str] | None:
+        """Names on the roster, also of those who may not speak now; None without trust."""
+
     def sign_head(self, version: int, seq: int, head: str) -> tuple[Head, bytes] | None:
         """Return the signed head of the chain, and the membership under whose key; None without trust."""
 
@@ -105,6 +108,9 @@ class OpenGuard:
     def open_chunk(self, manifest: Manifest, chunk: Chunk) -> memoryview:
         """The frame, as it came."""
         return chunk.frame
+
+    def members(self) -> None:
+        """Anybody may be one."""
 
     def sign_head(self, version: int, seq: int, head: str) -> None:
         """There is no key."""

@@ -242,6 +242,10 @@ class CoordinatorGuard(SealedGuard):
             kept = self._updates.setdefault(site or "", Recent(KEPT_TRANSFERS))
             kept.put(transfer_id, cipher(grant, UPDATE_DOMAIN, transfer_id))
 
+    def members(self) -> frozenset[str]:
+        """See Guard."""
+        return frozenset(self.peers.members)
+
     def sign_head(self, version: int, seq: int, head: str) -> tuple[Head, bytes]:
         """See Guard."""
         at = (version, seq, head)

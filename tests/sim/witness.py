@@ -87,6 +87,7 @@ class Witness:
         self._master = first_master
         self._published: dict[str, list[bytes]] = {}
         self._acknowledged: dict[str, set[int]] = {}
+        self._spoilt: set[str] = set()
         self._granted: dict[str, int] = {}
         self._window: dict[str, int] = {}
         self._handed: dict[str, int] = {}
@@ -238,11 +239,15 @@ class Witness:
         """An update's spool was opened: what was acknowledged is there."""
         held = Bitmap.from_bytes(manifest.frames, have)
         lost = [index for index in self._acknowledged.get(manifest.transfer_id, ()) if index not in held]
+        if lost and manifest.transfer_id in self._spoilt:  # noticed only now, and perhaps acknowledged again meanwhile
+            self._spoilt.remove(manifest.transfer_id)
+            return
         demand(not lost, f"chunks {lost} of update {manifest.transfer_id} were acknowledged and are lost")
 
     def spoilt(self, transfer_id: str) -> None:
         """The coordinator's disk broke what it had promised to hold, before it was accepted."""
         self._acknowledged.pop(transfer_id, None)
+        self._spoilt.add(transfer_id)
 
     def bounds(self, machine: CoordinatorMachine) -> None:
         """After each decision of the coordinator."""

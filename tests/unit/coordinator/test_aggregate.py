@@ -354,3 +354,64 @@ def test_blocks_keep_order_and_bound(sizes: list[int], limit: int) -> None:
     assert all(len(block) == 1 or size <= limit for block, size in zip(found, bytes_of, strict=True))
     for size, following in zip(bytes_of, found[1:], strict=False):
         assert size + 4 * shapes[following[0]][0] > limit
+
+
+def _five(run: SmallRun, deltas: list[list[float]]) -> None:
+    updates = [run.update(f"s{number}", {"a": delta}, examples=10**number) for number, delta in enumerate(deltas)]
+    run.merge(*updates)
+
+
+def test_the_median_by_hand(tmp_path: Path) -> None:
+    """Of (1, 5), (2, 4), (3, 1e17), (-9, 2), (1e9, 3): (2, 4), from (10, 10) and whatever the examples say."""
+    run = SmallRun(tmp_path, {"a": [10.0, 10.0]}, aggregation=AggregationSection(rule="median"))
+    _five(run, [[1, 5], [2, 4], [3, 1e17], [-9, 2], [1e9, 3]])
+    assert run.master(1) == {"a": [12, 14]}
+
+
+def test_the_trimmed_mean_by_hand(tmp_path: Path) -> None:
+    """A fifth of five is one at each end: (1 + 2 + 3) / 3 and (3 + 4 + 5) / 3."""
+    run = SmallRun(tmp_path, {"a": [0.0, 0.0]}, aggregation=AggregationSection(rule="trimmed-mean"))
+    _five(run, [[1, 5], [2, 4], [3, 1e17], [-9, 2], [1e9, 3]])
+    assert run.master(1)["a"] == pytest.approx([2, 4], rel=1e-6)
+
+
+def test_a_robust_rule_damps_lateness_first(tmp_path: Path) -> None:
+    """Three versions late at 1/2: the median of 2, 8 / 2 and 100 is 4; of two updates it is their mean."""
+    section = AggregationSection(mode="fedbuff", rule="median")
+    run = SmallRun(tmp_path, {"a": [0.0]}, aggregation=section)
+    for version in range(3):
+        run.merge(run.update("idle", {"a": [0]}, base=version))
+    late = run.update("late", {"a": [8]}, base=0)
+    run.merge(run.update("x", {"a": [2]}, base=3), late, run.update("y", {"a": [100]}, base=3))
+    assert run.master(4) == {"a": [4]}
+    run.merge(run.update("x", {"a": [2]}, base=4), run.update("y", {"a": [4]}, base=4))
+    assert run.master(5) == {"a": [7]}
+
+
+def test_a_robust_rule_takes_each_tensor_from_those_who_hold_it(tmp_path: Path) -> None:
+    """Of b only one update speaks, of c none."""
+    run = SmallRun(tmp_path, {"a": [0.0], "b": [0.0], "c": [5.0]}, aggregation=AggregationSection(rule="median"))
+    run.merge(run.update("x", {"a": [1], "b": [7]}), run.update("y", {"a": [2]}), run.update("z", {"a": [3]}))
+    assert run.master(1) == {"a": [2], "b": [7], "c": [5]}
+
+
+@pytest.mark.parametrize("codec", ["f32", "bf16", "int8"])
+def test_a_robust_mean_in_stretches_is_that_of_the_whole(
+    codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into stretches of one unit, in every codec, the median is numpy's of the decoded updates."""
+    monkeypatch.setattr(aggregate, "BLOCK_BYTES", 1)
+    size, rng = 3 * aggregate.STRETCH_UNIT + 100, np.random.default_rng(3)
+    deltas = [rng.normal(0, 1, size).astype(np.float32) for _ in range(5)]
+    section = AggregationSection(rule="median")
+    run = SmallRun(tmp_path, {"a": np.zeros(size)}, aggregation=section, codec=CodecSection(up=codec, slice_kib=4))
+    updates = [run.update(f"s{number}", {"a": delta}) for number, delta in enumerate(deltas)]
+    decoded = []
+    for update in updates:
+        stored = run.updates.get(update.update_id)
+        assert stored is not None
+        with stored.open_tensors() as reader:
+            decoded.append(reader.tensor("a"))
+    run.merge(*updates)
+    with safe_open(master_path(run.masters, 1), framework="numpy") as master:
+        np.testing.assert_array_equal(master.get_tensor("a"), np.median(decoded, axis=0).astype(np.float32))

@@ -222,6 +222,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "down": "f32",
         "mode": "fedasync",
         "optimizer": "momentum",
+        "rule": "median",
         "sites": ["a"],
         "labels": ["x"],
         "frozen_sha256": "0" * 64,

@@ -81,6 +81,14 @@ class TestComingBack:
         assert spans == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
         assert backoff.dropped(state, now=0.0, lasted_s=9.0, taken_over=False).kept_waiting == 0
 
+    def test_a_broker_that_accepted_us_is_given_a_minute_in_the_end(self) -> None:
+        """A cluster that chooses leaders subscribes slowly; whoever gives up is subscribed from the beginning."""
+        state, spans = Backoff(0.0), []
+        for _ in range(8):
+            spans.append(backoff.patience_s(state, now=0.0, usual_s=0.1, reached=True, greeted=True, uniform=max))
+            state = backoff.failed(state, answered=False, kept_waiting=True)
+        assert spans == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
     @given(st.floats(0, 1e5), st.floats(0, 1e3), st.integers())
     def test_waiting_for_an_answer_counts_as_waiting(self, now: float, spent_s: float, seed: int) -> None:
         """What an unanswered attempt took is taken off the wait; after a refusal it is not."""

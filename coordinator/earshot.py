@@ -1,0 +1,115 @@
+"""Who is not listened to for a while: a site that sends what nobody asked for, faster than any honest one does.
+
+What nobody asked for is dropped before it is looked at, but by then the broker has carried it here, in the one queue
+in which the others' chunks wait too. So the coordinator gives up its subscriptions for all sites, subscribes for each
+other member alone, and the broker throws the flood away where it arrives. After MUTE_S it listens again; whoever goes
+on at once is muted for twice as long, up to MUTE_MAX_S, and loses that reputation after as long without a flood.
+
+Needs a roster: in a federation without trust anybody may speak under any name, and nobody is muted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import structlog
+
+from shared.bucket import Bucket
+from shared.errors import RefusedError
+from shared.link import Link
+from shared.topics import subscriptions
+
+BURST_BYTES = 32 * 1024 * 1024
+"""Unwanted bytes that an honest site may cause at once: windows in flight when an upload or the process ended."""
+REFILL_BYTES_S = 256 * 1024
+MESSAGE_COST_BYTES = 16 * 1024
+"""What a small message costs besides its bytes: two thousand of them are a flood, too."""
+MUTE_S = 60.0
+MUTE_MAX_S = 3600.0
+LOOK_S = 1.0
+
+log = structlog.get_logger("coordinator")
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is held against one site; times are monotonic seconds."""
+
+    allowance: Bucket = field(default_factory=lambda: Bucket(BURST_BYTES, REFILL_BYTES_S))
+    until: float = 0.0
+    term_s: float = 0.0
+
+
+class Nuisance:
+    """Decides who is muted, and for how long; grows with sites."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, _Record] = {}
+
+    def charge(self, site: str, size: int, now: float) -> float:
+        """Note a message of `size` bytes that nobody asked for; returns for how long its site is muted now, or 0."""
+        record = self._records.setdefault(site, _Record())
+        if now < record.until:  # what the broker held when it was muted
+            return 0.0
+        cost = size + MESSAGE_COST_BYTES
+        if record.allowance.wait(cost, now) == 0:
+            record.allowance.take(cost, now)
+            return 0.0
+        forgiven = now >= record.until + record.term_s
+        record.term_s = MUTE_S if forgiven else min(2 * record.term_s, MUTE_MAX_S)
+        record.until = now + record.term_s
+        record.allowance = Bucket(BURST_BYTES, REFILL_BYTES_S)
+        return record.term_s
+
+    def muted(self, now: float) -> frozenset[str]:
+        """Who is not listened to at this moment."""
+        return frozenset(site for site, record in self._records.items() if now < record.until)
+
+
+def topics_heard(federation: str, members: frozenset[str] | None, muted: frozenset[str]) -> tuple[str, ...]:
+    """Topics to subscribe to: of all sites at once, or, while somebody is muted, of each other member."""
+    if members is None or not members & muted:
+        return tuple(subscriptions(federation, "coordinator"))
+    heard = sorted(members - muted)
+    return tuple(topic for site in heard for topic in subscriptions(federation, "coordinator", site))
+
+
+class Earshot:
+    """Keeps a link's subscriptions as `Nuisance` wants them."""
+
+    def __init__(self, link: Link, federation: str, members: Callable[[], frozenset[str] | None]) -> None:
+        """`members` are the names on the roster now, None without one."""
+        self._link = link
+        self._federation = federation
+        self._members = members
+        self._nuisance = Nuisance()
+        self._changed = asyncio.Event()
+
+    def unwanted(self, site: str | None, size: int = 0) -> Literal[False]:
+        """A message of this site that nobody asked for came in; says so when it was one too many. Returns False."""
+        if site is None or site not in (self._members() or ()):
+            return False
+        if seconds := self._nuisance.charge(site, size, time.monotonic()):
+            log.warning("a site floods; it is not listened to for a while", site=site, seconds=seconds)
+            self._changed.set()
+        return False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._changed.clear()
+            wanted = topics_heard(self._federation, self._members(), self._nuisance.muted(time.monotonic()))
+            try:
+                await self._link.follow(wanted)
+            except RefusedError as error:
+                log.warning("the broker does not let us listen to single sites", reason=error.message)
+                return
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass

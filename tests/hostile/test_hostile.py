@@ -1,0 +1,91 @@
+"""Each hostile file is refused under the rule in its name, within bounds of time and memory."""
+
+from __future__ import annotations
+
+import resource
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import msgpack
+import numpy as np
+import pytest
+
+from coordinator import admission
+from shared.config import CodecName
+from shared.errors import RefusedError
+from shared.manifest import manifest_from_bytes
+from shared.messages import decode, parse_chunk
+from shared.slices import expand_into
+from shared.store import FrameStore
+from shared.tensorfile import header_size, parse_header
+from tests.factories import make_federation, make_plan
+from tests.hostile.make import HERE, KINDS, RAW_BYTES, SHAPES, update_of
+
+PLAN = make_plan(make_federation()).model_copy(update={"tensors": SHAPES})
+MEMORY_BYTES = 16 * 1024 * 1024
+"""Several times the longest control message; the bombs want four times as much, or exabytes."""
+PROCESSOR_S = 2.0
+FILES = sorted(HERE.glob("*/*.bin"))
+
+
+def _header(data: bytes, _folder: Path) -> None:
+    head, size = data[:-8], int.from_bytes(data[-8:], "little")
+    header_size(head[:8], size)
+    parse_header(head, size)
+
+
+def _frame(data: bytes, _folder: Path) -> None:
+    expand_into(data, np.empty(RAW_BYTES, np.uint8), 4)
+
+
+def _update(data: bytes, folder: Path) -> None:
+    raw, frames = msgpack.unpackb(data)
+    store, manifest = FrameStore(folder), manifest_from_bytes(raw)
+    with store.open_partial(manifest) as partial:
+        for index, frame in enumerate(frames):
+            partial.write(index, frame)
+        stored = partial.finish()
+    admission.verify(stored, PLAN)
+
+
+DECODERS: dict[str, Callable[[bytes, Path], object]] = {
+    "message": lambda data, _folder: decode(data),
+    "manifest": lambda data, _folder: manifest_from_bytes(data),
+    "header": _header,
+    "frame": _frame,
+    "chunk": lambda data, _folder: parse_chunk(data),
+    "update": _update,
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_hostile_file_is_refused_under_its_rule(path: Path, tmp_path: Path) -> None:
+    """And neither fills memory nor takes long."""
+    rule, _, _ = path.stem.partition("--")
+    data = path.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    tracemalloc.start()
+    try:
+        with pytest.raises(RefusedError) as refused:
+            DECODERS[path.parent.name](data, tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused.value.rule == rule
+    assert peak < MEMORY_BYTES
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < PROCESSOR_S
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_recipe_has_its_file(kind: str) -> None:
+    """A new recipe without a file would test nothing: `python -m tests.hostile.make` writes it."""
+    assert {path.stem for path in FILES if path.parent.name == kind} == {name for name, _ in KINDS[kind]()}
+
+
+def test_a_sound_update_passes(tmp_path: Path) -> None:
+    """What the hostile ones are made of is admitted, so that each is refused for what is said of it."""
+    sound = {name: np.full(shape, 0.01, np.float32) for name, shape in SHAPES.items()}
+    for codec in get_args(CodecName):
+        _update(update_of(sound, codec), tmp_path / codec)

@@ -1,0 +1,87 @@
+"""Who is muted, for how long, and what is subscribed to meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.earshot import (
+    BURST_BYTES,
+    MESSAGE_COST_BYTES,
+    MUTE_MAX_S,
+    MUTE_S,
+    REFILL_BYTES_S,
+    Nuisance,
+    topics_heard,
+)
+from shared.topics import subscriptions
+
+CHUNK = 1024 * 1024
+EVERYBODY = tuple(subscriptions("ward", "coordinator"))
+MEMBERS = frozenset({"north", "south", "west"})
+
+
+def _flood(nuisance: Nuisance, site: str, now: float, size: int = CHUNK) -> tuple[int, float]:
+    """Charge until muted; returns how many messages that took, and for how long it is."""
+    for count in range(1, 100_000):
+        if seconds := nuisance.charge(site, size, now):
+            return count, seconds
+    raise AssertionError("never muted")
+
+
+def test_a_burst_is_borne_and_one_more_is_not() -> None:
+    """As many bytes as the bound says; the next message mutes its site, and nobody else."""
+    nuisance = Nuisance()
+    count, seconds = _flood(nuisance, "north", 5.0)
+    assert count == BURST_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1
+    assert seconds == MUTE_S
+    assert nuisance.charge("south", CHUNK, 5.0) == 0.0
+    assert nuisance.muted(5.0) == {"north"}
+
+
+def test_many_small_messages_are_a_flood_too() -> None:
+    """An empty message has its price."""
+    count, _seconds = _flood(Nuisance(), "north", 5.0, size=0)
+    assert count == BURST_BYTES // MESSAGE_COST_BYTES + 1
+
+
+def test_what_comes_slowly_is_never_one() -> None:
+    """Unwanted bytes at the rate of the refill, for an hour."""
+    nuisance = Nuisance()
+    every_s = (CHUNK + MESSAGE_COST_BYTES) / REFILL_BYTES_S
+    assert not any(nuisance.charge("north", CHUNK, number * every_s) for number in range(int(3600 / every_s)))
+
+
+def test_what_the_broker_still_held_does_not_count() -> None:
+    """Messages that come in while muted change nothing, however many."""
+    nuisance = Nuisance()
+    _flood(nuisance, "north", 0.0)
+    assert not any(nuisance.charge("north", CHUNK, 1.0) for _ in range(1000))
+    assert nuisance.muted(MUTE_S - 0.1) == {"north"}
+    assert nuisance.muted(MUTE_S) == frozenset()
+
+
+def test_who_goes_on_is_muted_for_longer_up_to_a_bound_and_forgiven_in_time() -> None:
+    """Each time twice as long; after as long without a flood as it was muted, the first term again."""
+    nuisance, now, terms = Nuisance(), 0.0, []
+    for _ in range(8):
+        _count, seconds = _flood(nuisance, "north", now)
+        terms.append(seconds)
+        now += seconds
+    assert terms == [min(MUTE_S * 2**power, MUTE_MAX_S) for power in range(8)]
+    assert _flood(nuisance, "north", now + terms[-1])[1] == MUTE_S
+
+
+@pytest.mark.parametrize(
+    ("members", "muted"),
+    [(None, {"north"}), (MEMBERS, set()), (MEMBERS, {"nobody"})],
+    ids=["without a roster", "nobody muted", "no member muted"],
+)
+def test_everybody_is_heard(members: frozenset[str] | None, muted: set[str]) -> None:
+    """One subscription for all sites of each channel."""
+    assert topics_heard("ward", members, frozenset(muted)) == EVERYBODY
+
+
+def test_the_others_are_heard_one_by_one() -> None:
+    """Each channel of each other member, and nothing of the muted one."""
+    heard = topics_heard("ward", MEMBERS, frozenset({"south"}))
+    assert heard == tuple(topic for site in ("north", "west") for topic in subscriptions("ward", "coordinator", site))
