@@ -20,10 +20,10 @@ from mailboat.commands.init import init
 from tests.commands import refused, running
 from tests.unit.edge_client import tiny
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-SLOW_S = 120.0
+SLOW_S = 240.0
 STATES = {"never": "has never smoked", "former": "gave up smoking", "current": "smokes a pack"}
 _FILE = re.compile(r"^`(?P<name>[\w./]+)`\n\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
