@@ -18,10 +18,11 @@ from edge_client.tasks import IGNORED, Window
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids and targets, each int64 of shape (windows, longest), padded on the right; the mask is 1 on tokens."""
+    """Token ids, int64 of shape (windows, longest), padded on the right; the mask is 1 on tokens."""
 
     ids: torch.Tensor = field(repr=False)
     targets: torch.Tensor = field(repr=False)
+    """Under a head per token as `ids`, IGNORED in the padding; otherwise the windows' own, stacked."""
     mask: torch.Tensor | None = field(repr=False)
     """None where it would change nothing: without padding, and in causal models, which never see what is right of a
     token; attention then takes its quicker path."""
@@ -30,24 +31,33 @@ class Batch:
     """What enters the first trained block, float32 (windows, longest, width), where it is kept."""
 
 
-def make_batches(windows: Sequence[Window], *, size: int, pad_id: int, causal: bool, seed: int) -> tuple[Batch, ...]:
+def make_batches(
+    windows: Sequence[Window], *, size: int, pad_id: int, causal: bool, per_token: bool, seed: int
+) -> tuple[Batch, ...]:
     """Return batches of at most `size` windows of like length; who meets whom among equals follows from `seed`."""
     order = np.random.default_rng(seed).permutation(len(windows))
     lengths = np.array([len(windows[index].ids) for index in order], dtype=np.int64)
     order = order[np.argsort(lengths, kind="stable")]
     return tuple(
-        _collate([windows[index] for index in order[start : start + size]], pad_id=pad_id, causal=causal)
+        _collate(
+            [windows[index] for index in order[start : start + size]],
+            pad_id=pad_id,
+            causal=causal,
+            per_token=per_token,
+        )
         for start in range(0, len(order), size)
     )
 
 
-def _collate(windows: Sequence[Window], *, pad_id: int, causal: bool) -> Batch:
+def _collate(windows: Sequence[Window], *, pad_id: int, causal: bool, per_token: bool) -> Batch:
     shape = (len(windows), max(len(window.ids) for window in windows))
-    ids, targets = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-    mask = np.zeros(shape, dtype=np.int64)
+    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, window in enumerate(windows):
-        end = len(window.ids)
-        ids[row, :end], targets[row, :end], mask[row, :end] = window.ids, window.targets, 1
+        ids[row, : len(window.ids)], mask[row, : len(window.ids)] = window.ids, 1
+    targets = np.full(shape, IGNORED, dtype=np.int64) if per_token else np.stack([window.targets for window in windows])
+    if per_token:
+        for row, window in enumerate(windows):
+            targets[row, : len(window.ids)] = window.targets
     needed = not causal and not mask.all()
     return Batch(
         torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(mask) if needed else None, tuple(windows)

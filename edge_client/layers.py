@@ -7,7 +7,7 @@ Only names and numbers, no model: everything here can be tried without torch. Bl
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from shared.errors import ConfigError
@@ -20,7 +20,7 @@ _FORMS = "a count such as 6 or top:6, a share of the depth such as 0.375, a list
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where the parts of one type of model are, as prefixes of tensor names of its token-classification class."""
+    """Where the parts of one type of model are, as prefixes of tensor names of its classes with a head."""
 
     backbone: str
     """The pre-trained model as an attribute of the class with the head."""
@@ -29,25 +29,54 @@ class Family:
     final_norm: str | None
     """The norm above the top block, trained with it; None where each block ends in its own."""
     head: str
-    """The task's classifier."""
+    """The task's classifier; empty in the class that writes text, whose output layer is pre-trained and frozen."""
     causal: bool
     """True when a position sees only what stands to its left."""
+    whole_head: str
+    """The classifier's name in the class for whole sequences; `head` holds the one for tokens."""
+    whole_pooler: str | None = None
+    """In the class for whole sequences, what stands between the top block and the classifier; trained with it."""
+    pooler: str | None = None
+    """The same in the class that this family is used with."""
+
+    def for_whole(self) -> Family:
+        """The same family in its class for whole sequences."""
+        return replace(self, head=self.whole_head, pooler=self.whole_pooler)
 
     def block_prefix(self, index: int) -> str:
         """The start of the names of block `index`'s tensors."""
         return f"{self.blocks}.{index}."
 
     def is_head(self, name: str) -> bool:
-        """True for a tensor of the task's classifier."""
-        return name.startswith(f"{self.head}.")
+        """True for a tensor of the task's classifier, or of the pooler below it."""
+        return name.startswith(tuple(f"{part}." for part in self.head_parts))
+
+    def for_text(self) -> Family:
+        """The same family in its class that writes text."""
+        return replace(self, head="")
+
+    @property
+    def head_parts(self) -> tuple[str, ...]:
+        """What stands above the blocks for the task alone, from the top down."""
+        return tuple(part for part in (self.head, self.pooler) if part)
 
 
-_DECODER = Family("model", "model.layers", "model.norm", "score", causal=True)
+_DECODER = Family("model", "model.layers", "model.norm", "score", causal=True, whole_head="score")
 
 FAMILIES = MappingProxyType(
     {
-        "bert": Family("bert", "bert.encoder.layer", None, "classifier", causal=False),
-        "gpt2": Family("transformer", "transformer.h", "transformer.ln_f", "classifier", causal=True),
+        "bert": Family(
+            "bert",
+            "bert.encoder.layer",
+            None,
+            "classifier",
+            causal=False,
+            whole_head="classifier",
+            whole_pooler="bert.pooler",
+        ),
+        "gpt2": Family(
+            "transformer", "transformer.h", "transformer.ln_f", "classifier", causal=True, whole_head="score"
+        ),
         "llama": _DECODER,
         "mistral": _DECODER,
         "qwen2": _DECODER,
@@ -91,7 +120,7 @@ def resolve_plan(text: str, depth: int) -> tuple[int, ...]:
     return _top(_whole(asked.removeprefix("top:"), asked, depth), asked, depth)
 
 
-def trainable_names(names: Iterable[str], model_type: str, layers: Iterable[int], *, full: bool) -> tuple[str, ...]:
+def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int], *, full: bool) -> tuple[str, ...]:
     """Return those of a model's parameter `names` that are trained, sorted.
 
     These are the blocks `layers`, the task's head, and the final norm when the top block is trained. Embeddings are
@@ -100,10 +129,9 @@ def trainable_names(names: Iterable[str], model_type: str, layers: Iterable[int]
     known = sorted(names)
     if full:
         return tuple(known)
-    family = family_of(model_type, "layers.plan")
     chosen = set(layers)
     prefixes = [family.block_prefix(index) for index in sorted(chosen)]
-    prefixes.append(f"{family.head}.")
+    prefixes += [f"{part}." for part in family.head_parts]
     if family.final_norm is not None and depth_of(known, family) - 1 in chosen:
         prefixes.append(f"{family.final_norm}.")
     return tuple(name for name in known if name.startswith(tuple(prefixes)))

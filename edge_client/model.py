@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from edge_client import layers
 from edge_client.layers import Family
 from edge_client.source import local_folder, read_config
+from edge_client.tasks import Task
 from edge_client.tasks.encoding import TextEncoder
-from edge_client.tasks.ner import NerTask
+from edge_client.tasks.registry import load_task
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.plan import SealedPlan
@@ -36,9 +38,9 @@ class LoadedModel:
     """A model with its head, ready to train the layers that the federation agreed on."""
 
     model: Any
-    """The token-classification class of transformers, float32, in eval mode; only `trainable` requires gradients."""
+    """The class of transformers that the task's head names, float32, in eval mode; only `trainable` has gradients."""
     tokenizer: Any
-    task: NerTask
+    task: Task[Any]
     encoder: TextEncoder
     family: Family
     depth: int
@@ -49,6 +51,8 @@ class LoadedModel:
     """Sorted by name."""
     frozen_sha256: str
     pad_id: int
+    max_length: int
+    """Tokens of a window."""
 
     @property
     def architecture(self) -> str:
@@ -76,16 +80,20 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     """
     folder = local_folder(source, federation.model.revision)
     family = layers.family_of(read_config(folder)["model_type"], str(folder))
-    task = NerTask(federation.task.labels)
+    task = load_task(federation.task)
+    family = _for_head(family, task, federation, folder)
     # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
     with _quiet(), torch.random.fork_rng(devices=[]):
         tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, family, task.classes, federation.federation.seed)
+        model = _load_weights(folder, family, task, federation.federation.seed)
+    if not task.head.per_token:
+        # Decoders of this class read what a sequence amounts to at its last token that is not padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
     parameters = dict(model.named_parameters())
     depth = layers.depth_of(parameters, family)
     chosen = layers.resolve_plan(federation.layers.plan, depth)
     full = layers.is_full(federation.layers.plan)
-    names = layers.trainable_names(parameters, model.config.model_type, chosen, full=full)
+    names = layers.trainable_names(parameters, family, chosen, full=full)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
     _check_length(federation.task.max_length, model.config, folder)
@@ -101,6 +109,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         trainable={name: parameters[name] for name in names},
         frozen_sha256=frozen_sha256(model, names, family),
         pad_id=tokenizer.pad_token_id,
+        max_length=federation.task.max_length,
     )
     _check_frozen(loaded, federation, folder)
     return loaded
@@ -179,7 +188,7 @@ def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]
 
 
 def export(loaded: LoadedModel, out: Path) -> None:
-    """Write model and tokenizer to the folder `out`, as `AutoModelForTokenClassification.from_pretrained` reads them.
+    """Write model and tokenizer to the folder `out`, as `from_pretrained` of the head's class reads them.
 
     Raises UnavailableError when the folder cannot be written.
     """
@@ -194,6 +203,17 @@ def export(loaded: LoadedModel, out: Path) -> None:
 
 
 _OTHER_PLAN = "site and coordinator must share federation.toml and base model"
+
+
+def _for_head(family: Family, task: Task[Any], federation: FederationConfig, folder: Path) -> Family:
+    if task.head.writes:
+        if not family.causal:
+            raise ConfigError(
+                f"task.kind = {federation.task.kind!r} has the model write text, which {folder} cannot",
+                hint="choose a decoder such as LLaMA, or a task that classifies",
+            )
+        return family.for_text()
+    return family if task.head.per_token else family.for_whole()
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -214,13 +234,17 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _load_weights(folder: Path, family: Family, classes: tuple[str, ...], seed: int) -> Any:
+def _load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> Any:
+    classes, auto_class = task.classes, getattr(transformers, task.head.auto_class)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     had = tuple(config.id2label.values()) if config.id2label else ()
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {name: index for index, name in enumerate(classes)}
+    if not task.head.writes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: index for index, name in enumerate(classes)}
+    if task.head.problem_type is not None:
+        config.problem_type = task.head.problem_type
     try:
-        model, report = AutoModelForTokenClassification.from_pretrained(
+        model, report = auto_class.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -239,18 +263,24 @@ def _load_weights(folder: Path, family: Family, classes: tuple[str, ...], seed: 
             f"{folder}: {len(lacking)} tensors of the model are missing or of another shape, {lacking[0]} first",
             hint="weights and config.json belong to different models, or the copy is incomplete",
         )
-    if missing or had != classes:
-        _seed_head(model.get_submodule(family.head), model.config.initializer_range, seed)
+    # A head for other classes is drawn anew; a pooler knows no classes, and stays where the checkpoint has it.
+    lost = [part for part in family.head_parts if any(name.startswith(f"{part}.") for name in missing)]
+    if family.head and had != classes and family.head not in lost:
+        lost.insert(0, family.head)
+    _seed_parts(model, lost, model.config.initializer_range, seed)
     return model
 
 
-def _seed_head(head: nn.Linear, spread: float, seed: int) -> None:
-    """Draw the head's weights as the library would, but from a generator of their own; its bias is 0."""
+def _seed_parts(model: nn.Module, parts: Sequence[str], spread: float, seed: int) -> None:
+    """Draw the linear layers in `parts` as the library would, but from a generator of their own; biases are 0."""
     generator = torch.Generator().manual_seed(seed)
+    linears = (module for part in parts for module in model.get_submodule(part).modules())
     with torch.no_grad():
-        head.weight.normal_(0.0, spread, generator=generator)
-        if head.bias is not None:
-            head.bias.zero_()
+        for linear in linears:
+            if isinstance(linear, nn.Linear):
+                linear.weight.normal_(0.0, spread, generator=generator)
+                if linear.bias is not None:
+                    linear.bias.zero_()
 
 
 def _check_length(max_length: int, config: Any, folder: Path) -> None:

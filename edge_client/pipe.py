@@ -75,11 +75,11 @@ class Loaded(_Frame):
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
     examples: int
-    """Lines with words that are trained on; the weight of this site's updates."""
+    """Examples that are trained on, as the task counts them; the weight of this site's updates."""
     notes: int
     """Notes trained on."""
     held_out: int
-    """Notes kept back for the local F1."""
+    """Notes kept back for the local score."""
     skipped: int
     """Notes left out as unreadable."""
     uncached: str
@@ -111,20 +111,12 @@ class Trained(_Frame):
     metrics: dict[str, float]
 
 
-class LabelF1(_Frame):
-    """F1 of one label."""
-
-    strict_f1: float
-    lenient_f1: float
-
-
 class Evaluated(_Frame):
-    """F1, each 0 to 1."""
+    """The task's measures by name, each 0 to 1; the first is the one that models are compared by."""
 
     kind: Literal["evaluated"] = "evaluated"
-    strict_f1: float
-    lenient_f1: float
-    labels: dict[str, LabelF1]
+    overall: dict[str, float]
+    labels: dict[str, dict[str, float]]
 
 
 class Exported(_Frame):

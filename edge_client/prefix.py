@@ -26,7 +26,7 @@ LIMIT_BYTES = 1 << 30
 """Hidden states kept in memory for one data set: 1 GiB, about 2.1 million tokens at width 128, 130,000 at 2048."""
 
 Forward = Callable[[Batch], torch.Tensor]
-"""A batch into logits, float32 (windows, longest, classes)."""
+"""A batch into logits, float32 (windows, longest, classes), or (windows, classes) of a head for whole windows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,17 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn.functional import cross_entropy
 
 from edge_client.batches import Batch, make_batches
-from edge_client.data import Note
+from edge_client.data import AnyNote
 from edge_client.model import LoadedModel, State, apply_state, read_trainable
 from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
-from edge_client.tasks import IGNORED, Scores, Window
+from edge_client.tasks import Ids, Scores, Window
 from shared.config import TrainingSection
 from shared.errors import ConfigError, RefusedError
 
@@ -34,7 +35,7 @@ FINAL_RATE = 0.1
 class Dataset:
     """Notes and what they became for one model."""
 
-    notes: tuple[Note, ...] = field(repr=False)
+    notes: tuple[AnyNote, ...] = field(repr=False)
     prepared: Prepared = field(repr=False)
     examples: int
 
@@ -51,12 +52,19 @@ class TrainResult:
 
 
 def make_dataset(
-    loaded: LoadedModel, notes: Sequence[Note], *, batch_size: int, seed: int, limit_bytes: int = LIMIT_BYTES
+    loaded: LoadedModel, notes: Sequence[AnyNote], *, batch_size: int, seed: int, limit_bytes: int = LIMIT_BYTES
 ) -> Dataset:
     """Return `notes` as batches for `loaded`, with the frozen prefix computed where it can be."""
     windows = list(loaded.task.windows(notes, loaded.encoder))
     _check_ids(loaded, windows)
-    batches = make_batches(windows, size=batch_size, pad_id=loaded.pad_id, causal=loaded.family.causal, seed=seed)
+    batches = make_batches(
+        windows,
+        size=batch_size,
+        pad_id=loaded.pad_id,
+        causal=loaded.family.causal,
+        per_token=loaded.task.head.per_token,
+        seed=seed,
+    )
     prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
     return Dataset(tuple(notes), prepared, loaded.task.examples(notes))
 
@@ -96,7 +104,7 @@ def train(
     apply_state(loaded, state)
     steps = section.epochs * len(data.prepared.batches)
     if steps == 0:
-        raise RefusedError("the notes hold no word to train on", rule="note-missing", hint="check the notes' folder")
+        raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")
     optimizer = _optimizer(loaded, section)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
     losses: list[float] = []
@@ -120,15 +128,56 @@ def train(
 
 @torch.no_grad()
 def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
-    """Score the model as it is on `data`; a word in no window counts as predicted outside every entity."""
+    """Score the model as it is on `data`; a unit in no window (a word without tokens, say) is predicted as zero."""
     loaded.model.eval()
-    predictions = np.zeros(loaded.task.units(data.notes), dtype=np.int64)
+    task = loaded.task
+    if task.head.writes:
+        return task.score(data.notes, _written(loaded, data))
+    found = [task.decide(torch.empty((0, len(task.classes))))]
+    units: list[Ids] = [np.empty(0, dtype=np.int64)]
     with forward_pass(loaded, data.prepared) as forward:
         for batch in data.prepared.batches:
-            best = forward(batch).argmax(dim=-1).numpy()
-            for row, window in enumerate(batch.windows):
-                predictions[window.units] = best[row, window.positions]
-    return loaded.task.score(data.notes, predictions)
+            found.append(task.decide(_speaking(forward(batch), batch, per_token=task.head.per_token)))
+            units += [window.units for window in batch.windows]
+    rows = np.concatenate(found)
+    predictions = np.zeros((task.units(data.notes), *rows.shape[1:]), dtype=rows.dtype)
+    predictions[np.concatenate(units)] = rows
+    return task.score(data.notes, predictions)
+
+
+def _written(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
+    """What the task reads from the model's answers, one for each unit; zero for a unit in no window.
+
+    Greedy, so that the same model gives the same answers, and at most to the window's length.
+    """
+    task = loaded.task
+    answers = np.zeros(task.units(data.notes), dtype=object)
+    for batch in data.prepared.batches:
+        prompts = [window.ids[: int(window.positions[0])] for window in batch.windows]
+        begin = max(len(prompt) for prompt in prompts)
+        ids = np.full((len(prompts), begin), loaded.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, begin - len(prompt) :], mask[row, begin - len(prompt) :] = prompt, 1
+        written = loaded.model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            do_sample=False,
+            max_new_tokens=max(1, loaded.max_length - begin),
+            eos_token_id=loaded.encoder.stop,
+            pad_token_id=loaded.pad_id,
+        )
+        read = task.decide(loaded.tokenizer.batch_decode(written[:, begin:], skip_special_tokens=True))
+        for window, answer in zip(batch.windows, read, strict=True):
+            answers[window.units] = answer
+    return answers
+
+
+def _speaking(logits: torch.Tensor, batch: Batch, *, per_token: bool) -> torch.Tensor:
+    """The logits (units, classes) that speak for the units of the batch's windows, in their order."""
+    if not per_token:
+        return logits
+    return torch.cat([logits[row, torch.from_numpy(window.positions)] for row, window in enumerate(batch.windows)])
 
 
 def _check_ids(loaded: LoadedModel, windows: Sequence[Window]) -> None:
@@ -144,7 +193,7 @@ def _step(
     loaded: LoadedModel, forward: Forward, batch: Batch, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
-    loss = cross_entropy(forward(batch).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    loss = loaded.task.loss(forward(batch), batch.targets)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), max_grad_norm)
     value = loss.item()

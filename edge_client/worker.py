@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, assert_never
+from typing import Any, BinaryIO, NoReturn, TypeVar, assert_never
 
 import structlog
 import torch
 
 from edge_client import pipe
-from edge_client.data import Note, NoteSet, load_notes
+from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
@@ -34,6 +34,7 @@ PROGRESS_S = 0.2
 """Progress is told at most this often; a tiny model takes a hundred steps a second."""
 
 Send = Callable[[pipe.Answer], None]
+N = TypeVar("N", bound=AnyNote)
 
 log = structlog.get_logger("worker")
 
@@ -120,7 +121,7 @@ class Worker:
         metrics = dict(result.metrics)
         if self._held_out.notes:
             scores = evaluate(self._loaded, self._held_out)
-            metrics |= {"strict_f1": scores.strict_f1, "lenient_f1": scores.lenient_f1}
+            metrics |= scores.overall
         write_tensors(request.out, result.delta)
         return pipe.Trained(examples=result.examples, metrics=metrics)
 
@@ -139,27 +140,28 @@ class Worker:
             self._other = (notes, self._dataset(self._read(notes).notes, EVALUATION_BATCH))
         return self._other[1]
 
-    def _read(self, notes: Path) -> NoteSet:
-        return load_notes(notes, labels=self._job.federation.task.labels, skip_bad=self._job.skip_bad)
+    def _read(self, notes: Path) -> NoteSet[AnyNote]:
+        return load_notes(notes, self._loaded.task, skip_bad=self._job.skip_bad)
 
-    def _dataset(self, notes: Sequence[Note], batch_size: int) -> Dataset:
+    def _dataset(self, notes: Sequence[AnyNote], batch_size: int) -> Dataset:
         return make_dataset(self._loaded, notes, batch_size=batch_size, seed=self._job.federation.federation.seed)
 
 
 LESS_MEMORY = "lower training.batch_size or task.max_length, train fewer layers, or give this machine more memory"
 
 
-def split_holdout(notes: Sequence[Note], share: float, seed: int) -> tuple[tuple[Note, ...], tuple[Note, ...]]:
-    """Return the notes to train on and those held out, each in their order.
+def split_holdout(notes: Sequence[N], share: float, seed: int) -> tuple[tuple[N, ...], tuple[N, ...]]:
+    """Return the notes to train on and those held out, each in their order; no patient has notes in both.
 
-    `share` of the notes, rounded, at least one and never all, unless it is 0 or there is only one note. Which ones
+    `share` of the patients, rounded, at least one and never all, unless it is 0 or there is only one. Which ones
     follows from the seed and their ids, so that a restart never trains on what it held out before.
     """
-    count = min(max(1, round(share * len(notes))), len(notes) - 1) if share > 0 else 0
-    ranked = sorted(notes, key=lambda note: hashlib.sha256(f"{seed}\n{note.id}".encode()).digest())
-    chosen = {note.id for note in ranked[: max(0, count)]}
-    kept = tuple(note for note in notes if note.id not in chosen)
-    return kept, tuple(note for note in notes if note.id in chosen)
+    patients = {note.patient for note in notes}
+    count = min(max(1, round(share * len(patients))), len(patients) - 1) if share > 0 else 0
+    ranked = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed}\n{patient}".encode()).digest())
+    chosen = set(ranked[: max(0, count)])
+    kept = tuple(note for note in notes if note.patient not in chosen)
+    return kept, tuple(note for note in notes if note.patient in chosen)
 
 
 def main() -> NoReturn:
@@ -235,12 +237,7 @@ def _failed(error: MailboatError) -> pipe.Failed:
 
 def _scored(scores: Scores) -> pipe.Evaluated:
     return pipe.Evaluated(
-        strict_f1=scores.strict_f1,
-        lenient_f1=scores.lenient_f1,
-        labels={
-            name: pipe.LabelF1(strict_f1=score.strict_f1, lenient_f1=score.lenient_f1)
-            for name, score in scores.labels.items()
-        },
+        overall=dict(scores.overall), labels={name: dict(measures) for name, measures in scores.labels.items()}
     )
 
 

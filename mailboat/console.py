@@ -55,6 +55,11 @@ def print_error(error: MailboatError) -> None:
         errors().print(f" hint: {error.hint}", markup=False)
 
 
+def measure_title(name: str) -> str:
+    """Return a measure's name for people: strict F1 for strict_f1."""
+    return name.replace("_f1", " F1").replace("_", " ")
+
+
 def say(text: str, *, style: str = "") -> None:
     """Print a line for people to standard error."""
     errors().print(text, style=style, markup=False)

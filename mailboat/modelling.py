@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mailboat.console import measure_title
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import Manifest
@@ -28,22 +28,29 @@ class Measured:
 
     def plain(self) -> dict[str, Any]:
         """JSON-able values."""
-        labels = {name: dataclasses.asdict(score) for name, score in self.scores.labels.items()}
-        return {
-            "notes": self.notes,
-            "skipped": self.skipped,
-            "strict_f1": self.scores.strict_f1,
-            "lenient_f1": self.scores.lenient_f1,
-            "labels": labels,
-        }
+        labels = {name: dict(measures) for name, measures in self.scores.labels.items()}
+        return {"notes": self.notes, "skipped": self.skipped, **self.scores.overall, "labels": labels}
 
     def lines(self, subject: str) -> Iterator[str]:
         """Lines for people, in percent."""
         skipped = f", {self.skipped} left out as unreadable" if self.skipped else ""
         yield f"{subject} on {self.notes} notes{skipped}"
-        yield f"{'':12s} strict F1  lenient F1"
-        for name, score in (("all labels", self.scores), *self.scores.labels.items()):
-            yield f"{name:12s} {100 * score.strict_f1:9.2f}  {100 * score.lenient_f1:10.2f}"
+        overall, labels = {"all labels": self.scores.overall}, self.scores.labels
+        if any(measures.keys() != self.scores.overall.keys() for measures in labels.values()):
+            yield from (*_table(overall), *_table(labels))
+        else:
+            yield from _table({**overall, **labels})
+
+
+def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """A line of titles and one for each row, all of which have the same measures."""
+    first = next(iter(rows.values()))
+    wide = max(12, *(len(name) for name in rows))
+    titles = [measure_title(name) for name in first]
+    yield f"{'':{wide}s} " + "  ".join(titles)
+    for row, measures in rows.items():
+        values = zip(titles, measures.values(), strict=True)
+        yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
 def export_version(storage: Path, federation: FederationConfig, state: Manifest, out: Path) -> None:
@@ -93,6 +100,6 @@ def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, sk
     from edge_client.data.load import load_notes
     from edge_client.trainer import EVALUATION_BATCH, evaluate, make_dataset
 
-    found = load_notes(notes, labels=federation.task.labels, skip_bad=skip_bad)
+    found = load_notes(notes, loaded.task, skip_bad=skip_bad)
     dataset = make_dataset(loaded, found.notes, batch_size=EVALUATION_BATCH, seed=federation.federation.seed)
     return Measured(len(found.notes), found.skipped, evaluate(loaded, dataset))

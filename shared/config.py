@@ -61,7 +61,8 @@ class ModelSection(Section):
 class TaskSection(Section):
     """What is learnt."""
 
-    kind: Literal["ner"] = "ner"
+    kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")] = "ner"
+    """Name of a task that is installed where models are loaded; a coordinator's host needs none of it."""
     labels: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = ("problem", "treatment", "test")
     max_length: int = Field(default=192, ge=8, le=8192)
     """Tokens per training window."""

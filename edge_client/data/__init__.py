@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from edge_client.data.load import NoteSet, load_notes
-from edge_client.data.notes import Entity, Note, Sentence
+from edge_client.data.load import MARKED_FORMATS, NoteSet, load_notes, read_files, read_marked
+from edge_client.data.notes import AnyNote, Entity, Note, Sentence, TextNote
+from edge_client.data.texts import ANY_LABELS_FORMATS, ONE_LABEL_FORMATS, read_any_labels, read_one_label
 
-__all__ = ["Entity", "Note", "NoteSet", "Sentence", "load_notes"]
+__all__ = [
+    "ANY_LABELS_FORMATS",
+    "MARKED_FORMATS",
+    "ONE_LABEL_FORMATS",
+    "AnyNote",
+    "Entity",
+    "Note",
+    "NoteSet",
+    "Sentence",
+    "TextNote",
+    "load_notes",
+    "read_any_labels",
+    "read_files",
+    "read_marked",
+    "read_one_label",
+]

@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class AnyNote(Protocol):
+    """What every kind of note has, whatever the task."""
+
+    @property
+    def id(self) -> str:
+        """Unique in its folder."""
+        ...
+
+    @property
+    def patient(self) -> str:
+        """Whom it is about; the notes of one patient are never divided between training and testing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextNote:
+    """A note as running text, with what is said of it as a whole.
+
+    Text and patient are left out of `repr`, so that a note that lands in a log by mistake shows its shape.
+    """
+
+    id: str
+    patient: str = field(repr=False)
+    text: str = field(repr=False)
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +63,8 @@ class Note:
 
     id: str
     sentences: tuple[Sentence, ...]
+
+    @property
+    def patient(self) -> str:
+        """The note's own id: these formats do not say whose notes belong together."""
+        return self.id

@@ -1,76 +1,154 @@
-"""Tasks: notes into windows of token ids, and predictions back into what people score.
+"""Tasks: notes into windows of token ids, and a model's logits back into what people score.
 
-With `edge_client/data` these are the only files that see text. A task is one class in one file; what the trainer and
-the worker need of it is the protocol below.
+With `edge_client/data` these are the only files that see text. A task is one class in one file; all that the trainer
+and the worker need of it is the protocol `Task` below. Tasks are found by name through the entry points of installed
+packages (`registry.py`), so that a hospital can bring its own; docs/tasks.md shows one.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.data import Note
+from edge_client.data import AnyNote
 from edge_client.tasks.encoding import TextEncoder
+from shared.errors import RefusedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
 
 Ids = npt.NDArray[np.int64]
+Targets = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
 IGNORED = -100
 """Target of a token that bears no label; the cross-entropy of torch leaves it out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """One training sequence: token ids, a target class for each, and where its predictions belong.
+class Head:
+    """What stands on top of the base model: a class of transformers, and what a row of its logits speaks for."""
 
-    `ids` and `targets` have the window's length; `targets` is IGNORED where a token bears no label. `positions` are
-    the tokens whose predictions count, `units` what they predict: the task's own numbering over all notes.
+    auto_class: str
+    """Name of the class in transformers."""
+    per_token: bool
+    """True: logits (windows, tokens, classes), a target for each token. False: (windows, classes), one a window."""
+    writes: bool = False
+    """True: the model answers in text, which its pre-trained output layer writes; the loss is per token."""
+    problem_type: str | None = None
+    """What the model's configuration says of its targets, for those who load the exported model."""
+
+
+TOKENS = Head("AutoModelForTokenClassification", per_token=True)
+"""A class for each token."""
+ONE_LABEL = Head("AutoModelForSequenceClassification", per_token=False, problem_type="single_label_classification")
+"""One class for each window."""
+ANY_LABELS = Head("AutoModelForSequenceClassification", per_token=False, problem_type="multi_label_classification")
+"""Each class for itself, true or false of a window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One training sequence: token ids, what is to be said of it, and where its predictions belong.
+
+    `units` are what it predicts: the task's own numbering over all notes, each unit in at most one window.
+    Under a head per token `targets` has the window's length and is IGNORED where a token bears no label, and
+    `positions` are the tokens whose logits count, one for each unit. Otherwise `targets` is the window's own, of any
+    shape that the task's loss takes stacked, `positions` is empty, and there is one unit. Under a head that writes
+    there is one unit too, and `positions` is where its answer begins in `ids`.
     """
 
     ids: Ids = field(repr=False)
-    targets: Ids = field(repr=False)
+    targets: Targets = field(repr=False)
     positions: Ids
     units: Ids
 
 
-@dataclass(frozen=True, slots=True)
-class F1:
-    """Entity-level or example-level F1 in a strict and a lenient reading, each 0 to 1."""
+TEXT = Head("AutoModelForCausalLM", per_token=True, writes=True)
+"""Text after a prompt."""
 
-    strict_f1: float
-    lenient_f1: float
+_MEASURE = re.compile(r"[a-z0-9_]{1,32}")
 
 
 @dataclass(frozen=True, slots=True)
-class Scores(F1):
-    """Micro-averaged F1 over all labels, and each label's own."""
+class Scores:
+    """Measures of a model's predictions by name (lower case, as `strict_f1`), each 0 to 1, more is better."""
 
-    labels: Mapping[str, F1]
+    overall: Mapping[str, float]
+    """Over all labels; the first is the one that models are compared by."""
+    labels: Mapping[str, Mapping[str, float]]
+    """Each label's own."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name or a number that could not travel with an update."""
+        for name, value in self.overall.items():
+            if not (_MEASURE.fullmatch(name) and math.isfinite(value)):
+                msg = f"a measure needs a name such as strict_f1 and a finite value, not {name!r} = {value}"
+                raise ValueError(msg)
+
+    @property
+    def main(self) -> float:
+        """The measure that models are compared by."""
+        return next(iter(self.overall.values()))
 
 
-class Task(Protocol):
-    """What is learnt, as the trainer sees it."""
+N = TypeVar("N", bound=AnyNote)
+
+
+@runtime_checkable
+class Task(Protocol[N]):
+    """What is learnt, as the trainer sees it; N is the task's own kind of note."""
+
+    @property
+    def head(self) -> Head:
+        """What stands on top of the base model."""
+        ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the head's outputs, in order of their ids."""
+        """Names of the head's outputs, in order of their ids; none under a head that writes."""
         ...
 
-    def windows(self, notes: Sequence[Note], encoder: TextEncoder) -> Iterator[Window]:
-        """Yield the windows of `notes`; each unit is predicted by exactly one window."""
+    @property
+    def formats(self) -> str:
+        """What `read` looks for, in words, for the hint of an error."""
         ...
 
-    def examples(self, notes: Sequence[Note]) -> int:
+    def read(self, path: Path) -> Iterator[N | RefusedError]:
+        """Yield each note under `path`, or why it is refused, naming file and line and never quoting text.
+
+        Nothing where `path` holds nothing in a known format. Raises what cannot be skipped over, such as a disk that
+        fails.
+        """
+        ...
+
+    def windows(self, notes: Sequence[N], encoder: TextEncoder) -> Iterator[Window]:
+        """Yield the windows of `notes`; a unit that is in none is predicted as zero."""
+        ...
+
+    def examples(self, notes: Sequence[N]) -> int:
         """Return how many examples `notes` hold: the n in the weight of a site's update."""
         ...
 
-    def units(self, notes: Sequence[Note]) -> int:
+    def units(self, notes: Sequence[N]) -> int:
         """Return how many units `notes` hold."""
         ...
 
-    def score(self, notes: Sequence[Note], predictions: Ids) -> Scores:
-        """Compare `predictions`, a class id for each unit of `notes`, with their annotations."""
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a batch, a scalar; shapes as `Head.per_token` says, `targets` stacked."""
+        ...
+
+    def decide(self, outputs: Any) -> npt.NDArray[Any]:
+        """Return what a model's outputs predict, one row a unit: logits (units, classes), or the texts it wrote."""
+        ...
+
+    def score(self, notes: Sequence[N], predictions: npt.NDArray[Any]) -> Scores:
+        """Compare `predictions`, a row as from `decide` for each unit of `notes`, with their annotations."""
         ...

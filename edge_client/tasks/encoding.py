@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 NO_WORD = -1
 """Owner of a token that belongs to no word, such as a separator."""
+
+TEXTS_AT_ONCE = 256
+"""Whole notes tokenized in one call: enough for the tokenizer's threads, little enough for the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.speaks_last = speaks_last
         """A causal model has read a word only at the word's last token; others are used to the first."""
+        self.stop: int | None = tokenizer.eos_token_id
+        """Id of the token that ends a written answer."""
         self.start, self.end = _specials(tokenizer)
         """Ids that stand before and after each window, such as [CLS] and [SEP]."""
         self.line_break: tuple[int, ...] = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])
@@ -47,6 +52,12 @@ class TextEncoder:
             EncodedLine(tuple(ids), _owners(words, offsets))
             for words, ids, offsets in zip(lines, batch["input_ids"], batch["offset_mapping"], strict=True)
         ]
+
+    def encode_texts(self, texts: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """Yield the token ids of each text as it stands, however many; line breaks are part of it."""
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            batch = self._tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False, verbose=False)
+            yield from (tuple(ids) for ids in batch["input_ids"])
 
 
 def _owners(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -6,21 +6,35 @@ further one I, everything else O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from nervaluate.evaluator import Evaluator
+from torch.nn.functional import cross_entropy
 
-from edge_client.data import Entity, Note, Sentence
-from edge_client.tasks import F1, IGNORED, Ids, Scores, Window
+from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, read_marked
+from edge_client.tasks import IGNORED, TOKENS, Ids, Scores, Window
 from edge_client.tasks.encoding import NO_WORD, EncodedLine, TextEncoder
+from shared.config import TaskSection
+from shared.errors import RefusedError
 
 OUTSIDE = 0
 
 
+def make(section: TaskSection) -> NerTask:
+    """Return the task for the federation's labels."""
+    return NerTask(section.labels)
+
+
 class NerTask:
     """Named-entity recognition over a closed set of labels. A unit is a word; an example is a line with words."""
+
+    head = TOKENS
+    formats = MARKED_FORMATS
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -31,13 +45,17 @@ class NerTask:
         """O, then B-x and I-x for each label x, in the order of the federation's labels."""
         return ("O", *(f"{part}-{label}" for label in self.labels for part in "BI"))
 
+    def read(self, path: Path) -> Iterator[Note | RefusedError]:
+        """Yield the notes with marked entities under `path`."""
+        return read_marked(path, self.labels)
+
     def examples(self, notes: Sequence[Note]) -> int:
         """Return the number of lines that hold a word."""
-        return len(_lines(notes))
+        return len(lines_with_words(notes))
 
     def units(self, notes: Sequence[Note]) -> int:
         """Return the number of words."""
-        return sum(len(line.tokens) for line in _lines(notes))
+        return sum(len(line.tokens) for line in lines_with_words(notes))
 
     def windows(self, notes: Sequence[Note], encoder: TextEncoder) -> Iterator[Window]:
         """Yield windows of consecutive lines of one note, as many lines as fit; a longer line is split between words.
@@ -47,12 +65,21 @@ class NerTask:
         """
         first_unit = 0
         for note in notes:
-            lines = _lines([note])
+            lines = lines_with_words([note])
             packer = _Packer(encoder)
             for sentence, encoded in zip(lines, encoder.encode([line.tokens for line in lines]), strict=True):
                 yield from packer.add(encoded, self._targets(sentence), first_unit)
                 first_unit += len(sentence.tokens)
             yield from packer.flush()
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy over the tokens that bear a label."""
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def decide(self, logits: torch.Tensor) -> Ids:
+        """Return the likeliest class of each word."""
+        best: Ids = logits.argmax(dim=-1).numpy()
+        return best
 
     def score(self, notes: Sequence[Note], predictions: Ids) -> Scores:
         """Entity-level F1: strict wants span and type right, lenient an overlap and the type.
@@ -60,17 +87,13 @@ class NerTask:
         Both as nervaluate counts them (`strict` and `ent_type`, after SemEval-2013 task 9.1). `predictions` holds a
         class id for each word of `notes` in reading order.
         """
-        true, found, at = [], [], 0
-        for sentence in _lines(notes):
-            after = at + len(sentence.tokens)
-            gold = [_spans(entity) for entity in sentence.entities]
-            guess = [_spans(entity) for entity in self.entities(predictions[at:after])]
-            if gold or guess:
-                true.append(gold)
-                found.append(guess)
+        lines, found, at = lines_with_words(notes), [], 0
+        for line in lines:
+            after = at + len(line.tokens)
+            found.append(self.entities(predictions[at:after]))
             at = after
         assert at == len(predictions), "one prediction for each word"
-        return _f1(true, found, self.labels)
+        return entity_scores([line.entities for line in lines], found, self.labels)
 
     def entities(self, classes: Ids) -> tuple[Entity, ...]:
         """Return the entities that the class ids of one line's words spell.
@@ -155,8 +178,19 @@ def _pieces(line: EncodedLine, room: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _lines(notes: Sequence[Note]) -> list[Sentence]:
+def lines_with_words(notes: Sequence[Note]) -> list[Sentence]:
+    """Return the lines of all notes that hold a word, in reading order."""
     return [sentence for note in notes for sentence in note.sentences if sentence.tokens]
+
+
+def entity_scores(true: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entity]], labels: Sequence[str]) -> Scores:
+    """Compare the entities found in each line with the true ones; see `NerTask.score`."""
+    pairs = [pair for pair in zip(true, found, strict=True) if any(pair)]
+    if not pairs:
+        return Scores(_both(None), {label: _both(None) for label in labels})
+    gold, guess = ([[_spans(entity) for entity in line] for line in lines] for lines in zip(*pairs, strict=True))
+    report = Evaluator(gold, guess, tags=list(labels), loader="dict").evaluate()
+    return Scores(_both(report["overall"]), {label: _both(report["entities"].get(label)) for label in labels})
 
 
 def _spans(entity: Entity) -> dict[str, object]:
@@ -164,13 +198,7 @@ def _spans(entity: Entity) -> dict[str, object]:
     return {"label": entity.label, "start": entity.start, "end": entity.end - 1}
 
 
-def _f1(true: list[list[dict[str, object]]], found: list[list[dict[str, object]]], labels: Sequence[str]) -> Scores:
-    if not true:
-        return Scores(0.0, 0.0, {label: F1(0.0, 0.0) for label in labels})
-    report = Evaluator(true, found, tags=list(labels), loader="dict").evaluate()
-    per_label = {
-        label: F1(float(scores["strict"].f1), float(scores["ent_type"].f1)) if scores else F1(0.0, 0.0)
-        for label, scores in ((label, report["entities"].get(label)) for label in labels)
-    }
-    overall = report["overall"]
-    return Scores(float(overall["strict"].f1), float(overall["ent_type"].f1), per_label)
+def _both(report: Mapping[str, Any] | None) -> dict[str, float]:
+    """The two readings out of nervaluate's report; 0 where it has none."""
+    strict, lenient = (float(report[of].f1) if report else 0.0 for of in ("strict", "ent_type"))
+    return {"strict_f1": strict, "lenient_f1": lenient}

@@ -51,6 +51,8 @@ class Task(StrEnum):
     """What is learnt."""
 
     NER = "ner"
+    CLASSIFICATION = "classification"
+    MULTILABEL = "multilabel"
 
 
 WorkdirOption = Annotated[
@@ -81,7 +83,13 @@ LayersOption = Annotated[
     typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
 ]
 CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
-TaskOption = Annotated[Task, typer.Option(help="What is learnt: problems, treatments and tests in notes.")]
+TaskOption = Annotated[
+    Task,
+    typer.Option(
+        help="What is learnt: problems, treatments and tests in notes (ner), the primary diagnosis of a stay "
+        "(classification), or all its codes (multilabel)."
+    ),
+]
 AlphaOption = Annotated[
     float, typer.Option(help="How alike the sites' label mixes are: 0.1 very different, 100 nearly the same.")
 ]
@@ -151,6 +159,7 @@ def demo(  # noqa: PLR0913 - one argument an option
             staleness=staleness.value,
             broker=broker,
             model=model,
+            task=task.value,
             layers=layers,
             codec=codec.value,
             alpha=alpha,

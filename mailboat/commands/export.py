@@ -57,7 +57,11 @@ def evaluate(
     ] = (False),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare a model's findings with annotated notes: strict F1 (exact spans) and lenient F1 (overlapping spans)."""
+    """Compare a model's findings with annotated notes, by the measures of the federation's task.
+
+    For ner these are strict F1 (exact spans) and lenient F1 (overlapping spans), for labels of whole notes micro and
+    macro F1.
+    """
     from coordinator.views import find_version, load_run
     from mailboat import modelling
     from shared.config import CoordinatorConfig

@@ -2,14 +2,13 @@
 
 The same trainer, model and layers, from the same version 0. Only the schedule differs: one training from end to end,
 with one rise and fall of the learning rate and one optimizer, which is how anybody would train alone, and with epochs,
-batch and rate that suit such a training (`defaults.BASELINE_EPOCHS` and below). Notes that a site holds back for its
+batch and rate that suit such a training (`DemoTask`). Notes that a site holds back for its
 local F1 are held back here too, so that everybody has trained on equally many.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from edge_client.worker_client import WorkerClient
 from mailboat.demo import defaults
 from mailboat.demo.facts import Score
 from mailboat.demo.live import View
-from mailboat.demo.plan import Layout, Plan
+from mailboat.demo.plan import Plan
 from mailboat.demo.scoring import score
 from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
@@ -34,9 +33,9 @@ def baseline_federation(plan: Plan) -> FederationConfig:
     training = plan.federation.training
     whole = training.model_copy(
         update={
-            "epochs": min(defaults.BASELINE_EPOCHS, training.epochs * plan.rounds),
+            "epochs": min(plan.task.baseline_epochs, training.epochs * plan.rounds),
             "batch_size": defaults.BASELINE_BATCH_SIZE,
-            "lr": defaults.BASELINE_LR * training.lr,
+            "lr": plan.task.baseline_lr * training.lr,
         }
     )
     return plan.federation.model_copy(update={"training": whole})
@@ -117,9 +116,3 @@ def add(initial: Path, delta: Path, out: Path) -> None:
     """Write the sum of two float32 safetensors files of the same tensors."""
     start, change = load_file(initial), load_file(delta)
     save_file({name: np.add(start[name], change[name]) for name in start}, out)
-
-
-def pool(layout: Layout, sites: tuple[str, ...]) -> None:
-    """Copy the training notes of these sites into one folder; their names differ, so none is lost."""
-    for site in sites:
-        shutil.copytree(layout.notes / site, layout.pooled, dirs_exist_ok=True)

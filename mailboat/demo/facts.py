@@ -18,10 +18,20 @@ ProcessState = Literal["absent", "starting", "running", "killed", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Micro-averaged entity F1 on the held-out notes, 0 to 1."""
+    """The task's measures on the held-out notes by name, each 0 to 1."""
 
-    strict_f1: float
-    lenient_f1: float
+    measures: Mapping[str, float]
+    """The first is the one that models are compared by."""
+
+    @property
+    def name(self) -> str:
+        """Name of the measure that models are compared by."""
+        return next(iter(self.measures))
+
+    @property
+    def main(self) -> float:
+        """The measure that models are compared by."""
+        return self.measures[self.name]
 
 
 @dataclass(frozen=True, slots=True)

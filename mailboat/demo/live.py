@@ -14,8 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mailboat.console import measure_title
 from mailboat.demo.facts import Facts
-from mailboat.demo.screen import Screen, build, clock, narrate, points, summary
+from mailboat.demo.screen import Screen, build, clock, narrate, summary, told
 
 REFRESHES_PER_S = 4
 QUIET_S = 8.0
@@ -165,23 +166,23 @@ def _site_table(screen: Screen) -> RenderableType:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for title in ("site", "state", "has", "merged in"):
         table.add_column(title, no_wrap=True)
-    for title in ("local F1", "up", "down", "drops"):
+    for title in ("local", "up", "down", "drops"):
         table.add_column(title, no_wrap=True, justify="right")
     for row in screen.rows:
         state = Text(row.state, style=row.tone)
-        table.add_row(row.name, state, row.version, row.last_update, row.f1, row.up, row.down, row.reconnects)
+        table.add_row(row.name, state, row.version, row.last_update, row.score, row.up, row.down, row.reconnects)
     return table
 
 
 def _curve(screen: Screen) -> RenderableType:
     if not screen.scores:
-        return Text("F1 on the held-out notes: the base model is being scored", style="dim")
+        return Text("held-out notes: the base model is being scored", style="dim")
     newest, score = screen.scores[-1]
-    bars = "".join(_BARS[round(each.strict_f1 * (len(_BARS) - 1))] for _, each in screen.scores[-CURVE_WIDTH:])
+    bars = "".join(_BARS[round(each.main * (len(_BARS) - 1))] for _, each in screen.scores[-CURVE_WIDTH:])
     return Text.assemble(
-        ("strict F1 on the held-out notes  ", ""),
+        (f"{measure_title(score.name)} on the held-out notes  ", ""),
         (bars, "green"),
-        (f"  {points(score.strict_f1)} (lenient {points(score.lenient_f1)}) at version {newest}", "bold"),
+        (f"  {told(score)} at version {newest}", "bold"),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mailboat.demo import defaults
+from mailboat.demo.tasks import DemoTask, find_task
 from mailboat.demo.toml import to_toml
 from shared.config import (
     AggregationSection,
@@ -26,7 +27,6 @@ from shared.config import (
     SiteConfig,
     StalenessKind,
     StalenessSection,
-    TaskSection,
     TrainingSection,
 )
 from shared.errors import ConfigError
@@ -49,13 +49,14 @@ class DemoOptions:
     broker: str = "auto"
     """auto, mosquitto, amqtt, or the URL of a broker that runs already."""
     model: str | None = None
+    task: str = "ner"
     layers: str = defaults.LAYERS
     codec: CodecName = "bf16"
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
     heldout: int = defaults.HELDOUT_NOTES
     lr: float | None = None
-    """Peak learning rate of the sites; None for the one that suits the model."""
+    """Peak learning rate of the sites; None for the one that suits model and task."""
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True
@@ -63,6 +64,7 @@ class DemoOptions:
 
     def check(self) -> None:
         """Raise ConfigError for options that cannot be carried out together."""
+        find_task(self.task)
         if self.sites < 1:
             raise ConfigError(f"--sites {self.sites} is too few", hint="give at least 1")
         if self.absent >= self.sites:
@@ -190,6 +192,11 @@ class Plan:
         return self.started + self.absent
 
     @property
+    def task(self) -> DemoTask:
+        """What is learnt, and from which notes."""
+        return find_task(self.options.task)
+
+    @property
     def rounds(self) -> int:
         """Local trainings of one site in all, which the baselines get too."""
         return self.schedule.rounds(self.options.mode, len(self.started))
@@ -219,7 +226,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
     return FederationConfig(
         federation=FederationSection(name=name, versions=rules.versions, seed=options.seed, sites=names),
         model=ModelSection(base=model_source(options.model)),
-        task=TaskSection(max_length=defaults.MAX_LENGTH),
+        task=find_task(options.task).section,
         layers=LayersSection(plan=options.layers),
         codec=codec_section(options.codec),
         aggregation=AggregationSection(
@@ -232,7 +239,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
         ),
         training=TrainingSection(
             epochs=defaults.EPOCHS,
-            batch_size=defaults.BATCH_SIZE,
+            batch_size=find_task(options.task).batch_size,
             lr=learning_rate(options),
             final_lr=defaults.FINAL_LR,
         ),
@@ -250,7 +257,7 @@ def learning_rate(options: DemoOptions) -> float:
     """Return the sites' peak rate: the one asked for, or the one for the shipped model or for any other."""
     if options.lr is not None:
         return options.lr
-    return defaults.LR if options.model is None else defaults.OTHER_MODEL_LR
+    return find_task(options.task).lr if options.model is None else defaults.OTHER_MODEL_LR
 
 
 def model_source(given: str | None) -> str:

@@ -11,7 +11,7 @@ from mailboat.demo.screen import size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STRICT, LENIENT, CENTRAL, ALONE, FULL = "#1b6ca8", "#8fc1e3", "#2e7d32", "#c77700", "#9e9e9e"
+MAIN, SECOND, CENTRAL, ALONE, FULL = "#1b6ca8", "#8fc1e3", "#2e7d32", "#c77700", "#9e9e9e"
 MEGA = 1e6
 
 
@@ -39,11 +39,13 @@ def _curves(axes: Axes, result: Result) -> None:
 
     versions = sorted(result.facts.scores)
     scores = [result.facts.scores[version] for version in versions]
-    axes.plot(versions, [100 * score.strict_f1 for score in scores], "o-", color=STRICT, label="federated, strict")
-    axes.plot(versions, [100 * score.lenient_f1 for score in scores], "o-", color=LENIENT, label="federated, lenient")
+    for name, colour in zip(result.base.measures, (MAIN, SECOND), strict=False):
+        values = [100 * score.measures[name] for score in scores]
+        axes.plot(versions, values, "o-", color=colour, label=f"federated, {_short(name)}")
     if result.centralized is not None:
-        level = 100 * result.centralized.strict_f1
-        axes.axhline(level, color=CENTRAL, linestyle="--", label=f"centralized, strict ({level:.1f})")
+        central = result.centralized
+        level = 100 * central.main
+        axes.axhline(level, color=CENTRAL, linestyle="--", label=f"centralized, {_short(central.name)} ({level:.1f})")
     _alone(axes, result)
     axes.set_xlabel("version")
     axes.set_ylabel("F1 on the pooled held-out notes, %")
@@ -57,20 +59,26 @@ def _alone(axes: Axes, result: Result) -> None:
     best = result.best_alone
     others_named = False
     for site, score in sorted(result.local_only.items()):
-        level = 100 * score.strict_f1
+        level = 100 * score.main
         if best is not None and site == best[0]:
-            axes.axhline(level, color=ALONE, linestyle="--", label=f"best single site alone, strict ({level:.1f})")
+            label = f"best single site alone, {_short(score.name)} ({level:.1f})"
+            axes.axhline(level, color=ALONE, linestyle="--", label=label)
             continue
         axes.axhline(level, color=ALONE, linestyle=":", alpha=0.6, label=None if others_named else "other sites alone")
         others_named = True
+
+
+def _short(name: str) -> str:
+    """The word that tells a measure from the others: strict for strict_f1; the axis says that it is an F1."""
+    return name.removesuffix("_f1")
 
 
 def _bars(axes: Axes, result: Result) -> None:
     wire = result.wire
     axes.set_axisbelow(True)
     axes.grid(alpha=0.25, axis="y")
-    axes.bar(["Mailboat"], [wire.up / MEGA], color=STRICT, label="up")
-    ours = axes.bar(["Mailboat"], [wire.down / MEGA], bottom=[wire.up / MEGA], color=LENIENT, label="down")
+    axes.bar(["Mailboat"], [wire.up / MEGA], color=MAIN, label="up")
+    ours = axes.bar(["Mailboat"], [wire.down / MEGA], bottom=[wire.up / MEGA], color=SECOND, label="down")
     theirs = axes.bar(["full-model\nFedAvg"], [wire.full_fedavg / MEGA], color=FULL)
     axes.bar_label(ours, [size(wire.up + wire.down)])
     axes.bar_label(theirs, [size(wire.full_fedavg)])

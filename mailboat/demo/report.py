@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from coordinator.records import VersionCommitted
+from mailboat.console import measure_title
 from mailboat.demo.facts import Facts, Score
 from mailboat.demo.screen import points, size
 from mailboat.demo.wire import FullTransfer
@@ -77,10 +78,10 @@ class Result:
 
     @property
     def best_alone(self) -> tuple[str, Score] | None:
-        """The site that does best alone, by strict F1, on the same held-out notes as everybody."""
+        """The site that does best alone, by the task's main measure, on the same held-out notes as everybody."""
         if not self.local_only:
             return None
-        return max(self.local_only.items(), key=lambda item: item[1].strict_f1)
+        return max(self.local_only.items(), key=lambda item: item[1].main)
 
 
 def count_wire(facts: Facts, full: FullTransfer) -> Wire:
@@ -130,7 +131,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def _score(score: Score) -> dict[str, float]:
-    return {"strict_f1": score.strict_f1, "lenient_f1": score.lenient_f1}
+    return dict(score.measures)
 
 
 def _version(facts: Facts, version: VersionCommitted) -> dict[str, Any]:
@@ -157,34 +158,43 @@ def _version(facts: Facts, version: VersionCommitted) -> dict[str, Any]:
 def version_table(result: Result) -> Table:
     """Each version: who had a part in it, and its F1."""
     table = Table(title="Versions, scored on the pooled held-out notes", box=box.SIMPLE, title_justify="left")
-    for title in ("version", "strict F1", "lenient F1"):
+    for title in ("version", *_titles(result)):
         table.add_column(title, justify="right")
     table.add_column("made of (versions late)")
-    table.add_row("0", points(result.base.strict_f1), points(result.base.lenient_f1), "the base model")
+    table.add_row("0", *_cells(result.base), "the base model")
     for version in result.facts.versions:
         score = result.facts.scores[version.version]
         parts = ", ".join(f"{part.site} ({part.staleness})" for part in version.contributions)
-        table.add_row(str(version.version), points(score.strict_f1), points(score.lenient_f1), parts)
+        table.add_row(str(version.version), *_cells(score), parts)
     return table
+
+
+def _titles(result: Result) -> list[str]:
+    """The measures' names for people, the main one first."""
+    return [measure_title(name) for name in result.base.measures]
+
+
+def _cells(score: Score) -> list[str]:
+    return [points(value) for value in score.measures.values()]
 
 
 def comparison_table(result: Result) -> Table:
     """The last version against what each site could do without the others, and against what nobody may do."""
     table = Table(title="Compared, on the same notes", box=box.SIMPLE, title_justify="left")
     table.add_column("model")
-    for title in ("strict F1", "lenient F1"):
+    for title in _titles(result):
         table.add_column(title, justify="right")
-    table.add_row("base model", points(result.base.strict_f1), points(result.base.lenient_f1))
+    table.add_row("base model", *_cells(result.base))
     best = result.best_alone
     for site, score in sorted(result.local_only.items()):
         label = f"{site} alone" + (", the best single site" if best and site == best[0] else "")
-        table.add_row(label, points(score.strict_f1), points(score.lenient_f1))
+        table.add_row(label, *_cells(score))
     federated = result.federated
     label = f"federated, version {result.facts.version}"
-    table.add_row(label, points(federated.strict_f1), points(federated.lenient_f1), style="bold")
+    table.add_row(label, *_cells(federated), style="bold")
     if result.centralized is not None:
         central = result.centralized
-        table.add_row("centralized, all notes in one place", points(central.strict_f1), points(central.lenient_f1))
+        table.add_row("centralized, all notes in one place", *_cells(central))
     return table
 
 
@@ -210,12 +220,13 @@ def wire_table(result: Result) -> Table:
 def verdict(result: Result) -> list[str]:
     """Return the outcome in sentences, whichever way it went."""
     lines = []
-    strict = result.federated.strict_f1
+    reached, title = result.federated.main, _titles(result)[0]
+    title = title[0].upper() + title[1:]
     if result.best_alone is not None:
         site, score = result.best_alone
-        lines.append(f"Strict F1 {_gap(strict - score.strict_f1)} the best single site ({site}) trained alone.")
+        lines.append(f"{title} {_gap(reached - score.main)} the best single site ({site}) trained alone.")
     if result.centralized is not None:
-        lines.append(f"Strict F1 {_gap(strict - result.centralized.strict_f1)} centralized training on pooled notes.")
+        lines.append(f"{title} {_gap(reached - result.centralized.main)} centralized training on pooled notes.")
     return lines
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from broker.launcher import RunningBroker, run_broker
 from edge_client.pipe import Loaded
 from edge_client.worker_client import WorkerClient
-from mailboat.demo.baselines import POOLED, Baselines, baseline_federation, baseline_site, pool
+from mailboat.demo.baselines import POOLED, Baselines, baseline_federation, baseline_site
 from mailboat.demo.facts import Facts
 from mailboat.demo.federate import COORDINATOR, Federation
 from mailboat.demo.live import View
@@ -30,7 +30,6 @@ from mailboat.demo.wire import FullTransfer, measure_full_transfer
 from mailboat.flaky import FlakyProxy, demo_faults
 from mailboat.reach import reachable
 from mailboat.sealing import INITIAL, describe, write_sealed
-from mailboat.synth import make_notes
 from shared.errors import UnavailableError
 from shared.link.endpoints import parse_endpoints
 from shared.plan import SealedPlan
@@ -113,7 +112,7 @@ class _Demonstration:
         for folder in (plan.layout.root, plan.layout.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         options = plan.options
-        make_notes(
+        plan.task.make(
             plan.layout.notes,
             sites=options.sites,
             notes=options.notes,
@@ -122,7 +121,7 @@ class _Demonstration:
             heldout=options.heldout,
         )
         if options.baselines:
-            pool(plan.layout, plan.started)
+            plan.task.pool([plan.layout.notes / name for name in plan.started], plan.layout.pooled)
         write_federation(plan)
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""F1 of each version on the held-out notes, as it is published, by a worker of the same trainer that the sites use."""
+"""Scores of each version on the held-out notes, as it is published, by a worker of the trainer that the sites use."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Scorer:
 
 
 async def score(worker: WorkerClient, state: Path, notes: Path) -> Score:
-    """Return the F1 of the state in a file on these notes."""
+    """Return the score of the state in a file on these notes."""
     found = await worker.evaluate(state, notes)
-    return Score(found.strict_f1, found.lenient_f1)
+    return Score(found.overall)
 
 
 def extract(storage: Path, manifest: Manifest, out: Path) -> None:

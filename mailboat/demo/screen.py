@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from coordinator.records import Contribution
 from coordinator.status import SiteStatus
+from mailboat.console import measure_title
 from mailboat.demo.facts import Facts, Score
 
 NEWS_LINES = 8
-LOCAL_F1 = "strict_f1"
-"""The site's own metric of that name."""
 Tone = str
 """A colour for rich: says at a glance whether a site works, waits, or is in trouble."""
 
@@ -39,7 +38,7 @@ class SiteRow:
     up: str
     down: str
     reconnects: str
-    f1: str
+    score: str
     """On notes of its own that the site holds back."""
 
 
@@ -84,7 +83,7 @@ def _row(facts: Facts, name: str) -> SiteRow:
         up=size(traffic.up.total) if traffic else "-",
         down=size(traffic.down.total) if traffic else "-",
         reconnects=_dash(status.reconnects if status else None),
-        f1=_points(status, LOCAL_F1),
+        score=_local(facts, status),
     )
 
 
@@ -140,8 +139,10 @@ def _dash(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _points(status: SiteStatus | None, metric: str) -> str:
-    value = status.metrics.get(metric) if status else None
+def _local(facts: Facts, status: SiteStatus | None) -> str:
+    """The site's own measure of the name that versions are compared by, which is known once one is scored."""
+    names = {score.name for score in facts.scores.values()}
+    value = next((value for name, value in status.metrics.items() if name in names), None) if status else None
     return "-" if value is None else points(value)
 
 
@@ -170,8 +171,9 @@ def points(f1: float) -> str:
 
 
 def told(score: Score) -> str:
-    """Both F1 of a score in words."""
-    return f"strict F1 {points(score.strict_f1)}, lenient {points(score.lenient_f1)}"
+    """All measures of a score in words, the main one by its full name: strict F1 61.2, lenient 70.3."""
+    first, *others = ((measure_title(name), points(value)) for name, value in score.measures.items())
+    return ", ".join([" ".join(first), *(f"{title.removesuffix(' F1')} {value}" for title, value in others)])
 
 
 # -- one line per event ---

@@ -152,7 +152,9 @@ def _notes(config: SiteConfig, federation: FederationConfig) -> Finding:
     from edge_client.data.load import load_notes
 
     try:
-        found = load_notes(config.data.notes, labels=federation.task.labels, skip_bad=config.data.skip_bad)
+        from edge_client.tasks.registry import load_task
+
+        found = load_notes(config.data.notes, load_task(federation.task), skip_bad=config.data.skip_bad)
     except MailboatError as error:
         return fail("notes", error)
     skipped = f", {found.skipped} left out as unreadable" if found.skipped else ""

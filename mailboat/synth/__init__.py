@@ -1,7 +1,8 @@
-"""Synthetic discharge notes with marked problems, treatments and tests: the door is `make_notes`."""
+"""Synthetic discharge notes: `make_notes` marks problems, treatments and tests, `make_stays` gives ICD-9 codes."""
 
 from __future__ import annotations
 
+from mailboat.synth.stays import load_codes, make_stays, pool_stays
 from mailboat.synth.write import SynthReport, make_notes
 
-__all__ = ["SynthReport", "make_notes"]
+__all__ = ["SynthReport", "load_codes", "make_notes", "make_stays", "pool_stays"]

@@ -17,7 +17,11 @@ def draw_mention(label: str, profile: SiteProfile, rng: random.Random) -> tuple[
     """Return the tokens of a mention of `label`."""
     if rng.random() < COMPOSED:
         return _set_case(_compose(label, rng), profile, is_short=False)
-    concept = profile.concepts[label].draw(rng)
+    return write_concept(profile.concepts[label].draw(rng), label, profile, rng)
+
+
+def write_concept(concept: Concept, label: str, profile: SiteProfile, rng: random.Random) -> tuple[str, ...]:
+    """Return the tokens of a mention of this concept."""
     text, is_short = _choose_form(concept, profile, rng)
     if not is_short and rng.random() < MODIFIED:
         text = f"{rng.choice(load_lists('modifiers')[label])} {text}"

@@ -20,11 +20,11 @@ HELDOUT = "heldout"
 
 @dataclass(frozen=True, slots=True)
 class FolderReport:
-    """What was written into one folder; `entities` counts them by label."""
+    """What was written into one folder; `labels` counts the marked entities, or the codes of stays, by label."""
 
     notes: int
     tokens: int
-    entities: Mapping[str, int]
+    labels: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def make_notes(out: Path, *, sites: int, notes: int, alpha: float, seed: int, he
     The same arguments write the same bytes. Raises ConfigError for a count below 1, an `alpha` that is not above
     0, or an `out` that already holds something: notes of an earlier call would mix with the new ones.
     """
-    _check(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout)
+    check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout)
     profiles = make_profiles(sites=sites, alpha=alpha, seed=seed)
     folders = {}
     for profile in profiles:
@@ -80,7 +80,8 @@ def _concept_lines(note: Note) -> Iterable[str]:
             yield f'c="{words}" {row}:{entity.start} {row}:{entity.end - 1}||t="{entity.label}"\n'
 
 
-def _check(out: Path, *, sites: int, notes: int, alpha: float, heldout: int) -> None:
+def check_request(out: Path, *, sites: int, notes: int, alpha: float, heldout: int) -> None:
+    """Raise ConfigError for counts below 1, an alpha that is not above 0, and a folder that holds something."""
     for name, value in (("sites", sites), ("notes", notes), ("held-out notes", heldout)):
         if value < 1:
             raise ConfigError(f"the number of {name} is {value}", hint="give a whole number of at least 1")

@@ -87,12 +87,24 @@ def test_a_whole_run_with_baselines_and_a_site_that_never_comes(tmp_path: Path, 
     assert told["bytes"]["full_model_file"] > 4 * told["total_parameters"]
     assert load_run(plan.layout.storage).current.state.file_sha256 == told["versions"][2]["state_sha256"]
     exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
-    assert exported.scores.strict_f1 == pytest.approx(result.federated.strict_f1, abs=1e-9)
-    assert exported.scores.lenient_f1 == pytest.approx(result.federated.lenient_f1, abs=1e-9)
+    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
     assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")
     for expected in ("version 2 published", "the run is complete", "centralized: strict F1", "site-2 alone: strict F1"):
         assert expected in lines
     assert "site-3: connected" not in lines
+
+
+def test_stays_and_their_codes_are_a_task_by_name(tmp_path: Path, model: Path) -> None:
+    """With another task the same run ends with that task's measures, for baselines and the exported model too."""
+    plan = small(tmp_path, model, task="multilabel")
+    result, lines = run(plan)
+    assert list(result.federated.measures) == ["micro_f1", "macro_f1"]
+    assert result.local_only.keys() == {"site-1", "site-2"}
+    assert result.centralized is not None
+    exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
+    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
+    assert "version 2: micro F1 " in lines
+    assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_cut_links_and_a_killed_site_change_nothing_but_the_time(tmp_path: Path, model: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_plan_that_does_not_fit_is_refused(text: str, says: str) -> None:
 
 def test_block_1_is_not_block_11() -> None:
     """Names are matched by whole block numbers."""
-    assert trainable_names(LLAMA, "llama", (1,), full=False) == (
+    assert trainable_names(LLAMA, FAMILIES["llama"], (1,), full=False) == (
         "model.layers.1.mlp.up_proj.weight",
         "score.bias",
         "score.weight",
@@ -79,25 +79,35 @@ def test_block_1_is_not_block_11() -> None:
 
 def test_the_final_norm_goes_with_the_top_block() -> None:
     """The norm above the blocks is trained exactly when the top block is; embeddings are not."""
-    top = trainable_names(LLAMA, "llama", (10, 11), full=False)
+    top = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
     assert "model.norm.weight" in top
     assert "model.embed_tokens.weight" not in top
-    assert "model.norm.weight" not in trainable_names(LLAMA, "llama", (9, 10), full=False)
+    assert "model.norm.weight" not in trainable_names(LLAMA, FAMILIES["llama"], (9, 10), full=False)
 
 
 def test_bert_has_no_final_norm() -> None:
     """In BERT each block ends in its own norm, so that blocks and head are all that is trained."""
-    assert trainable_names(BERT, "bert", (2,), full=False) == (
+    assert trainable_names(BERT, FAMILIES["bert"], (2,), full=False) == (
         "bert.encoder.layer.2.output.dense.bias",
         "classifier.weight",
     )
+
+
+def test_a_whole_sequence_has_its_own_head() -> None:
+    """In the class for whole sequences BERT trains its pooler too, and GPT-2 calls its classifier score."""
+    names = ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.bias", "classifier.weight"]
+    whole = FAMILIES["bert"].for_whole()
+    assert trainable_names(names, whole, (), full=False) == ("bert.pooler.dense.bias", "classifier.weight")
+    assert [name for name in names if whole.is_head(name)] == names[1:]
+    assert not FAMILIES["bert"].is_head("bert.pooler.dense.bias")
+    assert FAMILIES["gpt2"].for_whole().head_parts == ("score",)
 
 
 def test_the_full_plan_trains_everything() -> None:
     """Under `all` the embeddings are trained too."""
     assert is_full(" ALL ")
     assert not is_full("16")
-    assert trainable_names(BERT, "bert", (0, 1, 2), full=True) == tuple(sorted(BERT))
+    assert trainable_names(BERT, FAMILIES["bert"], (0, 1, 2), full=True) == tuple(sorted(BERT))
 
 
 def test_depth_is_counted_from_the_names() -> None:

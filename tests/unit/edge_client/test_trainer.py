@@ -76,9 +76,9 @@ def test_it_learns(llama: LoadedModel) -> None:
     section = FEDERATION.training.model_copy(update={"epochs": 12, "lr": 1e-2})
     result = train(llama, read_trainable(llama), data, section, seed=1)
     end = evaluate(llama, held_out)
-    assert start.strict_f1 < 0.3
-    assert end.strict_f1 > 0.6
-    assert end.lenient_f1 >= end.strict_f1
+    assert start.overall["strict_f1"] < 0.3
+    assert end.overall["strict_f1"] > 0.6
+    assert end.overall["lenient_f1"] >= end.overall["strict_f1"]
     assert result.metrics["loss"] < 0.5
 
 

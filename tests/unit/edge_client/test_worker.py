@@ -92,7 +92,7 @@ def test_a_round_through_the_worker(ground: Path, tmp_path: Path) -> None:
             assert set(after.labels) == {"problem", "treatment", "test"}
             assert before != after
             own = await client.evaluate(tmp_path / "local")
-            assert own.strict_f1 == pytest.approx(trained.metrics["strict_f1"])
+            assert own.overall["strict_f1"] == pytest.approx(trained.metrics["strict_f1"])
 
     run_async(story(), timeout_s=100)
 

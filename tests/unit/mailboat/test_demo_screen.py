@@ -49,8 +49,8 @@ def test_a_row_shows_the_last_part_that_a_site_had() -> None:
     assert rows["site-3"].last_update == "v2, 1 late"
     assert rows["site-2"].last_update == "v1, fresh"
     assert (rows["site-3"].up, rows["site-3"].down, rows["site-3"].reconnects) == ("1 kB", "2 kB", "2")
-    assert rows["site-3"].f1 == "51.2"
-    assert (rows["site-4"].state, rows["site-4"].last_update, rows["site-4"].f1) == ("never started", "-", "-")
+    assert rows["site-3"].score == "51.2"
+    assert (rows["site-4"].state, rows["site-4"].last_update, rows["site-4"].score) == ("never started", "-", "-")
 
 
 def test_the_picture_fits_eighty_columns() -> None:

@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 import pytest
 
 from edge_client.data import Note, load_notes
+from edge_client.tasks.ner import NerTask
 from mailboat.synth import make_notes
 from mailboat.synth.lexicon import LABELS, SECTIONS, STYLES, load_concepts, load_lines
 from mailboat.synth.notes import draw_note
@@ -66,7 +67,7 @@ def test_written_notes_are_read_back(tmp_path: Path) -> None:
     notes = [note for profile in make_profiles(sites=4, alpha=1.0, seed=3) for note in draw(profile, 10)]
     named = [Note(f"{index:02d}", note.sentences) for index, note in enumerate(notes)]
     write_i2b2(tmp_path, named)
-    assert load_notes(tmp_path, labels=LABELS).notes == tuple(named)
+    assert load_notes(tmp_path, NerTask(LABELS)).notes == tuple(named)
 
 
 def test_folders_and_report(tmp_path: Path) -> None:
@@ -74,10 +75,10 @@ def test_folders_and_report(tmp_path: Path) -> None:
     report = make_notes(tmp_path / "out", sites=3, notes=4, alpha=1.0, seed=0, heldout=5)
     assert sorted(path.name for path in report.out.iterdir()) == ["heldout", "site-1", "site-2", "site-3"]
     for name, folder in report.folders.items():
-        notes = load_notes(report.out / name, labels=LABELS).notes
+        notes = load_notes(report.out / name, NerTask(LABELS)).notes
         found = labels_of(list(notes))
         assert len(notes) == folder.notes == (5 if name == "heldout" else 4)
-        assert {label: found.count(label) for label in LABELS} == folder.entities
+        assert {label: found.count(label) for label in LABELS} == folder.labels
         assert sum(len(sentence.tokens) for note in notes for sentence in note.sentences) == folder.tokens
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.data import Entity, Note, load_notes
+from edge_client.tasks.ner import NerTask
 from shared.errors import RefusedError
 
 LABELS = ("problem", "treatment", "test")
@@ -28,14 +29,14 @@ def write(folder: Path, concepts: str | None, text: str | bytes = TEXT) -> Path:
 
 def read_one(folder: Path) -> Note:
     """The only note of the folder."""
-    (note,) = load_notes(folder, labels=LABELS).notes
+    (note,) = load_notes(folder, NerTask(LABELS)).notes
     return note
 
 
 def refusal(folder: Path) -> str:
     """The message of the error that the folder's note raises, checked to hold nothing of the note."""
     with pytest.raises(RefusedError) as caught:
-        load_notes(folder, labels=LABELS)
+        load_notes(folder, NerTask(LABELS))
     assert SECRET not in str(caught.value).replace(str(folder), "")
     assert caught.value.exit_code == 3
     return str(caught.value)

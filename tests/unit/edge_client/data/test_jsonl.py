@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edge_client.data import Entity, load_notes
+from edge_client.tasks.ner import NerTask
 from shared.errors import RefusedError
 
 LABELS = ("problem", "treatment", "test")
@@ -32,7 +33,7 @@ def changed(**entity: Any) -> dict[str, Any]:
 
 def test_note_on_each_line(tmp_path: Path) -> None:
     """Each line that is not blank is a note with its own id."""
-    notes = load_notes(write(tmp_path, GOOD, "", {**GOOD, "id": "b", "more": 1}), labels=LABELS).notes
+    notes = load_notes(write(tmp_path, GOOD, "", {**GOOD, "id": "b", "more": 1}), NerTask(LABELS)).notes
     assert [note.id for note in notes] == ["a", "b"]
     assert notes[0].sentences[0].tokens == (SECRET, "took", "aspirin")
     assert notes[0].sentences[0].entities == (Entity(2, 3, "treatment"),)
@@ -61,7 +62,7 @@ def test_note_on_each_line(tmp_path: Path) -> None:
 def test_bad_line(tmp_path: Path, row: object, problem: str) -> None:
     """A bad line is refused by file, line and field; not even the traceback holds its content."""
     with pytest.raises(RefusedError) as caught:
-        load_notes(write(tmp_path, GOOD, row), labels=LABELS)
+        load_notes(write(tmp_path, GOOD, row), NerTask(LABELS))
     assert problem in caught.value.message
     assert caught.value.message.startswith(f"{tmp_path / 'notes.jsonl'}, line 2:")
     assert SECRET not in "".join(traceback.format_exception(caught.value)).replace(str(tmp_path), "")
