@@ -61,7 +61,7 @@ def children_of(pid: int) -> dict[int, str]:
     return found
 
 
-def gone(pids: list[int], timeout_s: float = 20.0) -> bool:
+def gone(pids: list[int], timeout_s: float = 60.0) -> bool:
     """Whether none of the processes lives any more."""
     until = time.monotonic() + timeout_s
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
