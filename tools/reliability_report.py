@@ -245,13 +245,28 @@ def _plain(found: dict[str, Any]) -> Iterator[str]:
             yield from rows(columns, [[line.get(column, "") for column in columns] for line in value])
 
 
+PEERS_HEADER = [
+    "fault",
+    "framework",
+    "run",
+    "after s",
+    "trained",
+    "counted",
+    "MB up, down",
+    "bytes s",
+    "round s",
+    "site 1 s",
+    "load",
+]
+
+
 def peers() -> Iterator[str]:
     """The same faults given to others."""
     found = load("peers")
     yield from section("Beside other frameworks", "make reliability-peers", found)
     if found is None:
         return
-    settings, runs = found["settings"], found["runs"]
+    settings = found["settings"]
     yield (
         f"{settings['sites']} sites, a model of {settings['mb']:g} MB as float32, {settings['rounds']} rounds; "
         f"training adds known noise and is made to take {settings['training']:g} s. All processes are real, all "
@@ -264,20 +279,26 @@ def peers() -> Iterator[str]:
         f"for a quarter of an hour is watched no longer."
     )
     yield ""
-    header = [
-        "fault",
-        "framework",
-        "run",
-        "after s",
-        "trained",
-        "counted",
-        "MB up, down",
-        "bytes s",
-        "round s",
-        "site 1 s",
-        "load",
-    ]
-    body = [
+    yield from rows(PEERS_HEADER, _peers_rows(found["runs"]))
+    yield (
+        "*run*: how the framework says it ended. *trained*: finished trainings of each site; *counted*: how many of "
+        "its updates are in the last global model, read from the model itself. *MB*: over the link of site 1. "
+        "*bytes s*, *round s*, *site 1 s*: from the end of the fault (link back, process started) to the first "
+        "bytes of site 1, to a newer model at any site, to a newer model at site 1; negative where rounds went on "
+        "during the fault. *load*: how many processes wanted one of the machine's cores when the fault struck."
+    )
+    yield ""
+    for remark in found.get("remarks", []):
+        yield from (f"- {remark}", "")
+    for again in found.get("again", []):
+        yield from (again["words"], "")
+        yield from rows(PEERS_HEADER, _peers_rows(again["runs"]))
+        for remark in again["remarks"]:
+            yield from (f"- {remark}", "")
+
+
+def _peers_rows(runs: list[dict[str, Any]]) -> list[list[Any]]:
+    return [
         [
             run["fault"],
             f"{run['framework']} {run['version']}".replace(" this tree", ""),
@@ -291,17 +312,6 @@ def peers() -> Iterator[str]:
         ]
         for run in runs
     ]
-    yield from rows(header, body)
-    yield (
-        "*run*: how the framework says it ended. *trained*: finished trainings of each site; *counted*: how many of "
-        "its updates are in the last global model, read from the model itself. *MB*: over the link of site 1. "
-        "*bytes s*, *round s*, *site 1 s*: from the end of the fault (link back, process started) to the first "
-        "bytes of site 1, to a newer model at any site, to a newer model at site 1; negative where rounds went on "
-        "during the fault. *load*: how many processes wanted one of the machine's cores when the fault struck."
-    )
-    yield ""
-    for remark in found.get("remarks", []):
-        yield from (f"- {remark}", "")
 
 
 def _seconds(value: float | None) -> str:
