@@ -109,7 +109,7 @@ class Earshot:
             self.unwanted(site)
         return heard
 
-    def refused(self, transfer_id: str, rule: str) -> None:
+    def chunk_refused(self, transfer_id: str, rule: str) -> None:
         """A chunk did not fit its upload; of many alike one is told."""
         if (transfer_id, rule) != self._refused:
             self._refused = (transfer_id, rule)

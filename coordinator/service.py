@@ -124,7 +124,7 @@ class Service:
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
-            refused=self.earshot.refused,
+            refused=self.earshot.chunk_refused,
             room=self.disk.room,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Any
+
 import pytest
 
 from coordinator.earshot import (
@@ -10,10 +14,14 @@ from coordinator.earshot import (
     MUTE_MAX_S,
     MUTE_S,
     REFILL_BYTES_S,
+    Earshot,
     Nuisance,
     topics_heard,
 )
+from coordinator.intake import Intake
+from shared.config import AdmissionSection
 from shared.topics import subscriptions
+from tests.helpers import run_async
 
 CHUNK = 1024 * 1024
 EVERYBODY = tuple(subscriptions("ward", "coordinator"))
@@ -85,3 +93,49 @@ def test_the_others_are_heard_one_by_one() -> None:
     """Each channel of each other member, and nothing of the muted one."""
     heard = topics_heard("ward", MEMBERS, frozenset({"south"}))
     assert heard == tuple(topic for site in ("north", "west") for topic in subscriptions("ward", "coordinator", site))
+
+
+class _Link:
+    """Notes what is subscribed to."""
+
+    def __init__(self) -> None:
+        self.topics: tuple[str, ...] = ()
+        self.changed = asyncio.Event()
+
+    async def follow(self, topics: tuple[str, ...]) -> None:
+        """As `Link.follow`."""
+        if topics != self.topics:
+            self.topics = topics
+            self.changed.set()
+
+
+def test_a_muted_member_is_not_heard_and_away() -> None:
+    """What the broker still held of it is dropped, and the core is told that it is gone, so that no round waits."""
+
+    async def run() -> None:
+        link: Any = _Link()
+        away: list[str] = []
+        earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection()), away.append)
+        running = asyncio.create_task(earshot.run())
+        await link.changed.wait()
+        assert (link.topics, away, earshot.hears("north")) == (EVERYBODY, [], True)
+        link.changed.clear()
+        for _ in range(BURST_BYTES // CHUNK + 1):
+            earshot.unwanted("north", CHUNK)
+        await asyncio.wait_for(link.changed.wait(), 5)
+        assert link.topics == topics_heard("ward", MEMBERS, frozenset({"north"}))
+        assert set(away) == {"north"}
+        assert not earshot.hears("north")
+        assert earshot.hears("south")
+        running.cancel()
+
+    run_async(run())
+
+
+def test_a_stranger_is_not_muted() -> None:
+    """Who is not on the roster has no subscription that could be given up."""
+    link: Any = _Link()
+    earshot = Earshot(link, "ward", lambda: None, Intake(AdmissionSection()), lambda _site: None)
+    for _ in range(2 * BURST_BYTES // CHUNK):
+        earshot.unwanted("north", CHUNK)
+    assert earshot._nuisance.muted(time.monotonic()) == frozenset()

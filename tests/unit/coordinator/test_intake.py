@@ -67,6 +67,18 @@ def test_an_offer_beyond_the_rate_is_put_off_and_leaves_no_trace() -> None:
     assert jobs(bench.receive("north", third), d.OpenSpool)
 
 
+def test_refused_offers_count_too() -> None:
+    """Each refusal is a row of the journal: beyond the rate there is no more of them, but a word to wait."""
+    bench = _bench(updates_per_hour=2)
+    written, rules = 0, []
+    for number in range(5):
+        sound = _update(bench, "north", number)
+        decision = bench.receive("north", Offer(manifest=sound.model_copy(update={"federation": "elsewhere"})))
+        written += len(decision.records)
+        rules += [wait.rule for wait in said(decision, Wait, "north")]
+    assert (written, rules) == (2, ["rate-updates"] * 3)
+
+
 def test_an_update_that_is_offered_again_counts_once() -> None:
     """A site on a bad link repeats its offer as often as it likes."""
     bench = _bench(updates_per_hour=1)
