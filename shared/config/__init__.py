@@ -1,0 +1,58 @@
+"""What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
+
+Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning` and
+`merging`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and `site.toml`
+are each machine's own business (`machine`).
+"""
+
+from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
+from shared.config.learning import CodecName, CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.machine import (
+    AdmissionSection,
+    BrokerSection,
+    CoordinatorConfig,
+    DataSection,
+    LinkSection,
+    LocalTrustSection,
+    SiteConfig,
+)
+from shared.config.merging import (
+    AggregationSection,
+    MergeRule,
+    Mode,
+    ServerOptimizerName,
+    ServerSection,
+    StalenessKind,
+    StalenessSection,
+)
+from shared.config.section import Positive, Section
+
+__all__ = [
+    "COORDINATOR_USER",
+    "AdmissionSection",
+    "AggregationSection",
+    "BrokerSection",
+    "CodecName",
+    "CodecSection",
+    "CoordinatorConfig",
+    "DataSection",
+    "FederationConfig",
+    "FederationSection",
+    "LayersSection",
+    "LinkSection",
+    "LocalTrustSection",
+    "MergeRule",
+    "Mode",
+    "ModelSection",
+    "Positive",
+    "Section",
+    "ServerOptimizerName",
+    "ServerSection",
+    "SiteConfig",
+    "SiteName",
+    "StalenessKind",
+    "StalenessSection",
+    "TaskSection",
+    "TrainingSection",
+    "TrustSection",
+]

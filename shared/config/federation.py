@@ -1,0 +1,66 @@
+"""`federation.toml`: what all must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from shared.config.learning import CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.merging import AggregationSection
+from shared.config.section import Section
+from shared.ids import Ident
+
+COORDINATOR_USER = "coordinator"
+"""The coordinator's name at the broker, whose access list could not tell a site of that name from it."""
+
+
+def _not_the_coordinator(name: str) -> str:
+    if name == COORDINATOR_USER:
+        msg = f"no site may be named {COORDINATOR_USER}: the broker could not tell the two apart"
+        raise ValueError(msg)
+    return name
+
+
+SiteName = Annotated[Ident, AfterValidator(_not_the_coordinator)]
+
+
+class TrustSection(Section):
+    """Whether the broker is trusted."""
+
+    mode: Literal["none", "sealed"] = "none"
+    """none: whoever the broker admits may speak, and the broker reads everything. sealed: every message is signed and
+    encrypted, and one that is not is refused."""
+
+
+class FederationSection(Section):
+    """The federation itself."""
+
+    name: Ident
+    versions: int = Field(default=10, ge=1, le=1_000_000)
+    """The run is complete when this version is published."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    sites: tuple[SiteName, ...] = ()
+    """Who may take part; empty admits whoever the broker admits."""
+
+
+class FederationConfig(Section):
+    """`federation.toml`."""
+
+    federation: FederationSection
+    model: ModelSection
+    task: TaskSection = TaskSection()
+    layers: LayersSection = LayersSection()
+    codec: CodecSection = CodecSection()
+    aggregation: AggregationSection = AggregationSection()
+    training: TrainingSection = TrainingSection()
+    trust: TrustSection = TrustSection()
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies."""
+        agreed = self.model_dump(mode="json", exclude={"model": {"base"}})
+        canonical = json.dumps(agreed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""How updates become the next version: the `[aggregation]` of `federation.toml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.config.section import Positive, Section
+
+Mode = Literal["sync", "fedbuff", "fedasync"]
+StalenessKind = Literal["constant", "hinge", "polynomial"]
+MergeRule = Literal["mean", "median", "trimmed-mean"]
+ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
+
+
+class StalenessSection(Section):
+    """s(tau): how much an update counts that is tau versions late."""
+
+    kind: StalenessKind = "polynomial"
+    a: Positive | None = None
+    """Exponent (polynomial, 0.5) or slope (hinge, 10)."""
+    b: Annotated[float, Field(ge=0)] | None = None
+    """Hinge: versions of lateness that cost nothing (4)."""
+    limit: int = Field(default=1000, ge=0)
+    """Updates later than this are rejected under the rule too-stale."""
+
+
+class ServerSection(Section):
+    """The server optimizer over the mean delta."""
+
+    optimizer: ServerOptimizerName = "sgd"
+    lr: Positive | None = None
+    """The step's size; None takes what the optimizer's authors start from, see `rate`."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the running mean that is kept: beta, or beta_1 of those with two; sgd has none."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """adam, yogi, fadas: share of the running square that is kept."""
+    eps: Positive = 1e-3
+    """adam, yogi, fadas: added to the root of the running square; the smaller, the more alike all steps."""
+    slow_after: int = Field(default=4, ge=0, le=1_000_000)
+    """fadas: with an update later than this many versions the step is divided by its lateness."""
+    every: int = Field(default=5, ge=1, le=1_000_000)
+    """delayed-nesterov: versions from one step of the momentum to the next."""
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or the default of the optimizer.
+
+        sgd and momentum: 1, so that sgd is FedAvg. nesterov, delayed-nesterov: 0.7 (Douillard et al., arXiv
+        2311.08105). adam 0.1, yogi 0.01 (Reddi et al., arXiv 2003.00295). fadas 0.001 (Wang et al., arXiv 2407.18365).
+        """
+        return SERVER_RATES[self.optimizer] if self.lr is None else self.lr
+
+
+SERVER_RATES: Mapping[ServerOptimizerName, float] = MappingProxyType(
+    {
+        "sgd": 1.0,
+        "momentum": 1.0,
+        "nesterov": 0.7,
+        "adam": 0.1,
+        "yogi": 0.01,
+        "fadas": 0.001,
+        "delayed-nesterov": 0.7,
+    }
+)
+
+
+class AggregationSection(Section):
+    """When a round closes and how its updates are weighted."""
+
+    mode: Mode = "sync"
+    quorum: int = Field(default=1, ge=1, le=100_000)
+    """Fewest sites that must have answered, with an update or with one that is rejected, to close a sync round; it also
+    waits for every site present, up to the deadline."""
+    buffer: int = Field(default=3, ge=1, le=100_000)
+    """K of FedBuff."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Mixing rate of FedAsync."""
+    size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
+    rule: MergeRule = "mean"
+    """What stands for a round's updates, tensor by tensor: their weighted mean, or for each number the median or the
+    mean without the outermost, in which every update counts alike."""
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    """Share of the updates that the trimmed mean leaves out at each end, rounded down."""
+    clip_norm: Positive | None = None
+    """An update whose L2 norm, over all its tensors, is above this is scaled down to it; None leaves it as it is."""
+    deadline_s: Positive = 3600.0
+    """A round that has any update at all closes after this long (sync: only with the quorum)."""
+    staleness: StalenessSection = StalenessSection()
+    server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _fedasync_mixes(self) -> Self:
+        if self.mode == "fedasync" and (self.server.optimizer != "sgd" or self.server.lr is not None):
+            raise ValueError('[aggregation.server] has no meaning with mode = "fedasync", which mixes by alpha')
+        if self.mode == "fedasync" and self.clip_norm is not None:
+            raise ValueError('clip_norm has no meaning with mode = "fedasync", which mixes whole states')
+        if self.mode == "fedasync" and self.rule != "mean":
+            raise ValueError(f'rule = "{self.rule}" needs several updates, mode = "fedasync" merges one at a time')
+        return self
