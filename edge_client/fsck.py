@@ -1,22 +1,26 @@
-"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states.
+"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states, its own tensors.
 
     settled-update   an update whose receipt is here; the crash came before its bytes were deleted
+    stale-own        what was to stay here with an update that was never sealed, or that is long past
     litter           files under temporary names, frames that no manifest speaks of
     damaged-state    a state that is not what was sent; it can be pulled again
     damaged-update   an update without receipt that is not what was sealed; there is no other copy
+    damaged-own      what stays here is not what was written; there is no other copy
     damaged-receipt  a receipt that cannot be read; the coordinator's journal says the same
 
-With `repair` the first three are deleted. The last two are left for people to look at.
+With `repair` the first four are deleted. The last three are left for people to look at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from edge_client.layout import LOCK, check_layout
-from edge_client.outbox import read_receipt, receipt_paths
+from edge_client.outbox import is_sealed, read_receipt, receipt_paths
+from edge_client.own import OTHERWISE, OWN, entries, leftovers
 from shared import durable
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.lock import FolderLock
@@ -52,6 +56,7 @@ def check(storage: Path, *, repair: bool = False) -> Checked:
         problems = [
             *_receipts(receipts),
             *_outbox(storage, {path.stem for path in receipts}, repair=repair),
+            *_own(storage, repair=repair),
             *_states(storage, repair=repair),
             *_litter(storage, repair=repair),
         ]
@@ -83,6 +88,17 @@ def _outbox(storage: Path, settled: set[str], *, repair: bool) -> Iterator[Probl
             yield Problem("damage", "damaged-update", where, broken, False, _TRAIN_AGAIN)
 
 
+def _own(storage: Path, *, repair: bool) -> Iterator[Problem]:
+    stale = set(leftovers(storage / OWN, partial(is_sealed, storage)))
+    for entry in entries(storage / OWN):
+        if entry in stale:
+            if repair:
+                entry.path.unlink()
+            yield _leftover("stale-own", _place(entry.path), "it belongs to no update that counts", repair=repair)
+        elif not entry.intact:
+            yield Problem("damage", "damaged-own", _place(entry.path), "not what was written", False, OTHERWISE)
+
+
 def _states(storage: Path, *, repair: bool) -> Iterator[Problem]:
     if not (storage / "states").is_dir():
         return
@@ -110,7 +126,7 @@ def _broken(store: FrameStore, transfer_id: str) -> str:
 
 
 def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
-    for name in ("outbox", "receipts", "states"):
+    for name in ("outbox", OWN, "receipts", "states"):
         folder = storage / name
         loose = [
             path

@@ -6,8 +6,9 @@ Only names and numbers, no model: everything here can be tried without torch. Bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from shared.errors import ConfigError
@@ -135,6 +136,28 @@ def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int],
     if family.final_norm is not None and depth_of(known, family) - 1 in chosen:
         prefixes.append(f"{family.final_norm}.")
     return tuple(name for name in known if name.startswith(tuple(prefixes)))
+
+
+def personal_names(trained: Sequence[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the `trained` tensors that stay at their site: whose name one of the `patterns` matches.
+
+    ConfigError when a pattern matches none of them, and when nothing is left to exchange.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in trained if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(
+                f"layers.personal = {pattern!r} matches none of the {len(trained)} tensors that are trained",
+                hint=f"their names begin with {trained[0]} and end with {trained[-1]}; * stands for any characters",
+            )
+        chosen |= matched
+    if len(chosen) == len(trained):
+        raise ConfigError(
+            "layers.personal keeps every trained tensor at its site, and nothing is left to exchange",
+            hint="name fewer tensors",
+        )
+    return tuple(name for name in trained if name in chosen)
 
 
 def is_full(text: str) -> bool:

@@ -30,7 +30,7 @@ from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.plan import SealedPlan
 
 State = dict[str, npt.NDArray[np.float32]]
-"""Trainable tensors by name, float32, in the shapes of the model."""
+"""Tensors by name, float32, in the shapes of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class LoadedModel:
     """A model with its head, ready to train the layers that the federation agreed on."""
 
     model: Any
-    """The class of transformers that the task's head names, float32, in eval mode; only `trainable` has gradients."""
+    """The class of transformers that the task's head names, float32, in eval mode; only `trained` has gradients."""
     tokenizer: Any
     task: Task[Any]
     encoder: TextEncoder
@@ -48,7 +48,9 @@ class LoadedModel:
     full: bool
     """True when embeddings are trained too, which the plan `all` means."""
     trainable: dict[str, nn.Parameter]
-    """Sorted by name."""
+    """The tensors of a state: what is trained and travels, sorted by name."""
+    personal: dict[str, nn.Parameter]
+    """What is trained and stays at its site, sorted by name."""
     frozen_sha256: str
     pad_id: int
     max_length: int
@@ -58,6 +60,11 @@ class LoadedModel:
     def architecture(self) -> str:
         """Name of the model's class."""
         return type(self.model).__name__
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that is trained here, whether it travels or stays."""
+        return self.trainable | self.personal
 
     @property
     def total_parameters(self) -> int:
@@ -94,6 +101,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     chosen = layers.resolve_plan(federation.layers.plan, depth)
     full = layers.is_full(federation.layers.plan)
     names = layers.trainable_names(parameters, family, chosen, full=full)
+    personal = layers.personal_names(names, federation.layers.personal)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
     _check_length(federation.task.max_length, model.config, folder)
@@ -106,7 +114,8 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         depth=depth,
         layers=chosen,
         full=full,
-        trainable={name: parameters[name] for name in names},
+        trainable={name: parameters[name] for name in names if name not in personal},
+        personal={name: parameters[name] for name in personal},
         frozen_sha256=frozen_sha256(model, names, family),
         pad_id=tokenizer.pad_token_id,
         max_length=federation.task.max_length,
@@ -139,6 +148,7 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         depth=loaded.depth,
         layers=loaded.layers,
         tensors={name: tuple(parameter.shape) for name, parameter in loaded.trainable.items()},
+        personal={name: tuple(parameter.shape) for name, parameter in loaded.personal.items()},
         trained_parameters=loaded.trained_parameters,
         total_parameters=loaded.total_parameters,
         config_sha256=federation.config_sha256,
@@ -159,23 +169,32 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:
-    """Return the sealed plan of `federation` over the model `source`, and the initial trainable tensors."""
+    """Return the sealed plan of `federation` over the model `source`, and the tensors of version 0."""
     loaded = load_model(source, federation)
     return seal(loaded, federation), read_trainable(loaded)
 
 
 def read_trainable(loaded: LoadedModel) -> State:
-    """Return a copy of the trainable tensors, sorted by name."""
+    """Return a copy of the tensors that are trained and travel, sorted by name."""
     return {name: parameter.detach().numpy().copy() for name, parameter in loaded.trainable.items()}
 
 
+def read_personal(loaded: LoadedModel) -> State:
+    """Return a copy of the tensors that are trained and stay, sorted by name."""
+    return {name: parameter.detach().numpy().copy() for name, parameter in loaded.personal.items()}
+
+
 def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Put `state` into the model; RefusedError(rule='state-shape') unless it holds exactly the trainable tensors."""
-    strange = sorted(set(state) ^ set(loaded.trainable))
+    """Put `state`, the personal tensors with it, into the model.
+
+    RefusedError(rule='state-shape') unless it holds exactly what travels and what stays.
+    """
+    wanted = loaded.trainable | loaded.personal
+    strange = sorted(set(state) ^ set(wanted))
     if strange:
-        side = "lacks" if strange[0] in loaded.trainable else "has, and this model does not train,"
+        side = "lacks" if strange[0] in wanted else "has, and this model does not train,"
         raise RefusedError(f"the state {side} tensor {strange[0]}", rule="state-shape", hint=_OTHER_PLAN)
-    for name, parameter in loaded.trainable.items():
+    for name, parameter in wanted.items():
         if state[name].shape != tuple(parameter.shape):
             raise RefusedError(
                 f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(parameter.shape)}",
@@ -183,7 +202,7 @@ def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]
                 hint=_OTHER_PLAN,
             )
     with torch.no_grad():
-        for name, parameter in loaded.trainable.items():
+        for name, parameter in wanted.items():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))
 
 

@@ -2,6 +2,7 @@
 
     outbox/<update_id>.{frames,manifest}   sealed, no receipt yet
     receipts/<update_id>.json              what became of it; kept for ever, it is the site's proof
+    own/                                   what stays here and belongs to the newest of them; see `edge_client.own`
 
 A receipt is durable before the update's bytes go. A crash between the two leaves both; the next start sees the receipt
 and removes the bytes. Everything here blocks on the disk.
@@ -12,10 +13,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_client.layout import open_layout
+from edge_client.own import OWN, Own, newest
 from shared import durable
 from shared.errors import CorruptError
 from shared.faultpoint import passing
@@ -44,6 +47,7 @@ class Outbox:
         durable.fsync_dir(self._receipts)
         for path in receipt_paths(storage):
             self.store.delete(path.stem)
+        self.own = Own(storage, partial(is_sealed, storage))
 
     def pending(self) -> list[Manifest]:
         """Manifests of the updates without receipt, in the order in which they were trained."""
@@ -61,12 +65,22 @@ class Outbox:
         counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
         return waiting | {each["base_sha256"] for each in counted}
 
-    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
+    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest], own: Path | None = None) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
 
-        Errors as FrameStore.seal.
+        A file `own`, of what stays here, counts from the same moment on. Errors as FrameStore.seal.
         """
-        return self.store.seal(frames, build).manifest
+        if own is None:
+            return self.store.seal(frames, build).manifest
+
+        def build_beside(summary: FileSummary) -> Manifest:
+            manifest = build(summary)
+            self.own.keep(own, manifest.transfer_id)
+            return manifest
+
+        manifest = self.store.seal(frames, build_beside).manifest
+        self.own.prune()
+        return manifest
 
     def read_frame(self, update_id: str, index: int) -> tuple[Manifest, bytes] | None:
         """Return an update's manifest and one of its frames, or None when it is settled, in whatever thread."""
@@ -102,6 +116,17 @@ class Outbox:
         self.store.delete(receipt.update_id)
         passing("settle.after")
         return str(origin["base_sha256"])
+
+
+def is_sealed(storage: Path, update_id: str) -> bool:
+    """True when an update of that id waits in a site's folder, or has its receipt there."""
+    waits = storage / "outbox" / f"{update_id}.manifest"
+    return waits.exists() or (storage / _RECEIPTS / f"{update_id}.json").exists()
+
+
+def newest_own(storage: Path) -> Path | None:
+    """The file of what stays at a site, as of its newest update; for readers, while the site may run."""
+    return newest(storage / OWN, partial(is_sealed, storage))
 
 
 def receipt_paths(storage: Path) -> list[Path]:

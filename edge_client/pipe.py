@@ -48,6 +48,8 @@ class Train(_Frame):
     state: Path
     base_version: int
     out: Path
+    own: Path | None = None
+    """What stayed here after the update before."""
 
 
 class Evaluate(_Frame):
@@ -109,6 +111,8 @@ class Trained(_Frame):
     kind: Literal["trained"] = "trained"
     examples: int
     metrics: dict[str, float]
+    own: Path | None = None
+    """Beside the delta: what stays here; None where nothing does."""
 
 
 class Evaluated(_Frame):

@@ -26,9 +26,9 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
     wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
     """
     durable.make_folder(config.storage)
-    worker = WorkerClient(config, federation)
     with FolderLock(config.storage / LOCK, holder="site"):
         outbox = Outbox(config.storage)
+        worker = WorkerClient(config, federation, own=outbox.own.newest)
         await _take_part(config, federation, outbox, worker)
 
 

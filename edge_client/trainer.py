@@ -15,7 +15,7 @@ import torch
 
 from edge_client.batches import Batch, make_batches
 from edge_client.data import AnyNote
-from edge_client.model import LoadedModel, State, apply_state, read_trainable
+from edge_client.model import LoadedModel, State, apply_state, read_personal, read_trainable
 from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
 from edge_client.tasks import Ids, Scores, Window
 from shared.config import TrainingSection
@@ -45,7 +45,9 @@ class TrainResult:
     """One update before it is sealed."""
 
     delta: State = field(repr=False)
-    """Local minus published, float32."""
+    """Local minus published, float32, of what travels."""
+    personal: State = field(repr=False)
+    """What stays, as it was trained."""
     examples: int
     metrics: dict[str, float]
     """`loss` (mean of the last epoch), `steps`, `seconds`."""
@@ -94,7 +96,7 @@ def train(
     seed: int,
     progress: Progress = lambda _share, _loss: None,
 ) -> TrainResult:
-    """Train the model's trainable tensors from `state` on `data`, and return what changed.
+    """Train from `state`, which holds the personal tensors too, on `data`, and return what changed.
 
     A fresh AdamW (Loshchilov and Hutter, 2019) for each update: its moments belong to a trajectory that the merge has
     left. The same arguments give the same bits. Afterwards the model holds the local weights.
@@ -123,7 +125,7 @@ def train(
     delta = {name: local - state[name] for name, local in read_trainable(loaded).items()}
     last = losses[-len(data.prepared.batches) :]
     metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": time.perf_counter() - started}
-    return TrainResult(delta, data.examples, metrics)
+    return TrainResult(delta, read_personal(loaded), data.examples, metrics)
 
 
 @torch.no_grad()
@@ -195,7 +197,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     loss = loaded.task.loss(forward(batch), batch.targets)
     loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(loaded.trained.values(), max_grad_norm)
     value = loss.item()
     if not (math.isfinite(value) and math.isfinite(norm.item())):
         raise RefusedError(
@@ -209,8 +211,8 @@ def _step(
 
 def _optimizer(loaded: LoadedModel, section: TrainingSection) -> torch.optim.AdamW:
     """AdamW; norms and biases are left out of the weight decay, as usual for transformers."""
-    matrices = [parameter for parameter in loaded.trainable.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in loaded.trainable.values() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in loaded.trained.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in loaded.trained.values() if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -23,12 +23,13 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
-from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
-from edge_client.statefile import read_state, write_tensors
+from edge_client.model import LoadedModel, State, apply_state, export, load_model, read_personal, read_trainable, seal
+from edge_client.statefile import read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
+from shared.plan import SealedPlan
 
 PROGRESS_S = 0.2
 """Progress is told at most this often; a tiny model takes a hundred steps a second."""
@@ -46,6 +47,9 @@ class Worker:
         self._send = send
         self._job: pipe.Load
         self._loaded: LoadedModel
+        self._plan: SealedPlan
+        self._seeded: State
+        """The personal tensors as everybody has them before the first update."""
         self._loaded_for: tuple[str, FederationConfig] | None = None
         """Source and federation of the model: other notes under the same two need no other model."""
         self._training: Dataset
@@ -81,6 +85,8 @@ class Worker:
             self._other = None
             self._loaded = load_model(job.source, job.federation)
             self._loaded_for = (job.source, job.federation)
+            self._plan = seal(self._loaded, job.federation)
+            self._seeded = read_personal(self._loaded)
         if job.initial is not None:
             write_tensors(job.initial, read_trainable(self._loaded))
         self._job = job
@@ -92,7 +98,7 @@ class Worker:
         if reason:
             log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
-            plan=seal(self._loaded, job.federation),
+            plan=self._plan,
             examples=self._training.examples,
             notes=len(kept),
             held_out=len(held_out),
@@ -112,7 +118,7 @@ class Worker:
 
         result = train(
             self._loaded,
-            read_state(request.state),
+            self._complete(request.state, request.own),
             self._training,
             round_section(federation.training, request.base_version, federation.federation.versions),
             seed=round_seed(federation.federation.seed, self._job.site, request.base_version),
@@ -123,17 +129,24 @@ class Worker:
             scores = evaluate(self._loaded, self._held_out)
             metrics |= scores.overall
         write_tensors(request.out, result.delta)
-        return pipe.Trained(examples=result.examples, metrics=metrics)
+        own = request.out.with_suffix(".own") if result.personal else None
+        if own is not None:
+            write_own(own, result.personal, self._plan.fingerprint)
+        return pipe.Trained(examples=result.examples, metrics=metrics, own=own)
 
     def _evaluate(self, request: pipe.Evaluate) -> pipe.Evaluated:
         data = self._held_out if request.notes is None else self._others(request.notes)
-        apply_state(self._loaded, read_state(request.state))
+        apply_state(self._loaded, self._complete(request.state))
         return _scored(evaluate(self._loaded, data))
 
     def _export(self, request: pipe.Export) -> pipe.Exported:
-        apply_state(self._loaded, read_state(request.state))
+        apply_state(self._loaded, self._complete(request.state))
         export(self._loaded, request.out)
         return pipe.Exported()
+
+    def _complete(self, state: Path, own: Path | None = None) -> State:
+        """A published state with the personal tensors: this site's own, or those that everybody begins with."""
+        return read_state(state) | (self._seeded if own is None else read_own(own, self._plan.fingerprint))
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:

@@ -56,11 +56,20 @@ class WorkerDiedError(Exception):
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. `own` gives
+    the file of what stayed at the site after its newest update, or None.
     """
 
-    def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
+    def __init__(
+        self,
+        config: SiteConfig,
+        federation: FederationConfig,
+        *,
+        niceness: int = 0,
+        own: Callable[[], Path | None] = lambda: None,
+    ) -> None:
         self._federation = federation
+        self._own = own
         self.serve(config)
         self._niceness = niceness
         self._process: Process | None = None
@@ -107,11 +116,13 @@ class WorkerClient:
     ) -> pipe.Trained:
         """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
 
-        When the worker dies, training begins anew from the same seed, so that the delta is the same. Cancelling ends
-        the worker; the next request starts another. Raises RefusedError when training diverged or the state does not
-        fit, UnavailableError when the worker dies again and again or the disk is full.
+        What stays here goes to a file beside it. When the worker dies, training begins anew from the same seed, so that
+        the delta is the same. Cancelling ends the worker; the next request starts another. Raises RefusedError when
+        training diverged or the state does not fit, CorruptError when what stayed here is spoilt, UnavailableError when
+        the worker dies again and again or the disk is full.
         """
-        return await self._ask(pipe.Train(state=state, base_version=base_version, out=out), pipe.Trained, on_progress)
+        request = pipe.Train(state=state, base_version=base_version, out=out, own=self._own())
+        return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mailboat.console import measure_title
-from shared.config import FederationConfig
+from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import Manifest
 from shared.store import FrameStore
@@ -53,18 +54,61 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(storage: Path, federation: FederationConfig, state: Manifest, out: Path) -> None:
-    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A published state and where it lies: in a coordinator's folder, or in a site's with what is that site's own."""
+
+    storage: Path
+    federation: FederationConfig
+    state: Manifest
+    source: str | Path
+    """The base model."""
+    site: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        at = f" at {self.site}" if self.site else ""
+        return f"version {self.state.state.version}{at}"
+
+
+def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
+    """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
+    from coordinator.views import find_version, load_run
+
+    federation = load_config(config.federation, FederationConfig)
+    state = find_version(load_run(config.storage), version).state
+    return Subject(config.storage, federation, state, federation.model.base)
+
+
+def of_site(config: SiteConfig) -> Subject:
+    """Return the newest state that a site holds; ConfigError when it holds none."""
+    folder = config.storage / "states"
+    store = FrameStore(folder) if folder.is_dir() else None
+    stored = [store.get(state_id) for state_id in store.ids()] if store else []
+    states = sorted((each.manifest for each in stored if each), key=lambda manifest: manifest.state.version)
+    if not states:
+        raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
+    federation = load_config(config.federation, FederationConfig)
+    return Subject(config.storage, federation, states[-1], config.model_dir or federation.model.base, config.name)
+
+
+def export_state(subject: Subject, out: Path) -> tuple[str, ...]:
+    """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
+
+    Return the names of the tensors that stay at their sites: those in `out` are the site's own, or, when the subject is
+    a coordinator's, as everybody begins with them.
+    """
     from edge_client.model import export
 
-    export(_with_state(storage, federation, state), out)
+    loaded = _with_state(subject)
+    export(loaded, out)
+    return tuple(loaded.personal)
 
 
-def score_version(
-    storage: Path, federation: FederationConfig, state: Manifest, notes: Path, *, skip_bad: bool
-) -> Measured:
-    """Score a published state on the notes under `notes`."""
-    return _score(_with_state(storage, federation, state), federation, notes, skip_bad=skip_bad)
+def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
+    """Score a state on the notes under `notes`."""
+    return _score(_with_state(subject), subject.federation, notes, skip_bad=skip_bad)
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
@@ -82,17 +126,22 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
     return load_model(source, federation)
 
 
-def _with_state(storage: Path, federation: FederationConfig, state: Manifest) -> LoadedModel:
-    loaded = _load(federation.model.base, federation)
-    from edge_client.model import apply_state
+def _with_state(subject: Subject) -> LoadedModel:
+    loaded = _load(subject.source, subject.federation)
+    from edge_client.model import apply_state, read_personal, seal
+    from edge_client.outbox import newest_own
+    from edge_client.statefile import read_own
 
+    storage, state = subject.storage, subject.state
+    own = newest_own(storage) if subject.site else None
+    personal = read_personal(loaded) if own is None else read_own(own, seal(loaded, subject.federation).fingerprint)
     stored = FrameStore(storage / "states").get(state.transfer_id)
     if stored is None:
         raise CorruptError(
             f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
         )
     with stored.open_tensors(verify=True) as reader:
-        apply_state(loaded, dict(reader.tensors()))
+        apply_state(loaded, dict(reader.tensors()) | personal)
     return loaded
 
 

@@ -33,8 +33,11 @@ class SealedPlan(BaseModel):
     layers: tuple[int, ...]
     """Blocks that are trained, ascending, counted from 0 at the bottom."""
     tensors: dict[str, tuple[int, ...]]
-    """Trainable tensors and their shapes, sorted by name."""
+    """Tensors that are trained and travel, and their shapes, sorted by name."""
+    personal: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Tensors that each site trains for itself and keeps, the same way."""
     trained_parameters: int = Field(ge=1)
+    """Parameters that are trained and travel."""
     total_parameters: int = Field(ge=1)
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex

@@ -32,6 +32,7 @@ class Trained:
 
     examples: int
     metrics: dict[str, float]
+    own: None = None
 
 
 class KnownNoise:

@@ -10,6 +10,7 @@ from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
 CodecName = Literal["f32", "bf16", "int8"]
+TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,256}$")]
 
 
 class ModelSection(Section):
@@ -45,6 +46,8 @@ class LayersSection(Section):
 
     plan: str = "top:6"
     """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+    personal: tuple[TensorPattern, ...] = ()
+    """Trained tensors that stay at their site, such as `score.*`; `*` stands for any run of characters, `?` for one."""
 
 
 class CodecSection(Section):

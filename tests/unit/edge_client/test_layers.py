@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from edge_client.layers import FAMILIES, depth_of, family_of, is_full, resolve_plan, trainable_names
+from edge_client.layers import (
+    FAMILIES,
+    depth_of,
+    family_of,
+    is_full,
+    personal_names,
+    resolve_plan,
+    trainable_names,
+)
 from shared.errors import ConfigError
 
 LLAMA = [
@@ -123,3 +131,32 @@ def test_an_unknown_type_is_named() -> None:
     assert "models/t5" in caught.value.message
     assert "'t5'" in caught.value.message
     assert "bert, gpt2, llama, mistral, qwen2, qwen3" in caught.value.hint
+
+
+def test_patterns_say_what_stays() -> None:
+    """A star stands for any characters, also dots; the order is that of the trained tensors."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    assert personal_names(trained, ()) == ()
+    assert personal_names(trained, ("score.*",)) == ("score.bias", "score.weight")
+    assert personal_names(trained, ("score.weight", "*.norm.weight", "score.?eight")) == (
+        "model.norm.weight",
+        "score.weight",
+    )
+    assert personal_names(trained, ("*.11.*",)) == ("model.layers.11.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (("classifier.*",), "layers.personal = 'classifier.*' matches none of the 5 tensors"),
+        (("score.*", "model.layers.1.*"), "layers.personal = 'model.layers.1.*' matches none"),
+        (("Score.*",), "matches none"),
+        (("*",), "nothing is left to exchange"),
+    ],
+)
+def test_what_cannot_stay_is_refused(patterns: tuple[str, ...], says: str) -> None:
+    """A pattern that matches nothing that is trained is a mistake, and so is keeping everything."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    with pytest.raises(ConfigError) as caught:
+        personal_names(trained, patterns)
+    assert says in caught.value.message

@@ -58,6 +58,23 @@ def test_the_same_arguments_give_the_same_bits(llama: LoadedModel) -> None:
     assert any(not np.array_equal(delta, other.delta[name]) for name, delta in first.delta.items())
 
 
+def test_personal_tensors_are_trained_and_returned_whole(folders: dict[str, Path]) -> None:
+    """The same training as without them, bit for bit; only that they come out as values and not in the delta."""
+    plain = load_model(folders["llama"], FEDERATION)
+    loaded = load_model(folders["llama"], tiny.federation(layers={"personal": ["score.*", "*.norm.weight"]}))
+    begin = read_trainable(plain)
+    results = [
+        train(model, begin, make_dataset(model, tiny.notes(4), batch_size=4, seed=0), FEDERATION.training, seed=1)
+        for model in (plain, loaded)
+    ]
+    assert results[0].personal == {}
+    assert set(results[1].personal) == {"score.bias", "score.weight", "model.norm.weight"}
+    for name, delta in results[0].delta.items():
+        own = results[1].personal
+        assert np.array_equal(own[name] - begin[name] if name in own else results[1].delta[name], delta), name
+    assert set(results[1].delta) == set(begin) - set(results[1].personal)
+
+
 def test_training_leaves_the_global_generator_alone(llama: LoadedModel) -> None:
     """A caller's own random numbers do not depend on whether an update was trained in between."""
     data = make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)

@@ -225,6 +225,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "rule": "median",
         "sites": ["a"],
         "labels": ["x"],
+        "personal": ["score.*"],
         "frozen_sha256": "0" * 64,
         "slice_kib": 64,
     }
