@@ -98,7 +98,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         model.config.pad_token_id = tokenizer.pad_token_id
     parameters = dict(model.named_parameters())
     depth = layers.depth_of(parameters, family)
-    chosen = layers.resolve_plan(federation.layers.plan, depth)
+    chosen = layers.resolve_plan(federation.layers.plan, depth, seed=federation.federation.seed)
     full = layers.is_full(federation.layers.plan)
     names = layers.trainable_names(parameters, family, chosen, full=full)
     personal = layers.personal_names(names, federation.layers.personal)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from shared.config import FederationConfig
+from shared.config import FederationConfig, SiteConfig
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -39,6 +39,19 @@ class Load(_Frame):
     site: str
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
+
+
+def load_request(config: SiteConfig, federation: FederationConfig) -> Load:
+    """Return what a site's configuration asks a worker to load."""
+    return Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+    )
 
 
 class Train(_Frame):

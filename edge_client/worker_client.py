@@ -85,15 +85,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.Load(
-            federation=self._federation,
-            source=str(config.model_dir or self._federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._load = pipe.load_request(config, self._federation)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 

@@ -95,6 +95,11 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
     if plan.personal:
         count = sum(prod(shape) for shape in plan.personal.values())
         yield f"personal    {count:,} more parameters in {len(plan.personal)} tensors are trained and stay at each site"
+    lowest = plan.layers[0]
+    if lowest:
+        yield f"prefix      below block {lowest} all is frozen: a site computes it once for its notes"
+    else:
+        yield "prefix      block 0 is trained: a site runs the whole model in each epoch"
     yield f"identity    fingerprint {plan.fingerprint[:16]}, frozen weights {plan.frozen_sha256}"
 
 

@@ -45,7 +45,8 @@ class LayersSection(Section):
     """Which layers are trained and exchanged."""
 
     plan: str = "top:6"
-    """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+    """`top:6` or `6`, `bottom:6`, `middle:6`, `random:6`; a share of the depth such as `0.375` in the place of a count;
+    a list such as `10,11,15`; `all`."""
     personal: tuple[TensorPattern, ...] = ()
     """Trained tensors that stay at their site, such as `score.*`; `*` stands for any run of characters, `?` for one."""
 

@@ -98,16 +98,7 @@ def _head_of_two_updates(folder: Path) -> dict[str, np.ndarray]:
     config = load_config(folder / "site-1.toml", SiteConfig)
     federation = load_config(config.federation, FederationConfig)
     worker = Worker(lambda _: None)
-    load = pipe.Load(
-        federation=federation,
-        source=federation.model.base,
-        notes=config.data.notes,
-        skip_bad=False,
-        holdout=config.data.holdout,
-        threads=1,
-        site="site-1",
-    )
-    assert isinstance(worker.handle(load), pipe.Loaded)
+    assert isinstance(worker.handle(pipe.load_request(config, federation)), pipe.Loaded)
     store, own = FrameStore(folder / "coordinator-storage" / "states"), None
     states = {stored.manifest.state.version: stored for each in store.ids() if (stored := store.get(each))}
     for version in (0, 1):
