@@ -145,6 +145,23 @@ def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int],
     return tuple(name for name in known if name.startswith(tuple(prefixes)))
 
 
+def names_within(
+    names: Iterable[str], family: Family, planned: Iterable[int], here: Iterable[int], *, full: bool
+) -> tuple[str, ...]:
+    """Return those of the plan's tensors `names` that a site trains which trains `here` alone of the `planned` blocks.
+
+    Head and final norm are always among them; the rest of a model that is trained whole (`full`) only with all blocks.
+    """
+    left_out = tuple(family.block_prefix(index) for index in sorted(set(planned) - set(here)))
+    if not left_out:
+        return tuple(names)
+    kept = [name for name in names if not name.startswith(left_out)]
+    if not full:
+        return tuple(kept)
+    above = (f"{family.blocks}.", *(f"{part}." for part in (*family.head_parts, family.final_norm) if part))
+    return tuple(name for name in kept if name.startswith(above))
+
+
 def personal_names(trained: Sequence[str], patterns: Iterable[str]) -> tuple[str, ...]:
     """Return those of the `trained` tensors that stay at their site: whose name one of the `patterns` matches.
 

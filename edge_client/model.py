@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from shared.plan import SealedPlan
 State = dict[str, npt.NDArray[np.float32]]
 """Tensors by name, float32, in the shapes of the model."""
 
+Blocks = tuple[int, ...]
+"""Blocks of a model, ascending, counted from 0 at the bottom."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -44,7 +47,10 @@ class LoadedModel:
     encoder: TextEncoder
     family: Family
     depth: int
-    layers: tuple[int, ...]
+    layers: Blocks
+    """Blocks that the federation trains."""
+    here: Blocks
+    """Those that are trained here; the others are frozen here, and change from version to version."""
     full: bool
     """True when embeddings are trained too, which the plan `all` means."""
     trainable: dict[str, nn.Parameter]
@@ -64,7 +70,8 @@ class LoadedModel:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """All that is trained here, whether it travels or stays."""
-        return self.trainable | self.personal
+        known = self.trainable | self.personal
+        return {name: parameter for name, parameter in known.items() if parameter.requires_grad}
 
     @property
     def total_parameters(self) -> int:
@@ -113,6 +120,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         family=family,
         depth=depth,
         layers=chosen,
+        here=chosen,
         full=full,
         trainable={name: parameters[name] for name in names if name not in personal},
         personal={name: parameters[name] for name in personal},
@@ -122,6 +130,21 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     )
     _check_frozen(loaded, federation, folder)
     return loaded
+
+
+def train_only(loaded: LoadedModel, blocks: Blocks) -> LoadedModel:
+    """Return the same model with gradients in `blocks` alone of those that the federation trains, and above them."""
+    known = loaded.trainable | loaded.personal
+    names = layers.names_within(known, loaded.family, loaded.layers, blocks, full=loaded.full)
+    for name, parameter in known.items():
+        parameter.requires_grad_(name in names)
+    return replace(loaded, here=blocks)
+
+
+def shapes_within(loaded: LoadedModel, blocks: Blocks) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each tensor in an update of a site that trains `blocks` alone of the federation's."""
+    names = layers.names_within(loaded.trainable, loaded.family, loaded.layers, blocks, full=loaded.full)
+    return {name: tuple(loaded.trainable[name].shape) for name in names}
 
 
 def frozen_sha256(model: nn.Module, trainable: tuple[str, ...], family: Family) -> str:

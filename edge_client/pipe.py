@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from shared.config import FederationConfig, SiteConfig
+from shared.config import FederationConfig, LocalLayersSection, SiteConfig
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -37,6 +37,9 @@ class Load(_Frame):
     holdout: float
     threads: int
     site: str
+    limits: LocalLayersSection = LocalLayersSection()
+    blocks: tuple[int, ...] | None = None
+    """The blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
 
@@ -51,6 +54,7 @@ def load_request(config: SiteConfig, federation: FederationConfig) -> Load:
         holdout=config.data.holdout,
         threads=config.threads,
         site=config.name,
+        limits=config.layers,
     )
 
 
@@ -89,6 +93,10 @@ class Loaded(_Frame):
 
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
+    blocks: tuple[int, ...]
+    """Those of the plan's blocks that are trained here."""
+    limit: str
+    """The site's limit that allows no more of them; empty when all are trained."""
     examples: int
     """Examples that are trained on, as the task counts them; the weight of this site's updates."""
     notes: int

@@ -45,7 +45,7 @@ class TrainResult:
     """One update before it is sealed."""
 
     delta: State = field(repr=False)
-    """Local minus published, float32, of what travels."""
+    """Local minus published, float32, of what travels and is trained here."""
     personal: State = field(repr=False)
     """What stays, as it was trained."""
     examples: int
@@ -122,7 +122,8 @@ def train(
                 losses.append(loss)
                 progress(len(losses) / steps, loss)
     loaded.model.eval()
-    delta = {name: local - state[name] for name, local in read_trainable(loaded).items()}
+    trained = loaded.trained
+    delta = {name: local - state[name] for name, local in read_trainable(loaded).items() if name in trained}
     last = losses[-len(data.prepared.batches) :]
     metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": time.perf_counter() - started}
     return TrainResult(delta, read_personal(loaded), data.examples, metrics)
@@ -232,12 +233,12 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 def _training_mode(loaded: LoadedModel) -> None:
     """Dropout on in what is trained and above the blocks, off in what is frozen."""
     model = loaded.model
-    if loaded.full:
+    if loaded.full and loaded.here == loaded.layers:
         model.train()
         return
     model.eval()
     blocks = model.get_submodule(loaded.family.blocks)
-    for index in loaded.layers:
+    for index in loaded.here:
         blocks[index].train()
     for name, part in model.named_children():
         if name != loaded.family.backbone:

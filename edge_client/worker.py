@@ -23,12 +23,24 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
-from edge_client.model import LoadedModel, State, apply_state, export, load_model, read_personal, read_trainable, seal
+from edge_client.depth import Depth, choose_depth, measures
+from edge_client.model import (
+    LoadedModel,
+    State,
+    apply_state,
+    export,
+    load_model,
+    read_personal,
+    read_trainable,
+    seal,
+    train_only,
+)
 from edge_client.statefile import read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
+from shared.manifest import BLOCKS
 from shared.plan import SealedPlan
 
 PROGRESS_S = 0.2
@@ -94,17 +106,29 @@ class Worker:
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         size = job.federation.training.batch_size
         self._training, self._held_out = self._dataset(kept, size), self._dataset(held_out, EVALUATION_BATCH)
+        depth = self._depth(job)
+        self._loaded = train_only(self._loaded, depth.blocks)
         reason = self._training.prepared.reason
         if reason:
             log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
             plan=self._plan,
+            blocks=depth.blocks,
+            limit=depth.limit,
             examples=self._training.examples,
             notes=len(kept),
             held_out=len(held_out),
             skipped=found.skipped,
             uncached=reason,
         )
+
+    def _depth(self, job: pipe.Load) -> Depth:
+        """Decided before, or by this site's limits; without anything to train on there is nothing to measure."""
+        if job.blocks is not None or not self._training.prepared.batches:
+            return Depth(job.blocks or self._loaded.layers, "")
+        section = job.federation
+        how = measures(self._loaded, self._training, section.training, section.codec.up)
+        return choose_depth(self._loaded.layers, job.limits, how)
 
     def _train(self, request: pipe.Train) -> pipe.Trained:
         federation, told = self._job.federation, 0.0
@@ -128,6 +152,8 @@ class Worker:
         if self._held_out.notes:
             scores = evaluate(self._loaded, self._held_out)
             metrics |= scores.overall
+        if self._loaded.here != self._loaded.layers:
+            metrics[BLOCKS] = float(len(self._loaded.here))
         write_tensors(request.out, result.delta)
         own = request.out.with_suffix(".own") if result.personal else None
         if own is not None:

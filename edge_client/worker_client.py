@@ -169,7 +169,10 @@ class WorkerClient:
         if isinstance(answer, pipe.Failed):
             raise _raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
-        self._ready = self._ready or wanted is pipe.Loaded
+        if isinstance(answer, pipe.Loaded):
+            # One that is started again trains the same blocks, so that an update can be trained anew bit for bit.
+            self._load = self._load.model_copy(update={"blocks": answer.blocks})
+            self._ready = True
         return answer
 
     async def _running(self) -> Process:

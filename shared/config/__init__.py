@@ -13,6 +13,7 @@ from shared.config.machine import (
     CoordinatorConfig,
     DataSection,
     LinkSection,
+    LocalLayersSection,
     LocalTrustSection,
     SiteConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "FederationSection",
     "LayersSection",
     "LinkSection",
+    "LocalLayersSection",
     "LocalTrustSection",
     "MergeRule",
     "Mode",
