@@ -36,9 +36,10 @@ PER_TRAINED = 4 * 4
 PER_STATE = 2 * 4
 """Bytes for each parameter of a state: the published value and its local copy."""
 RETAINED = 2.5
-"""What the process grows by beside what is alive at once, which is counted to the per cent: glibc keeps much of what was
-freed. Seen with the shipped model, 1, 4 and 12 blocks trained: 2.7, 2.5 and 2.4. Tensors above 32 MiB are given back at
-once, so that it is too careful for large models."""
+"""What the process grows by for each byte that is alive at once: glibc keeps much of what was freed.
+
+Seen with the shipped model, 1, 4 and 12 blocks trained: 2.5, 2.4 and 2.1. Tensors above 32 MiB are given back at once, so
+that it is too careful for large models."""
 
 Measure = Callable[[Blocks], float]
 """What training these blocks takes, in the unit of the limit that it is compared with."""
