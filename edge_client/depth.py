@@ -38,8 +38,8 @@ PER_STATE = 2 * 4
 RETAINED = 2.5
 """What the process grows by for each byte that is alive at once: glibc keeps much of what was freed.
 
-Seen with the shipped model, 1, 4 and 12 blocks trained: 2.5, 2.4 and 2.1. Tensors above 32 MiB are given back at once, so
-that it is too careful for large models."""
+Seen with the shipped model, 1, 4 and 12 blocks trained: 2.5, 2.4 and 2.1. Tensors above 32 MiB are given back at once,
+so that it is too careful for large models."""
 
 Measure = Callable[[Blocks], float]
 """What training these blocks takes, in the unit of the limit that it is compared with."""

@@ -99,7 +99,8 @@ def train(
     """Train from `state`, which holds the personal tensors too, on `data`, and return what changed.
 
     A fresh AdamW (Loshchilov and Hutter, 2019) for each update: its moments belong to a trajectory that the merge has
-    left. The same arguments give the same bits. Afterwards the model holds the local weights.
+    left. With `section.proximal` what travels is held to where it started, see `pull_back`; the loss that is told is
+    that of the notes alone. The same arguments give the same bits. Afterwards the model holds the local weights.
     Raises RefusedError(rule='diverged') when the loss is not finite, and that of `apply_state`.
     """
     started = time.perf_counter()
@@ -110,6 +111,8 @@ def train(
     optimizer = _optimizer(loaded, section)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
     losses: list[float] = []
+    held = [parameter for name, parameter in loaded.trained.items() if name in loaded.trainable]
+    start = [parameter.detach().clone() for parameter in held] if section.proximal else []
     order = np.random.default_rng(seed)
     # Dropout draws from torch's own generator: seeded for this run, and given back as it was.
     with torch.random.fork_rng(devices=[]), forward_pass(loaded, data.prepared) as forward:
@@ -117,7 +120,9 @@ def train(
         _training_mode(loaded)
         for _ in range(section.epochs):
             for index in order.permutation(len(data.prepared.batches)):
-                loss = _step(loaded, forward, data.prepared.batches[index], optimizer, section.max_grad_norm)
+                loss = _gradient(loaded, forward, data.prepared.batches[index], section.max_grad_norm)
+                pull_back(held, start, section.proximal)
+                optimizer.step()
                 schedule.step()
                 losses.append(loss)
                 progress(len(losses) / steps, loss)
@@ -192,10 +197,24 @@ def _check_ids(loaded: LoadedModel, windows: Sequence[Window]) -> None:
         )
 
 
-def _step(
-    loaded: LoadedModel, forward: Forward, batch: Batch, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> float:
-    optimizer.zero_grad(set_to_none=True)
+def pull_back(parameters: Sequence[torch.Tensor], start: Sequence[torch.Tensor], mu: float) -> None:
+    """Add mu (w - w_t) to each gradient: that of (mu / 2) ||w - w_t||^2, w_t being where this update started.
+
+    FedProx (Li et al., arXiv 1812.06127, algorithm 2); FedAsync has the same with the name rho (Xie et al., arXiv
+    1903.03934, algorithm 1). It comes after clipping, and after any noise: both are for what notes say, and this says
+    nothing of them. Nothing happens when mu is 0.
+    """
+    if mu:
+        moved = [(each.grad, each.detach(), at) for each, at in zip(parameters, start, strict=True)]
+        gradients, now, then = zip(*moved, strict=True)
+        # One call for all tensors, as in the fused optimizer; torch has it under no public name.
+        torch._foreach_add_(gradients, torch._foreach_sub(now, then), alpha=mu)  # noqa: SLF001 - see above
+
+
+def _gradient(loaded: LoadedModel, forward: Forward, batch: Batch, max_grad_norm: float) -> float:
+    """Leave the gradient of a batch's mean loss, clipped, in the parameters, and return that loss."""
+    for parameter in loaded.trained.values():
+        parameter.grad = None
     loss = loaded.task.loss(forward(batch), batch.targets)
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(loaded.trained.values(), max_grad_norm)
@@ -206,7 +225,6 @@ def _step(
             rule="diverged",
             hint="lower training.lr, or raise training.warmup",
         )
-    optimizer.step()
     return value
 
 

@@ -58,7 +58,13 @@ class WorkerHere:
 
 
 def write_tiny(
-    root: Path, url: str, *, sites: int = 2, federation: str = "", locals_: Mapping[str, str] | None = None
+    root: Path,
+    url: str,
+    *,
+    sites: int = 2,
+    mode: str = "sync",
+    federation: str = "",
+    locals_: Mapping[str, str] | None = None,
 ) -> None:
     """Write model, notes and configuration files below `root`.
 
@@ -67,7 +73,8 @@ def write_tiny(
     tiny.save_model(root / "model", "llama")
     (root / "federation.toml").write_text(
         f'[federation]\nname = "tiny"\nversions = 2\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
-        f'[task]\nmax_length = 32\n[aggregation]\nquorum = {sites}\n[codec]\nup = "f32"\ndown = "f32"\n{federation}'
+        f'[task]\nmax_length = 32\n[codec]\nup = "f32"\ndown = "f32"\n'
+        f'[aggregation]\nmode = "{mode}"\nquorum = {sites}\n{federation}'
     )
     broker = f'[broker]\nurl = "{url}"\n'
     (root / "coordinator.toml").write_text(

@@ -72,3 +72,5 @@ class TrainingSection(Section):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps of one update over which the rate rises."""
     max_grad_norm: Positive = 1.0
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """mu of FedProx, which FedAsync calls rho: how strongly training is held to the state that it started from."""

@@ -72,3 +72,24 @@ def test_sites_train_to_different_depths(
     told = capsys.readouterr().out
     status = json.loads(told[told.index("{") :])
     assert [site["blocks"] for site in status["sites"]] == [1, 2, None]
+
+
+@pytest.mark.parametrize("mode", ["sync", "fedasync"])
+def test_the_proximal_term_runs_by_its_name(mode: str, tmp_path: Path, mosquitto_url: str) -> None:
+    """Under a strong pull every update of more than one step is shorter than the same site's without it."""
+    lengths = []
+    for mu in (0.0, 50.0):
+        root = tmp_path / f"mu-{mu:g}"
+        root.mkdir()
+        training = f"[training]\nepochs = 4\nbatch_size = 4\nlr = 0.005\nproximal = {mu}\n"
+        write_tiny(root, mosquitto_url, mode=mode, federation=f'[layers]\nplan = "top:2"\n{training}')
+        run_tiny(root)
+        updates = updates_of(root)
+        squares = {
+            site: sum(float(np.square(values).sum()) for values in updates[site, 0].values())
+            for site in ("site-1", "site-2")
+            if (site, 0) in updates
+        }
+        lengths.append(squares)
+    assert lengths[0].keys() == lengths[1].keys() != set()
+    assert all(lengths[1][site] < 0.5 * lengths[0][site] for site in lengths[0])
