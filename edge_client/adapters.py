@@ -60,7 +60,7 @@ def attach(model: Any, family: Family, blocks: Sequence[int], section: AdapterSe
 
     config = LoraConfig(
         r=section.rank,
-        lora_alpha=section.alpha,  # type: ignore[arg-type] - a float serves as well
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         use_rslora=section.rank_stabilized,
         target_modules=list(targets(family, section)),

@@ -238,9 +238,9 @@ def _choose(
         parameters = dict(model.named_parameters())
         names = layers.trainable_names(parameters, family, chosen, full=layers.is_full(federation.layers.plan))
         trainable = {name: parameters[name] for name in names}
-    model.requires_grad_(requires_grad=False)
+    model.requires_grad_(False)
     for parameter in trainable.values():
-        parameter.requires_grad_(requires_grad=True)
+        parameter.requires_grad_(True)
     return trainable
 
 

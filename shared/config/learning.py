@@ -60,7 +60,7 @@ class AdapterSection(Section):
     drawn, B is averaged. fedex-lora: as lora, and the coordinator adds to W what that loses."""
     rank: int = Field(default=16, ge=1, le=4096)
     """r: rows of A, columns of B."""
-    alpha: Positive = 64.0
+    alpha: int = Field(default=64, ge=1, le=65536)
     """scale = alpha / r."""
     rank_stabilized: bool = False
     """scale = alpha / sqrt(r) instead, which suits large ranks: Kalajdzievski, arXiv 2312.03732."""
