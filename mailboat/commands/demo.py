@@ -47,6 +47,15 @@ class Codec(StrEnum):
     INT8 = "int8"
 
 
+class Adapter(StrEnum):
+    """What is trained in the blocks."""
+
+    NONE = "none"
+    LORA = "lora"
+    FFA_LORA = "ffa-lora"
+    FEDEX_LORA = "fedex-lora"
+
+
 class Task(StrEnum):
     """What is learnt."""
 
@@ -82,6 +91,11 @@ LayersOption = Annotated[
     str,
     typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
 ]
+AdapterOption = Annotated[
+    Adapter,
+    typer.Option(help="Train low-rank adapters in the blocks of --layers, and not the blocks themselves."),
+]
+RankOption = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
 CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
 TaskOption = Annotated[
     Task,
@@ -99,7 +113,7 @@ LrOption = Annotated[
     typer.Option(
         min=1e-7,
         help=f"The sites' peak learning rate; default: {defaults.LR} for the shipped model, "
-        f"{defaults.OTHER_MODEL_LR} for others.",
+        f"{defaults.ADAPTER_LR} for adapters in it, {defaults.OTHER_MODEL_LR} for other models.",
     ),
 ]
 FlakyOption = Annotated[
@@ -126,6 +140,8 @@ def demo(  # noqa: PLR0913 - one argument an option
     broker: BrokerOption = "auto",
     model: ModelOption = None,
     layers: LayersOption = defaults.LAYERS,
+    adapter: AdapterOption = Adapter.NONE,
+    rank: RankOption = defaults.ADAPTER_RANK,
     codec: CodecOption = Codec.BF16,
     task: TaskOption = Task.NER,
     alpha: AlphaOption = defaults.ALPHA,
@@ -161,6 +177,8 @@ def demo(  # noqa: PLR0913 - one argument an option
             model=model,
             task=task.value,
             layers=layers,
+            adapter=adapter.value,
+            rank=rank,
             codec=codec.value,
             alpha=alpha,
             notes=notes,

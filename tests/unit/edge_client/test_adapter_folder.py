@@ -29,7 +29,7 @@ TASKS = {
 IDS = torch.arange(4, 14)[None]
 
 
-def federation(folder: Path, *, task: str = "ner", **adapter: object) -> FederationConfig:
+def federation(folder: Path, *, task: str = "ner", **adapter: Any) -> FederationConfig:
     """A federation of adapters of rank 4 in the top two of four blocks."""
     return tiny.federation(
         model={"base": str(folder)},
@@ -131,7 +131,7 @@ def test_what_was_written_is_read_back(folders: dict[str, Path], tmp_path: Path,
     ],
 )
 def test_adapters_of_another_make_are_refused(
-    folders: dict[str, Path], tmp_path: Path, change: dict[str, object], says: str
+    folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
     """What would be computed with another scale, or elsewhere, is not loaded; the message says what differs."""
     settings = federation(folders["llama"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ BLOCK = {
 }
 
 
-def federation(kind: str = "lora", plan: str = "top:2", **adapter: object) -> FederationConfig:
+def federation(kind: str = "lora", plan: str = "top:2", **adapter: Any) -> FederationConfig:
     """A federation of adapters of rank 4 in the top two of four blocks."""
     return tiny.federation(layers={"plan": plan}, adapter={"kind": kind, "rank": 4, "alpha": 8, **adapter})
 
@@ -136,7 +137,7 @@ def test_an_a_that_stays_is_part_of_what_is_agreed(folders: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("change", [{"rank": 2}, {"alpha": 9}, {"dropout": 0.1}, {"rank_stabilized": True}])
-def test_other_adapters_are_another_federation(folders: dict[str, Path], change: dict[str, object]) -> None:
+def test_other_adapters_are_another_federation(folders: dict[str, Path], change: dict[str, Any]) -> None:
     """Each setting of the adapters is in the fingerprint."""
     plans = [seal_plan(federation(**settings), folders["llama"])[0] for settings in ({}, change)]
     assert plans[0].fingerprint != plans[1].fingerprint
