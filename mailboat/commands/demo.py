@@ -93,9 +93,10 @@ LayersOption = Annotated[
 ]
 AdapterOption = Annotated[
     Adapter,
-    typer.Option(help="Train low-rank adapters in the blocks of --layers, and not the blocks themselves."),
+    typer.Option(
+        help=f"Train low-rank adapters in the blocks of --layers (rank {defaults.ADAPTER_RANK}), not the blocks themselves."
+    ),
 ]
-RankOption = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
 CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
 TaskOption = Annotated[
     Task,
@@ -141,7 +142,6 @@ def demo(  # noqa: PLR0913 - one argument an option
     model: ModelOption = None,
     layers: LayersOption = defaults.LAYERS,
     adapter: AdapterOption = Adapter.NONE,
-    rank: RankOption = defaults.ADAPTER_RANK,
     codec: CodecOption = Codec.BF16,
     task: TaskOption = Task.NER,
     alpha: AlphaOption = defaults.ALPHA,
@@ -161,10 +161,8 @@ def demo(  # noqa: PLR0913 - one argument an option
     folder = workdir or Path(time.strftime("demo-run-%Y%m%d-%H%M%S"))
     out.print(f"mailboat demo in {folder}: {sites - absent} of {sites} sites, {mode}, task {task}", markup=False)
     from mailboat.demo.plan import DemoOptions, make_plan
-    from shared.errors import ConfigError
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it, or name another")
+    _check_json(json_file)
     plan = make_plan(
         DemoOptions(
             workdir=folder,
@@ -178,7 +176,6 @@ def demo(  # noqa: PLR0913 - one argument an option
             task=task.value,
             layers=layers,
             adapter=adapter.value,
-            rank=rank,
             codec=codec.value,
             alpha=alpha,
             notes=notes,
@@ -193,6 +190,14 @@ def demo(  # noqa: PLR0913 - one argument an option
     _tell(result, plan, out)
     if json_file is not None:
         _write_json(result, json_file)
+
+
+def _check_json(path: Path | None) -> None:
+    """Better now than when all is done."""
+    from shared.errors import ConfigError
+
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: there is no folder {path.parent}", hint="make it, or name another")
 
 
 def _run(plan: Plan, out: Console) -> Result:

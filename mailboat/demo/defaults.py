@@ -26,8 +26,7 @@ EPOCHS = 1
 BATCH_SIZE = 2
 LR = 6e-3
 ADAPTER_RANK = 16
-ADAPTER_SCALE = 1
-"""alpha / rank"""
+ADAPTER_ALPHA = 64
 ADAPTER_LR = 6e-3
 STAY_LENGTH = 128
 """Tokens of a window of the tasks on whole stays: the beginning of a summary, and its end with the diagnoses."""

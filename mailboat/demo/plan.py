@@ -54,7 +54,6 @@ class DemoOptions:
     task: str = "ner"
     layers: str = defaults.LAYERS
     adapter: AdapterKind = "none"
-    rank: int = defaults.ADAPTER_RANK
     codec: CodecName = "bf16"
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
@@ -237,7 +236,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
         model=ModelSection(base=model_source(options.model)),
         task=find_task(options.task).section,
         layers=LayersSection(plan=options.layers),
-        adapter=AdapterSection(kind=options.adapter, rank=options.rank, alpha=defaults.ADAPTER_SCALE * options.rank),
+        adapter=AdapterSection(kind=options.adapter, rank=defaults.ADAPTER_RANK, alpha=defaults.ADAPTER_ALPHA),
         codec=codec_section(options.codec),
         aggregation=AggregationSection(
             mode=options.mode,

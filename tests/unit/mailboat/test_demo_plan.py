@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mailboat.demo.defaults import ADAPTER_LR, ADAPTER_SCALE, ROUNDS
+from mailboat.demo.defaults import ADAPTER_ALPHA, ADAPTER_LR, ADAPTER_RANK, ROUNDS
 from mailboat.demo.plan import (
     SHIPPED_MODEL,
     DemoOptions,
@@ -78,10 +78,10 @@ def test_versions_that_were_asked_for_are_taken_literally(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("lora", "momentum"), ("fedex-lora", "sgd")])
 def test_adapters_have_settings_of_their_own(tmp_path: Path, kind: str, optimizer: str) -> None:
-    """Rank and kind are those asked for, at the rate for adapters; a mean that is made exact is added as it is."""
-    plan = plan_for(tmp_path, adapter=kind, rank=8)
+    """The kind asked for, at the rate for adapters; a mean that is made exact is added as it is."""
+    plan = plan_for(tmp_path, adapter=kind)
     adapter = plan.federation.adapter
-    assert (adapter.kind, adapter.rank, adapter.scale) == (kind, 8, ADAPTER_SCALE)
+    assert (adapter.kind, adapter.rank, adapter.alpha) == (kind, ADAPTER_RANK, ADAPTER_ALPHA)
     assert plan.federation.training.lr == ADAPTER_LR
     assert plan.federation.aggregation.server.optimizer == optimizer
     assert plan_for(tmp_path, adapter=kind, lr=0.5).federation.training.lr == 0.5
