@@ -94,7 +94,7 @@ LayersOption = Annotated[
 AdapterOption = Annotated[
     Adapter,
     typer.Option(
-        help=f"Train low-rank adapters in the blocks of --layers (rank {defaults.ADAPTER_RANK}), not the blocks themselves."
+        help=f"Train adapters of rank {defaults.ADAPTER_RANK} in the blocks of --layers, and not the blocks themselves."
     ),
 ]
 CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
