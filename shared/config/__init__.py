@@ -6,7 +6,16 @@ are each machine's own business (`machine`).
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
-from shared.config.learning import CodecName, CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.learning import (
+    AdapterKind,
+    AdapterSection,
+    CodecName,
+    CodecSection,
+    LayersSection,
+    ModelSection,
+    TaskSection,
+    TrainingSection,
+)
 from shared.config.machine import (
     AdmissionSection,
     BrokerSection,
@@ -29,6 +38,8 @@ from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "AdapterKind",
+    "AdapterSection",
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -10,6 +11,7 @@ from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
 CodecName = Literal["f32", "bf16", "int8"]
+AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
 
 
 class ModelSection(Section):
@@ -45,6 +47,37 @@ class LayersSection(Section):
 
     plan: str = "top:6"
     """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+
+
+class AdapterSection(Section):
+    """Low-rank adapters in the blocks of the layer plan: W x + scale B A x, where W is frozen and A and B are trained.
+
+    LoRA: Hu et al., arXiv 2106.09685. What the kinds do with A and B is in docs/adapters.md.
+    """
+
+    kind: AdapterKind = "none"
+    """none: the blocks themselves are trained. lora: A and B are averaged, each for itself. ffa-lora: A stays as it was
+    drawn, B is averaged. fedex-lora: as lora, and the coordinator adds to W what that loses."""
+    rank: int = Field(default=16, ge=1, le=4096)
+    """r: rows of A, columns of B."""
+    alpha: int = Field(default=64, ge=1, le=65536)
+    """scale = alpha / r."""
+    rank_stabilized: bool = False
+    """scale = alpha / sqrt(r) instead, which suits large ranks: Kalajdzievski, arXiv 2312.03732."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that is dropped in training."""
+    targets: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")], ...] = ()
+    """Linear layers of a block that get an adapter, such as q_proj; empty: all of them."""
+
+    @property
+    def used(self) -> bool:
+        """True when adapters are trained, and not the blocks themselves."""
+        return self.kind != "none"
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 class CodecSection(Section):
