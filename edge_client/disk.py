@@ -17,7 +17,8 @@ from shared.errors import NoRoomError
 from shared.manifest import Manifest
 from shared.room import MIB, POLL_S, Room
 
-VALUE_BYTES: dict[CodecName, int] = {"f32": 4, "bf16": 2, "int8": 1}
+VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
+"""Of one value, its share of a scale left out."""
 
 log = structlog.get_logger("site")
 P = ParamSpec("P")
@@ -33,8 +34,8 @@ class Disk:
 
     async def until_room(self, base: Manifest, codec: CodecSection) -> None:
         """Return when there is room to train on a state: its plain file, a float32 delta, and the sealed update."""
-        values = base.file_size // VALUE_BYTES[codec.down]
-        sealed = values * VALUE_BYTES[codec.up]
+        values = base.file_size * 8 // VALUE_BITS[codec.down]
+        sealed = values * VALUE_BITS[codec.up] // 8
         needed = base.file_size + 4 * values + sealed
         try:
             while (why := await asyncio.to_thread(self._lacking, needed, sealed)) is not None:

@@ -45,6 +45,7 @@ class Codec(StrEnum):
     F32 = "f32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 class Task(StrEnum):
@@ -82,7 +83,9 @@ LayersOption = Annotated[
     str,
     typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
 ]
-CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
+CodecOption = Annotated[
+    Codec, typer.Option(help="How updates travel; states go as bf16 where that is smaller than a state bears.")
+]
 TaskOption = Annotated[
     Task,
     typer.Option(

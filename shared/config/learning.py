@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-CodecName = Literal["f32", "bf16", "int8"]
+CodecName = Literal["f32", "bf16", "int8", "int4"]
 
 
 class ModelSection(Section):

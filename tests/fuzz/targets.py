@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
@@ -33,7 +33,7 @@ from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
 from mailboat.enrolment import make_request, parse_request
 from shared import messages
-from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.config import AdmissionSection, CodecName, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
@@ -65,7 +65,6 @@ STATE = make_state(PLAN, 0)
 UPDATE = make_update(PLAN, "north", STATE)
 AUTHORITY = bytes(range(32))
 TOPIC = "mb/v1/ward/site/north/up/ctl"
-CODECS = ("f32", "bf16", "int8")
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -340,7 +339,10 @@ TARGETS: dict[str, Target] = {
         Target("document", DOCUMENTS, mutated_msgpack, _document, 5),
         Target("header", [_header_sample()], _header_mutated, _header, 10),
         Target("bitmap", [b"\x01" + bytes(12)], mutated_bytes, _bitmap, 3),
-        *(Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2) for codec in CODECS),
+        *(
+            Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2)
+            for codec in get_args(CodecName)
+        ),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
