@@ -4,9 +4,11 @@ A codec turns one named tensor into one or more *parts*, each an ordinary tensor
 
     f32    `w` F32                                    exact
     bf16   `w` BF16                                   |error| <= 2^-8 |x|
-    int8   `w` I8, `w.scale` F32, one per 256 values  |error| <= 0.502 x (largest magnitude of the block) / 127
-    int4   `w` F32, empty, `w.packed` U8, 2 values    |error| <= 0.503 x (largest magnitude of the block) / 7
+    int8   `w` I8, `w.scale` BF16, one per 256 values |error| <= 0.502 x (largest magnitude of the block) / 127
+    int4   `w` F32, empty, `w.packed` U8, 2 values    |error| <= 0.502 x (largest magnitude of the block) / 7
            a byte, `w.scale` BF16, one per 128 values
+    topk2  `w` F32, empty, `w.index`, `w.value` U8,   |error| <= 1.004 x (largest magnitude of 4096 values);
+           `w.scale` BF16, two per 4096 values        of 64 values one is sent, the others become zero
 
 The parts' names, types and shapes follow from the tensor's name and shape alone, so a receiver that knows the plan
 knows the one header that it will accept, and a sender can write the header before it has encoded anything. Where values
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from shared.config import CodecName
 from shared.errors import RefusedError
-from shared.schemes import blocks, plain, scheme
+from shared.schemes import blocks, plain, scheme, sparse
 from shared.schemes.scheme import Scheme
 from shared.tensorfile import NUMPY_DTYPES, DType, F32Array, Header, Shape, build_header, tensor_bytes
 
@@ -39,7 +41,7 @@ SPAN = scheme.SPAN
 """Elements worked on at a time; where one begins, a block of every codec does."""
 
 _SCHEMES: Mapping[Codec, Scheme] = MappingProxyType(
-    {"f32": plain.F32, "bf16": plain.BF16, "int8": blocks.INT8, "int4": blocks.INT4}
+    {"f32": plain.F32, "bf16": plain.BF16, "int8": blocks.INT8, "int4": blocks.INT4, "topk2": sparse.TOPK2}
 )
 
 
@@ -119,7 +121,8 @@ def decode_add(parts: Sequence[NDArray[Any]], codec: Codec, weight: float, accum
 
     The weight is rounded to float32 first. No temporary is larger than 512 KiB. RefusedError with rule 'codec-parts'
     when the parts do not fit the shape, 'codec-scale' when a scale is not a finite number from 0 to what 2^127 asks
-    for, 'codec-padding' when bits that hold no value are not zero; the accumulator is then as it was.
+    for, 'codec-index' when indices do not ascend within their chunk, 'codec-padding' when bits that hold no value are
+    not zero; the accumulator is then as it was.
     """
     assert accumulator.flags.c_contiguous, "reshape would copy, and the sum be lost"
     checked = _checked(parts, codec, accumulator.shape)

@@ -46,6 +46,7 @@ class Codec(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
+    TOPK2 = "topk2"
 
 
 class Task(StrEnum):

@@ -6,7 +6,15 @@ are each machine's own business (`machine`).
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
-from shared.config.learning import CodecName, CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.learning import (
+    CodecName,
+    CodecSection,
+    LayersSection,
+    ModelSection,
+    StateCodecName,
+    TaskSection,
+    TrainingSection,
+)
 from shared.config.machine import (
     AdmissionSection,
     BrokerSection,
@@ -52,6 +60,7 @@ __all__ = [
     "SiteName",
     "StalenessKind",
     "StalenessSection",
+    "StateCodecName",
     "TaskSection",
     "TrainingSection",
     "TrustSection",

@@ -9,7 +9,9 @@ from pydantic import Field, field_validator
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-CodecName = Literal["f32", "bf16", "int8", "int4"]
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
+StateCodecName = Literal["f32", "bf16", "int8", "int4"]
+"""A model of which one value in 64 is known is none: topk2 is for updates."""
 
 
 class ModelSection(Section):
@@ -51,7 +53,7 @@ class CodecSection(Section):
     """How tensors travel."""
 
     up: CodecName = "bf16"
-    down: CodecName = "bf16"
+    down: StateCodecName = "bf16"
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 

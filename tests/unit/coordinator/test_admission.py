@@ -112,8 +112,8 @@ def test_a_scale_that_is_not_a_number(tmp_path: Path) -> None:
     stored = run.seal_frames(
         FrameWriter(
             [
-                build_header([("c", "I8", (1,)), ("c.scale", "F32", (1,))], {}),
-                b"\x01" + np.array([np.nan], np.float32).tobytes(),
+                build_header([("c", "I8", (1,)), ("c.scale", "BF16", (1,))], {}),
+                b"\x01" + b"\xc0\x7f",
             ],
             group=1,
             slice_size=4096,

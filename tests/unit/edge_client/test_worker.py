@@ -24,7 +24,7 @@ from edge_client.model import seal_plan
 from edge_client.statefile import read_state
 from edge_client.worker import Worker, split_holdout
 from edge_client.worker_client import RETRIES, WorkerClient
-from shared.config import CodecName, SiteConfig
+from shared.config import SiteConfig, StateCodecName
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
@@ -332,7 +332,7 @@ def test_the_holdout_stays_the_same() -> None:
     assert {note.id for note in split_holdout(notes, 0.3, 8)[1]} != away
 
 
-@pytest.mark.parametrize("name", get_args(CodecName))
+@pytest.mark.parametrize("name", get_args(StateCodecName))
 def test_a_state_of_any_codec_is_read(tmp_path: Path, name: str) -> None:
     """States travel in the federation's codec; the worker tells it from the file."""
     from shared.codec import codec_named, encode_file
