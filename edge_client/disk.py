@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
+from edge_client.sealing import RESIDUAL_CODEC
 from shared.config import CodecName, CodecSection, SiteConfig
 from shared.errors import NoRoomError
 from shared.manifest import Manifest
@@ -33,10 +34,11 @@ class Disk:
         self.held = ""
 
     async def until_room(self, base: Manifest, codec: CodecSection) -> None:
-        """Return when there is room to train on a state: its plain file, a float32 delta, and the sealed update."""
+        """Return when there is room to train on a state: its file, a float32 delta, the sealed update, its residual."""
         values = base.file_size * 8 // VALUE_BITS[codec.down]
         sealed = values * VALUE_BITS[codec.up] // 8
-        needed = base.file_size + 4 * values + sealed
+        residual = values * VALUE_BITS[RESIDUAL_CODEC] // 8 if codec.decay else 0
+        needed = base.file_size + 4 * values + sealed + residual
         try:
             while (why := await asyncio.to_thread(self._lacking, needed, sealed)) is not None:
                 await self._wait(why)

@@ -19,7 +19,7 @@ A codec is a scheme (`shared/schemes/`) under a name, a row of functions in `_SC
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -130,14 +130,22 @@ def decode_add(parts: Sequence[NDArray[Any]], codec: Codec, weight: float, accum
 
 
 def encode_file(tensors: Mapping[str, F32Array], codec: Codec, metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """Yield the bytes of the safetensors file that holds `tensors`, one part in memory at a time.
+    """Yield the bytes of the safetensors file that holds `tensors`, one encoded tensor in memory at a time.
 
     RefusedError as `encode` and `build_header` (such as two parts of one name).
     """
+    shapes = {name: np.shape(values) for name, values in tensors.items()}
+    return encode_each(shapes, tensors.__getitem__, codec, metadata)
+
+
+def encode_each(
+    shapes: Mapping[str, Shape], read: Callable[[str], F32Array], codec: Codec, metadata: Mapping[str, str]
+) -> Iterator[memoryview]:
+    """As `encode_file`, of tensors that `read(name)` makes when their turn has come, once each."""
     specs: list[PartSpec] = []
     owner: dict[str, str] = {}
-    for name, values in tensors.items():
-        parts = part_specs(name, np.shape(values), codec)
+    for name, shape in shapes.items():
+        parts = part_specs(name, shape, codec)
         specs += parts
         owner.update((part, name) for part, _, _ in parts)
     head = build_header(specs, metadata)
@@ -147,7 +155,7 @@ def encode_file(tensors: Mapping[str, F32Array], codec: Codec, metadata: Mapping
     for stored in sorted(owner):
         if stored not in waiting:
             name = owner[stored]
-            waiting.update((part, array) for part, _, array in encode(name, tensors[name], codec))
+            waiting.update((part, array) for part, _, array in encode(name, read(name), codec))
         yield waiting.pop(stored).reshape(-1).view(np.uint8).data
 
 

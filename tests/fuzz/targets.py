@@ -218,7 +218,7 @@ def _transfer(data: bytes) -> None:
 
 # -- the stored parts of one tensor, as they come out of a sound file ---
 
-_VALUES = (np.arange(5000, dtype=np.float32) * 7919 % 5000 - 2500) / 512
+_VALUES = ((np.arange(5000) * 7919 % 5000 - 2500) / 512).astype(np.float32)
 
 
 def _parts_target(codec: Codec) -> Target:
