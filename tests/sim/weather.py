@@ -152,7 +152,7 @@ def scenario(seed: int) -> Scenario:
         budget_chunks=rng.choice((2, 3, 5, 8, 1000)),
         outbox_max=rng.randint(1, 3),
         state_frames=rng.randint(1, 6),
-        feedback=random.Random(f"feedback {seed}").random() < 0.5,
+        feedback=random.Random(f"left out {seed}").random() < 0.5,
     )
 
 
