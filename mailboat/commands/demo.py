@@ -45,6 +45,8 @@ class Codec(StrEnum):
     F32 = "f32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
+    TOPK2 = "topk2"
 
 
 class Adapter(StrEnum):
@@ -97,7 +99,9 @@ AdapterOption = Annotated[
         help=f"Train adapters of rank {defaults.ADAPTER_RANK} in the blocks of --layers, and not the blocks themselves."
     ),
 ]
-CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
+CodecOption = Annotated[
+    Codec, typer.Option(help="How updates travel; states go as bf16 where that is smaller than a state bears.")
+]
 TaskOption = Annotated[
     Task,
     typer.Option(

@@ -283,8 +283,8 @@ def model_source(given: str | None) -> str:
 
 
 def codec_section(codec: CodecName) -> CodecSection:
-    """Return both directions: int8 is for deltas alone, a state that everybody starts from goes as bf16."""
-    return CodecSection(up=codec, down="bf16" if codec == "int8" else codec, slice_kib=defaults.SLICE_KIB)
+    """Return both directions: f32 and bf16 for both, the rest for deltas alone; a state to start from goes as bf16."""
+    return CodecSection(up=codec, down="f32" if codec == "f32" else "bf16", slice_kib=defaults.SLICE_KIB)
 
 
 def coordinator_config(plan: Plan, broker_url: str) -> CoordinatorConfig:

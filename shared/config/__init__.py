@@ -13,6 +13,7 @@ from shared.config.learning import (
     CodecSection,
     LayersSection,
     ModelSection,
+    StateCodecName,
     TaskSection,
     TrainingSection,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "SiteName",
     "StalenessKind",
     "StalenessSection",
+    "StateCodecName",
     "TaskSection",
     "TrainingSection",
     "TrustSection",

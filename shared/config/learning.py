@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-CodecName = Literal["f32", "bf16", "int8"]
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
+_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95}
+StateCodecName = Literal["f32", "bf16", "int8", "int4"]
+"""A model of which one value in 64 is known is none: topk2 is for updates."""
 
 
 class ModelSection(Section):
@@ -84,9 +87,24 @@ class CodecSection(Section):
     """How tensors travel."""
 
     up: CodecName = "bf16"
-    down: CodecName = "bf16"
+    down: StateCodecName = "bf16"
+    feedback: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for topk2 and
+    0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
+
+    @property
+    def decay(self) -> float:
+        """The share that `feedback` means."""
+        return self.feedback if self.feedback is not None else _FEEDBACK.get(self.up, 0.0)
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.up == "f32" and self.feedback:
+            msg = "f32 leaves nothing out that could be added later: set feedback to 0, or another codec"
+            raise ValueError(msg)
+        return self
 
 
 class TrainingSection(Section):

@@ -174,7 +174,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
-            "codec.up: Input should be 'f32', 'bf16' or 'int8'",
+            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4' or 'topk2'",
         ),
         (
             FederationConfig,
