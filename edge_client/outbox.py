@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from edge_client.layout import open_layout
+from edge_client.privacy.ledger import CHARGES, row_named
 from shared import durable
 from shared.errors import CorruptError
 from shared.faultpoint import passing
@@ -61,6 +62,10 @@ class Outbox:
         counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
         return waiting | {each["base_sha256"] for each in counted}
 
+    def charges(self) -> int:
+        """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
+        return named_charges(self._storage, self.pending())
+
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
 
@@ -89,9 +94,11 @@ class Outbox:
         if stored is not None:
             facts = stored.manifest.update
             origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+            if CHARGES in facts.metrics:
+                origin[CHARGES] = row_named(facts.metrics)
         elif path.exists():
             earlier = read_receipt(path)
-            origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
+            origin = {key: earlier[key] for key in ("base_version", "base_sha256", CHARGES) if key in earlier}
             if earlier == {**origin, **said}:
                 return None
         else:
@@ -107,6 +114,12 @@ class Outbox:
 def receipt_paths(storage: Path) -> list[Path]:
     """The receipts in a site's folder, by update id."""
     return sorted((storage / _RECEIPTS).glob(_NAMES))
+
+
+def named_charges(storage: Path, waiting: Iterable[Manifest]) -> int:
+    """Return the highest row of the privacy ledger that `waiting` updates and the receipts in a site's folder name."""
+    rows = [row_named(manifest.update.metrics) for manifest in waiting]
+    return max([0, *rows, *(int(read_receipt(path).get(CHARGES, 0)) for path in receipt_paths(storage))])
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from shared.config.learning import CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
 from shared.config.merging import AggregationSection
+from shared.config.privacy import PrivacySection
 from shared.config.section import Section
 from shared.ids import Ident
 
@@ -56,6 +57,8 @@ class FederationConfig(Section):
     codec: CodecSection = CodecSection()
     aggregation: AggregationSection = AggregationSection()
     training: TrainingSection = TrainingSection()
+    privacy: PrivacySection | None = None
+    """Sites train under differential privacy where it is there."""
     trust: TrustSection = TrustSection()
 
     @property
