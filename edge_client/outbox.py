@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Outbox:
 
     def charges(self) -> int:
         """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
-        return named_charges(self._storage, self.pending())
+        return named_charges(self.pending(), map(read_receipt, receipt_paths(self._storage)))
 
     def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
@@ -116,10 +116,10 @@ def receipt_paths(storage: Path) -> list[Path]:
     return sorted((storage / _RECEIPTS).glob(_NAMES))
 
 
-def named_charges(storage: Path, waiting: Iterable[Manifest]) -> int:
-    """Return the highest row of the privacy ledger that `waiting` updates and the receipts in a site's folder name."""
-    rows = [row_named(manifest.update.metrics) for manifest in waiting]
-    return max([0, *rows, *(int(read_receipt(path).get(CHARGES, 0)) for path in receipt_paths(storage))])
+def named_charges(waiting: Iterable[Manifest], answered: Iterable[Mapping[str, Any]]) -> int:
+    """Return the highest row of the privacy ledger that waiting updates and receipts name; 0 when none does."""
+    rows = (row_named(manifest.update.metrics) for manifest in waiting)
+    return max(0, *(row_named(receipt) for receipt in answered), *rows)
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -101,22 +101,22 @@ def spend(charge: Charge, so_far: Sequence[Charge], limits: Sequence[Limit], del
     return Spent(charge=charge, epsilon=epsilon_of((*so_far, charge), delta), delta=delta)
 
 
-def trainings_left(charge: Charge, charges: Sequence[Charge], epsilon: float, delta: float) -> int:
-    """Return how many more trainings of `charge` stay within `epsilon`, at most a million."""
+def trainings_left(charge: Charge, limit: Limit, delta: float) -> int:
+    """Return how many more trainings of `charge` stay within the limit, at most a million."""
+
+    def fits(times: int) -> bool:
+        return epsilon_of((*limit.charges, charge.times(times)), delta) <= limit.epsilon
+
     low, high = 0, 1
-    while high <= _MANY and _after(charge, charges, high, delta) <= epsilon:
-        low, high = high, 2 * high
+    while high < _MANY and fits(high):
+        low, high = high, min(2 * high, _MANY)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _after(charge, charges, middle, delta) <= epsilon else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-_MANY = 1_000_000
-
-
-def _after(charge: Charge, charges: Sequence[Charge], times: int, delta: float) -> float:
-    return epsilon_of((*charges, charge.model_copy(update={"steps": charge.steps * times})), delta)
+_MANY = 1_000_001
 
 
 @lru_cache(maxsize=256)

@@ -14,17 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared import durable
 from shared.errors import CorruptError
 from shared.ids import Ident, Sha256Hex
-from shared.manifest import Metrics
 
 LEDGER = "privacy.jsonl"
 CHARGES = "charges"
@@ -46,6 +45,10 @@ class Charge(_Value):
     """q: the probability with which each record is drawn in a step; the expected batch over the number of records."""
     noise_multiplier: _Positive
     steps: Annotated[int, Field(ge=1)]
+
+    def times(self, count: int) -> Charge:
+        """The same, `count` times over."""
+        return self.model_copy(update={"steps": self.steps * count})
 
 
 class Spent(_Value):
@@ -90,8 +93,7 @@ class Ledger:
         self.rows, torn = read_ledger(self.path)
         check_known(self.path, self.rows, known)
         if torn:
-            # What a crash cut short was charged for an update that was never sealed.
-            durable.replace_atomic(self.path, _lines(self.rows))
+            cut_torn(self.path, self.rows)
         self._size = len(_lines(self.rows))
 
     def add(self, federation: str, run: str, base_version: int, spent: Spent) -> int:
@@ -145,6 +147,11 @@ def read_ledger(path: Path) -> tuple[tuple[Row, ...], bool]:
     return tuple(rows), bool(torn)
 
 
+def cut_torn(path: Path, rows: Sequence[Row]) -> None:
+    """Leave the rows alone in the file: a line that a crash cut short was for an update that was never sealed."""
+    durable.replace_atomic(path, _lines(rows))
+
+
 def check_known(path: Path, rows: Sequence[Row], known: int) -> None:
     """Raise CorruptError when an update names a row that is not there."""
     if known > len(rows):
@@ -154,9 +161,9 @@ def check_known(path: Path, rows: Sequence[Row], known: int) -> None:
         )
 
 
-def row_named(metrics: Metrics) -> int:
-    """Return the row that an update's metrics name; 0 for an update that was trained without privacy."""
-    return int(metrics.get(CHARGES, 0))
+def row_named(told: Mapping[str, Any]) -> int:
+    """Return the row that an update's metrics or its receipt name; 0 for one that was trained without privacy."""
+    return int(told.get(CHARGES, 0))
 
 
 _RESTORE = "restore it from a backup; `mailboat audit show` at the coordinator tells what each update had cost by then"

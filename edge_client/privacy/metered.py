@@ -14,7 +14,7 @@ site's log.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Never, Protocol
 
@@ -22,7 +22,7 @@ import structlog
 
 from edge_client.disk import Disk
 from edge_client.pipe import Trained
-from edge_client.privacy.ledger import BUDGET, CHARGES, Charge, Ledger, Limit, Spent, charges_of
+from edge_client.privacy.ledger import BUDGET, CHARGES, Charge, Ledger, Limit, Row, Spent, charges_of
 from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
@@ -80,7 +80,7 @@ class Metered:
                 delta,
                 on_progress=lambda share, _loss: on_progress(share, None),
                 so_far=charges_of(self._ledger.rows),
-                limits=limits_of(self._ledger, self._config, self._federation),
+                limits=limits_of(self._ledger.rows, self._config, self._federation),
             )
         except RefusedError as error:
             if error.rule != BUDGET:
@@ -104,17 +104,15 @@ class Metered:
         raise AssertionError("nobody sets it")
 
 
-def limits_of(ledger: Ledger, config: SiteConfig, federation: FederationConfig) -> tuple[Limit, ...]:
+def limits_of(rows: Sequence[Row], config: SiteConfig, federation: FederationConfig) -> tuple[Limit, ...]:
     """Return the bounds on a next training: the site's budget over all rows, the target over those of this run."""
     limits = []
     budget = config.privacy.budget_epsilon
     if budget is not None:
-        limits.append(
-            Limit(name="privacy.budget_epsilon of this site", epsilon=budget, charges=charges_of(ledger.rows))
-        )
+        limits.append(Limit(name="privacy.budget_epsilon of this site", epsilon=budget, charges=charges_of(rows)))
     if federation.privacy is not None and federation.privacy.target_epsilon is not None:
         run = federation.config_sha256
-        charges = charges_of(ledger.rows, lambda row: row.run == run)
+        charges = charges_of(rows, lambda row: row.run == run)
         limits.append(
             Limit(
                 name="privacy.target_epsilon of the federation",
