@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,8 @@ def receipt_paths(storage: Path) -> list[Path]:
 
 def named_charges(waiting: Iterable[Manifest], answered: Iterable[Mapping[str, Any]]) -> int:
     """Return the highest row of the privacy ledger that waiting updates and receipts name; 0 when none does."""
-    rows = (row_named(manifest.update.metrics) for manifest in waiting)
-    return max(0, *(row_named(receipt) for receipt in answered), *rows)
+    told = chain((manifest.update.metrics for manifest in waiting), answered)
+    return max(map(row_named, told), default=0)
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -137,9 +137,10 @@ def train(
             schedule.step()
             progress(len(losses) / steps, losses[-1])
     loaded.model.eval()
-    delta = {name: local - state[name] for name, local in read_trainable(loaded).items()}
-    if not all(np.isfinite(change).all() for change in delta.values()):
+    trained = read_trainable(loaded)
+    if not all(np.isfinite(values).all() for values in trained.values()):
         raise _diverged("a weight")
+    delta = {name: values - state[name] for name, values in trained.items()}
     last = losses[-descent.epoch :]
     seconds = round(time.perf_counter() - started, 3)
     metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": seconds}
