@@ -33,6 +33,9 @@ ORDERS: tuple[float, ...] = (
 PLANNED_WITHIN = 1e-3
 """Share of a target that planned noise may leave unspent."""
 
+NOISE_MAX = 1000.0
+"""The largest noise multiplier that is planned; an update would be noise alone long before."""
+
 
 def epsilon_of(charges: Sequence[Charge], delta: float) -> float:
     """Return the epsilon at `delta` that the charges come to together; 0 for none."""
@@ -47,24 +50,24 @@ def epsilon_of(charges: Sequence[Charge], delta: float) -> float:
 def noise_for(target_epsilon: float, delta: float, *, sample_rate: float, steps: int) -> float:
     """Return the least noise multiplier, within 0.1 % of the target, with which `steps` cost at most `target_epsilon`.
 
-    ConfigError when no noise is enough.
+    ConfigError when no useful noise is enough.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            noise = get_noise_multiplier(
-                target_epsilon=target_epsilon,
-                target_delta=delta,
-                sample_rate=sample_rate,
-                steps=steps,
-                accountant="rdp",
-                epsilon_tolerance=PLANNED_WITHIN * target_epsilon,
-                alphas=ORDERS,
-            )
-    except ValueError:
+    loudest = Charge(sample_rate=sample_rate, noise_multiplier=NOISE_MAX, steps=steps)
+    if epsilon_of([loudest], delta) > target_epsilon:
         raise ConfigError(
             f"no noise brings {steps} steps at rate {sample_rate:.3g} down to epsilon {target_epsilon:g}",
             hint="raise privacy.target_epsilon, or lower training.epochs or federation.versions",
-        ) from None
+        )
+    with warnings.catch_warnings(action="ignore"):
+        noise = get_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=delta,
+            sample_rate=sample_rate,
+            steps=steps,
+            accountant="rdp",
+            epsilon_tolerance=PLANNED_WITHIN * target_epsilon,
+            alphas=ORDERS,
+        )
     return float(noise)
 
 
