@@ -1,8 +1,8 @@
 """What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
 
-Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning` and
-`merging`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and `site.toml`
-are each machine's own business (`machine`).
+Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning`, `merging`
+and `privacy`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and
+`site.toml` are each machine's own business (`machine`).
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
@@ -35,6 +35,7 @@ from shared.config.merging import (
     StalenessKind,
     StalenessSection,
 )
+from shared.config.privacy import LocalPrivacySection, PrivacySection
 from shared.config.section import Positive, Section
 
 __all__ = [
@@ -52,11 +53,13 @@ __all__ = [
     "FederationSection",
     "LayersSection",
     "LinkSection",
+    "LocalPrivacySection",
     "LocalTrustSection",
     "MergeRule",
     "Mode",
     "ModelSection",
     "Positive",
+    "PrivacySection",
     "Section",
     "ServerOptimizerName",
     "ServerSection",

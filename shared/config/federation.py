@@ -17,6 +17,7 @@ from shared.config.learning import (
     TrainingSection,
 )
 from shared.config.merging import AggregationSection
+from shared.config.privacy import PrivacySection
 from shared.config.section import Section
 from shared.ids import Ident
 
@@ -64,6 +65,8 @@ class FederationConfig(Section):
     codec: CodecSection = CodecSection()
     aggregation: AggregationSection = AggregationSection()
     training: TrainingSection = TrainingSection()
+    privacy: PrivacySection | None = None
+    """Sites train under differential privacy where it is there."""
     trust: TrustSection = TrustSection()
 
     @model_validator(mode="after")

@@ -112,6 +112,7 @@ class TrainingSection(Section):
 
     epochs: int = Field(default=1, ge=1, le=1000)
     batch_size: int = Field(default=8, ge=1, le=4096)
+    """Windows of a step; with [privacy] records, as many as are drawn on average."""
     lr: Positive = 1e-3
     final_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of `lr` that is left when training from the last version but one; it falls evenly with the version."""
@@ -119,3 +120,4 @@ class TrainingSection(Section):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps of one update over which the rate rises."""
     max_grad_norm: Positive = 1.0
+    """L2 norm that a step's gradient is scaled down to; [privacy] clips by record in its place."""
