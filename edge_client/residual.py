@@ -37,33 +37,45 @@ class Residuals:
 
     def __init__(self, storage: Path, sealed: Collection[str]) -> None:
         self.turn = threading.Lock()
-        self._store = FrameStore(storage / FOLDER)
+        self._folder = storage / FOLDER
+        self._current: str | None = None
+        self._store: FrameStore | None = None
+        """None until there is something to keep: most codecs leave nothing for later."""
+        if self._folder.is_dir():
+            self._recover(sealed)
+
+    def _recover(self, sealed: Collection[str]) -> None:
+        self._store = FrameStore(self._folder)
         self._store.recover()
         counts = counting(self._store, sealed)
         if counts is None and not set(self._store.ids()).isdisjoint(sealed):
-            log.warning("residual damaged; nothing is owed")
+            log.warning("residual dropped; nothing is owed", reason="it is damaged")
         self._keep(counts)
 
     def current(self, fingerprint: str) -> Stored | None:
-        """Return what is owed, read once from end to end; None when nothing is."""
-        if self._current is None:
-            return None
+        """Return what is owed, read once from end to end; None when nothing is.
+
+        One of another plan or one that is damaged is dropped, and the log says so.
+        """
         try:
-            stored = self._store.get(self._current)
-            assert stored is not None, "what counts is there"
-            if stored.manifest.fingerprint != fingerprint:
-                log.warning("residual of another plan; nothing is owed", residual=self._current)
+            stored = self._found()
+            if stored is None:
                 return None
-            stored.verify()
+            if stored.manifest.fingerprint == fingerprint:
+                stored.verify()
+                return stored
+            reason = "it is of another plan"
         except (CorruptError, RefusedError) as error:
-            log.warning("residual damaged; nothing is owed", residual=self._current, reason=error.message)
-            return None
-        return stored
+            reason = error.message
+        log.warning("residual dropped; nothing is owed", residual=self._current, reason=reason)
+        self.drop()
+        return None
 
     @property
     def next_number(self) -> int:
         """The number of the residual that follows."""
-        return 0 if self._current is None else _number(self._store, self._current) + 1
+        stored = self._found()
+        return 0 if stored is None else stored.manifest.state.version + 1
 
     def put(self, frames: FrameWriter, build: Build) -> None:
         """Make the residual of an update durable that is about to be sealed; it does not count yet.
@@ -71,24 +83,29 @@ class Residuals:
         Errors as FrameStore.seal.
         """
         self._delete_but(self._current)  # those of attempts that found the disk full
+        self._store = self._store or FrameStore(self._folder)
         self._store.seal(frames, build)
 
     def sealed(self, update_id: str) -> None:
         """The update is sealed: its residual counts, if it left one, and no other does."""
-        self._keep(update_id if update_id in self._store.ids() else None)
+        self._keep(update_id if self._store is not None and update_id in self._store.ids() else None)
 
     def drop(self) -> None:
         """Nothing is owed any more."""
         self._keep(None)
+
+    def _found(self) -> Stored | None:
+        return None if self._store is None or self._current is None else self._store.get(self._current)
 
     def _keep(self, update_id: str | None) -> None:
         self._current = update_id
         self._delete_but(update_id)
 
     def _delete_but(self, update_id: str | None) -> None:
-        for other in self._store.ids():
-            if other != update_id:
-                self._store.delete(other)
+        if self._store is not None:
+            for other in self._store.ids():
+                if other != update_id:
+                    self._store.delete(other)
 
 
 def counting(store: FrameStore, sealed: Collection[str]) -> str | None:

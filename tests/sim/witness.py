@@ -321,8 +321,7 @@ class Witness:
 
     def owes(self, site: str, outbox: Outbox) -> None:
         """A site owes what its last update left, or nothing since one was refused: nothing earlier, nothing later."""
-        counts = outbox.residuals._current
-        stored = outbox.residuals._store.get(counts) if counts else None
+        counts, stored = outbox.residuals._current, outbox.residuals._found()
         if stored is None and site in self._forgiven:
             self._owing[site] = ""
         self._forgiven.discard(site)
@@ -404,7 +403,7 @@ class Witness:
         if outbox is not None:
             most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go
             demand(len(outbox) <= most, f"{machine.name} keeps {len(outbox)} updates")
-        residuals = self._changed(machine, "residual")
+        residuals = self._changed(machine, "residual") if "residual" in machine.disk.folders else None
         if residuals is not None:
             demand(len(residuals) <= 2, f"{machine.name} keeps {len(residuals)} residuals")
 
