@@ -8,7 +8,7 @@
     damaged-update    an update without receipt that is not what was sealed; there is no other copy
     damaged-receipt   a receipt that cannot be read; the coordinator's journal says the same
     damaged-ledger    a privacy ledger with a line that is not what was written
-    short-ledger      a privacy ledger without a row that an update names: it was deleted, cut, or put back from a backup
+    short-ledger      a privacy ledger without a row that an update names: deleted, cut, or put back from a backup
 
 With `repair` the first five are deleted. The others are left for people to look at.
 """

@@ -239,6 +239,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "labels": ["x"],
         "frozen_sha256": "0" * 64,
         "slice_kib": 64,
+        "privacy": {"delta": 1e-5, "noise_multiplier": 1.0},
     }
     if key in named:
         return named[key]
