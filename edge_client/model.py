@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from edge_client import layers
+from edge_client import adapters, layers
+from edge_client.adapters import Residual
 from edge_client.layers import Family
+from edge_client.pretrained import load_tokenizer, load_weights, quiet
 from edge_client.source import local_folder, read_config
 from edge_client.tasks import Task
 from edge_client.tasks.encoding import TextEncoder
@@ -54,9 +52,12 @@ class LoadedModel:
     full: bool
     """True when embeddings are trained too, which the plan `all` means."""
     trainable: dict[str, nn.Parameter]
-    """The tensors of a state: what is trained and travels, sorted by name."""
+    """What is trained and travels, sorted by name: that of the model's parameter, or with adapters the one in adapter
+    files."""
     personal: dict[str, nn.Parameter]
-    """What is trained and stays at its site, sorted by name."""
+    """What is trained and stays at its site, likewise."""
+    residuals: dict[str, Residual]
+    """What a version holds besides, sorted by name: corrections of frozen weights, see `adapters`."""
     frozen_sha256: str
     pad_id: int
     max_length: int
@@ -75,13 +76,20 @@ class LoadedModel:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model, the head included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Parameters of the whole model, the head included and adapters not."""
+        named = self.model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if not adapters.is_adapter(name))
 
     @property
     def trained_parameters(self) -> int:
         """Parameters that are trained and travel."""
         return sum(parameter.numel() for parameter in self.trainable.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a version, sorted by name."""
+        found = {name: tuple(parameter.shape) for name, parameter in self.trainable.items()}
+        return dict(sorted((found | {name: residual.shape for name, residual in self.residuals.items()}).items()))
 
 
 def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -97,20 +105,19 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     task = load_task(federation.task)
     family = _for_head(family, task, federation, folder)
     # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, family, task, federation.federation.seed)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        tokenizer = load_tokenizer(folder)
+        model = load_weights(folder, family, task, federation.federation.seed)
     if not task.head.per_token:
         # Decoders of this class read what a sequence amounts to at its last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
-    parameters = dict(model.named_parameters())
-    depth = layers.depth_of(parameters, family)
+    depth = layers.depth_of(dict(model.named_parameters()), family)
     chosen = layers.resolve_plan(federation.layers.plan, depth, seed=federation.federation.seed)
-    full = layers.is_full(federation.layers.plan)
-    names = layers.trainable_names(parameters, family, chosen, full=full)
-    personal = layers.personal_names(names, federation.layers.personal)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
+    with torch.random.fork_rng(devices=[]):
+        trained = _choose(model, family, chosen, federation)
+    residuals = adapters.residuals(model, federation.adapter)
+    personal = layers.personal_names(tuple(trained), federation.layers.personal)
+    _check_factors(residuals, personal)
     _check_length(federation.task.max_length, model.config, folder)
     loaded = LoadedModel(
         model=model.eval(),
@@ -121,10 +128,11 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         depth=depth,
         layers=chosen,
         here=chosen,
-        full=full,
-        trainable={name: parameters[name] for name in names if name not in personal},
-        personal={name: parameters[name] for name in personal},
-        frozen_sha256=frozen_sha256(model, names, family),
+        full=layers.is_full(federation.layers.plan) and not federation.adapter.used,
+        trainable={name: parameter for name, parameter in trained.items() if name not in personal},
+        personal={name: trained[name] for name in personal},
+        residuals=residuals,
+        frozen_sha256=frozen_sha256(model, family),
         pad_id=tokenizer.pad_token_id,
         max_length=federation.task.max_length,
     )
@@ -135,7 +143,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
 def train_only(loaded: LoadedModel, blocks: Blocks) -> LoadedModel:
     """Return the same model with gradients in `blocks` alone of those that the federation trains, and above them."""
     known = loaded.trainable | loaded.personal
-    names = layers.names_within(known, loaded.family, loaded.layers, blocks, full=loaded.full)
+    names = _within(loaded, known, blocks)
     for name, parameter in known.items():
         parameter.requires_grad_(name in names)
     return replace(loaded, here=blocks)
@@ -143,19 +151,20 @@ def train_only(loaded: LoadedModel, blocks: Blocks) -> LoadedModel:
 
 def shapes_within(loaded: LoadedModel, blocks: Blocks) -> dict[str, tuple[int, ...]]:
     """Return name and shape of each tensor in an update of a site that trains `blocks` alone of the federation's."""
-    names = layers.names_within(loaded.trainable, loaded.family, loaded.layers, blocks, full=loaded.full)
-    return {name: tuple(loaded.trainable[name].shape) for name in names}
+    return {name: tuple(loaded.trainable[name].shape) for name in _within(loaded, loaded.trainable, blocks)}
 
 
-def frozen_sha256(model: nn.Module, trainable: tuple[str, ...], family: Family) -> str:
-    """Return the SHA-256 over the frozen parameters, sorted by name; neither `trainable` nor the head is in it.
+def frozen_sha256(model: nn.Module, family: Family) -> str:
+    """Return the SHA-256 over the frozen parameters, sorted by name; neither what is trained nor the head is in it.
 
-    Of each: its name, `F32`, its shape and its bytes (little endian, row major). When everything is trained, it is the
-    hash of nothing.
+    Of each: the name that it has without adapters, `F32`, its shape and its bytes (little endian, row major). When
+    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name in trainable or family.is_head(name):
+    named = model.named_parameters()
+    frozen = {adapters.plain(name): parameter for name, parameter in named if not parameter.requires_grad}
+    for name, parameter in sorted(frozen.items()):
+        if family.is_head(name):
             continue
         array = parameter.detach().numpy()
         shape = ",".join(map(str, array.shape))
@@ -170,7 +179,8 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         architecture=loaded.architecture,
         depth=loaded.depth,
         layers=loaded.layers,
-        tensors={name: tuple(parameter.shape) for name, parameter in loaded.trainable.items()},
+        tensors=loaded.shapes,
+        residuals={name: residual.factors for name, residual in loaded.residuals.items()},
         personal={name: tuple(parameter.shape) for name, parameter in loaded.personal.items()},
         trained_parameters=loaded.trained_parameters,
         total_parameters=loaded.total_parameters,
@@ -194,7 +204,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:
     """Return the sealed plan of `federation` over the model `source`, and the tensors of version 0."""
     loaded = load_model(source, federation)
-    return seal(loaded, federation), read_trainable(loaded)
+    return seal(loaded, federation), version_zero(loaded)
+
+
+def version_zero(loaded: LoadedModel) -> State:
+    """Return the tensors that a federation over a model as it was loaded begins with, sorted by name."""
+    zeros = {name: np.zeros(residual.shape, dtype=np.float32) for name, residual in loaded.residuals.items()}
+    return dict(sorted((read_trainable(loaded) | zeros).items()))
 
 
 def read_trainable(loaded: LoadedModel) -> State:
@@ -210,33 +226,39 @@ def read_personal(loaded: LoadedModel) -> State:
 def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Put `state`, the personal tensors with it, into the model.
 
-    RefusedError(rule='state-shape') unless it holds exactly what travels and what stays.
+    RefusedError(rule='state-shape') unless it holds exactly a version's tensors and those that stay.
     """
-    wanted = loaded.trainable | loaded.personal
-    strange = sorted(set(state) ^ set(wanted))
+    stay = {name: tuple(parameter.shape) for name, parameter in loaded.personal.items()}
+    shapes = loaded.shapes | stay
+    strange = sorted(set(state) ^ set(shapes))
     if strange:
-        side = "lacks" if strange[0] in wanted else "has, and this model does not train,"
+        side = "lacks" if strange[0] in shapes else "has, and this model does not train,"
         raise RefusedError(f"the state {side} tensor {strange[0]}", rule="state-shape", hint=_OTHER_PLAN)
-    for name, parameter in wanted.items():
-        if state[name].shape != tuple(parameter.shape):
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
             raise RefusedError(
-                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(parameter.shape)}",
+                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(shape)}",
                 rule="state-shape",
                 hint=_OTHER_PLAN,
             )
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))
+        parameters = loaded.trainable | loaded.personal
+        for name in shapes:
+            values = torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32))
+            if name in loaded.residuals:
+                loaded.residuals[name].apply(values)
+            else:
+                parameters[name].copy_(values)
 
 
 def export(loaded: LoadedModel, out: Path) -> None:
     """Write model and tokenizer to the folder `out`, as `from_pretrained` of the head's class reads them.
 
-    Raises UnavailableError when the folder cannot be written.
+    Adapters are folded into the weights. Raises UnavailableError when the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with quiet(), adapters.folded(loaded.model):
             loaded.model.save_pretrained(out)
             loaded.tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as error:
@@ -245,6 +267,40 @@ def export(loaded: LoadedModel, out: Path) -> None:
 
 
 _OTHER_PLAN = "site and coordinator must share federation.toml and base model"
+
+
+def _choose(
+    model: nn.Module, family: Family, chosen: Sequence[int], federation: FederationConfig
+) -> dict[str, nn.Parameter]:
+    """Put adapters in where the federation wants them, freeze what is not trained, and return what is."""
+    if federation.adapter.used:
+        adapters.attach(model, family, chosen, federation.adapter, seed=federation.federation.seed)
+        trainable = adapters.trained(model, family, federation.adapter)
+    else:
+        parameters = dict(model.named_parameters())
+        names = layers.trainable_names(parameters, family, chosen, full=layers.is_full(federation.layers.plan))
+        trainable = {name: parameters[name] for name in names}
+    model.requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    return trainable
+
+
+def _within(loaded: LoadedModel, names: Iterable[str], blocks: Blocks) -> set[str]:
+    """Those of the federation's tensors `names` that are trained where `blocks` alone of its blocks are."""
+    bare = {name.removeprefix(adapters.PREFIX): name for name in names}
+    found = layers.names_within(bare, loaded.family, loaded.layers, blocks, full=loaded.full)
+    return {bare[name] for name in found}
+
+
+def _check_factors(residuals: Mapping[str, Residual], personal: Sequence[str]) -> None:
+    for residual in residuals.values():
+        kept = set(residual.factors).intersection(personal)
+        if kept:
+            raise ConfigError(
+                f"layers.personal keeps {min(kept)}, which adapter.kind = 'fedex-lora' needs from every site",
+                hint="choose another kind of adapter, or other tensors",
+            )
 
 
 def _for_head(family: Family, task: Task[Any], federation: FederationConfig, folder: Path) -> Family:
@@ -256,73 +312,6 @@ def _for_head(family: Family, task: Task[Any], federation: FederationConfig, fol
             )
         return family.for_text()
     return family if task.head.per_token else family.for_whole()
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer that can be loaded ({type(error).__name__})",
-            hint="copy tokenizer.json and tokenizer_config.json along with the weights",
-        ) from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{folder} has only a slow tokenizer", hint="a tokenizer.json is needed to align words")
-    if tokenizer.pad_token_id is None:
-        # Padding is masked or never seen, so any known token serves; a new one would need a new row of the embeddings.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer has no pad, eos or unk token", hint="give it one of them")
-    return tokenizer
-
-
-def _load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> Any:
-    classes, auto_class = task.classes, getattr(transformers, task.head.auto_class)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    had = tuple(config.id2label.values()) if config.id2label else ()
-    if not task.head.writes:
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {name: index for index, name in enumerate(classes)}
-    if task.head.problem_type is not None:
-        config.problem_type = task.head.problem_type
-    try:
-        model, report = auto_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder}: the weights cannot be read", hint="copy the model again") from error
-    missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
-    lacking = [name for name in missing if not family.is_head(name)]
-    if lacking:
-        raise ConfigError(
-            f"{folder}: {len(lacking)} tensors of the model are missing or of another shape, {lacking[0]} first",
-            hint="weights and config.json belong to different models, or the copy is incomplete",
-        )
-    # A head for other classes is drawn anew; a pooler knows no classes, and stays where the checkpoint has it.
-    lost = [part for part in family.head_parts if any(name.startswith(f"{part}.") for name in missing)]
-    if family.head and had != classes and family.head not in lost:
-        lost.insert(0, family.head)
-    _seed_parts(model, lost, model.config.initializer_range, seed)
-    return model
-
-
-def _seed_parts(model: nn.Module, parts: Sequence[str], spread: float, seed: int) -> None:
-    """Draw the linear layers in `parts` as the library would, but from a generator of their own; biases are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    linears = (module for part in parts for module in model.get_submodule(part).modules())
-    with torch.no_grad():
-        for linear in linears:
-            if isinstance(linear, nn.Linear):
-                linear.weight.normal_(0.0, spread, generator=generator)
-                if linear.bias is not None:
-                    linear.bias.zero_()
 
 
 def _check_length(max_length: int, config: Any, folder: Path) -> None:
@@ -342,17 +331,3 @@ def _check_frozen(loaded: LoadedModel, federation: FederationConfig, folder: Pat
             rule="frozen-weights",
             hint="copy the base model that the federation uses, or mend model.frozen_sha256",
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from announcing a fresh head and from drawing progress bars; restores both."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

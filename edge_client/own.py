@@ -59,6 +59,7 @@ class Own:
 
     def keep(self, file: Path, update_id: str) -> None:
         """Make a copy of `file` durable; it counts from the moment in which that update is sealed."""
+        self.prune()  # attempts that found the disk full
         with file.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
             source.seek(0)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from edge_client.privacy.ledger import Charge, Limit, Spent
 from shared.config import FederationConfig, LocalLayersSection, SiteConfig
 from shared.plan import SealedPlan
 
@@ -67,6 +68,9 @@ class Train(_Frame):
     out: Path
     own: Path | None = None
     """What stayed here after the update before."""
+    so_far: tuple[Charge, ...] = ()
+    """What trainings have cost this site's records; of a private federation, as are the limits."""
+    limits: tuple[Limit, ...] = ()
 
 
 class Evaluate(_Frame):
@@ -134,6 +138,8 @@ class Trained(_Frame):
     metrics: dict[str, float]
     own: Path | None = None
     """Beside the delta: what stays here; None where nothing does."""
+    spent: Spent | None = None
+    """What it cost; None without privacy."""
 
 
 class Evaluated(_Frame):

@@ -19,6 +19,8 @@ from typing import Self, TypeVar
 import structlog
 
 from edge_client import pipe
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError, UnavailableError
 
@@ -59,6 +61,8 @@ class WorkerClient:
     `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. `own` gives
     the file of what stayed at the site after its newest update, or None.
     """
+
+    standing = Standing()
 
     def __init__(
         self,
@@ -104,16 +108,28 @@ class WorkerClient:
         return await self._ask(self._load.model_copy(update={"initial": initial}), pipe.Loaded)
 
     async def train(
-        self, state: Path, base_version: int, out: Path, *, on_progress: Progress = lambda _share, _loss: None
+        self,
+        state: Path,
+        base_version: int,
+        out: Path,
+        *,
+        on_progress: Progress = lambda _share, _loss: None,
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
         """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
 
-        What stays here goes to a file beside it. When the worker dies, training begins anew from the same seed, so that
-        the delta is the same. Cancelling ends the worker; the next request starts another. Raises RefusedError when
-        training diverged or the state does not fit, CorruptError when what stayed here is spoilt, UnavailableError when
-        the worker dies again and again or the disk is full.
+        What stays here goes to a file beside it. When the worker dies, training begins anew: from the same seed, so
+        that the delta is the same, and in a private federation with noise of its own. There `so_far` is what trainings
+        have cost and `limits` what they may come to; of a worker that died nothing has come out, so it has cost
+        nothing. Cancelling ends the worker; the next request starts another. Raises RefusedError when training
+        diverged, the state does not fit, or a limit would be passed (rule 'privacy-budget', before it begins),
+        CorruptError when what stayed here is spoilt, UnavailableError when the worker dies again and again or the disk
+        is full.
         """
-        request = pipe.Train(state=state, base_version=base_version, out=out, own=self._own())
+        request = pipe.Train(
+            state=state, base_version=base_version, out=out, own=self._own(), so_far=so_far, limits=limits
+        )
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:

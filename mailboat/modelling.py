@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mailboat.console import measure_title
-from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
+from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import Manifest
@@ -93,16 +93,21 @@ def of_site(config: SiteConfig) -> Subject:
     return Subject(config.storage, federation, states[-1], config.model_dir or federation.model.base, config.name)
 
 
-def export_state(subject: Subject, out: Path) -> tuple[str, ...]:
+def export_state(subject: Subject, out: Path, *, merged: bool = False) -> tuple[str, ...]:
     """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
 
+    A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
     Return the names of the tensors that stay at their sites: those in `out` are the site's own, or, when the subject is
     a coordinator's, as everybody begins with them.
     """
+    loaded = _with_state(subject)
+    from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
-    loaded = _with_state(subject)
-    export(loaded, out)
+    if subject.federation.adapter.used and not merged:
+        write_adapters(loaded, subject.federation.model, out)
+    else:
+        export(loaded, out)
     return tuple(loaded.personal)
 
 
@@ -112,8 +117,8 @@ def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
-    """Score the model in `folder` on the notes under `notes`."""
-    return _score(_load(folder, federation), federation, notes, skip_bad=skip_bad)
+    """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
+    return _score(_load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
 
 
 def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -124,6 +129,21 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
             f"the package {error.name} is not installed here", hint="pip install 'mailboat[edge]'"
         ) from None
     return load_model(source, federation)
+
+
+def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
+    """What `export_state` wrote, in either form."""
+    if not federation.adapter.used:
+        return _load(folder, federation)
+    if not (folder / "adapter_config.json").exists():
+        # The adapters are in the weights, which are thus not those that everybody started from.
+        whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
+        return _load(folder, federation.model_copy(update=whole))
+    loaded = _load(federation.model.base, federation)
+    from edge_client.adapter_folder import read_adapters
+
+    read_adapters(loaded, folder)
+    return loaded
 
 
 def _with_state(subject: Subject) -> LoadedModel:

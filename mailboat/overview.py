@@ -34,6 +34,9 @@ class SiteRow:
     dropped: int
     blocks: int | None = None
     """Blocks that it trains, where these are not all of the plan's."""
+    epsilon: float | None = None
+    """What its trainings have cost each of its records by now, by its own ledger; None without privacy."""
+    delta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ def _row(name: str, summary: SiteSummary | None, live: SiteStatus | None, *, run
         rejected=summary.rejected if summary else 0,
         dropped=summary.dropped if summary else 0,
         blocks=int(live.metrics[BLOCKS]) if live and BLOCKS in live.metrics else None,
+        epsilon=live.metrics.get("epsilon") if live else None,
+        delta=live.metrics.get("delta") if live else None,
     )
 
 

@@ -88,6 +88,10 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
     """Yield the lines that tell a person what will be trained, and what it saves."""
     blocks = ", ".join(map(str, plan.layers))
     yield f"plan        {federation.layers.plan}: blocks {blocks} of 0 to {plan.depth - 1} in {plan.architecture}"
+    if federation.adapter.used:
+        adapter = federation.adapter
+        linears = ", ".join(adapter.targets) or "all linear layers"
+        yield f"adapters    {adapter.kind} of rank {adapter.rank} on {linears} of these blocks, times {adapter.scale:g}"
     yield (
         f"parameters  {plan.trained_parameters:,} trained of {plan.total_parameters:,}: "
         f"{plan.saving:.1%} of the model never travels"
@@ -95,6 +99,11 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
     if plan.personal:
         count = sum(prod(shape) for shape in plan.personal.values())
         yield f"personal    {count:,} more parameters in {len(plan.personal)} tensors are trained and stay at each site"
+    if plan.residuals:
+        yield (
+            f"residuals   {plan.residual_parameters:,} numbers more go to the sites with each version, not back: what "
+            "averaging the factors loses"
+        )
     lowest = plan.layers[0]
     if lowest:
         yield f"prefix      below block {lowest} all is frozen: a site computes it once for its notes"

@@ -16,6 +16,7 @@ from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.training import Standing
 from edge_client.worker import Worker
 from mailboat.sealing import INITIAL, seal
 from shared import durable
@@ -34,6 +35,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 class WorkerHere:
     """The real worker of one site, called directly instead of through a pipe; `loaded` is what it found."""
+
+    standing = Standing()
 
     def __init__(self, config: SiteConfig, federation: FederationConfig, own: Callable[[], Path | None]) -> None:
         self._worker = Worker(lambda _: None)

@@ -23,16 +23,22 @@ def export(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")],
     version: Annotated[int | None, typer.Option(help="Which version; the newest when not given.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Fold adapters into the weights, and write the whole model.")
+    ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
     site: Annotated[Path | None, _SITE] = None,
 ) -> None:
-    """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained."""
+    """Write a version as a Hugging Face model folder, for from_pretrained of transformers.
+
+    Where the federation trains adapters, these alone are written, for PeftModel.from_pretrained.
+    """
     from mailboat import modelling
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
     subject = _subject(config, site, version)
-    personal = modelling.export_state(subject, out)
+    personal = modelling.export_state(subject, out, merged=merged)
     console.say(f"{subject.title} (state {subject.state.file_sha256[:12]}) written to {out}")
     if personal:
         whose = f"{subject.site}'s own" if subject.site else "as every site began with them: each site keeps its own"
@@ -46,7 +52,7 @@ def evaluate(
         int | None, typer.Option(help="A version of this federation; the newest when not given.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A model's folder instead, such as `mailboat export` writes.")
+        Path | None, typer.Option(help="A folder instead, with a model or adapters, such as `mailboat export` writes.")
     ] = None,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
     federation_file: Annotated[

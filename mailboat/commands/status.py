@@ -66,8 +66,9 @@ def _table(overview: Overview) -> Table:
     for name in ("site", "here", "doing"):
         table.add_column(name, no_wrap=True)
     shallow = any(site.blocks is not None for site in overview.sites)
+    private = any(site.epsilon is not None for site in overview.sites)
     counts = ("merged", "waiting", "refused", "outbox", "up MB", "down MB")
-    for name in ("version", *(["blocks"] if shallow else []), *counts):
+    for name in ("version", *["blocks"] * shallow, *counts, *["epsilon"] * private):
         table.add_column(name, justify="right", no_wrap=True)
     for site in overview.sites:
         doing = site.phase or "-"
@@ -82,5 +83,6 @@ def _table(overview: Overview) -> Table:
             *(str(count) for count in (site.merged, site.waiting, site.rejected + site.dropped, site.outbox)),
             f"{site.bytes_up / 1e6:.1f}",
             f"{site.bytes_down / 1e6:.1f}",
+            *["-" if site.epsilon is None else f"{site.epsilon:.3g}"] * private,
         )
     return table

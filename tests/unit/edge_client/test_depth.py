@@ -10,7 +10,7 @@ import torch
 
 from edge_client.depth import Depth, _kept_bytes, choose_depth, measures
 from edge_client.layers import FAMILIES, names_within
-from edge_client.model import Blocks, LoadedModel, load_model, read_trainable, train_only
+from edge_client.model import Blocks, LoadedModel, load_model, read_trainable, train_only, version_zero
 from edge_client.trainer import Dataset, make_dataset, train
 from shared.config import LocalLayersSection
 from shared.errors import ConfigError
@@ -113,6 +113,17 @@ def test_an_update_holds_what_was_trained_here(loaded: LoadedModel) -> None:
     assert moved == set(result.delta)
     again = train_only(shallow, (1, 2, 3))
     assert set(train(again, before, dataset(again), FEDERATION.training, seed=1).delta) == set(before)
+
+
+def test_adapters_are_trained_to_a_depth_too(folder: Path) -> None:
+    """Of the adapters in three blocks those of the topmost are trained, and the head; the rest is not in the delta."""
+    federation = tiny.federation(layers={"plan": "top:3"}, adapter={"kind": "lora", "rank": 2})
+    loaded = train_only(load_model(folder, federation), (3,))
+    begin = version_zero(loaded)
+    delta = train(loaded, begin, dataset(loaded), federation.training, seed=1).delta
+    assert {name.split(".")[4] for name in delta if ".layers." in name} == {"3"}
+    assert len(delta) == 2 * 7 + 2
+    assert len(begin) == 3 * 2 * 7 + 2
 
 
 def test_kept_states_stay_right_while_blocks_above_them_change(loaded: LoadedModel) -> None:

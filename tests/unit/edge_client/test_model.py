@@ -98,6 +98,19 @@ def test_personal_tensors_are_trained_and_not_in_the_state(folders: dict[str, Pa
     assert np.all(read_personal(loaded)["score.bias"] == 1)
 
 
+def test_the_b_s_of_adapters_can_stay(folders: dict[str, Path]) -> None:
+    """With them personal only A's and the head travel (FedSA-LoRA); where all need both, that is an error."""
+    adapter = {"kind": "lora", "rank": 2}
+    plan, state = seal_plan(tiny.federation(layers={"personal": ["*.lora_B.*"]}, adapter=adapter), folders["llama"])
+    assert {name.rsplit(".", 2)[1] for name in plan.personal} == {"lora_B"}
+    assert {name.rsplit(".", 2)[1] for name in state} == {"lora_A", "score"}
+    with pytest.raises(ConfigError, match="fedex-lora"):
+        seal_plan(
+            tiny.federation(layers={"personal": ["*.lora_B.*"]}, adapter={**adapter, "kind": "fedex-lora"}),
+            folders["llama"],
+        )
+
+
 def test_the_full_plan_trains_the_embeddings_too(folders: dict[str, Path]) -> None:
     """Under `all` nothing is frozen and nothing is saved."""
     plan, _ = seal_plan(tiny.federation(layers={"plan": "all"}), folders["llama"])

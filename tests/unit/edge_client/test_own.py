@@ -33,7 +33,7 @@ def seal(outbox: Outbox, update_id: str, value: float, *, fails: bool = False) -
     if fails:
         outbox.own.keep(file, update_id)
         raise NoRoomError("the disk is full", hint="")
-    outbox.seal(writer_of(tensors_of()), build, file)
+    outbox.seal(writer_of(tensors_of()), build, own=file)
 
 
 def head(storage: Path) -> float | None:
