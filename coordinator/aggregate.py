@@ -22,19 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
+from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
 from coordinator.merging import MergePlan, MergeResult, PlannedContribution
 from coordinator.optimizers import SLOTS, server_step
 from coordinator.residual import correct
 from coordinator.robust import trimmed, trimmed_mean
+from coordinator.selection import next_blocks
 from shared.codec import SPAN, encode_file, group_size
 from shared.config import AggregationSection, FederationConfig
 from shared.errors import CorruptError
 from shared.manifest import Manifest, StateFacts
-from shared.plan import SealedPlan
+from shared.plan import BLOCKS_KEY, Blocks, SealedPlan, blocks_from
 from shared.reader import TensorReader
 from shared.slices import FileSummary, FrameWriter
-from shared.store import FrameStore
+from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array, Shape
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -68,9 +69,10 @@ def merge(
     """
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
-    metadata = partial(file_metadata, plan.version, sealed, federation)
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
+        blocks = _next_blocks(plan, updates, old_master, sealed, federation)
+        metadata = partial(file_metadata, plan.version, sealed, federation, blocks=blocks)
         # Without slot files, as at version 0, the slots are zero.
         begun = plan.base_version > 0
         old_slots = [
@@ -98,7 +100,7 @@ def merge(
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
     with open_own(master_path(masters, plan.version), shapes) as tensors:
-        manifest = publish(states, plan.version, tensors, sealed, federation, created=created)
+        manifest = publish(states, plan.version, tensors, sealed, federation, created=created, blocks=blocks)
     progress(1.0)
     return MergeResult(manifest, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]))
 
@@ -111,14 +113,16 @@ def publish(
     federation: FederationConfig,
     *,
     created: float | None = None,
+    blocks: Blocks | None = None,
 ) -> Manifest:
     """Seal the published state of a version, in the downlink's codec, and return its manifest.
 
-    The transfer id is the head of the file's SHA-256, so that equal states have equal ids. Errors as `merge`.
+    `blocks` are those to be trained from it, where importance chooses. The transfer id is the head of the file's
+    SHA-256, so that equal states have equal ids. Errors as `merge`.
     """
     codec = federation.codec.down
     frames = FrameWriter(
-        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state")),
+        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state", blocks=blocks)),
         group=group_size(codec),
         slice_size=federation.codec.slice_kib * 1024,
     )
@@ -142,14 +146,31 @@ def publish(
     return states.seal(frames, build).manifest
 
 
-def file_metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
+def file_metadata(
+    version: int, sealed: SealedPlan, federation: FederationConfig, kind: str, *, blocks: Blocks | None = None
+) -> dict[str, str]:
     """What a file of ours says of itself in its header; `kind` is state, master, or the name of a slot."""
-    return {
+    chosen = {} if blocks is None else {BLOCKS_KEY: ",".join(map(str, blocks))}
+    return chosen | {
         "mailboat.federation": federation.federation.name,
         "mailboat.fingerprint": sealed.fingerprint,
         "mailboat.kind": kind,
         "mailboat.version": str(version),
     }
+
+
+def _next_blocks(
+    plan: MergePlan, updates: FrameStore, old_master: TensorFile, sealed: SealedPlan, federation: FederationConfig
+) -> Blocks | None:
+    kept = ((part.denominator, _kept(updates, part.update_id)) for part in plan.contributions)
+    votes = ((weight, stored.manifest.update.metrics) for weight, stored in kept)
+    return next_blocks(
+        blocks_from(old_master.metadata),
+        votes,
+        base_version=plan.base_version,
+        rechoose=federation.layers.rechoose,
+        sealed=sealed,
+    )
 
 
 def _means(
@@ -221,14 +242,19 @@ def _add(
 
 def _reader(store: FrameStore, transfer_id: str) -> TensorReader:
     """Open a transfer; its manifest, too, is in memory only while it is read."""
+    found = _kept(store, transfer_id)
+    # Each frame is compared with its hash: what was accepted, and nothing that the disk made of it, is merged.
+    return TensorReader(found.manifest, found.read_frame, verify=False)
+
+
+def _kept(store: FrameStore, transfer_id: str) -> Stored:
     found = store.get(transfer_id)
     if found is None:
         raise CorruptError(
             f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
             hint="restore the folder from a backup",
         )
-    # Each frame is compared with its hash: what was accepted, and nothing that the disk made of it, is merged.
-    return TensorReader(found.manifest, found.read_frame, verify=False)
+    return found
 
 
 def _step(

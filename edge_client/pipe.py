@@ -39,8 +39,8 @@ class Load(_Frame):
     threads: int
     site: str
     limits: LocalLayersSection = LocalLayersSection()
-    blocks: tuple[int, ...] | None = None
-    """The blocks to train, where that was decided before; else `limits` decide."""
+    depth: int | None = None
+    """How many blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
 
@@ -97,10 +97,10 @@ class Loaded(_Frame):
 
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
-    blocks: tuple[int, ...]
-    """Those of the plan's blocks that are trained here."""
+    depth: int
+    """How many blocks are trained here at a time."""
     limit: str
-    """The site's limit that allows no more of them; empty when all are trained."""
+    """The site's limit that allows no more; empty when none does."""
     examples: int
     """Examples that are trained on, as the task counts them; the weight of this site's updates."""
     notes: int

@@ -186,8 +186,8 @@ class WorkerClient:
             raise _raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         if isinstance(answer, pipe.Loaded):
-            # One that is started again trains the same blocks, so that an update can be trained anew bit for bit.
-            self._load = self._load.model_copy(update={"blocks": answer.blocks})
+            # One that is started again trains as deep, so that an update can be trained anew bit for bit.
+            self._load = self._load.model_copy(update={"depth": answer.depth})
             self._ready = True
         return answer
 

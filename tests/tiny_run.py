@@ -66,6 +66,7 @@ def write_tiny(
     *,
     sites: int = 2,
     mode: str = "sync",
+    versions: int = 2,
     federation: str = "",
     locals_: Mapping[str, str] | None = None,
 ) -> None:
@@ -75,7 +76,7 @@ def write_tiny(
     """
     tiny.save_model(root / "model", "llama")
     (root / "federation.toml").write_text(
-        f'[federation]\nname = "tiny"\nversions = 2\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
+        f'[federation]\nname = "tiny"\nversions = {versions}\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
         f'[task]\nmax_length = 32\n[codec]\nup = "f32"\ndown = "f32"\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {sites}\n{federation}'
     )

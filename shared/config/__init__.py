@@ -7,10 +7,12 @@ and `privacy`); its canonical hash goes into the fingerprint that every manifest
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
 from shared.config.learning import (
+    IMPORTANCE_PLAN,
     AdapterKind,
     AdapterSection,
     CodecName,
     CodecSection,
+    ImportanceName,
     LayersSection,
     ModelSection,
     StateCodecName,
@@ -41,6 +43,7 @@ from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "IMPORTANCE_PLAN",
     "AdapterKind",
     "AdapterSection",
     "AdmissionSection",
@@ -52,6 +55,7 @@ __all__ = [
     "DataSection",
     "FederationConfig",
     "FederationSection",
+    "ImportanceName",
     "LayersSection",
     "LinkSection",
     "LocalLayersSection",

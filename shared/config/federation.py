@@ -80,6 +80,14 @@ class FederationConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scores_are_private(self) -> Self:
+        if self.privacy is not None and self.layers.by_importance:
+            raise ValueError(
+                '[layers] plan = "importance:N" tells gradients of notes without noise, which [privacy] forbids'
+            )
+        return self
+
     @property
     def config_sha256(self) -> str:
         """SHA-256 of the canonical JSON of all that must agree: everything but where the base model lies."""
