@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
-_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95}
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
+_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95, "topk2x4": 0.95}
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
-"""A model of which one value in 64 is known is none: topk2 is for updates."""
+"""A model of which one value in 64 is known is none: the sparse codecs are for updates."""
 
 
 class ModelSection(Section):
@@ -56,8 +56,8 @@ class CodecSection(Section):
     up: CodecName = "bf16"
     down: StateCodecName = "bf16"
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for topk2 and
-    0, which keeps nothing, for the others."""
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for the sparse
+    ones and 0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 

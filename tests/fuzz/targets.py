@@ -369,7 +369,7 @@ TARGETS: dict[str, Target] = {
             Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2)
             for codec in get_args(CodecName)
         ),
-        *(_parts_target(codec) for codec in ("int8", "int4", "topk2")),
+        *(_parts_target(codec) for codec in ("int8", "int4", "topk2", "topk2x4")),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig
+from shared.config import CodecName, CoordinatorConfig, FederationConfig, Section, SiteConfig
 from shared.configfile import load_config, parse_config
 from shared.errors import ConfigError
 
@@ -164,7 +164,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
-            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4' or 'topk2'",
+            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4', 'topk2' or 'topk2x4'",
         ),
         (
             FederationConfig,
@@ -204,9 +204,9 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_feedback_follows_from_the_codec() -> None:
-    """topk2 keeps 95 % of what it left out, the others nothing, unless the file says otherwise."""
-    decays = {up: _federation(codec={"up": up}).codec.decay for up in ("f32", "bf16", "int8", "int4", "topk2")}
-    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95}
+    """The sparse codecs keep 95 % of what they left out, the others nothing, unless the file says otherwise."""
+    decays = {up: _federation(codec={"up": up}).codec.decay for up in get_args(CodecName)}
+    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95, "topk2x4": 0.95}
     assert _federation(codec={"up": "int4", "feedback": 1.0}).codec.decay == 1
     assert _federation(codec={"up": "topk2", "feedback": 0.0}).codec.decay == 0
 
