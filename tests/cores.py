@@ -129,7 +129,8 @@ class CoordinatorBench:
     def merged(self, decision: d.Decision) -> d.Decision:
         """The merge that a decision started is done."""
         (merge,) = jobs(decision, d.Merge)
-        result = MergeResult(make_state(self.plan, merge.plan.version), digest(f"master {merge.plan.version}"), None)
+        version, parts = merge.plan.version, merge.plan.recorded()
+        result = MergeResult(make_state(self.plan, version), digest(f"master {version}"), None, parts)
         return self.handle(d.Merged(merge.plan, result))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import decisions as d
+from coordinator.arrivals import DAMAGED_RETRY_S
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import discard_rejected, discard_uncommitted
@@ -16,7 +17,6 @@ from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.records import Opened, VersionCommitted
 from coordinator.renewals import Offers
-from coordinator.service import DAMAGED_RETRY_S
 from shared import durable
 from shared.config import CoordinatorConfig
 from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
@@ -323,7 +323,7 @@ class CoordinatorMachine(Machine):
         durable.replace_atomic(master_path(self.masters, plan.version), master)
         state = self._publish(plan.version, master)
         prune_masters(self.masters, {plan.base_version, plan.version})
-        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None)
+        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, plan.recorded())
         self.later(0.01, self.decide, d.Merged(plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:
