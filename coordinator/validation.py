@@ -50,7 +50,7 @@ def check_validator(federation: FederationConfig, validator: Validator | None) -
     quality = federation.aggregation.quality
     if quality != "none" and validator is None:
         raise ConfigError(
-            f'aggregation.quality = "{quality}" weighs updates by a loss, and this coordinator has no notes to measure it',
+            f'aggregation.quality = "{quality}" weighs updates by a loss, and there are no notes here to measure it',
             hint="name a folder of annotated notes in coordinator.toml: [validation] notes = ...",
         )
 

@@ -58,6 +58,13 @@ class Evaluate(_Frame):
     notes: Path | None
 
 
+class Measure(_Frame):
+    """Measure the loss of a state on the notes that were loaded to train on."""
+
+    kind: Literal["measure"] = "measure"
+    state: Path
+
+
 class Export(_Frame):
     """Write the whole model with a state in it to a folder, in Hugging Face's layout."""
 
@@ -66,7 +73,7 @@ class Export(_Frame):
     out: Path
 
 
-Request = Load | Train | Evaluate | Export
+Request = Load | Train | Evaluate | Measure | Export
 
 
 class Loaded(_Frame):
@@ -119,6 +126,13 @@ class Evaluated(_Frame):
     labels: dict[str, dict[str, float]]
 
 
+class Measured(_Frame):
+    """The mean loss; None where it is infinite or no number."""
+
+    kind: Literal["measured"] = "measured"
+    loss: float | None
+
+
 class Exported(_Frame):
     """The model is in its folder."""
 
@@ -135,7 +149,7 @@ class Failed(_Frame):
     rule: str
 
 
-Answer = Loaded | Progress | Notice | Trained | Evaluated | Exported | Failed
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Measured | Exported | Failed
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

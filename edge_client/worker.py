@@ -7,6 +7,7 @@ does not hold up the link, and so that the kernel, when memory runs out, ends it
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import queue
 import signal
@@ -26,7 +27,16 @@ from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
-from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
+from edge_client.trainer import (
+    EVALUATION_BATCH,
+    Dataset,
+    evaluate,
+    make_dataset,
+    mean_loss,
+    round_section,
+    round_seed,
+    train,
+)
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
 
@@ -63,6 +73,8 @@ class Worker:
                     return self._train(request)
                 case pipe.Evaluate():
                     return self._evaluate(request)
+                case pipe.Measure():
+                    return self._measure(request)
                 case pipe.Export():
                     return self._export(request)
                 case _:
@@ -129,6 +141,11 @@ class Worker:
         data = self._held_out if request.notes is None else self._others(request.notes)
         apply_state(self._loaded, read_state(request.state))
         return _scored(evaluate(self._loaded, data))
+
+    def _measure(self, request: pipe.Measure) -> pipe.Measured:
+        apply_state(self._loaded, read_state(request.state))
+        loss = mean_loss(self._loaded, self._training)
+        return pipe.Measured(loss=loss if math.isfinite(loss) else None)
 
     def _export(self, request: pipe.Export) -> pipe.Exported:
         apply_state(self._loaded, read_state(request.state))

@@ -15,6 +15,7 @@ from shared.config.machine import (
     LinkSection,
     LocalTrustSection,
     SiteConfig,
+    ValidationSection,
 )
 from shared.config.merging import (
     AggregationSection,
@@ -57,4 +58,5 @@ __all__ = [
     "TaskSection",
     "TrainingSection",
     "TrustSection",
+    "ValidationSection",
 ]

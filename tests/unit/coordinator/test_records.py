@@ -137,7 +137,6 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
         (changed("accepted", norm=float("inf")), "field norm"),
         (changed("accepted", file_sha256="F1" * 32), "field file_sha256"),
         (changed("validated", loss=float("nan")), "field loss"),
-        (changed("validated", loss=1), "field loss"),
         (changed("rejected", rule="Bad Rule"), "field rule"),
         (changed("opened", state="text"), "field state"),
         (changed("committed", contributions=[{"site": "a"}]), "field contributions.0.update_id"),
