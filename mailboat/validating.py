@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from shared.config import CoordinatorConfig, DataSection, FederationConfig, SiteConfig, ValidationSection
+from shared.config import CoordinatorConfig, DataSection, FederationConfig, SiteConfig
 from shared.errors import ConfigError
 from shared.plan import SealedPlan
 
@@ -30,14 +30,15 @@ async def validator_for(
     Raises ConfigError when PyTorch is missing, when model or notes cannot serve, or when the model is another than the
     sealed plan's; UnavailableError when the worker cannot be kept alive.
     """
-    if federation.aggregation.quality == "none" or config.validation is None:
+    site = _as_site(config)
+    if federation.aggregation.quality == "none" or site is None:
         yield None
         return
     if find_spec("torch") is None:
         raise ConfigError("the package torch is not installed here", hint="pip install 'mailboat[edge]'")
     from edge_client.worker_client import WorkerClient
 
-    async with WorkerClient(_as_site(config, config.validation), federation) as worker:
+    async with WorkerClient(site, federation) as worker:
         loaded = await worker.load()
         if loaded.plan.fingerprint != plan.fingerprint:
             raise ConfigError(
@@ -47,8 +48,11 @@ async def validator_for(
         yield worker
 
 
-def _as_site(config: CoordinatorConfig, section: ValidationSection) -> SiteConfig:
-    """What the worker needs to know, in the words of a site's file."""
+def _as_site(config: CoordinatorConfig) -> SiteConfig | None:
+    """What the worker needs to know, in the words of a site's file; None without notes."""
+    section = config.validation
+    if section.notes is None:
+        return None
     return SiteConfig(
         name=NAME,
         federation=config.federation,

@@ -86,8 +86,8 @@ class AdmissionSection(Section):
 class ValidationSection(Section):
     """Annotated notes of the coordinator's operator, by which updates are weighed ([aggregation] quality)."""
 
-    notes: Path
-    """They stay on this machine; of an update, its loss on them is told."""
+    notes: Path | None = None
+    """They stay on this machine; of an update, its loss on them is told. None: no loss is measured here."""
     skip_bad: bool = False
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""
@@ -104,7 +104,7 @@ class CoordinatorConfig(Section):
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
     admission: AdmissionSection = AdmissionSection()
-    validation: ValidationSection | None = None
+    validation: ValidationSection = ValidationSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     spool_mib: int = Field(default=0, ge=0)

@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
 COORDINATOR = 'federation = "federation.toml"\nstorage = "data"\n'
+AGGREGATION = '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\n'
 SITE = 'name = "north"\nfederation = "f.toml"\nstorage = "s"\n[data]\nnotes = "notes"\n'
 
 
@@ -136,6 +137,47 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            AGGREGATION + 'rule="kurm"',
+            "aggregation.rule: Input should be 'mean', 'ca2fl', 'median', 'trimmed-mean', 'krum' or 'multi-krum'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="loss"',
+            "aggregation.quality: Input should be 'none', 'exp-loss' or 'size-exp-loss'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'mode="fedbuff"\nrule="krum"\nbuffer=4',
+            'aggregation: rule = "krum" judges 5 updates or more (2 byzantine + 3), and buffer = 4',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nclip_norm=1.0',
+            'aggregation: clip_norm has no meaning with rule = "ca2fl"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nrule="median"',
+            'aggregation: quality = "exp-loss" weighs a mean: it needs rule = "mean"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nmode="fedasync"',
+            'aggregation: quality = "exp-loss" weighs a mean',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nmode="fedasync"',
+            'aggregation: rule = "ca2fl" needs several updates',
+        ),
+        (FederationConfig, AGGREGATION + "temperature=0", "aggregation.temperature: Input should be greater than 0"),
+        (
+            CoordinatorConfig,
+            COORDINATOR + "[validation]\nnote = 'n'",
+            "unknown key validation.note: did you mean notes?",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\noptimizer="adm"',
             "aggregation.server.optimizer: Input should be 'sgd', 'momentum', 'nesterov', 'adam', 'yogi', 'fadas' or",
         ),
@@ -223,6 +265,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "mode": "fedasync",
         "optimizer": "momentum",
         "rule": "median",
+        "quality": "exp-loss",
         "sites": ["a"],
         "labels": ["x"],
         "frozen_sha256": "0" * 64,
