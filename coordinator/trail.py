@@ -95,13 +95,15 @@ class Trail:
         """Of updates that are not merged yet."""
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart."""
+        self.answered: set[str] | None = set()
+        """Sites whose update was rejected or kept apart since the newest version; None when that is not known."""
         self.substituted: Substituted | None = None
         """What was said of the version of the next row."""
         self.finished = False
 
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
-        self.version, self.finished = ledger.version, ledger.finished
+        self.version, self.finished, self.answered = ledger.version, ledger.finished, None
         for version, state in ledger.states.items():
             files = ledger.files[version]
             self.versions[version] = RecordedVersion(
@@ -214,6 +216,7 @@ class Trail:
             return
         known = Known(record.site, record.manifest_sha256, "rejected", record.rule, record.detail)
         self.known[record.update_id] = known
+        self._answer(record.site)
 
     def _waiting(self, record: Validated | Quarantined | Released | Dropped) -> Iterator[Broken]:
         match record:
@@ -232,6 +235,7 @@ class Trail:
             yield "not-pending", f"update {record.update_id} is kept apart, but was not waiting"
             return
         self.quarantined[record.update_id] = held
+        self._answer(held.site)
         self.known[record.update_id].rule, self.known[record.update_id].detail = record.rule, record.detail
 
     def _released(self, record: Released) -> Iterator[Broken]:
@@ -282,7 +286,7 @@ class Trail:
         yield from self._round(record.contributions)
         if planned is not None:
             yield from self._counted(record, planned)
-        self.substituted = None
+        self.substituted, self.answered = None, set()
         self._merge(record)
         yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
         self.version = record.version
@@ -297,7 +301,8 @@ class Trail:
             yield "merge-order", "its updates are not the oldest ones waiting, by site, base version and id"
         match section.mode:
             case "sync":
-                fits = len({part.site for part in parts}) >= section.quorum
+                sites = {part.site for part in parts}
+                fits = self.answered is None or len(sites | self.answered) >= section.quorum
             case "fedbuff":
                 fits = 1 <= len(parts) <= section.buffer
             case "fedasync":
@@ -323,6 +328,10 @@ class Trail:
                 return
             planned = choosing(planned, counts)
         yield from miscounted(planned.recorded(), parts)
+
+    def _answer(self, site: str) -> None:
+        if self.answered is not None:
+            self.answered.add(site)
 
     def _merge(self, record: VersionCommitted) -> None:
         for part in record.contributions:

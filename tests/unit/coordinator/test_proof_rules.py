@@ -44,14 +44,23 @@ def each(kind: type[Record], change: Callable[[Any], Sequence[Record]]) -> Edit:
     return lambda record: change(record) if isinstance(record, kind) else [record]
 
 
+def instead(record: Record, other: Record) -> Edit:
+    """One record in the place of another."""
+    return lambda found: [other] if found == record else [found]
+
+
 def test_what_stood_in_for_krum_is_told_once_and_rightly(krum: AuditedRun) -> None:
     """The one version of three updates has its row; without it, of another rule, or of more updates, it is found."""
     told = [record for record in krum.records if isinstance(record, Substituted)]
     assert [(record.version, record.rule, record.updates, record.needed) for record in told] == [(2, "median", 3, 5)]
     assert "substituted" in found(krum, each(Substituted, lambda _record: []))
-    for change in ({"rule": "mean"}, {"updates": 2}, {"version": 1}):
-        changed = each(Substituted, lambda record, change=change: [dataclasses.replace(record, **change)])
-        assert "substituted" in found(krum, changed)
+    (row,) = told
+    for other in (
+        dataclasses.replace(row, rule="mean"),
+        dataclasses.replace(row, updates=2),
+        dataclasses.replace(row, version=1),
+    ):
+        assert "substituted" in found(krum, instead(row, other))
 
 
 def test_a_substitute_where_krum_could_judge_is_found(krum: AuditedRun) -> None:
