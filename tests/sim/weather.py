@@ -198,7 +198,7 @@ def _weather(rng: random.Random, more: random.Random, losses: random.Random) -> 
         failed_writes=some(0.001, 0.01, 0.15, more),
         failed_reads=some(0.001, 0.01, 0.15, more),
         rot=some(0.02, 0.2, 0.2, more),
-        bad_losses=some(0.05, 0.4, 0.4, losses),
+        bad_losses=some(0.1, 0.5, 0.6, losses),
         slow_losses=some(0.05, 0.3, 0.4, losses),
         forgets_retained=some(0.5, 3.0, 0.3, more),
         drop=some(0.01, 0.15),
