@@ -161,9 +161,9 @@ def scenario(seed: int) -> Scenario:
 
 
 def _ruled(federation: FederationConfig, rng: random.Random) -> FederationConfig:
-    """The same with another rule of merging, in one of three worlds that merge several updates at a time."""
+    """The same with another rule of merging, in half of the worlds that merge several updates at a time."""
     section = federation.aggregation
-    if section.mode == "fedasync" or rng.random() > 1 / 3:
+    if section.mode == "fedasync" or rng.random() > 1 / 2:
         return federation
     key, value = rng.choice(
         (("quality", "exp-loss"), ("quality", "size-exp-loss"), ("rule", "ca2fl"), ("rule", "multi-krum"))
