@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.views import VersionView
 from mailboat.console import measure_title
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError
@@ -58,6 +60,27 @@ def export_version(storage: Path, federation: FederationConfig, state: Manifest,
     from edge_client.model import export
 
     export(_with_state(storage, federation, state), out)
+
+
+def export_master(storage: Path, federation: FederationConfig, version: VersionView, out: Path) -> None:
+    """Write the base model with the coordinator's float32 master of a version, which no site was sent.
+
+    ConfigError when its master is no longer here, CorruptError when it is not what the journal recorded.
+    """
+    from edge_client.model import apply_state, export
+
+    path = master_path(storage / "masters", version.version)
+    if not path.exists():
+        raise ConfigError(
+            f"the master of version {version.version} is not here any more",
+            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
+        )
+    if file_sha256(path) != version.master_sha256:
+        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
+    loaded = _load(federation.model.base, federation)
+    with TensorFile(path) as tensors:
+        apply_state(loaded, dict(tensors))
+    export(loaded, out)
 
 
 def score_version(

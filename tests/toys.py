@@ -106,6 +106,7 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
+    down: str = "",
     sealed: bool = False,
     link: str = HASTY,
     urls: Mapping[str, str] = MappingProxyType({}),
@@ -113,7 +114,8 @@ def write_toy(
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `urls` holds another broker URL for some, by name; `extra` follows [aggregation].
+    `urls` holds another broker URL for some, by name; `extra` follows [aggregation]; states travel by `down`, where it is
+    given.
     """
     if sealed:
         kits = Kits(root, "toy")
@@ -127,7 +129,7 @@ def write_toy(
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nslice_kib = {slice_kib}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(

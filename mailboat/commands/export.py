@@ -21,9 +21,16 @@ def export(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")],
     version: Annotated[int | None, typer.Option(help="Which version; the newest when not given.")] = None,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="The coordinator's float32 master, which no site was sent."),
+    ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
 ) -> None:
-    """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained."""
+    """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained.
+
+    It is the published state, as the sites have it: with codec.down = "int8", say, its trained tensors are rounded.
+    """
     from coordinator.views import find_version, load_run
     from mailboat import modelling
     from shared.config import CoordinatorConfig
@@ -34,6 +41,10 @@ def export(
     coordinator = load_config(config, CoordinatorConfig)
     federation = _federation(coordinator.federation)
     chosen = find_version(load_run(coordinator.storage), version)
+    if full_precision:
+        modelling.export_master(coordinator.storage, federation, chosen, out)
+        console.say(f"version {chosen.version} in full precision (master {chosen.master_sha256[:12]}) written to {out}")
+        return
     modelling.export_version(coordinator.storage, federation, chosen.state, out)
     console.say(f"version {chosen.version} (state {chosen.state.file_sha256[:12]}) written to {out}")
 
