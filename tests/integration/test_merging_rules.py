@@ -18,6 +18,7 @@ from shared.config import FederationConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError
 from shared.plan import load_plan
+from tests.commands import call
 from tests.helpers import run_async
 from tests.toys import INITIAL, ToyValidator, toy_coordinator, toy_records, toy_site, write_toy
 
@@ -93,6 +94,9 @@ def test_every_rule_runs_by_its_name(rule: str, tmp_path: Path, mosquitto_url: s
         assert 2 <= moved <= 3.5
     if rule == "krum":
         assert [sorted(weights(version).values()) for version in versions] == [[0, 0, 0, 0, 1]] * 2
+        left_out = versions[1].contributions[4].update_id
+        shown = call(tmp_path, "audit", "show", left_out).stdout
+        assert "with version 2, which left it out, late by 0, weight 0" in shown
     if rule == "multi-krum":
         assert [weights(version)["site-5"] for version in versions] == [0, 0]
 
