@@ -114,7 +114,7 @@ def write_toy(
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `urls` holds another broker URL for some, by name; `extra` follows [aggregation]; `down` is another codec for states.
+    `urls` holds another broker URL for some, by name; `extra` follows [aggregation]; `down` is the codec of states.
     """
     if sealed:
         kits = Kits(root, "toy")
