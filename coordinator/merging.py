@@ -15,10 +15,10 @@ et al., arXiv 1602.05629, algorithm 1); with p = 0 it is FedBuff (Nguyen et al.,
 stands above the line only: lateness damps the step. Were it below too, a buffer in which all are equally late would
 step as far as a fresh one.
 
-With `quality` the loss l_i that the i-th site's model had on the coordinator's own notes decides as well: w_i = exp(1 -
-l_i) (exp-loss, as Fed-MedLoRA+ is published in code; the 1 falls out) or w_i = n_i^p exp(-l_i / T) (size-exp-loss, as
-its text has it), Li et al., arXiv 2601.22124. Both are formed relative to the lowest loss of the round, as large ones
-would underflow.
+With `quality` the loss l_i that the i-th site's model had on the coordinator's own notes decides as well, as in
+Fed-MedLoRA+ (arXiv 2601.22124): w_i = exp(1 - l_i) (exp-loss, as its code has it; the 1 falls out) or w_i = n_i^p
+exp(-l_i / T) (size-exp-loss, as its text has it). Both are formed relative to the lowest loss of the round, as large
+ones would underflow.
 
 ca2fl: sum_i h_i / N + sum_i s(tau_i) (delta_i - h_i) / K, where h_i is the update of the site that was merged last
 before this round, zero where there is none; N counts the sites that were merged before or are now, K the updates now

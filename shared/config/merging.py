@@ -104,7 +104,7 @@ class AggregationSection(Section):
 
     @property
     def krum_min(self) -> int:
-        """Fewest updates that Krum can judge: 2 f + 3 (Blanchard et al., NIPS 2017, proposition 1)."""
+        """Fewest updates that Krum can judge: 2 f + 3 (Blanchard et al., NIPS 2017)."""
         return 2 * self.byzantine + 3
 
     @model_validator(mode="after")

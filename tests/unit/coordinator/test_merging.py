@@ -70,6 +70,13 @@ def test_fedasync_mixes_by_alpha_and_lateness() -> None:
     assert plan.alpha == 0.6
 
 
+def test_fedasyncs_rate_does_not_wear_off() -> None:
+    """A fresh update of the 50th version mixes by alpha as one of the first does: it is not multiplied up."""
+    section = AggregationSection(mode="fedasync", alpha=0.6)
+    states = {49: STATES[0]}
+    assert weights(plan_merge(50, [accepted("a", base=49, examples=1)], section, states)) == [0.6]
+
+
 def test_recorded_contributions_keep_the_order_of_addition() -> None:
     """What the journal stores names each update once, in the order that the plan was given."""
     updates = [accepted("z", base=1, examples=1), accepted("a", base=0, examples=3)]
