@@ -1,8 +1,8 @@
 """Merging: the files of version v out of the master of version v - 1 and the updates of a round.
 
 Tensor by tensor, in the order of their names: `coordinator.means` says what the updates amount to, the server optimizer
-(`coordinator.optimizers`) moves the master by it. One that no update holds is copied, its slots too. Memory is that of
-a few tensors.
+(`coordinator.optimizers`) moves the master by it, and `coordinator.residual` makes what averaging the factors of
+adapters loses. One that no update holds is copied, its slots too. Memory is that of a few tensors.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
-from coordinator.means import Kept, Progress, means, settled
-from coordinator.merging import MergePlan, MergeResult
+from coordinator.means import Kept, Progress, means, reader_of, settled
+from coordinator.merging import MergePlan, MergeResult, coefficients
 from coordinator.optimizers import SLOTS, server_step
+from coordinator.residual import correct
 from shared.codec import encode_file, group_size
 from shared.config import FederationConfig
 from shared.manifest import Manifest, StateFacts
@@ -68,7 +69,9 @@ def merge(
         for name, mean in means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share)):
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
-            if mean is not None:
+            if name in sealed.residuals:
+                _correct(plan, federation, master, kept, sealed.residuals[name])
+            elif mean is not None:
                 _step(plan, federation, master, mean, slot_values)
             new_master.write(name, master)
             for writer, values in zip(writers, slot_values, strict=True):
@@ -141,3 +144,18 @@ def _step(
         else:
             server = federation.aggregation.server
             server_step(server, master, summed, slots, version=plan.version, late=plan.latest)
+
+
+def _correct(
+    plan: MergePlan, federation: FederationConfig, residual: F32Array, kept: Kept, factors: tuple[str, str]
+) -> None:
+    """Take the updates that hold both factors; the others left the adapter as it was."""
+    a, b = factors
+    ids = [part.update_id for part in plan.contributions]
+    holders = {each for each in ids if {a, b} <= reader_of(kept.updates, each).shapes.keys()}
+    shares, rate = coefficients(plan, holders), federation.aggregation.server.rate
+    readers = ((rate * share, reader_of(kept.updates, each)) for each, share in shares.items())
+    with np.errstate(over="ignore", invalid="ignore"):  # as in `_step`
+        correct(
+            residual, ((share, each.tensor(b), each.tensor(a)) for share, each in readers), federation.adapter.scale
+        )

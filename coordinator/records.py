@@ -309,16 +309,11 @@ def from_bytes(body: bytes) -> Record:
     return from_wire(wire)
 
 
-def acceptance(
-    manifest: Manifest, norm: float, at: float, *, member: bytes | None = None, loss: float | None = None
-) -> Iterator[Record]:
-    """Yield what is written down of the update that this manifest describes when it is accepted.
-
-    `member` is the signed membership of its site, for which the manifest must be signed, and `loss` what was measured.
-    """
-    facts, update_id = manifest.update, manifest.transfer_id
-    yield Accepted(
-        update_id=update_id,
+def accepted_record(manifest: Manifest, norm: float, at: float) -> Accepted:
+    """Return the acceptance of the update that this manifest describes."""
+    facts = manifest.update
+    return Accepted(
+        update_id=manifest.transfer_id,
         site=facts.site,
         base_version=facts.base_version,
         examples=facts.examples,
@@ -327,11 +322,22 @@ def acceptance(
         norm=norm,
         at=at,
     )
+
+
+def acceptance(
+    manifest: Manifest, norm: float, at: float, *, member: bytes | None = None, loss: float | None = None
+) -> Iterator[Record]:
+    """Yield what is written down of the update that this manifest describes when it is accepted.
+
+    `member` is the signed membership of its site, for which the manifest must be signed, and `loss` what was measured.
+    """
+    update_id = manifest.transfer_id
+    yield accepted_record(manifest, norm, at)
     if member is not None:
         seen = manifest.witness
         assert seen is not None, "an update with a membership is signed"
         bare = bare_sha256(manifest)
-        yield Witnessed(update_id, facts.site, bare, seen.seq, seen.head, seen.signature, member, at)
+        yield Witnessed(update_id, manifest.update.site, bare, seen.seq, seen.head, seen.signature, member, at)
     if loss is not None:
         yield Validated(update_id, loss, at)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,16 +55,21 @@ class AuditedRun:
     """
 
     def __init__(
-        self, storage: Path, mode: str, order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order
+        self,
+        storage: Path,
+        mode: str,
+        order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        **settings: Any,
     ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
-            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
-            aggregation=SECTIONS[mode],
-            codec=CodecSection(slice_kib=4),
+            {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
+            **{"aggregation": SECTIONS[mode], "codec": CodecSection(slice_kib=4), **settings},
         )
         self._run = run
         self.federation = run.federation
@@ -91,7 +97,11 @@ class AuditedRun:
         again = self.mode == "ca2fl"
         update = self._run.update(
             f"s{site}" if again else f"s{site}-{version}",
-            {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
+            {
+                name: rng.normal(0, 0.1, shape)
+                for name, shape in self.plan.trained.items()
+                if site or name != "block.0.w"
+            },
             base=version if again else int(rng.integers(0, version + 1)),
             examples=int(rng.integers(1, 1000)),
         )

@@ -22,14 +22,14 @@ from shared.messages import parse_chunk
 from shared.reader import TensorReader
 from shared.tensorfile import F32Array
 from tests.helpers import run_async
-from tests.toys import ToyTrained, toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
 
 VERSIONS = 2
 NAMES = ("a.weight", "b.weight")
 
 
-class Drawing:
-    """A trainer that adds numbers of full precision to whatever state it was sent."""
+class Drawing(ToyTrainer):
+    """Adds numbers of full precision to whatever state it was sent."""
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
@@ -73,7 +73,7 @@ def test_nothing_that_leaves_the_coordinator_is_finer_than_the_rounded_state(
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
-            group.create_task(toy_site(tmp_path / "site-1.toml", trainer=Drawing()))
+            group.create_task(toy_site(tmp_path / "site-1.toml", trainer=Drawing(step=0.0, seconds=0.0, examples=10)))
 
     run_async(everybody(), timeout_s=60)
     chunks: dict[tuple[str, int], bytes] = {}
