@@ -53,6 +53,19 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
+def load_request(config: SiteConfig, federation: FederationConfig) -> pipe.Load:
+    """Return what a worker has to load to train for this site."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+    )
+
+
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
@@ -76,15 +89,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.Load(
-            federation=self._federation,
-            source=str(config.model_dir or self._federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._load = load_request(config, self._federation)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -164,7 +169,7 @@ class WorkerClient:
             if not answered:
                 await self._kill()
         if isinstance(answer, pipe.Failed):
-            raise _raised(answer)
+            raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         self._ready = self._ready or wanted is pipe.Loaded
         return answer
@@ -225,7 +230,8 @@ async def _ended(process: Process) -> int:
         return await process.wait()
 
 
-def _raised(failure: pipe.Failed) -> MailboatError:
+def raised(failure: pipe.Failed) -> MailboatError:
+    """Return the error that a worker met, as it was there."""
     if failure.error == RefusedError.__name__:
         return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
     return _FAMILIES[failure.error](failure.message, hint=failure.hint)
