@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from mailboat.experiment.spec import (
     PLACE,
     BaseSection,
@@ -52,7 +54,7 @@ class Settings(Section):
     method: Method
     seed: int
     stage: Stage
-    site: Patch = {}
+    site: Patch = Field(default_factory=dict)
     clock: ClockSection | None = None
     start: Stage | None = None
     """A federation that is trained first; the cell starts from its last version."""

@@ -50,7 +50,7 @@ class Job:
     """Keys of site.toml, for every site."""
     clock: ClockSection | None = None
     start: Path | None = None
-    """A safetensors file of the trained tensors to start from, instead of the base model's."""
+    """A float32 safetensors file of the trained tensors to start from, instead of the base model's."""
     zero_shot: bool = False
 
 
@@ -140,7 +140,7 @@ class _Run:
         return parse_config({**self.job.site, **fixed, "data": data}, SiteConfig, f"site {name}")
 
     def _load(self, initial: Path) -> SealedPlan:
-        plans = []
+        plans: list[SealedPlan] = []
         for name, config in self._configs.items():
             request = load_request(config, self.job.federation)
             if not plans:
@@ -164,9 +164,7 @@ class _Run:
         clock = self.job.clock
         train_s = UNCLOCKED_S if clock is None else clock.train_s / self._machine(name).speed
         config = self._configs[name]
-        return SiteSide(
-            self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s
-        )
+        return SiteSide(self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s)
 
     # -- the run ---
 

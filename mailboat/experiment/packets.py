@@ -1,4 +1,4 @@
-"""The size on the wire of what would travel: whole PUBLISH packets of MQTT 5 with QoS 1, of real messages and frames."""
+"""The size on the wire of real messages and frames: whole PUBLISH packets of MQTT 5 with QoS 1."""
 
 from __future__ import annotations
 

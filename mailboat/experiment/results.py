@@ -42,7 +42,7 @@ class Result(Section):
     """Experiment, base, name and seed under which it was first made; for people."""
     scores: Annotated[Measures, Field(min_length=1)]
     """On the held-out notes, the measure that models are compared by first."""
-    labels: dict[str, Measures] = {}
+    labels: dict[str, Measures] = Field(default_factory=dict)
     curve: tuple[Point, ...] = ()
     """Scored versions, 0 first where it was scored."""
     versions: int
@@ -58,9 +58,9 @@ class Result(Section):
     """Virtual seconds to the last version."""
     trained_parameters: int
     total_parameters: int
-    sites: dict[str, Measures] = {}
+    sites: dict[str, Measures] = Field(default_factory=dict)
     """For `alone`: each site's own."""
-    metrics: dict[str, Measures] = {}
+    metrics: dict[str, Measures] = Field(default_factory=dict)
     """Each site's last words on its last update (loss, epsilon, ...)."""
     machine: str
     software: str

@@ -25,7 +25,7 @@ from torch import nn
 
 from edge_client.batches import Batch
 from edge_client.data import load_notes
-from edge_client.model import LoadedModel, load_model, read_trainable, seal
+from edge_client.model import load_model, read_trainable, seal
 from edge_client.statefile import write_tensors
 from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_seed
 from mailboat.experiment.federation import Job, Outcome, Tell
@@ -201,10 +201,10 @@ class _Split:
         with self._parted(site, batch) as ends:
             options = {"use_cache": False} if self.loaded.family.causal else {}
             logits = self.loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **options).logits
-            self.loaded.task.loss(logits, batch.targets).backward()
+            self.loaded.task.loss(logits, batch.targets).backward()  # type: ignore[no-untyped-call]
         (sent, received) = ends
         assert received.grad is not None
-        sent.backward(torch.from_numpy(self.wire.gradient(site, received.grad.numpy())))
+        sent.backward(torch.from_numpy(self.wire.gradient(site, received.grad.numpy())))  # type: ignore[no-untyped-call]
         share = self._done / self._steps
         rising = training.warmup * self._steps
         rate = training.lr * min(1 - (1 - FINAL_RATE) * share, (self._done + 1) / max(1.0, rising))

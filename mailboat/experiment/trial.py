@@ -7,10 +7,11 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from edge_client.statefile import read_state, write_tensors
 from mailboat.demo.tasks import find_task
 from mailboat.experiment import splitnn
 from mailboat.experiment.cells import POOLED, Settings, Stage, participants
@@ -18,7 +19,6 @@ from mailboat.experiment.federation import Job, Outcome, Tell, Workers, federate
 from mailboat.experiment.inputs import code_digest
 from mailboat.experiment.results import Result
 from mailboat.experiment.spec import NotesSection
-from shared import durable
 from shared.config import FederationConfig
 
 HELDOUT = "heldout"
@@ -119,7 +119,8 @@ class Bench:
                 notes={site: made / site for site in participants(stage.notes)},
                 heldout=made / HELDOUT,
             )
-            federate(job, self._workers, _part(tell, 0.0, START_SHARE, "first")).state.replace(kept)
+            outcome = federate(job, self._workers, _part(tell, 0.0, START_SHARE, "first"))
+            write_tensors(kept, read_state(outcome.state))
             shutil.rmtree(folder)
         return kept
 
