@@ -200,6 +200,4 @@ def curves_csv(found: Sequence[Row]) -> str:
 
 
 def _short(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "" if value is None else str(round(value, 6))
