@@ -116,10 +116,8 @@ def _line(axes: Axes, found: Sequence[Row], section: PlotSection) -> None:
             )
         for row in rows:
             if row.x is None:
-                label = series or row.name
-                axes.axhline(
-                    _percent(row.score(name))[0], color=style["color"], linestyle=style["linestyle"], label=label
-                )
+                level = _percent(row.score(name))[0]
+                axes.axhline(level, color=style["color"], linestyle=style["linestyle"], label=series)
     if section.x_log:
         axes.set_xscale("log")
         ticks = sorted({row.x for row in found if row.x is not None})
@@ -177,7 +175,7 @@ def _style(place: int) -> dict[str, Any]:
 def _by_series(found: Sequence[Row]) -> dict[str, list[Row]]:
     series: dict[str, list[Row]] = {}
     for row in found:
-        series.setdefault(row.section.series, []).append(row)
+        series.setdefault(row.section.series or row.name, []).append(row)
     return series
 
 
