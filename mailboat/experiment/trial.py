@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -39,8 +40,7 @@ class Bench:
         Everything it writes goes to the scratch folder; notes and starting points stay there for the next cell.
         """
         cpu, digest = time.process_time(), settings.digest
-        folder = self._scratch / digest[:24]
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self._own(f"cell-{digest[:24]}")
         try:
             match settings.method:
                 case "alone":
@@ -109,9 +109,9 @@ class Bench:
     def _start(self, stage: Stage, tell: Tell) -> Path:
         """The last state of a federation that is trained once for all cells that start from it."""
         name = _digest(stage.model_dump(mode="json"))
-        kept, folder = self._scratch / f"start-{name}.safetensors", self._scratch / f"start-{name}"
+        kept = self._scratch / f"start-{name}.safetensors"
         if not kept.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = self._own(f"start-{name}")
             made = self._notes(stage)
             job = Job(
                 federation=stage.federation,
@@ -125,17 +125,25 @@ class Bench:
         return kept
 
     def _notes(self, stage: Stage) -> Path:
-        """The notes of a stage, made once."""
+        """The notes of a stage, made once; of two processes that make them at a time one is the first."""
         section, kind = stage.notes, find_task(stage.federation.task.kind)
         seed = stage.federation.federation.seed
         folder = self._scratch / f"notes-{_digest([stage.federation.task.kind, seed, section.model_dump(mode='json')])}"
         if not folder.exists():
-            making = folder.with_suffix(".making")
-            shutil.rmtree(making, ignore_errors=True)
+            making = self._own(folder.name)
             kind.make(making, seed=seed, **_arguments(section))
             kind.pool([making / name for name in participants(section)], making / POOLED)
-            making.replace(folder)
+            try:
+                making.rename(folder)
+            except OSError:
+                shutil.rmtree(making)
         return folder
+
+    def _own(self, name: str) -> Path:
+        """A path for this process alone, with nothing there."""
+        path = self._scratch / f"{name}-{os.getpid()}"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
 
 
 def _arguments(section: NotesSection) -> dict[str, object]:

@@ -104,9 +104,7 @@ def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_baselines_are_one_training(tmp_path: Path) -> None:
     """Centralized and alone have the base's `alone` patch; centralized has one site, which has all notes."""
-    found = cells(
-        tmp_path, '[[cells]]\nname = "a"\nmethod = "centralized"\n[[cells]]\nname = "b"\nmethod = "alone"\n'
-    )
+    found = cells(tmp_path, '[[cells]]\nname = "a"\nmethod = "centralized"\n[[cells]]\nname = "b"\nmethod = "alone"\n')
     central, alone = (settings(found[name]).stage.federation for name in "ab")
     assert (central.federation.sites, central.federation.versions, central.training.epochs) == (("pooled",), 1, 4)
     assert (len(alone.federation.sites), alone.federation.versions, alone.training.epochs) == (3, 1, 4)

@@ -88,7 +88,9 @@ def test_a_run_that_begins_within_the_hours() -> None:
 def test_times_off_have_their_share() -> None:
     """Over a long time a machine that is off for 30 % is off for about 30 %, in stretches of about an hour."""
     clock = ClockSection(days=2000)
-    found = [each for each in changes(clock, MachineSection(off_share=0.3), random.Random(1)) if "link" not in each.what]
+    found = [
+        each for each in changes(clock, MachineSection(off_share=0.3), random.Random(1)) if "link" not in each.what
+    ]
     off = [later.at_s - each.at_s for each, later in itertools.pairwise(found) if each.what == "off"]
     assert [each.what for each in found[1:4]] in (["on", "off", "on"], ["off", "on", "off"])
     assert sum(off) / (2000 * 86400) == pytest.approx(0.3, abs=0.01)

@@ -121,9 +121,7 @@ def test_every_byte_of_the_real_packets_is_counted(tmp_path: Path, model: Path, 
 
 def test_a_lossy_codec_sends_less(tmp_path: Path, model: Path, notes: Path) -> None:
     """int8 up sends less than half of what float32 does, and what is sent is what is merged."""
-    exact, lossy = (
-        run(job(tmp_path / up, model, notes, codec={"up": up})) for up in ("f32", "int8")
-    )
+    exact, lossy = (run(job(tmp_path / up, model, notes, codec={"up": up})) for up in ("f32", "int8"))
     assert lossy.up < 0.5 * exact.up
     assert lossy.state.read_bytes() != exact.state.read_bytes()
 
