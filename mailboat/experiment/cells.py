@@ -60,6 +60,7 @@ class Settings(Section):
     """A federation that is trained first; the cell starts from its last version."""
     split: SplitSection = SplitSection()
     zero_shot: bool = False
+    score_every: int = 1
 
     @property
     def digest(self) -> str:
@@ -190,6 +191,7 @@ def _settings(section: ExperimentSection, base: BaseSection, said: CellSection, 
         start=start,
         split=said.split,
         zero_shot=said.zero_shot,
+        score_every=said.score_every,
     )
 
 

@@ -52,6 +52,7 @@ class Job:
     start: Path | None = None
     """A float32 safetensors file of the trained tensors to start from, instead of the base model's."""
     zero_shot: bool = False
+    score_every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,18 +222,20 @@ class _Run:
 
     def _committed(self, state: Manifest) -> None:
         """Score a version that was just published, as a site would have it."""
+        version, versions = state.state.version, self.job.federation.federation.versions
+        self.tell(version / versions, f"version {version} of {versions}")
+        if version % self.job.score_every and version < versions:
+            return
         stored = self.coordinator.states.get(state.transfer_id)
         assert stored is not None, "a version's state is published before it is recorded"
         durable.remove(self.state)
         stored.extract(self.state)
         worker = next(iter(self._workers.values()))
         found = ask(worker, pipe.Evaluate(state=self.state, notes=self.job.heldout), pipe.Evaluated)
-        version, versions = state.state.version, self.job.federation.federation.versions
         self.labels = found.labels
         self.curve.append(
             Point(version=version, at_s=self.clock.now, up=self._up, down=self._down, scores=found.overall)
         )
-        self.tell(version / versions, f"version {version} of {versions}")
 
     @property
     def _up(self) -> int:

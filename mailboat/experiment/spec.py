@@ -110,6 +110,8 @@ class CellSection(Section):
     split: SplitSection = SplitSection()
     zero_shot: bool = False
     """Train nothing: score what the cell starts from."""
+    score_every: int = Field(default=1, ge=1)
+    """Versions that are scored: each so-manieth, and the last."""
     paper: str = ""
     """What the paper says at this place."""
     bases: tuple[Name, ...] = ()

@@ -104,6 +104,7 @@ class Bench:
             clock=settings.clock,
             start=self._start(settings.start, tell) if settings.start and tell else None,
             zero_shot=settings.zero_shot,
+            score_every=settings.score_every,
         )
 
     def _start(self, stage: Stage, tell: Tell) -> Path:

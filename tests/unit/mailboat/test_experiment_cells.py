@@ -139,7 +139,7 @@ def test_the_digest_is_of_what_the_outcome_depends_on(tmp_path: Path) -> None:
     digests = {name: settings(cell).digest for name, cell in found.items()}
     assert digests["a"] == digests["b"] == digests["default"]
     assert len(set(digests.values())) == 6
-    other_seed = [cell for cell in read_experiment(tmp_path, "trial").cells if cell.seed == 2][0]
+    other_seed = next(cell for cell in read_experiment(tmp_path, "trial").cells if cell.seed == 2)
     assert settings(other_seed).digest != digests["a"]
 
 

@@ -62,9 +62,9 @@ def test_what_is_under_way_is_lost_when_the_line_breaks() -> None:
     assert line.up.count == 10
 
 
-def trace(machine: MachineSection, **clock: float) -> list[Change]:
+def trace(machine: MachineSection, start_hour: float = 9.0) -> list[Change]:
     """A site's changes over two days."""
-    return list(changes(ClockSection(days=2, **clock), machine, random.Random(3)))
+    return list(changes(ClockSection(days=2, start_hour=start_hour), machine, random.Random(3)))
 
 
 def test_a_site_without_hours_is_always_there() -> None:

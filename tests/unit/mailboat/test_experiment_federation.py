@@ -178,7 +178,7 @@ def test_fedbuff_does_not_wait(tmp_path: Path, model: Path, notes: Path) -> None
 
 
 def test_a_nightly_site_answers_at_night(tmp_path: Path, model: Path, notes: Path) -> None:
-    """A sync run that waits for all has no version before the nightly site's link is there, 13 hours after the start."""
+    """A sync run that waits for all has no version before the nightly site's link is there, after 13 hours."""
     clock = CLOCK.model_validate({**CLOCK.model_dump(), "sites": {"site-3": {"hours": (22, 6)}}})
     outcome = run(job(tmp_path, model, notes, clock=clock, federation={"versions": 1}))
     assert 13 * 3600 + 600 < outcome.curve[-1].at_s < 13.5 * 3600
