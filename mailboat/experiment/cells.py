@@ -72,8 +72,10 @@ class Settings(Section):
         if self.method == "splitnn":
             said["split"] = self.split.model_dump(mode="json")
         said["model"] = model_digest(self.stage.federation.model.base)
-        for stage in (said["stage"], said.get("start", said["stage"])):
+        for stage in (said[each] for each in ("stage", "start") if each in said):
             stage["federation"]["model"].pop("base", None)
+            if (folder := stage.get("notes", {}).get("folder")) is not None:
+                stage["notes"]["folder"] = tree_digest(Path(folder))
         canonical = json.dumps({"schema": SCHEMA_VERSION, **said}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -220,6 +222,8 @@ def _stage(base: BaseSection, patches: list[Patch], notes: list[Patch], seed: in
 
 def participants(notes: NotesSection) -> tuple[str, ...]:
     """Return the names of the sites that have notes."""
+    if notes.folder is not None:
+        return tuple(f"site-{number}" for number in range(1, notes.sites + 1))
     counts = (notes.notes,) * notes.sites if isinstance(notes.notes, int) else notes.notes
     return tuple(f"site-{number}" for number, count in enumerate(counts, start=1) if count)
 
@@ -253,6 +257,17 @@ def model_source(named: str) -> str:
             ) from None
         return str(get_model_path())
     return named
+
+
+def tree_digest(folder: Path) -> str:
+    """Return the SHA-256 of all files below a folder and their names there."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name}\n{_file_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
 
 
 def model_digest(source: str) -> str:

@@ -27,8 +27,11 @@ PLACE = "{x}"
 
 
 class NotesSection(Section):
-    """The synthetic notes: who has how many, and how much sites differ."""
+    """The notes: synthetic ones, who has how many and how much sites differ; or a folder of real ones."""
 
+    folder: Path | None = None
+    """Notes that are there, in folders `site-1`, `site-2`, ... and `heldout`; of what follows only `sites` counts then.
+    They are read where they are; no text is copied or written."""
     sites: int = Field(default=4, ge=1, le=64)
     notes: int | tuple[int, ...] = 48
     """Training notes of each site; a list gives each its own number, 0 for none."""

@@ -19,8 +19,8 @@ from mailboat.experiment.cells import POOLED, Settings, Stage, participants
 from mailboat.experiment.federation import Job, Outcome, Tell, Workers, federate
 from mailboat.experiment.inputs import code_digest
 from mailboat.experiment.results import Result
-from mailboat.experiment.spec import NotesSection
 from shared.config import FederationConfig
+from shared.errors import ConfigError
 
 HELDOUT = "heldout"
 START_SHARE = 0.5
@@ -126,14 +126,21 @@ class Bench:
         return kept
 
     def _notes(self, stage: Stage) -> Path:
-        """The notes of a stage, made once; of two processes that make them at a time one is the first."""
-        section, kind = stage.notes, find_task(stage.federation.task.kind)
+        """A folder with the notes of each site, of all together and for scoring; made once.
+
+        Of two processes that make it at a time one is the first.
+        """
+        section, kind = stage.notes, stage.federation.task.kind
         seed = stage.federation.federation.seed
-        folder = self._scratch / f"notes-{_digest([stage.federation.task.kind, seed, section.model_dump(mode='json')])}"
+        folder = self._scratch / f"notes-{_digest([kind, seed, section.model_dump(mode='json')])}"
         if not folder.exists():
             making = self._own(folder.name)
-            kind.make(making, seed=seed, **_arguments(section))
-            kind.pool([making / name for name in participants(section)], making / POOLED)
+            if section.folder is None:
+                task = find_task(kind)
+                task.make(making, seed=seed, **section.model_dump(exclude={"folder"}))
+                task.pool([making / name for name in participants(section)], making / POOLED)
+            else:
+                link_notes(section.folder, participants(section), making)
             try:
                 making.rename(folder)
             except OSError:
@@ -147,8 +154,29 @@ class Bench:
         return path
 
 
-def _arguments(section: NotesSection) -> dict[str, object]:
-    return section.model_dump()
+def link_notes(folder: Path, sites: Sequence[str], out: Path) -> None:
+    """Lay links to the notes below `folder` into `out`: for each site, for all sites together, and the held-out ones.
+
+    ConfigError names a folder that is missing, and a name that two sites gave to a file.
+    """
+    for name in (*sites, HELDOUT):
+        source = (folder / name).absolute()
+        if not source.is_dir():
+            raise ConfigError(f"{source}: no such folder", hint="notes.folder holds site-1, site-2, ... and heldout")
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                for place in (name, POOLED) if name != HELDOUT else (name,):
+                    _link(path, out / place / path.relative_to(source))
+
+
+def _link(path: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(path)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path}: another site has a file of this name", hint="give the notes of each site names of their own"
+        ) from None
 
 
 def _of(federation: FederationConfig, site: str) -> FederationConfig:

@@ -153,6 +153,19 @@ def test_a_models_digest_follows_its_files(tmp_path: Path) -> None:
     assert model_digest("org/name") == "org/name"
 
 
+def test_real_notes_are_part_of_the_digest(tmp_path: Path) -> None:
+    """The same words in another place are the same notes; one other word makes another cell."""
+    for name, word in (("one", "fever"), ("two", "fever"), ("three", "cough")):
+        (tmp_path / name / "site-1").mkdir(parents=True)
+        (tmp_path / name / "site-1" / "note.txt").write_text(word)
+    text = "".join(
+        f'[[cells]]\nname = "{name}"\nnotes = {{ folder = "{tmp_path / name}", sites = 1 }}\n'
+        for name in ("one", "two", "three")
+    )
+    one, two, three = (settings(cell).digest for cell in cells(tmp_path, text).values())
+    assert one == two != three
+
+
 def test_an_experiment_that_there_is_not(tmp_path: Path) -> None:
     """The error names those that there are."""
     (tmp_path / "main.toml").write_text("")
