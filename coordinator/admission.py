@@ -32,8 +32,11 @@ from shared.tensorfile import F32Array, Shape
 NORM_MAX = 2.0**64
 """Far above any sound delta; a million merged ones, at a server rate of 10 with momentum, keep float32 finite."""
 
-_WIDENED = 1 << 16
-"""Elements widened to float64 at a time: 512 KiB. The recorded norms depend on it, in their last digits."""
+_WIDENED = 1 << 13
+"""Elements widened to float64 at a time: 64 KiB. The recorded norms depend on it, in their last digits.
+
+OpenBLAS takes all cores for a dot product of more than 10,000 elements, and its threads spin while they wait for one
+another: with 2^16 that was most of the coordinator's processor time, and the last digits depended on the cores."""
 
 
 @dataclass(frozen=True, slots=True)

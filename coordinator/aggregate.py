@@ -1,7 +1,7 @@
 """Merging: the files of version v out of the master of version v - 1 and the updates of a round.
 
 Tensors are taken in the order of their names, as many at a time as their float32 sums fit in BLOCK_BYTES; for each
-such block every update is opened, added and closed in turn, in order of acceptance. So memory and open files depend
+such block every update is opened, added and closed in turn, in the order of the plan. So memory and open files depend
 neither on the number of updates nor on the size of the model, and each sum is formed in one order with one rounding
 after each operation: the same inputs give the same bytes, on any machine.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from coordinator.journal import Journal
 from coordinator.masters import prune_masters
+from coordinator.merging import in_order
 from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
@@ -32,9 +33,14 @@ Edit = Callable[[Record], Sequence[Record]]
 
 
 class AuditedRun:
-    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished."""
+    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
 
-    def __init__(self, storage: Path, mode: str) -> None:
+    Updates are accepted in another order than that in which `order` adds them up.
+    """
+
+    def __init__(
+        self, storage: Path, mode: str, order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order
+    ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
@@ -56,11 +62,11 @@ class AuditedRun:
                     base=int(rng.integers(0, version + 1)),
                     examples=int(rng.integers(1, 1000)),
                 )
-                for site in range(per_round)
+                for site in (0, 2, 1)[:per_round]
             ]
             self.records += merged
-            planned = run.planned(merged)
-            result = run.merge(*merged)
+            planned = run.planned(order(merged))
+            result = run.merge(*order(merged))
             self.records.append(
                 VersionCommitted(
                     planned.version,

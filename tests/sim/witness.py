@@ -149,6 +149,8 @@ class Witness:
         demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
         demand(record.contributions, f"version {record.version} of nothing")
         self._closed_by_rule(record)
+        order = [(part.site, part.base_version, part.update_id) for part in record.contributions]
+        demand(order == sorted(order), f"version {record.version} is added up in an order of its own")
         for part in record.contributions:
             demand(
                 part.update_id in self._pending,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from coordinator import aggregate
 from coordinator.aggregate import blocks
 from coordinator.masters import master_path, slot_path
+from coordinator.merging import in_order
 from coordinator.optimizers import SLOTS, server_step
 from shared.config import AggregationSection, CodecSection, ServerOptimizerName, ServerSection, StalenessSection
 from shared.errors import CorruptError, RefusedError
@@ -118,6 +120,19 @@ def test_a_tensor_that_nobody_holds_keeps_its_momentum(tmp_path: Path) -> None:
     assert run.master(2) == {"a": [3, 4], "b": [[3, 7]]}
     run.merge(run.update("deep", {"a": [0, 0], "b": [[0, 0]]}, base=2))
     assert run.master(3) == {"a": [4, 5], "b": [[3.5, 7.5]]}
+
+
+def test_who_came_first_does_not_matter(tmp_path: Path) -> None:
+    """Sums that round differently in another order: four updates give one master, in whichever order they arrive."""
+    deltas = {"a": [1e8, 0.1], "b": [1.0, 0.2], "c": [-1e8, 0.3], "d": [3.0, 0.7]}
+    digests, by_arrival = set(), set()
+    for number, sites in enumerate(itertools.permutations(deltas)):
+        run = SmallRun(tmp_path / str(number), {"w": [0.5, 0.25]})
+        arrived = [run.update(site, {"w": deltas[site]}, examples=1 + ord(site)) for site in sites]
+        digests.add(run.run_plan(run.planned(in_order(arrived))).master_sha256)
+        by_arrival.add(run.run_plan(run.planned(arrived)).master_sha256)
+    assert len(digests) == 1
+    assert len(by_arrival) > 1
 
 
 MODES = [
