@@ -190,9 +190,7 @@ def test_a_machine_that_goes_off_trains_again(tmp_path: Path, model: Path, notes
     outcome = run(job(tmp_path, model, notes, clock=clock, federation={"versions": 4}))
     calm = run(job(tmp_path / "calm", model, notes, clock=CLOCK, federation={"versions": 4}))
     assert outcome.curve[-1].at_s > calm.curve[-1].at_s + 600
-    after, without = load_file(outcome.state), load_file(calm.state)
-    for key, values in after.items():  # who was away changes when, and what only in the order of the sums
-        np.testing.assert_allclose(values, without[key], rtol=1e-3, atol=1e-5)
+    assert outcome.state.read_bytes() == calm.state.read_bytes(), "who was away changes when, and not what"
 
 
 def test_a_run_that_stands_still_says_so(tmp_path: Path, model: Path, notes: Path) -> None:
