@@ -115,8 +115,10 @@ def check_request(
     for name, value in (("sites", sites), ("notes", least), ("held-out notes", heldout)):
         if value < 1:
             raise ConfigError(f"the number of {name} is {value}", hint="give a whole number of at least 1")
-    if len(counts) != sites or min(counts) < 0:
+    if len(counts) != sites:
         raise ConfigError(f"notes are counted for {len(counts)} of {sites} sites", hint="give each site its number")
+    if min(counts) < 0:
+        raise ConfigError(f"the number of notes is {min(counts)}", hint="give a site without notes a 0")
     if not set(tested) <= set(range(1, sites + 1)):
         raise ConfigError(f"held-out notes of a site that there is not: {max(tested)}", hint=f"sites are 1 to {sites}")
     if not alpha > 0:
