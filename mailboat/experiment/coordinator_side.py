@@ -7,8 +7,9 @@ survive this process, so records change the core and go nowhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from coordinator import admission, aggregate
 from coordinator import decisions as d
@@ -34,6 +35,26 @@ UNHURRIED = AdmissionSection(updates_per_hour=0)
 """Virtual trainings may take no time at all; what may come in an hour is not the question here."""
 
 
+class Peer(Protocol):
+    """A site, as the coordinator's lines lead to it."""
+
+    @property
+    def line(self) -> Line:
+        """Its connection."""
+        ...
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where the bytes of its updates are."""
+        ...
+
+    def hear(self, message: Message) -> None:
+        """A control message has come."""
+
+    def take_chunk(self, transfer_id: str, index: int) -> None:
+        """One frame of a state has come."""
+
+
 class CoordinatorSide:
     """See the module's docstring; `committed` is called with each version's manifest, that of version 0 first."""
 
@@ -53,10 +74,8 @@ class CoordinatorSide:
         self.name = federation.federation.name
         self.updates, self.states = FrameStore(folder / "updates"), FrameStore(folder / "states")
         self.masters = folder / "masters"
-        self.lines: dict[str, Line] = {}
-        self.outboxes: dict[str, Outbox] = {}
-        self.hearers: dict[str, Callable[[Message], None]] = {}
-        self.takers: dict[str, Callable[[str, int], None]] = {}
+        self.peers: dict[str, Peer] = {}
+        """Sites by name, once they are made."""
         self.rejected: list[Rejected] = []
         config = CoordinatorConfig(federation=folder, storage=folder, admission=UNHURRIED)
         self.core = Core(federation, plan, config=config, boot=BOOT)
@@ -112,15 +131,15 @@ class CoordinatorSide:
             if isinstance(send.message, Announce) and send.site is None:
                 self._retained = send.message
             channel = Channel.ANNOUNCE if send.site is None else Channel.DOWN_CTL
-            for site in [send.site] if send.site is not None else list(self.lines):
+            for site in [send.site] if send.site is not None else list(self.peers):
                 self._post(site, channel, send.message)
         for job in decision.jobs:
             self._start(job)
 
     def _post(self, site: str, channel: Channel, message: Message) -> None:
-        line, hear = self.lines[site], self.hearers[site]
+        peer = self.peers[site]
         size = message_bytes(self.name, channel, site if channel.per_site else None, message)
-        line.carry(line.down, size, lambda: hear(message))
+        peer.line.carry(peer.line.down, size, partial(peer.hear, message))
 
     def _soon(self, event: d.Event) -> None:
         self.clock.later(0, lambda: self.decide(event))
@@ -153,7 +172,7 @@ class CoordinatorSide:
         assert upload is not None, "a complete upload is there until it is verified"
         with self.updates.open_partial(upload.manifest) as partial:
             for index in range(upload.manifest.frames):
-                found = self.outboxes[upload.site].read_frame(update_id, index)
+                found = self.peers[upload.site].outbox.read_frame(update_id, index)
                 assert found is not None, "a site keeps an update until its receipt"
                 partial.write(index, found[1])
             stored = partial.finish()
@@ -176,11 +195,11 @@ class CoordinatorSide:
         stored = self.states.get(job.transfer_id)
         assert stored is not None, "a published state is in the store"
         channel = Channel.BULK if job.site is None else Channel.DOWN_DATA
-        for site in [job.site] if job.site is not None else list(self.lines):
-            line = self.lines[site]
+        for site in [job.site] if job.site is not None else list(self.peers):
+            peer = self.peers[site]
             for index in job.indices:
                 size = chunk_bytes(self.name, channel, job.site, stored.manifest, index)
-                line.carry(line.down, size, _taking(self.takers[site], job.transfer_id, index))
+                peer.line.carry(peer.line.down, size, partial(peer.take_chunk, job.transfer_id, index))
 
     def last_words(self) -> Mapping[str, Mapping[str, float]]:
         """Each site's metrics on its last update that came whole."""
@@ -190,7 +209,3 @@ class CoordinatorSide:
             if stored is not None:
                 said[stored.manifest.update.site] = stored.manifest.update.metrics
         return said
-
-
-def _taking(take: Callable[[str, int], None], transfer_id: str, index: int) -> Callable[[], None]:
-    return lambda: take(transfer_id, index)

@@ -63,10 +63,7 @@ class SiteSide:
         self._spools: dict[str, Bitmap] = {}
         self._scratch = config.storage / "work"
         durable.make_folder(self._scratch)
-        coordinator.lines[config.name] = line
-        coordinator.outboxes[config.name] = self.outbox
-        coordinator.hearers[config.name] = self.hear
-        coordinator.takers[config.name] = self.take_chunk
+        coordinator.peers[config.name] = self
 
     # -- what happens to a machine ---
 
