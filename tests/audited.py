@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,16 +40,21 @@ class AuditedRun:
     """
 
     def __init__(
-        self, storage: Path, mode: str, order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order
+        self,
+        storage: Path,
+        mode: str,
+        order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        **settings: Any,
     ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
-            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
-            aggregation=SECTIONS[mode],
-            codec=CodecSection(slice_kib=4),
+            {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
+            **{"aggregation": SECTIONS[mode], "codec": CodecSection(slice_kib=4), **settings},
         )
         self.federation = run.federation
         self.plan = run.plan
@@ -58,7 +64,11 @@ class AuditedRun:
             merged = [
                 run.update(
                     f"s{site}-{version}",
-                    {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
+                    {
+                        name: rng.normal(0, 0.1, shape)
+                        for name, shape in run.plan.trained.items()
+                        if site or name != "block.0.w"
+                    },
                     base=int(rng.integers(0, version + 1)),
                     examples=int(rng.integers(1, 1000)),
                 )

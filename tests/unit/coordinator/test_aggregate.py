@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,14 @@ from coordinator.aggregate import blocks
 from coordinator.masters import master_path, slot_path
 from coordinator.merging import in_order
 from coordinator.optimizers import SLOTS, server_step
-from shared.config import AggregationSection, CodecSection, ServerOptimizerName, ServerSection, StalenessSection
+from shared.config import (
+    AggregationSection,
+    CodecName,
+    CodecSection,
+    ServerOptimizerName,
+    ServerSection,
+    StalenessSection,
+)
 from shared.errors import CorruptError, RefusedError
 from shared.tensorfile import F32Array
 from tests.small_run import SmallRun
@@ -177,7 +184,7 @@ def files(run: SmallRun) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("section", MODES, ids=["sync", "fedbuff", "fedasync"])
-@pytest.mark.parametrize("up", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("up", get_args(CodecName))
 def test_a_replay_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: AggregationSection, up: Any
 ) -> None:
@@ -191,7 +198,7 @@ def test_a_replay_gives_the_same_bytes(
     assert first.state_manifests == again.state_manifests
 
 
-@pytest.mark.parametrize("up", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("up", get_args(CodecName))
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_agrees_with_the_formula_in_float64(tmp_path: Path, up: Any, seed: int) -> None:
     """Against the mean written down with float64 arrays over the decoded deltas, to float32 accuracy."""
@@ -410,7 +417,7 @@ def test_a_robust_rule_takes_each_tensor_from_those_who_hold_it(tmp_path: Path) 
     assert run.master(1) == {"a": [2], "b": [7], "c": [5]}
 
 
-@pytest.mark.parametrize("codec", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("codec", get_args(CodecName))
 def test_a_robust_mean_in_stretches_is_that_of_the_whole(
     codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
