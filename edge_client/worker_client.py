@@ -115,13 +115,13 @@ class WorkerClient:
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Progress = lambda _share, _loss: None,
         so_far: tuple[Charge, ...] = (),
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
-        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+        """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
         When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
         federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
@@ -130,7 +130,7 @@ class WorkerClient:
         (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
         full.
         """
-        request = pipe.Train(state=state, base_version=base_version, out=out, so_far=so_far, limits=limits)
+        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:

@@ -7,13 +7,10 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from edge_client import pipe
-from edge_client.worker import Worker
-from edge_client.worker_client import load_request, raised
 from mailboat.experiment.clock import MBIT, Clock, Line
 from mailboat.experiment.coordinator_side import CoordinatorSide
+from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.results import Measures, Point
 from mailboat.experiment.site_side import SiteSide
 from mailboat.experiment.spec import ClockSection, MachineSection, Patch
@@ -33,7 +30,6 @@ UNCLOCKED_DAYS = 365.0
 
 Tell = Callable[[float, str], None]
 """Called now and then with the share that is done, 0 to 1, and a word on it."""
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +75,15 @@ class Workers:
     """The sites' trainers, kept from one federation to the next: one with the same model loads other notes alone."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, LocalWorker] = {}
 
-    def __getitem__(self, site: str) -> Worker:
-        return self._workers.setdefault(site, Worker(lambda _answer: None))
+    def __getitem__(self, site: str) -> LocalWorker:
+        return self._workers.setdefault(site, LocalWorker())
 
     def keep(self, sites: int) -> None:
         """Let go of workers beyond so many: each holds a model."""
         for name in list(self._workers)[sites:]:
             del self._workers[name]
-
-
-def ask(worker: Worker, request: pipe.Request, wanted: type[_A]) -> _A:
-    """Return a worker's answer; raises what it refused."""
-    answer = worker.handle(request)
-    if isinstance(answer, pipe.Failed):
-        raise raised(answer)
-    assert isinstance(answer, wanted), "an answer to another request"
-    return answer
 
 
 def federate(job: Job, workers: Workers, tell: Tell) -> Outcome:
@@ -141,12 +128,10 @@ class _Run:
         return parse_config({**self.job.site, **fixed, "data": data}, SiteConfig, f"site {name}")
 
     def _load(self, initial: Path) -> SealedPlan:
-        plans: list[SealedPlan] = []
-        for name, config in self._configs.items():
-            request = load_request(config, self.job.federation)
-            if not plans:
-                request = request.model_copy(update={"initial": initial})
-            plans.append(ask(self._workers[name], request, pipe.Loaded).plan)
+        plans = [
+            self._workers[name].load(config, self.job.federation, None if number else initial).plan
+            for number, (name, config) in enumerate(self._configs.items())
+        ]
         assert len({plan.fingerprint for plan in plans}) == 1, "all sites have one model"
         return plans[0]
 
@@ -230,8 +215,7 @@ class _Run:
         assert stored is not None, "a version's state is published before it is recorded"
         durable.remove(self.state)
         stored.extract(self.state)
-        worker = next(iter(self._workers.values()))
-        found = ask(worker, pipe.Evaluate(state=self.state, notes=self.job.heldout), pipe.Evaluated)
+        found = next(iter(self._workers.values())).evaluate(self.state, self.job.heldout)
         self.labels = found.labels
         self.curve.append(
             Point(version=version, at_s=self.clock.now, up=self._up, down=self._down, scores=found.overall)

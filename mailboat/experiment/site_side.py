@@ -6,21 +6,23 @@ worker itself. A state's bytes are read where the coordinator keeps them, once a
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from safetensors.numpy import load_file
 
 from edge_client import decisions as d
-from edge_client import pipe
 from edge_client.outbox import Outbox
-from edge_client.sealing import seal_parts
+from edge_client.privacy.metered import metered
+from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
-from edge_client.worker import Worker
-from edge_client.worker_client import raised
+from edge_client.training import TrainedUpdate
 from mailboat.experiment.clock import Clock, Line
 from mailboat.experiment.coordinator_side import CoordinatorSide
+from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.packets import chunk_bytes, message_bytes
 from shared import durable
 from shared.config import SiteConfig
@@ -29,6 +31,7 @@ from shared.messages import Message
 from shared.topics import Channel
 from shared.transfer import Bitmap
 
+HELD_POLL_S = 0.05
 WILL_S = 45.0
 """When a broker speaks a site's last will: one and a half times the keepalive."""
 
@@ -42,7 +45,7 @@ class SiteSide:
         coordinator: CoordinatorSide,
         line: Line,
         config: SiteConfig,
-        worker: Worker,
+        worker: LocalWorker,
         *,
         train_s: float,
     ) -> None:
@@ -50,9 +53,9 @@ class SiteSide:
         self.coordinator = coordinator
         self.line = line
         self.config = config
-        self.worker = worker
         self.train_s = train_s
         self.outbox = Outbox(config.storage)
+        self.trainer = metered(worker, self.outbox, config, coordinator.federation)
         self.train_cpu_s: list[float] = []
         self.left = False
         self.wants_link = False
@@ -211,14 +214,25 @@ class SiteSide:
         durable.remove(state)
         stored.extract(state)
         began = time.process_time()
-        answer = self.worker.handle(pipe.Train(state=state, base_version=base.state.version, out=delta))
-        if isinstance(answer, pipe.Failed):
-            raise raised(answer)
-        assert isinstance(answer, pipe.Trained)
+        trained = asyncio.run(
+            self._unless_held(self.trainer.train(state, base.state.version, delta, on_progress=_untold))
+        )
         self.train_cpu_s.append(time.process_time() - began)
-        self.decide(d.Trained(self._seal(base, answer, delta)))
+        if trained is not None:
+            self.decide(d.Trained(self._seal(base, trained, delta)))
 
-    def _seal(self, base: Manifest, trained: pipe.Trained, delta: Path) -> Manifest:
+    async def _unless_held(self, training: Coroutine[Any, Any, TrainedUpdate]) -> TrainedUpdate | None:
+        """What the trainer gives; None when it says that it holds this training, which is until the run ends."""
+        task = asyncio.create_task(training)
+        while not task.done() and not self.trainer.standing.held:
+            await asyncio.wait([task], timeout=HELD_POLL_S)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait([task])
+        return None
+
+    def _seal(self, base: Manifest, trained: TrainedUpdate, delta: Path) -> Manifest:
         facts = UpdateFacts(
             site=self.config.name,
             base_version=base.state.version,
@@ -227,5 +241,15 @@ class SiteSide:
             metrics=trained.metrics,
         )
         coordinator = self.coordinator
-        frames, build = seal_parts(load_file(delta), facts, coordinator.federation, coordinator.plan.fingerprint)
-        return self.outbox.seal(frames, lambda summary: build(summary, self.clock.now))
+        return seal_delta(
+            self.outbox,
+            load_file(delta),
+            facts,
+            coordinator.federation,
+            coordinator.plan.fingerprint,
+            lambda manifest: manifest,
+        )
+
+
+def _untold(_share: float, _loss: float | None) -> None:
+    """Nobody looks at a training from outside."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_client import pipe
-from edge_client.worker import Worker
-from edge_client.worker_client import load_request
-from mailboat.experiment.federation import Job, Outcome, Workers, ask, federate
+from mailboat.experiment.federation import Job, Outcome, Workers, federate
+from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.spec import ClockSection
 from mailboat.synth import make_notes
 from shared.config import DataSection, FederationConfig, SiteConfig
@@ -65,10 +64,9 @@ def by_hand(given: Job, folder: Path, state: Path, version: int) -> tuple[dict[s
     deltas, counts = [], []
     for name, path in given.notes.items():
         config = SiteConfig(name=name, federation=folder, storage=folder, data=DataSection(notes=path, holdout=0.0))
-        worker = Worker(lambda _answer: None)
-        ask(worker, load_request(config, given.federation), pipe.Loaded)
-        out = folder / f"{name}.safetensors"
-        trained = ask(worker, pipe.Train(state=state, base_version=version, out=out), pipe.Trained)
+        worker, out = LocalWorker(), folder / f"{name}.safetensors"
+        worker.load(config, given.federation, None)
+        trained = asyncio.run(worker.train(state, version, out, on_progress=lambda _share, _loss: None))
         deltas.append(load_file(out))
         counts.append(trained.examples)
     total = sum(counts)
@@ -131,13 +129,12 @@ def test_a_version_is_scored_as_published(tmp_path: Path, model: Path, notes: Pa
     given = job(tmp_path, model, notes)
     outcome = run(given)
     assert [point.version for point in outcome.curve] == [0, 1, 2]
-    workers = Workers()
     config = SiteConfig(
         name="site-1", federation=tmp_path, storage=tmp_path, data=DataSection(notes=notes / "site-1", holdout=0.0)
     )
-    ask(workers["site-1"], load_request(config, given.federation), pipe.Loaded)
-    scores = ask(workers["site-1"], pipe.Evaluate(state=outcome.state, notes=given.heldout), pipe.Evaluated)
-    assert scores.overall == outcome.curve[-1].scores
+    worker = LocalWorker()
+    worker.load(config, given.federation, None)
+    assert worker.evaluate(outcome.state, given.heldout).overall == outcome.curve[-1].scores
 
 
 def test_a_cell_may_start_where_another_ended(tmp_path: Path, model: Path, notes: Path) -> None:
