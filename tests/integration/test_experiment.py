@@ -14,8 +14,6 @@ import pytest
 
 from mailboat.experiment.cells import read_experiment
 from mailboat.experiment.spec import experiment_names
-from shared.config import FederationConfig
-from shared.configfile import load_config
 from tests.commands import call, refused, running
 from tests.unit.edge_client import tiny
 
@@ -175,13 +173,3 @@ def test_smoke(tmp_path: Path) -> None:
     assert all(0 <= float(line["strict_f1"]) <= float(line["lenient_f1"]) <= 1 for line in lines)
     sent = {line["name"]: int(line["up"]) for line in lines}
     assert sent["int8 up"] < sent["top 2 of 16"] < sent["full-model FedAvg"]
-
-
-def test_the_recipes_are_federation_files() -> None:
-    """Each is a whole federation.toml over LLaMA-3.2-1B with frozen lower blocks."""
-    paths = sorted((EXPERIMENTS / "recipes").glob("*.toml"))
-    assert {"i2b2-2010.toml", "mimic-iii.toml"} <= {path.name for path in paths}
-    for path in paths:
-        federation = load_config(path, FederationConfig)
-        assert federation.model.base == "meta-llama/Llama-3.2-1B"
-        assert federation.layers.plan != "all"
