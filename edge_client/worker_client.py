@@ -56,6 +56,19 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
+def load_request(config: SiteConfig, federation: FederationConfig) -> pipe.Load:
+    """Return what a worker has to load to train for this site."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+    )
+
+
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
@@ -81,15 +94,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.Load(
-            federation=self._federation,
-            source=str(config.model_dir or self._federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._load = load_request(config, self._federation)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -111,13 +116,13 @@ class WorkerClient:
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Progress = lambda _share, _loss: None,
         so_far: tuple[Charge, ...] = (),
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
-        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+        """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
         When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
         federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
@@ -126,7 +131,7 @@ class WorkerClient:
         (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
         full.
         """
-        request = pipe.Train(state=state, base_version=base_version, out=out, so_far=so_far, limits=limits)
+        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
@@ -188,7 +193,7 @@ class WorkerClient:
             if not answered:
                 await self._kill()
         if isinstance(answer, pipe.Failed):
-            raise _raised(answer)
+            raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         self._ready = self._ready or wanted is pipe.Loaded
         return answer
@@ -249,7 +254,8 @@ async def _ended(process: Process) -> int:
         return await process.wait()
 
 
-def _raised(failure: pipe.Failed) -> MailboatError:
+def raised(failure: pipe.Failed) -> MailboatError:
+    """Return the error that a worker met, as it was there."""
     if failure.error == RefusedError.__name__:
         return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
     return _FAMILIES[failure.error](failure.message, hint=failure.hint)
