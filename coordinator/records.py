@@ -140,7 +140,7 @@ class VersionCommitted:
 
     version: Count
     contributions: tuple[Contribution, ...]
-    """In the order in which they were added up, which is the order of acceptance."""
+    """In the order of addition: `coordinator.merging.in_order`, in earlier runs the order of acceptance."""
     state: ManifestBytes
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None

@@ -23,7 +23,7 @@ from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.renewal import Renewals
-from edge_client.sealing import seal_parts
+from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
 from edge_client.training import Trainer
 from shared import durable
@@ -344,7 +344,8 @@ class Agent:
             self._metrics = {**self._metrics, "loss": loss}
 
     def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
-        frames, build = seal_parts(
+        return seal_delta(
+            self.outbox,
             load_file(delta_file),
             UpdateFacts(
                 site=self.config.name,
@@ -355,9 +356,7 @@ class Agent:
             ),
             self.federation,
             self.identity.fingerprint,
-        )
-        return self.outbox.seal(
-            frames, lambda summary: self.guard.witnessed(build(summary, time.time()), self.heads.last)
+            lambda manifest: self.guard.witnessed(manifest, self.heads.last),
         )
 
     async def _settle(self, receipt: Receipt) -> None:

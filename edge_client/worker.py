@@ -24,7 +24,7 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
-from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
+from edge_client.model import LoadedModel, apply_state, export, load_model, seal, version_zero
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
@@ -96,7 +96,7 @@ class Worker:
             self._loaded = load_model(job.source, job.federation)
             self._loaded_for = (job.source, job.federation)
         if job.initial is not None:
-            write_tensors(job.initial, read_trainable(self._loaded))
+            write_tensors(job.initial, version_zero(self._loaded))
         self._job = job
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)

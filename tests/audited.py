@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coordinator.journal import Journal
 from coordinator.masters import prune_masters
+from coordinator.merging import in_order
 from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
@@ -32,17 +34,27 @@ Edit = Callable[[Record], Sequence[Record]]
 
 
 class AuditedRun:
-    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished."""
+    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
 
-    def __init__(self, storage: Path, mode: str) -> None:
+    Updates are accepted in another order than that in which `order` adds them up.
+    """
+
+    def __init__(
+        self,
+        storage: Path,
+        mode: str,
+        order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        **settings: Any,
+    ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
-            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
-            aggregation=SECTIONS[mode],
-            codec=CodecSection(slice_kib=4),
+            {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
+            **{"aggregation": SECTIONS[mode], "codec": CodecSection(slice_kib=4), **settings},
         )
         self.federation = run.federation
         self.plan = run.plan
@@ -52,15 +64,19 @@ class AuditedRun:
             merged = [
                 run.update(
                     f"s{site}-{version}",
-                    {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
+                    {
+                        name: rng.normal(0, 0.1, shape)
+                        for name, shape in run.plan.trained.items()
+                        if site or name != "block.0.w"
+                    },
                     base=int(rng.integers(0, version + 1)),
                     examples=int(rng.integers(1, 1000)),
                 )
-                for site in range(per_round)
+                for site in (0, 2, 1)[:per_round]
             ]
             self.records += merged
-            planned = run.planned(merged)
-            result = run.merge(*merged)
+            planned = run.planned(order(merged))
+            result = run.merge(*order(merged))
             self.records.append(
                 VersionCommitted(
                     planned.version,

@@ -65,9 +65,9 @@ class Private:
 def make_private(
     loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig, section: PrivacySection
 ) -> Private:
-    """Return what a federation with `[privacy]` trains on, and say in the log what that means; errors as `make_records`.
+    """Return what a federation with `[privacy]` trains on, and say in the log what one update costs.
 
-    RefusedError(rule='note-missing') when no record has a window.
+    RefusedError(rule='note-missing') when no record has a window; other errors as `make_records` and `charge_of`.
     """
     records = make_records(loaded, notes)
     count = len(records.spans)

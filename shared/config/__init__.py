@@ -6,7 +6,17 @@ and `privacy`); its canonical hash goes into the fingerprint that every manifest
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
-from shared.config.learning import CodecName, CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.learning import (
+    AdapterKind,
+    AdapterSection,
+    CodecName,
+    CodecSection,
+    LayersSection,
+    ModelSection,
+    StateCodecName,
+    TaskSection,
+    TrainingSection,
+)
 from shared.config.machine import (
     AdmissionSection,
     BrokerSection,
@@ -30,6 +40,8 @@ from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "AdapterKind",
+    "AdapterSection",
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",
@@ -55,6 +67,7 @@ __all__ = [
     "SiteName",
     "StalenessKind",
     "StalenessSection",
+    "StateCodecName",
     "TaskSection",
     "TrainingSection",
     "TrustSection",
