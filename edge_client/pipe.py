@@ -86,7 +86,8 @@ class Loaded(_Frame):
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
     examples: int
-    """Examples that are trained on, as the task counts them; the weight of this site's updates."""
+    """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
+    updates."""
     notes: int
     """Notes trained on."""
     held_out: int

@@ -183,6 +183,26 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ntarget_epsilon=8\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ndelta=0.5',
+            "privacy.delta: Input should be less than or equal to 0.01",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise=1\ndelta=1e-5',
+            "unknown key privacy.noise: did you mean noise_multiplier?",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex"',
             "adapter.kind: Input should be 'none', 'lora', 'ffa-lora' or 'fedex-lora'",
         ),
@@ -306,6 +326,20 @@ def test_every_other_key_must_agree(path: tuple[str, ...]) -> None:
     for part in reversed(path[1:]):
         changed = {part: changed}
     assert _federation(**{path[0]: changed}).config_sha256 != _federation().config_sha256
+
+
+def test_all_of_privacy_must_agree() -> None:
+    """Each of its keys."""
+    noise, target = {"delta": 1e-5, "noise_multiplier": 1.0}, {"delta": 1e-5, "target_epsilon": 1.0}
+    sections = [
+        noise,
+        target,
+        {**noise, "delta": 1e-6},
+        {**noise, "clip_norm": 2.0},
+        {**noise, "noise_multiplier": 2.0},
+    ]
+    found = {_federation(privacy=section).config_sha256 for section in sections}
+    assert len(found | {_federation().config_sha256}) == 1 + len(sections)
 
 
 def test_the_fingerprint_is_of_the_meaning_not_of_the_text(tmp_path: Path) -> None:
