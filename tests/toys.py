@@ -108,7 +108,8 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
-    down: str = "",
+    down: str | None = None,
+    feedback: float | None = None,
     sealed: bool = False,
     link: str = HASTY,
     urls: Mapping[str, str] = MappingProxyType({}),
@@ -116,7 +117,8 @@ def write_toy(
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `urls` holds another broker URL for some, by name; `extra` follows [aggregation]; `down` is the codec of states.
+    `down` is the codec of states, where it is another; `urls` holds another broker URL for some, by name; `extra`
+    follows [aggregation].
     """
     if sealed:
         kits = Kits(root, "toy")
@@ -124,13 +126,15 @@ def write_toy(
             kits.site(f"site-{number}")
         extra += '[trust]\nmode = "sealed"\n'
 
+    owed = "" if feedback is None else f"feedback = {feedback}\n"
+
     def local(name: str) -> str:
         kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
         return f'[broker]\nurl = "{urls.get(name, url)}"\n[link]\n{link}{kit}'
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nslice_kib = {slice_kib}\n{owed}'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(

@@ -240,6 +240,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\ndown="topk2"',
+            "codec.down: Input should be 'f32', 'bf16', 'int8' or 'int4'",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="f32"\nfeedback=0.9',
+            "codec: f32 leaves nothing out that could be added later: set feedback to 0, or another codec",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\nsites=["b","coordinator"]\n[model]\nbase="m"',
             "federation.sites.1: no site may be named coordinator",
         ),
@@ -263,6 +273,14 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
         assert problem in error.message
     assert error.message.count(";") == 2
     assert error.hint == "mend these keys"
+
+
+def test_feedback_follows_from_the_codec() -> None:
+    """topk2 keeps 95 % of what it left out, the others nothing, unless the file says otherwise."""
+    decays = {up: _federation(codec={"up": up}).codec.decay for up in ("f32", "bf16", "int8", "int4", "topk2")}
+    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95}
+    assert _federation(codec={"up": "int4", "feedback": 1.0}).codec.decay == 1
+    assert _federation(codec={"up": "topk2", "feedback": 0.0}).codec.decay == 0
 
 
 # -- the fingerprint ---
