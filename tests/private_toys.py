@@ -17,6 +17,7 @@ from edge_client.pipe import Trained
 from edge_client.privacy.accounting import charge_of, spend
 from edge_client.privacy.ledger import Charge, Ledger, Limit
 from edge_client.privacy.metered import Metered
+from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import MailboatError
@@ -29,6 +30,8 @@ DIE_VARIABLE = "PRIVATE_TOY_DIES_AT"
 
 class PrivateToy:
     """Trains as ToyTrainer does, at the cost of so many records; says a loss and a score that must not leave."""
+
+    standing = Standing()
 
     def __init__(self, federation: FederationConfig) -> None:
         assert federation.privacy is not None
@@ -43,15 +46,15 @@ class PrivateToy:
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Callable[[float, float], None],
-        so_far: tuple[Charge, ...],
-        limits: tuple[Limit, ...],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> Trained:
         """Refuse as the worker does, or train and say what it cost."""
         spent = spend(self.charge, so_far, limits, self._delta)
-        trained = await self._toy.train(state, base_version, out, on_progress=on_progress)
+        trained = await self._toy.train(state, base_version, delta, on_progress=on_progress)
         self._lives -= 1
         if self._lives == 0:
             os.kill(os.getpid(), signal.SIGKILL)
