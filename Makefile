@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-codec-f1 fuzz fuzz-guided sbom
+.PHONY: bench-codec bench-codec-f1 fuzz fuzz-guided sbom experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,12 @@ bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 
 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
+
+experiments: setup ## methods compared, from experiments/NAME.toml; goes on where it was stopped: make experiments NAME=main JOBS=2
+	@$(VENV)/mailboat experiment run $(or $(NAME),main) --jobs $(or $(JOBS),1) $(ARGS)
+
+experiments-smoke: setup ## every part of the experiments with next to no notes (minutes; part of `make test`)
+	@$(PYTEST) -n 0 tests/integration/test_experiment.py $(ARGS)
 
 cluster: setup ## a whole run over three NATS servers, one of which is killed
 	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py

@@ -8,7 +8,7 @@ Rules (RefusedError.rule), besides those of `shared.tensorfile` (header-*, tenso
 (frame-*), `shared.codec` (codec-*) and `shared.reader` (file-hash):
 
     no-tensors       the update holds none
-    unknown-tensor   it holds one that the plan does not name
+    unknown-tensor   it holds one that the plan does not name, or that no site trains
     wrong-shape      it holds one of another shape
     non-finite       NaN or infinity
     norm-bound       the delta's L2 norm is above NORM_MAX
@@ -54,7 +54,7 @@ def verify(stored: Stored, plan: SealedPlan) -> Admitted:
     name that passed the format's rules. CorruptError when the disk no longer holds the frames that arrived.
     """
     with stored.open_tensors(verify=True) as reader:
-        _check_header(reader.shapes, plan.tensors)
+        _check_header(reader.shapes, plan.trained)
         squares = 0.0
         for name in reader.shapes:
             squares += _finite_squares(name, reader.spans(name))
@@ -69,7 +69,7 @@ def _check_header(found: Mapping[str, Shape], planned: Mapping[str, Shape]) -> N
         raise RefusedError("the update holds no tensor", rule="no-tensors")
     for name, shape in found.items():
         if name not in planned:
-            raise RefusedError(f"tensor {name} is not in the plan", rule="unknown-tensor")
+            raise RefusedError(f"tensor {name} is not one that sites train", rule="unknown-tensor")
         if shape != planned[name]:
             raise RefusedError(f"tensor {name} has shape {shape}, the plan says {planned[name]}", rule="wrong-shape")
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from edge_client.layout import open_layout
+from edge_client.privacy.ledger import CHARGES, row_named
 from edge_client.residual import Build, Residuals
 from shared import durable
 from shared.errors import CorruptError
@@ -65,6 +68,10 @@ class Outbox:
         counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
         return waiting | {each["base_sha256"] for each in counted}
 
+    def charges(self) -> int:
+        """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
+        return named_charges(self.pending(), map(read_receipt, receipt_paths(self._storage)))
+
     def seal(self, frames: FrameWriter, build: Build, left: tuple[FrameWriter, Build] | None = None) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
 
@@ -100,9 +107,11 @@ class Outbox:
         if stored is not None:
             facts = stored.manifest.update
             origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+            if CHARGES in facts.metrics:
+                origin[CHARGES] = row_named(facts.metrics)
         elif path.exists():
             earlier = read_receipt(path)
-            origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
+            origin = {key: earlier[key] for key in ("base_version", "base_sha256", CHARGES) if key in earlier}
             if earlier == {**origin, **said}:
                 return None
         else:
@@ -121,6 +130,12 @@ class Outbox:
 def receipt_paths(storage: Path) -> list[Path]:
     """The receipts in a site's folder, by update id."""
     return sorted((storage / _RECEIPTS).glob(_NAMES))
+
+
+def named_charges(waiting: Iterable[Manifest], answered: Iterable[Mapping[str, Any]]) -> int:
+    """Return the highest row of the privacy ledger that waiting updates and receipts name; 0 when none does."""
+    told = chain((manifest.update.metrics for manifest in waiting), answered)
+    return max(map(row_named, told), default=0)
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

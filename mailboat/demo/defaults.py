@@ -25,6 +25,9 @@ EPOCHS = 1
 """Passes over a site's notes in one local training."""
 BATCH_SIZE = 2
 LR = 6e-3
+ADAPTER_RANK = 16
+ADAPTER_ALPHA = 64
+ADAPTER_LR = 6e-3
 STAY_LENGTH = 128
 """Tokens of a window of the tasks on whole stays: the beginning of a summary, and its end with the diagnoses."""
 STAY_LR = 4e-3

@@ -1,12 +1,14 @@
 """What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
 
-Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning` and
-`merging`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and `site.toml`
-are each machine's own business (`machine`).
+Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning`, `merging`
+and `privacy`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and
+`site.toml` are each machine's own business (`machine`).
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
 from shared.config.learning import (
+    AdapterKind,
+    AdapterSection,
     CodecName,
     CodecSection,
     LayersSection,
@@ -23,20 +25,25 @@ from shared.config.machine import (
     LinkSection,
     LocalTrustSection,
     SiteConfig,
+    ValidationSection,
 )
 from shared.config.merging import (
     AggregationSection,
     MergeRule,
     Mode,
+    Quality,
     ServerOptimizerName,
     ServerSection,
     StalenessKind,
     StalenessSection,
 )
+from shared.config.privacy import LocalPrivacySection, PrivacySection
 from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "AdapterKind",
+    "AdapterSection",
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",
@@ -48,11 +55,14 @@ __all__ = [
     "FederationSection",
     "LayersSection",
     "LinkSection",
+    "LocalPrivacySection",
     "LocalTrustSection",
     "MergeRule",
     "Mode",
     "ModelSection",
     "Positive",
+    "PrivacySection",
+    "Quality",
     "Section",
     "ServerOptimizerName",
     "ServerSection",
@@ -64,4 +74,5 @@ __all__ = [
     "TaskSection",
     "TrainingSection",
     "TrustSection",
+    "ValidationSection",
 ]

@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
 COORDINATOR = 'federation = "federation.toml"\nstorage = "data"\n'
+AGGREGATION = '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\n'
 SITE = 'name = "north"\nfederation = "f.toml"\nstorage = "s"\n[data]\nnotes = "notes"\n'
 
 
@@ -136,8 +137,79 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            AGGREGATION + 'rule="kurm"',
+            "aggregation.rule: Input should be 'mean', 'ca2fl', 'median', 'trimmed-mean', 'krum' or 'multi-krum'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="loss"',
+            "aggregation.quality: Input should be 'none', 'exp-loss' or 'size-exp-loss'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'mode="fedbuff"\nrule="krum"\nbuffer=4',
+            'aggregation: rule = "krum" judges 5 updates or more (2 byzantine + 3), and buffer = 4',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nclip_norm=1.0',
+            'aggregation: clip_norm has no meaning with rule = "ca2fl"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nrule="median"',
+            'aggregation: quality = "exp-loss" weighs a mean: it needs rule = "mean"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nmode="fedasync"',
+            'aggregation: quality = "exp-loss" weighs a mean',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nmode="fedasync"',
+            'aggregation: rule = "ca2fl" needs several updates',
+        ),
+        (FederationConfig, AGGREGATION + "temperature=0", "aggregation.temperature: Input should be greater than 0"),
+        (
+            CoordinatorConfig,
+            COORDINATOR + "[validation]\nnote = 'n'",
+            "unknown key validation.note: did you mean notes?",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\noptimizer="adm"',
             "aggregation.server.optimizer: Input should be 'sgd', 'momentum', 'nesterov', 'adam', 'yogi', 'fadas' or",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ntarget_epsilon=8\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ndelta=0.5',
+            "privacy.delta: Input should be less than or equal to 0.01",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise=1\ndelta=1e-5',
+            "unknown key privacy.noise: did you mean noise_multiplier?",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex"',
+            "adapter.kind: Input should be 'none', 'lora', 'ffa-lora' or 'fedex-lora'",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex-lora"\n[aggregation]\nmode="fedasync"',
+            '[adapter] kind = "fedex-lora" corrects a weighted mean that is added as it is: it needs [aggregation]',
         ),
         (CoordinatorConfig, 'storage = "s"', "federation is missing"),
         (SiteConfig, SITE.replace('notes = "notes"', ""), "data.notes is missing"),
@@ -233,6 +305,8 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
     """A valid value other than the default."""
     if path == ("trust", "mode"):
         return "sealed"
+    if path[0] == "adapter" and path[1] in {"kind", "targets"}:
+        return {"kind": "lora", "targets": ["q_proj"]}[path[1]]
     key = path[-1]
     named = {
         "kind": "constant",
@@ -241,10 +315,12 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "mode": "fedasync",
         "optimizer": "momentum",
         "rule": "median",
+        "quality": "exp-loss",
         "sites": ["a"],
         "labels": ["x"],
         "frozen_sha256": "0" * 64,
         "slice_kib": 64,
+        "privacy": {"delta": 1e-5, "noise_multiplier": 1.0},
     }
     if key in named:
         return named[key]
@@ -268,6 +344,20 @@ def test_every_other_key_must_agree(path: tuple[str, ...]) -> None:
     for part in reversed(path[1:]):
         changed = {part: changed}
     assert _federation(**{path[0]: changed}).config_sha256 != _federation().config_sha256
+
+
+def test_all_of_privacy_must_agree() -> None:
+    """Each of its keys."""
+    noise, target = {"delta": 1e-5, "noise_multiplier": 1.0}, {"delta": 1e-5, "target_epsilon": 1.0}
+    sections = [
+        noise,
+        target,
+        {**noise, "delta": 1e-6},
+        {**noise, "clip_norm": 2.0},
+        {**noise, "noise_multiplier": 2.0},
+    ]
+    found = {_federation(privacy=section).config_sha256 for section in sections}
+    assert len(found | {_federation().config_sha256}) == 1 + len(sections)
 
 
 def test_the_fingerprint_is_of_the_meaning_not_of_the_text(tmp_path: Path) -> None:
