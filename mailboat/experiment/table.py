@@ -78,6 +78,7 @@ def _columns(found: Sequence[Row]) -> list[Column]:
         Column("MB in all", lambda row: told(_sent(row, _both(row)), 1 / MEGA, 2)),
         Column("saved up", lambda row: _saved(row, against, lambda one: one.of("up"))),
         Column("saved both ways", lambda row: _saved(row, against, _both)),
+        Column("saved up, against uncompressed", _saved_plain),
         Column("CPU s a training", lambda row: told(row.of("train_s"), 1, 2)),
         Column("trained", _trained),
         Column("the paper", lambda row: row.section.paper or NOTHING),
@@ -121,6 +122,15 @@ def _saved(row: Row, against: Row | None, of: Callable[[Row], Stat | None]) -> s
     if here is None or there is None or row is against:
         return NOTHING
     return f"{100 * (1 - here.mean / there.mean):.2f} %"
+
+
+def _saved_plain(row: Row) -> str:
+    """Against four bytes for each parameter of the model and each training, as if sent as they are."""
+    here = _sent(row, row.of("up"))
+    plain = Stat.of(4.0 * result.total_parameters * result.trainings for _, result in row.results)
+    if here is None or plain is None or not plain.mean:
+        return NOTHING
+    return f"{100 * (1 - here.mean / plain.mean):.2f} %"
 
 
 def _reached(row: Row, goals: dict[int, float]) -> str:
