@@ -26,7 +26,8 @@ TICK_S = 1.0
 """Virtual seconds; the real shells tick four times a second."""
 UNCLOCKED_S = 1.0
 """A local training where there is no clock."""
-UNCLOCKED_DAYS = 365.0
+UNCLOCKED_DAYS = 1.0
+"""A run that takes so long without a clock stands still: its versions take seconds."""
 
 Tell = Callable[[float, str], None]
 """Called now and then with the share that is done, 0 to 1, and a word on it."""
@@ -164,7 +165,7 @@ class _Run:
                 raise UnavailableError(
                     f"version {self.coordinator.core.ledger.version} of {self.job.federation.federation.versions} "
                     f"after {self.clock.now / DAY_S:.1f} virtual days: nobody is left who makes another",
-                    hint="look at the cell's clock, quorum and deadline",
+                    hint=self._why_still(),
                 )
         ledger = self.coordinator.core.ledger
         return Outcome(
@@ -178,6 +179,10 @@ class _Run:
             up=self._up,
             down=self._down,
         )
+
+    def _why_still(self) -> str:
+        held = next((site.trainer.standing.held for site in self.sites if site.trainer.standing.held), "")
+        return held or "look at the cell's clock, quorum and deadline"
 
     def _schedule(self) -> None:
         clock = self.job.clock or ClockSection(days=UNCLOCKED_DAYS)

@@ -158,7 +158,8 @@ def _rounds(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
 
 def _clock(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
     """The main measure by virtual hours; each seed has hours of its own, so each has a line."""
-    for place, row in enumerate(_with_curves(found)):
+    clocked = (row for row in _with_curves(found) if row.clocked)
+    for place, row in enumerate(clocked):
         for number, (_cell, result) in enumerate(row.results):
             hours = [point.at_s / HOUR_S for point in result.curve]
             values = [100 * _main(point) for point in result.curve]
