@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
 Progress = Callable[[float, float], None]
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Exported)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured, pipe.Exported)
 
 log = structlog.get_logger("worker")
 
@@ -136,6 +137,14 @@ class WorkerClient:
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""
         return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def loss(self, state: Path) -> float:
+        """Return the mean loss of the state in a file on all notes but the held-out ones; NaN where it is not finite.
+
+        Errors as `evaluate`.
+        """
+        measured = await self._ask(pipe.Measure(state=state), pipe.Measured)
+        return math.nan if measured.loss is None else measured.loss
 
     async def export(self, state: Path, out: Path) -> None:
         """Write the model with the state in a file to the folder `out`, as transformers' `from_pretrained` reads it.

@@ -22,7 +22,7 @@ from edge_client.outbox import Outbox
 from mailboat.experiment.clock import Clock, Line
 from mailboat.experiment.packets import chunk_bytes, message_bytes
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig
-from shared.errors import RefusedError
+from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest
 from shared.messages import Announce, Message, Presence
 from shared.plan import SealedPlan
@@ -156,6 +156,8 @@ class CoordinatorSide:
                 self.updates.delete(job.update_id)
             case d.Verify():
                 self._verify(job.update_id)
+            case d.Validate():
+                raise ConfigError("experiments measure no loss at the coordinator", hint='use quality = "none"')
             case d.Merge():
                 self._merge(job)
             case d.Serve():
