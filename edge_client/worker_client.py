@@ -59,13 +59,17 @@ class WorkerDiedError(Exception):
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. With `trains`
+    false it measures and scores, and never trains.
     """
 
     standing = Standing()
 
-    def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
+    def __init__(
+        self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0, trains: bool = True
+    ) -> None:
         self._federation = federation
+        self._trains = trains
         self.serve(config)
         self._niceness = niceness
         self._process: Process | None = None
@@ -89,6 +93,7 @@ class WorkerClient:
             holdout=config.data.holdout,
             threads=config.threads,
             site=config.name,
+            trains=self._trains,
         )
         self._ready = False
         """True when the running worker has loaded model and these notes."""
