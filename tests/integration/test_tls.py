@@ -21,11 +21,12 @@ from mailboat import authority as bench
 from mailboat.commands.enroll import accept, enroll
 from mailboat.commands.provision import approve, init, revoke
 from mailboat.doctor.network import Party, check_broker
-from mailboat.enrolment import authority_fingerprint, parse_request
+from mailboat.enrolment import parse_request
 from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError
 from shared.link import Connected, Event, Link, LinkOptions, Packet
 from shared.topics import Channel, topic
+from shared.trust.signing import authority_fingerprint
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
 

@@ -29,6 +29,7 @@ from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.messages import Head
 from shared.trust.kit import AUTHORITY, SIGN_KEY, load_authorities, load_authority
+from shared.trust.membership import Believed
 from shared.trust.witness import HEADS, head_line, parse_head, signed_head
 from tests.audited import flipped, restored
 from tests.helpers import run_async
@@ -74,7 +75,7 @@ def proof_of(root: Path, *, sites: tuple[str, ...] = ()) -> Proof:
         federation,
         toy_plan(federation, 100_000),
         receipts=[root / site / "receipts" for site in sites],
-        authorities=load_authorities(root / "coordinator-kit" / AUTHORITY),
+        believed=Believed(load_authorities(root / "coordinator-kit" / AUTHORITY)),
     )
 
 
@@ -238,7 +239,11 @@ def test_the_bundle_s_script_checks_the_signatures(run: Path, tmp_path: Path) ->
     def script(name: str) -> subprocess.CompletedProcess[str]:
         out = tmp_path / name
         export_bundle(
-            storage(run), federation, toy_plan(federation, 100_000), out / "run.tar", authority=authority.read_bytes()
+            storage(run),
+            federation,
+            toy_plan(federation, 100_000),
+            out / "run.tar",
+            authority={AUTHORITY: authority.read_bytes()},
         )
         with tarfile.open(out / "run.tar") as tar:
             tar.extractall(out, filter="data")

@@ -17,6 +17,7 @@ from mailboat.commands.rotate import rotate
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.trust.grant import parse_grant
 from shared.trust.kit import load_kit, read_peers
+from shared.trust.signing import authority_fingerprint
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """The authority's, as it would be read aloud."""
-    return enrolment.authority_fingerprint(bench.open_authority(folder).public)
+    return authority_fingerprint(bench.open_authority(folder).public)
 
 
 def ask(folder: Path, name: str = "site-1", kit: str = "kit") -> tuple[Path, str]:
@@ -52,7 +53,7 @@ def admit(folder: Path, name: str = "site-1", kit: str = "kit") -> Path:
 def peers(folder: Path) -> tuple[set[str], set[int]]:
     """Whom the coordinator would admit, and the serials that it would refuse."""
     kit = load_kit(folder / "coordinator-kit", role="coordinator", federation="ward", now=bench.unix_now())
-    found = read_peers(kit.folder, "coordinator", kit.authorities, "ward")
+    found = read_peers(kit.folder, "coordinator", "ward")
     assert not found.unreadable
     return set(found.members), set(found.revocations.serials)
 

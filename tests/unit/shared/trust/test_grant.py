@@ -50,14 +50,15 @@ def test_a_renewal_is_installed_whole_and_private(bench: GrantBench) -> None:
     kit = bench.kits.folder("north")
     keys = kit_files.public_keys(kit), kit_files.tls_point(kit)
     data = bench.grant("north")
-    assert not is_here(kit, data)
-    install(kit, check_renewal(data, holder(bench), ISSUED))
-    assert is_here(kit, data)
+    grant = check_renewal(data, holder(bench), ISSUED)
+    assert not is_here(kit, grant)
+    install(kit, grant)
+    assert is_here(kit, grant)
     assert load_kit(kit, role="site", federation="ward", now=ISSUED).member == bench.member("north")
     assert (kit_files.public_keys(kit), kit_files.tls_point(kit)) == keys
     check_kit_modes(kit)
     assert stat.S_IMODE((kit / kit_files.TLS_CERT).stat().st_mode) == 0o600
-    assert rule(bench, data) == "not-newer"
+    assert check_renewal(data, holder(bench), ISSUED) == grant
 
 
 def altered(field: str) -> Spoil:
@@ -208,6 +209,6 @@ def test_an_interrupted_installation_leaves_a_kit_that_works(
         install(kit, grant)
     monkeypatch.undo()
     assert load_kit(kit, role="site", federation="ward", now=ISSUED).peers().members
-    if not is_here(kit, data):
-        install(kit, check_renewal(data, holder(bench), ISSUED))
+    install(kit, check_renewal(data, holder(bench), ISSUED))
+    assert is_here(kit, grant)
     assert load_kit(kit, role="site", federation="ward", now=ISSUED).member == bench.member("north")
