@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -32,6 +33,7 @@ from shared.trust.kit import AUTHORITY, SIGN_KEY, load_authorities, load_authori
 from shared.trust.membership import Believed
 from shared.trust.witness import HEADS, head_line, parse_head, signed_head
 from tests.audited import flipped, restored
+from tests.commands import call, running
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_plan, toy_site, write_toy
 
@@ -273,3 +275,16 @@ def test_a_site_keeps_what_it_saw(run: Path, tmp_path: Path) -> None:
         assert caught.value.rule == rule
     heads.keep(last)
     assert Heads(tmp_path).last == last
+
+
+def test_the_trail_of_a_sealed_run_is_tailed(run: Path) -> None:
+    """Each row once and in order, signatures among them, once and while following; filters by version, site, rule."""
+    rows = [row.seq for row in rows_of(run)]
+    told = call(run, "audit", "tail", "--json")
+    assert [json.loads(line)["seq"] for line in told.stdout.splitlines()] == rows, told.stderr
+    with running(run, "audit", "tail", "-f") as tail:
+        said = tail.wait_for(f"#{rows[-1]} ")
+    assert [int(line.split("#")[1].split()[0]) for line in said.splitlines()] == rows
+    some = call(run, "audit", "tail", "--site", "site-1", "--version", "1", "--json").stdout.splitlines()
+    assert {json.loads(line)["kind"] for line in some} == {"committed", "accepted", "witnessed"}
+    assert call(run, "audit", "tail", "--rule", "run-ended").stdout == ""
