@@ -231,7 +231,7 @@ def test_a_kind_of_tomorrow_still_shows() -> None:
     ],
 )
 def test_filters(query: Query, seqs: list[int]) -> None:
-    """A version shows its making and the updates from it; a site its updates, versions and drops; a rule what it hit."""
+    """A version shows its making and the updates from it; a site its updates, versions and drops; a rule its prey."""
     assert [line["seq"] for line in select(LINES, query)] == seqs
 
 
