@@ -212,9 +212,9 @@ def ratios(found: list[Round]) -> dict[str, float]:
             bare = run.removesuffix(SEALED)
             bare_s = median_s(found, bare, place)
             if run.endswith(SEALED) and bare_s is not None:
-                cost = processor_s(found, run, place) / processor_s(found, bare, place)
                 told[f"{run} / {bare}, {place}"] = round(mine / bare_s, 3)
-                told[f"{run} / {bare}, {place}, processor"] = round(cost, 3)
+                if (spent := processor_s(found, bare, place)) > 0:  # a tiny round may take less than the kernel counts
+                    told[f"{run} / {bare}, {place}, processor"] = round(processor_s(found, run, place) / spent, 3)
             memory = median_s(found, run, "tmpfs")
             plain = [each.plain_s for each in found if (each.run, each.place) == (run, place) and each.plain_s]
             if place == "disk" and plain:

@@ -31,7 +31,7 @@ def test_a_small_round_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(found.read_text())
     assert [run["run"] for run in told["runs"]] == ["mailboat bf16", "mailboat bf16 sealed"]
-    assert set(told["ratios"]) == {f"mailboat bf16 sealed / mailboat bf16, tmpfs{each}" for each in ("", ", processor")}
+    assert told["ratios"]["mailboat bf16 sealed / mailboat bf16, tmpfs"] > 0
     for run in told["runs"]:
         assert len(run["seconds"]) == 1
         assert run["seconds"][0] > 0
