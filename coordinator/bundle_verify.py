@@ -166,7 +166,9 @@ def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 def expand(frame: bytes, size: int, group: int) -> bytes:
     """The slice of `size` bytes in a frame; ValueError or ZstdError when it holds no such slice."""
-    if size > SLICE_BYTES_MAX or zstandard.get_frame_parameters(frame).content_size != size:
+    if not 0 < size <= SLICE_BYTES_MAX or group not in {1, 2, 4}:
+        raise ValueError("a slice of a size or grouping that there is none of")
+    if zstandard.get_frame_parameters(frame).content_size != size:
         raise ValueError("a frame does not declare the size that its slice has")
     grouped = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     count = size // group
@@ -194,11 +196,15 @@ def fits(public: bytes, signature: bytes, *parts: bytes) -> bool:
 
 
 def authority_keys(folder: Path) -> list[bytes]:
-    """The keys in authority.pub, 32 bytes each."""
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - sealed runs alone
+    """The keys in authority.pub, 32 bytes each; ValueError for another kind of key."""
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - sealed runs alone need it
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - the same
 
     blocks = (folder / "authority.pub").read_text(encoding="ascii").split("-----BEGIN")[1:]
-    keys: list[Any] = [load_pem_public_key(f"-----BEGIN{block}".encode()) for block in blocks]
+    try:
+        keys: list[Any] = [load_pem_public_key(f"-----BEGIN{block}".encode()) for block in blocks]
+    except UnsupportedAlgorithm as error:
+        raise ValueError("authority.pub holds a key of another kind") from error
     return [key.public_bytes_raw() for key in keys]
 
 

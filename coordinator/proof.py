@@ -295,7 +295,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
     except ValidationError as error:
         yield Finding("receipt-unreadable", where, describe_invalid("receipt", error))
         return
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         yield Finding("receipt-unreadable", where, "not a receipt as a site writes it")
         return
     if receipt.update_id != path.stem:
