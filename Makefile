@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-codec-f1 fuzz fuzz-guided sbom experiments experiments-smoke
+.PHONY: bench-codec fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -128,6 +128,9 @@ sbom: setup ## what is installed, with versions and licences, as CycloneDX JSON:
 	@mkdir -p build
 	@$(VENV)/python -m tools.sbom > build/sbom.json
 	@echo "[sbom] build/sbom.json"
+
+dependencies: setup ## what is installed against constraints.txt, its own checksums, and licences; without the network
+	@$(VENV)/python -m tools.dependencies
 
 # What may lose or double an update stands in these two packages.
 .PHONY: coverage-gate
