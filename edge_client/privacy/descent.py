@@ -99,7 +99,7 @@ def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_
     No seed goes in: two trainings with the same arguments give different updates, or noise could be taken off again.
     """
     chance, batches = Chance(), records.data.prepared.batches
-    parameters = tuple(loaded.trainable.values())
+    parameters = _trained(loaded)
     expected = charge.sample_rate * len(records.spans)
 
     def gradient(forward: Forward, _step: int) -> float:
@@ -122,7 +122,7 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 
     The loss is the task's, window by window, so that what one window asks for does not depend on its neighbours.
     """
-    parameters = tuple(loaded.trainable.values())
+    parameters = _trained(loaded)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     total, windows = 0.0, 0
     for batch in batches:
@@ -149,3 +149,8 @@ def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: 
     for total, each in zip(sums, asked.tensors, strict=True):
         total.add_(each, alpha=factor)
     return asked.loss
+
+
+def _trained(loaded: LoadedModel) -> tuple[torch.nn.Parameter, ...]:
+    """All that a step changes, by name, whether or not it leaves the site: nothing may move that was not blurred."""
+    return tuple(parameter for _, parameter in sorted(loaded.model.named_parameters()) if parameter.requires_grad)
