@@ -41,6 +41,8 @@ ROUNDING = 1e-6
 """Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
 same."""
 
+NORM_MAX = 1e30
+"""Gradients from here on count as not finite: the factor that would clip them is near the end of float32's range."""
 
 log = structlog.get_logger("worker")
 
@@ -138,12 +140,12 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: float) -> float:
     """Add a record's gradient to `sums`, in place, scaled down to at most `clip_norm`; return its loss.
 
-    A gradient that is not finite adds nothing, and its loss is 0: whatever a record holds, it moves the sum by no more
-    than the bound.
+    A gradient without a norm below NORM_MAX adds nothing, and its loss is 0: whatever a record holds, it moves the sum
+    by no more than the bound.
     """
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
     norm = torch.stack(squares).sum().sqrt().item()
-    if not (math.isfinite(norm) and math.isfinite(asked.loss)):
+    if not (norm < NORM_MAX and math.isfinite(asked.loss)):
         return 0.0
     factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
     for total, each in zip(sums, asked.tensors, strict=True):
