@@ -93,7 +93,7 @@ def told(stat: Stat | None, factor: float, digits: int) -> str:
 
 def _state(row: Row) -> str:
     if row.problem:
-        return f" (not known here: {row.problem})"
+        return " (not known here)"
     return "" if row.complete else f" ({len(row.results)} of {row.seeds} seeds)"
 
 
@@ -158,6 +158,10 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         )
     if note := code_note(found):
         yield from ("", note)
+    problems = {row.name: row.problem for row in found if row.problem}
+    if problems:
+        yield from ("", "Not known here:", "")
+        yield from (f"- {name}: {problem}" for name, problem in problems.items())
 
 
 # -- CSV ---
