@@ -118,9 +118,6 @@ fuzz-guided: setup ## one decoder by coverage, with atheris: make fuzz-guided TA
 bench-codec: setup ## each codec alone: share of float32, error, MB a second and core: make bench-codec ARGS="--turns 9"
 	@$(VENV)/python -m bench.codec --json docs/results/codec.json $(ARGS)
 
-bench-codec-f1: setup ## what each codec costs in F1, in one process, with the real trainer (a quarter of an hour)
-	@$(VENV)/python -m bench.codec_rounds --json docs/results/codec-f1.json $(ARGS)
-
 bench-hostile: setup ## how much slower a round gets when one site floods the federation
 	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json
 

@@ -12,7 +12,8 @@ from shared.ids import Sha256Hex
 
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
 CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
-_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95, "topk2x4": 0.95}
+SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
+"""Codecs under which an update is zero nearly everywhere."""
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
 """A model of which one value in 64 is known is none: the sparse codecs are for updates."""
 
@@ -97,7 +98,9 @@ class CodecSection(Section):
     @property
     def decay(self) -> float:
         """The share that `feedback` means."""
-        return self.feedback if self.feedback is not None else _FEEDBACK.get(self.up, 0.0)
+        if self.feedback is not None:
+            return self.feedback
+        return 0.95 if self.up in SPARSE else 0.0
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:

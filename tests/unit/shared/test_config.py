@@ -250,6 +250,11 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="topk2"\n[aggregation]\nrule="median"',
+            '[codec] up = "topk2" sends few values of each tensor, and rule = "median" would take the zeros between',
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\nsites=["b","coordinator"]\n[model]\nbase="m"',
             "federation.sites.1: no site may be named coordinator",
         ),
