@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import FederationConfig, LocalLayersSection, SiteConfig
+from shared.config import FederationConfig, LocalLayersSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -43,20 +43,8 @@ class Load(_Frame):
     """How many blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
-
-
-def load_request(config: SiteConfig, federation: FederationConfig) -> Load:
-    """Return what a site's configuration asks a worker to load."""
-    return Load(
-        federation=federation,
-        source=str(config.model_dir or federation.model.base),
-        notes=config.data.notes,
-        skip_bad=config.data.skip_bad,
-        holdout=config.data.holdout,
-        threads=config.threads,
-        site=config.name,
-        limits=config.layers,
-    )
+    trains: bool = True
+    """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
 
 
 class Train(_Frame):
@@ -81,6 +69,13 @@ class Evaluate(_Frame):
     notes: Path | None
 
 
+class Measure(_Frame):
+    """Measure the loss of a state on the notes that were loaded to train on."""
+
+    kind: Literal["measure"] = "measure"
+    state: Path
+
+
 class Export(_Frame):
     """Write the whole model with a state in it to a folder, in Hugging Face's layout."""
 
@@ -89,7 +84,7 @@ class Export(_Frame):
     out: Path
 
 
-Request = Load | Train | Evaluate | Export
+Request = Load | Train | Evaluate | Measure | Export
 
 
 class Loaded(_Frame):
@@ -102,7 +97,8 @@ class Loaded(_Frame):
     limit: str
     """The site's limit that allows no more; empty when none does."""
     examples: int
-    """Examples that are trained on, as the task counts them; the weight of this site's updates."""
+    """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
+    updates."""
     notes: int
     """Notes trained on."""
     held_out: int
@@ -150,6 +146,13 @@ class Evaluated(_Frame):
     labels: dict[str, dict[str, float]]
 
 
+class Measured(_Frame):
+    """The mean loss; None where it is infinite or no number."""
+
+    kind: Literal["measured"] = "measured"
+    loss: float | None
+
+
 class Exported(_Frame):
     """The model is in its folder."""
 
@@ -166,7 +169,7 @@ class Failed(_Frame):
     rule: str
 
 
-Answer = Loaded | Progress | Notice | Trained | Evaluated | Exported | Failed
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Measured | Exported | Failed
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

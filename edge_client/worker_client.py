@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
 Progress = Callable[[float, float], None]
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Exported)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured, pipe.Exported)
 
 log = structlog.get_logger("worker")
 
@@ -55,11 +56,27 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
+def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bool = True) -> pipe.Load:
+    """Return what a worker has to load to train for this site, or with `trains` false to measure for it."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+        limits=config.layers,
+        trains=trains,
+    )
+
+
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. `own` gives
-    the file of what stayed at the site after its newest update, or None.
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. With `trains`
+    false it measures and scores, and never trains. `own` gives the file of what stayed at the site after its newest
+    update, or None.
     """
 
     standing = Standing()
@@ -70,9 +87,11 @@ class WorkerClient:
         federation: FederationConfig,
         *,
         niceness: int = 0,
+        trains: bool = True,
         own: Callable[[], Path | None] = lambda: None,
     ) -> None:
         self._federation = federation
+        self._trains = trains
         self._own = own
         self.serve(config)
         self._niceness = niceness
@@ -89,7 +108,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.load_request(config, self._federation)
+        self._load = load_request(config, self._federation, trains=self._trains)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -111,13 +130,13 @@ class WorkerClient:
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Progress = lambda _share, _loss: None,
         so_far: tuple[Charge, ...] = (),
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
-        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+        """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
         What stays here goes to a file beside it. When the worker dies, training begins anew: from the same seed, so
         that the delta is the same, and in a private federation with noise of its own. There `so_far` is what trainings
@@ -128,13 +147,21 @@ class WorkerClient:
         is full.
         """
         request = pipe.Train(
-            state=state, base_version=base_version, out=out, own=self._own(), so_far=so_far, limits=limits
+            state=state, base_version=base_version, out=delta, own=self._own(), so_far=so_far, limits=limits
         )
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""
         return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def loss(self, state: Path) -> float:
+        """Return the mean loss of the state in a file on all notes but the held-out ones; NaN where it is not finite.
+
+        Errors as `evaluate`.
+        """
+        measured = await self._ask(pipe.Measure(state=state), pipe.Measured)
+        return math.nan if measured.loss is None else measured.loss
 
     async def export(self, state: Path, out: Path) -> None:
         """Write the model with the state in a file to the folder `out`, as transformers' `from_pretrained` reads it.
@@ -183,7 +210,7 @@ class WorkerClient:
             if not answered:
                 await self._kill()
         if isinstance(answer, pipe.Failed):
-            raise _raised(answer)
+            raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         if isinstance(answer, pipe.Loaded):
             # One that is started again trains as deep, so that an update can be trained anew bit for bit.
@@ -247,7 +274,8 @@ async def _ended(process: Process) -> int:
         return await process.wait()
 
 
-def _raised(failure: pipe.Failed) -> MailboatError:
+def raised(failure: pipe.Failed) -> MailboatError:
+    """Return the error that a worker met, as it was there."""
     if failure.error == RefusedError.__name__:
         return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
     return _FAMILIES[failure.error](failure.message, hint=failure.hint)

@@ -18,6 +18,7 @@ from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from edge_client.training import Standing
 from edge_client.worker import Worker
+from edge_client.worker_client import load_request
 from mailboat.sealing import INITIAL, seal
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
@@ -41,7 +42,7 @@ class WorkerHere:
     def __init__(self, config: SiteConfig, federation: FederationConfig, own: Callable[[], Path | None]) -> None:
         self._worker = Worker(lambda _: None)
         self._own = own
-        found = self._worker.handle(pipe.load_request(config, federation))
+        found = self._worker.handle(load_request(config, federation))
         assert isinstance(found, pipe.Loaded), found
         self.loaded = found
 

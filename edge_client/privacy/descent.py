@@ -29,9 +29,9 @@ from edge_client.batches import Batch
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel
 from edge_client.prefix import Forward
-from edge_client.privacy.accounting import charge_of, steps_of
+from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
-from edge_client.privacy.ledger import Charge
+from edge_client.privacy.ledger import Charge, Limit, Spent
 from edge_client.privacy.records import Records, make_records
 from edge_client.trainer import Descent
 from shared.config import FederationConfig, PrivacySection
@@ -41,6 +41,8 @@ ROUNDING = 1e-6
 """Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
 same."""
 
+NORM_MAX = 1e30
+"""Gradients from here on count as not finite: the factor that would clip them is near the end of float32's range."""
 
 log = structlog.get_logger("worker")
 
@@ -53,16 +55,22 @@ class Private:
     section: PrivacySection
     charge: Charge
 
+    def spend(self, so_far: Sequence[Charge], limits: Sequence[Limit]) -> Spent:
+        """What all trainings come to with one more; errors as `accounting.spend`."""
+        return spend(self.charge, so_far, limits, self.section.delta)
+
     def descent(self, loaded: LoadedModel) -> Descent:
         """The gradients of one update."""
         return private_descent(loaded, self.records, self.charge, self.section.clip_norm)
 
 
-def make_private(loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig) -> Private | None:
-    """Return what a federation with `[privacy]` trains on, None for one without; errors as `make_records`."""
-    section = federation.privacy
-    if section is None:
-        return None
+def make_private(
+    loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig, section: PrivacySection
+) -> Private:
+    """Return what a federation with `[privacy]` trains on, and say in the log what one update costs.
+
+    RefusedError(rule='note-missing') when no record has a window; other errors as `make_records` and `charge_of`.
+    """
     records = make_records(loaded, notes)
     count = len(records.spans)
     if not records.data.prepared.batches:
@@ -75,6 +83,7 @@ def make_private(loaded: LoadedModel, notes: Sequence[AnyNote], federation: Fede
             consequence="a mechanism that gives one record away whole would count as private; lower privacy.delta",
         )
     charge = charge_of(section, federation.training, records=count, versions=federation.federation.versions)
+    log.info("private", records=count, **charge.model_dump())
     return Private(records, section, charge)
 
 
@@ -92,7 +101,7 @@ def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_
     No seed goes in: two trainings with the same arguments give different updates, or noise could be taken off again.
     """
     chance, batches = Chance(), records.data.prepared.batches
-    parameters = tuple(loaded.trained.values())
+    parameters = _trained(loaded)
     expected = charge.sample_rate * len(records.spans)
 
     def gradient(forward: Forward, _step: int) -> float:
@@ -115,7 +124,7 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 
     The loss is the task's, window by window, so that what one window asks for does not depend on its neighbours.
     """
-    parameters = tuple(loaded.trained.values())
+    parameters = _trained(loaded)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     total, windows = 0.0, 0
     for batch in batches:
@@ -131,14 +140,19 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: float) -> float:
     """Add a record's gradient to `sums`, in place, scaled down to at most `clip_norm`; return its loss.
 
-    A gradient that is not finite adds nothing, and its loss is 0: whatever a record holds, it moves the sum by no more
-    than the bound.
+    A gradient without a norm below NORM_MAX adds nothing, and its loss is 0: whatever a record holds, it moves the sum
+    by no more than the bound.
     """
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
     norm = torch.stack(squares).sum().sqrt().item()
-    if not (math.isfinite(norm) and math.isfinite(asked.loss)):
+    if not (norm < NORM_MAX and math.isfinite(asked.loss)):
         return 0.0
     factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
     for total, each in zip(sums, asked.tensors, strict=True):
         total.add_(each, alpha=factor)
     return asked.loss
+
+
+def _trained(loaded: LoadedModel) -> tuple[torch.nn.Parameter, ...]:
+    """All that a step changes, by name, whether or not it leaves the site: nothing may move that was not blurred."""
+    return tuple(parameter for _, parameter in sorted(loaded.model.named_parameters()) if parameter.requires_grad)

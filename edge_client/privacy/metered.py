@@ -21,11 +21,13 @@ from typing import Never, Protocol
 import structlog
 
 from edge_client.disk import Disk
+from edge_client.outbox import Outbox
 from edge_client.pipe import Trained
 from edge_client.privacy.ledger import BUDGET, CHARGES, Charge, Ledger, Limit, Row, Spent, charges_of
-from edge_client.training import Standing
+from edge_client.training import Standing, Trainer
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
+from shared.logs import beside
 from shared.manifest import BLOCKS
 
 log = structlog.get_logger("site")
@@ -35,19 +37,30 @@ TOLD = frozenset({"steps", BLOCKS})
 
 
 class PrivateTrainer(Protocol):
-    """Whoever trains at a cost; the worker process in a real run."""
+    """Whoever trains, in a private federation at a cost; the worker process in a real run."""
+
+    @property
+    def standing(self) -> Standing:
+        """See Trainer."""
 
     async def train(
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Callable[[float, float], None],
-        so_far: tuple[Charge, ...],
-        limits: tuple[Limit, ...],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> Trained:
         """Train as `Trainer.train` says, and say what it cost; RefusedError(rule='privacy-budget') before it begins."""
+
+
+def metered(worker: PrivateTrainer, outbox: Outbox, config: SiteConfig, federation: FederationConfig) -> Trainer:
+    """Return the trainer of a site: the worker, in a private federation with the ledger of its folder before it."""
+    if federation.privacy is None:
+        return worker
+    return Metered(worker, Ledger(config.storage, known=outbox.charges()), config, federation)
 
 
 class Metered:
@@ -90,7 +103,7 @@ class Metered:
         spent = trained.spent
         assert spent is not None, "a worker under [privacy] says what each training cost"
         row = await self._disk.given_room(asyncio.to_thread, self._charge, base_version, spent)
-        log.info("trained", version=base_version, **trained.metrics)
+        log.info("trained", **beside({"version": base_version}, trained.metrics))
         told = {name: value for name, value in trained.metrics.items() if name in TOLD}
         return trained.model_copy(update={"metrics": told | _metrics(spent, row)})
 

@@ -39,6 +39,9 @@ def tail(
     site: Annotated[
         str | None, typer.Option(help="Only this site's updates, and the versions they are part of.")
     ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Only what was rejected, dropped or put into quarantine under this rule.")
+    ] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Print the audit trail: each update accepted or rejected, each version, one line each, times in UTC."""
@@ -50,7 +53,7 @@ def tail(
         raise ConfigError(f"{path.parent}: no run has begun there", hint="start one with: mailboat coordinator run")
     lines = follow_lines(path, lambda: time.sleep(POLL_S)) if follow else read_lines(path)
     out = console.result()
-    for line in select(lines, Query(version=version, site=site)):
+    for line in select(lines, Query(version=version, site=site, rule=rule)):
         if as_json:
             out.file.write(json.dumps(dict(line), separators=(",", ":"), ensure_ascii=False) + "\n")
             out.file.flush()
@@ -137,6 +140,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "rejected", f"{_time(life.decided_at)}  {life.rule}: {life.detail}"
         return
     yield "accepted", _time(life.decided_at)
+    if life.loss is not None:
+        yield "measured", f"loss {life.loss:.4g} on the coordinator's notes"
     if life.settled_at is None:
         yield "waiting", "for the round to close"
     elif life.fate == "quarantined":
@@ -145,7 +150,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "dropped", f"{_time(life.settled_at)}  {life.rule}"
     else:
         part = f"late by {life.staleness}, weight {life.weight:.4g}"
-        yield "merged", f"{_time(life.settled_at)}  into version {life.version}, {part}"
+        into = f"into version {life.version}" if life.weight else f"with version {life.version}, which left it out"
+        yield "merged", f"{_time(life.settled_at)}  {into}, {part}"
 
 
 def _time(at: float) -> str:

@@ -26,11 +26,16 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Fold adapters into the weights, and write the whole model.")
     ] = False,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="The coordinator's float32 master, which no site was sent."),
+    ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
     site: Annotated[Path | None, _SITE] = None,
 ) -> None:
     """Write a version as a Hugging Face model folder, for from_pretrained of transformers.
 
+    It is the published state, as the sites have it: with codec.down = "int8", say, its trained tensors are rounded.
     Where the federation trains adapters, these alone are written, for PeftModel.from_pretrained.
     """
     from mailboat import modelling
@@ -38,8 +43,10 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
     subject = _subject(config, site, version)
-    personal = modelling.export_state(subject, out, merged=merged)
-    console.say(f"{subject.title} (state {subject.state.file_sha256[:12]}) written to {out}")
+    if full_precision and subject.master_sha256 is None:
+        raise ConfigError("--full-precision and --site were both given", hint="only a coordinator has the master")
+    personal = modelling.export_state(subject, out, merged=merged, full_precision=full_precision)
+    console.say(f"{subject.title}{subject.detail(full_precision=full_precision)} written to {out}")
     if personal:
         whose = f"{subject.site}'s own" if subject.site else "as every site began with them: each site keeps its own"
         console.say(f"{len(personal)} tensors of layers.personal, {personal[0]} first, are {whose}")

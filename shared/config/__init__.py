@@ -8,6 +8,7 @@ and `privacy`); its canonical hash goes into the fingerprint that every manifest
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
 from shared.config.learning import (
     IMPORTANCE_PLAN,
+    SPARSE,
     AdapterKind,
     AdapterSection,
     CodecName,
@@ -28,11 +29,13 @@ from shared.config.machine import (
     LocalLayersSection,
     LocalTrustSection,
     SiteConfig,
+    ValidationSection,
 )
 from shared.config.merging import (
     AggregationSection,
     MergeRule,
     Mode,
+    Quality,
     ServerOptimizerName,
     ServerSection,
     StalenessKind,
@@ -44,6 +47,7 @@ from shared.config.section import Positive, Section
 __all__ = [
     "COORDINATOR_USER",
     "IMPORTANCE_PLAN",
+    "SPARSE",
     "AdapterKind",
     "AdapterSection",
     "AdmissionSection",
@@ -66,6 +70,7 @@ __all__ = [
     "ModelSection",
     "Positive",
     "PrivacySection",
+    "Quality",
     "Section",
     "ServerOptimizerName",
     "ServerSection",
@@ -77,4 +82,5 @@ __all__ = [
     "TaskSection",
     "TrainingSection",
     "TrustSection",
+    "ValidationSection",
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from shared.config.learning import (
+    SPARSE,
     AdapterSection,
     CodecSection,
     LayersSection,
@@ -85,6 +86,15 @@ class FederationConfig(Section):
         if self.privacy is not None and self.layers.by_importance:
             raise ValueError(
                 '[layers] plan = "importance:N" tells gradients of notes without noise, which [privacy] forbids'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_in_the_middle(self) -> Self:
+        if self.codec.up in SPARSE and self.aggregation.rule in {"median", "trimmed-mean"}:
+            raise ValueError(
+                f'[codec] up = "{self.codec.up}" sends few values of each tensor, and rule = "{self.aggregation.rule}" '
+                "would take the zeros between them: take another rule or another codec"
             )
         return self
 

@@ -11,13 +11,14 @@ from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
-CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
+SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
+"""Codecs under which an update is zero nearly everywhere."""
+StateCodecName = Literal["f32", "bf16", "int8", "int4"]
+"""A model of which one value in 64 is known is none: the sparse codecs are for updates."""
 IMPORTANCE_PLAN = "importance:"
 """How plans begin under which sites measure which blocks to train."""
 ImportanceName = Literal["gradient-norm", "relative-gradient-norm", "snr"]
-_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95}
-StateCodecName = Literal["f32", "bf16", "int8", "int4"]
-"""A model of which one value in 64 is known is none: topk2 is for updates."""
 TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,256}$")]
 
 
@@ -107,15 +108,17 @@ class CodecSection(Section):
     up: CodecName = "bf16"
     down: StateCodecName = "bf16"
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for topk2 and
-    0, which keeps nothing, for the others."""
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for the sparse
+    ones and 0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 
     @property
     def decay(self) -> float:
         """The share that `feedback` means."""
-        return self.feedback if self.feedback is not None else _FEEDBACK.get(self.up, 0.0)
+        if self.feedback is not None:
+            return self.feedback
+        return 0.95 if self.up in SPARSE else 0.0
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:

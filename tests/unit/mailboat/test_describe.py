@@ -41,9 +41,7 @@ def test_both_ways_are_told_where_importance_chooses() -> None:
     tensors = {"model.layers.2.w": (60,), "model.layers.3.w": (8, 5), "score.weight": (7,)}
     told = lines(at_once=1, tensors=tensors, trained_parameters=107)
     assert "107 trained of 1,000: 89.3% of the model never travels" in told
-    assert (
-        "an update holds 1 of these blocks, at most 67 parameters: 93.3% never travels up; a state" in told
-    )
+    assert "an update holds 1 of these blocks, at most 67 parameters: 93.3% never travels up; a state" in told
 
 
 def test_what_stays_is_counted_apart() -> None:
