@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
-from coordinator.views import VersionView
 from mailboat.console import measure_title
-from shared.config import AdapterSection, FederationConfig
+from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
+from shared.ids import Sha256Hex
 from shared.manifest import Manifest
 from shared.store import FrameStore
 
@@ -55,24 +56,66 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(
-    storage: Path, federation: FederationConfig, state: Manifest, out: Path, *, merged: bool = False
-) -> None:
-    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A published state and where it lies: in a coordinator's folder, or in a site's with what is that site's own."""
+
+    storage: Path
+    federation: FederationConfig
+    state: Manifest
+    source: str | Path
+    """The base model."""
+    site: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        at = f" at {self.site}" if self.site else ""
+        return f"version {self.state.state.version}{at}"
+
+
+def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
+    """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
+    from coordinator.views import find_version, load_run
+
+    federation = load_config(config.federation, FederationConfig)
+    state = find_version(load_run(config.storage), version).state
+    return Subject(config.storage, federation, state, federation.model.base)
+
+
+def of_site(config: SiteConfig) -> Subject:
+    """Return the newest state that a site holds; ConfigError when it holds none."""
+    folder = config.storage / "states"
+    store = FrameStore(folder) if folder.is_dir() else None
+    stored = [store.get(state_id) for state_id in store.ids()] if store else []
+    states = sorted((each.manifest for each in stored if each), key=lambda manifest: manifest.state.version)
+    if not states:
+        raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
+    federation = load_config(config.federation, FederationConfig)
+    return Subject(config.storage, federation, states[-1], config.model_dir or federation.model.base, config.name)
+
+
+def export_state(subject: Subject, out: Path, *, merged: bool = False) -> tuple[str, ...]:
+    """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
+    Return the names of the tensors that stay at their sites: those in `out` are the site's own, or, when the subject is
+    a coordinator's, as everybody begins with them.
     """
-    _write(_with_state(storage, federation, state), federation, out, merged=merged)
+    return _write(_with_state(subject), subject, out, merged=merged)
 
 
-def export_master(
-    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
-) -> None:
-    """Write what `export_version` does, with the coordinator's float32 master of a version, which no site was sent.
+def export_master(subject: Subject, out: Path, *, merged: bool = False) -> Sha256Hex:
+    """Write what `export_state` does, with the coordinator's float32 master, which no site was sent; return its digest.
 
-    ConfigError when its master is no longer here, CorruptError when it is not what the journal recorded.
+    ConfigError when the master is not here, CorruptError when it is not what the journal recorded.
     """
-    path = master_path(storage / "masters", version.version)
+    from coordinator.views import find_version, load_run
+
+    if subject.site is not None:
+        raise ConfigError("a site has no master: it was sent the published state", hint="leave --full-precision out")
+    version = find_version(load_run(subject.storage), subject.state.state.version)
+    path = master_path(subject.storage / "masters", version.version)
     if not path.exists():
         raise ConfigError(
             f"the master of version {version.version} is not here any more",
@@ -80,29 +123,29 @@ def export_master(
         )
     if file_sha256(path) != version.master_sha256:
         raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
-    loaded = _load(federation.model.base, federation)
-    from edge_client.model import apply_state
+    loaded = _load(subject.source, subject.federation)
+    from edge_client.model import apply_state, read_personal
 
     with TensorFile(path) as tensors:
-        apply_state(loaded, dict(tensors))
-    _write(loaded, federation, out, merged=merged)
+        apply_state(loaded, dict(tensors) | read_personal(loaded))
+    _write(loaded, subject, out, merged=merged)
+    return version.master_sha256
 
 
-def _write(loaded: LoadedModel, federation: FederationConfig, out: Path, *, merged: bool) -> None:
+def _write(loaded: LoadedModel, subject: Subject, out: Path, *, merged: bool) -> tuple[str, ...]:
     from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
-    if federation.adapter.used and not merged:
-        write_adapters(loaded, federation.model, out)
+    if subject.federation.adapter.used and not merged:
+        write_adapters(loaded, subject.federation.model, out)
     else:
         export(loaded, out)
+    return tuple(loaded.personal)
 
 
-def score_version(
-    storage: Path, federation: FederationConfig, state: Manifest, notes: Path, *, skip_bad: bool
-) -> Measured:
-    """Score a published state on the notes under `notes`."""
-    return _score(_with_state(storage, federation, state), federation, notes, skip_bad=skip_bad)
+def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
+    """Score a state on the notes under `notes`."""
+    return _score(_with_state(subject), subject.federation, notes, skip_bad=skip_bad)
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
@@ -121,7 +164,7 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
 
 
 def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """What `export_version` wrote, in either form."""
+    """What `export_state` wrote, in either form."""
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
@@ -135,17 +178,22 @@ def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
     return loaded
 
 
-def _with_state(storage: Path, federation: FederationConfig, state: Manifest) -> LoadedModel:
-    loaded = _load(federation.model.base, federation)
-    from edge_client.model import apply_state
+def _with_state(subject: Subject) -> LoadedModel:
+    loaded = _load(subject.source, subject.federation)
+    from edge_client.model import apply_state, read_personal, seal
+    from edge_client.outbox import newest_own
+    from edge_client.statefile import read_own
 
+    storage, state = subject.storage, subject.state
+    own = newest_own(storage) if subject.site else None
+    personal = read_personal(loaded) if own is None else read_own(own, seal(loaded, subject.federation).fingerprint)
     stored = FrameStore(storage / "states").get(state.transfer_id)
     if stored is None:
         raise CorruptError(
             f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
         )
     with stored.open_tensors(verify=True) as reader:
-        apply_state(loaded, dict(reader.tensors()))
+        apply_state(loaded, dict(reader.tensors()) | personal)
     return loaded
 
 

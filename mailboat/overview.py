@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from coordinator.status import LiveStatus, SiteStatus
 from coordinator.views import RunView, SiteSummary, load_run, summarise_sites
 from shared.config import FederationConfig
+from shared.manifest import BLOCKS
 
 ALIVE_S = 10.0
 """A coordinator writes its live view about twice a second; one that has not for this long is not running."""
@@ -31,6 +32,8 @@ class SiteRow:
     waiting: int
     rejected: int
     dropped: int
+    blocks: int | None = None
+    """Blocks that it trains, where these are not all of the plan's."""
     epsilon: float | None = None
     """What its trainings have cost each of its records by now, by its own ledger; None without privacy."""
     delta: float | None = None
@@ -131,6 +134,7 @@ def _row(name: str, summary: SiteSummary | None, live: SiteStatus | None, *, run
         waiting=summary.waiting if summary else 0,
         rejected=summary.rejected if summary else 0,
         dropped=summary.dropped if summary else 0,
+        blocks=int(live.metrics[BLOCKS]) if live and BLOCKS in live.metrics else None,
         epsilon=live.metrics.get("epsilon") if live else None,
         delta=live.metrics.get("delta") if live else None,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,11 +96,19 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
         f"parameters  {plan.trained_parameters:,} trained of {plan.total_parameters:,}: "
         f"{plan.saving:.1%} of the model never travels"
     )
+    if plan.personal:
+        count = sum(prod(shape) for shape in plan.personal.values())
+        yield f"personal    {count:,} more parameters in {len(plan.personal)} tensors are trained and stay at each site"
     if plan.residuals:
         yield (
             f"residuals   {plan.residual_parameters:,} numbers more go to the sites with each version, not back: what "
             "averaging the factors loses"
         )
+    lowest = plan.layers[0]
+    if lowest:
+        yield f"prefix      below block {lowest} all is frozen: a site computes it once for its notes"
+    else:
+        yield "prefix      block 0 is trained: a site runs the whole model in each epoch"
     yield f"identity    fingerprint {plan.fingerprint[:16]}, frozen weights {plan.frozen_sha256}"
 
 

@@ -34,11 +34,14 @@ class SealedPlan(BaseModel):
     layers: tuple[int, ...]
     """Blocks that are trained, ascending, counted from 0 at the bottom."""
     tensors: dict[str, tuple[int, ...]]
-    """What a version consists of: the trainable tensors, and `residuals`; names and shapes, sorted by name."""
+    """What a version consists of: what is trained and travels, and `residuals`; names and shapes, sorted by name."""
     residuals: dict[str, tuple[str, str]] = {}
     """Tensors that no site trains: the coordinator makes them from the updates of these two, the factors A and B of an
     adapter, whose averages they correct (`coordinator.residual`)."""
+    personal: dict[str, tuple[int, ...]] = {}
+    """Tensors that each site trains for itself and keeps, and their shapes, sorted by name."""
     trained_parameters: int = Field(ge=1)
+    """Parameters that are trained and travel."""
     total_parameters: int = Field(ge=1)
     """Of the whole model with its head, adapters not counted: what full-model averaging would send."""
     config_sha256: Sha256Hex

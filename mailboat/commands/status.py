@@ -65,8 +65,10 @@ def _table(overview: Overview) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("site", "here", "doing"):
         table.add_column(name, no_wrap=True)
+    shallow = any(site.blocks is not None for site in overview.sites)
     private = any(site.epsilon is not None for site in overview.sites)
-    for name in ("version", "merged", "waiting", "refused", "outbox", "up MB", "down MB", *["epsilon"] * private):
+    counts = ("merged", "waiting", "refused", "outbox", "up MB", "down MB")
+    for name in ("version", *["blocks"] * shallow, *counts, *["epsilon"] * private):
         table.add_column(name, justify="right", no_wrap=True)
     for site in overview.sites:
         doing = site.phase or "-"
@@ -77,6 +79,7 @@ def _table(overview: Overview) -> Table:
             "yes" if site.present else "no",
             doing,
             "-" if site.version is None else str(site.version),
+            *(["all" if site.blocks is None else str(site.blocks)] if shallow else []),
             *(str(count) for count in (site.merged, site.waiting, site.rejected + site.dropped, site.outbox)),
             f"{site.bytes_up / 1e6:.1f}",
             f"{site.bytes_down / 1e6:.1f}",

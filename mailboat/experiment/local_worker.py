@@ -11,7 +11,7 @@ from edge_client import pipe
 from edge_client.privacy.ledger import Charge, Limit
 from edge_client.training import Standing
 from edge_client.worker import Worker
-from edge_client.worker_client import load_request, raised
+from edge_client.worker_client import raised
 from shared.config import FederationConfig, SiteConfig
 
 _A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured)
@@ -27,7 +27,7 @@ class LocalWorker:
 
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
-        request = load_request(config, federation).model_copy(update={"initial": initial})
+        request = pipe.load_request(config, federation).model_copy(update={"initial": initial})
         return self._ask(request, pipe.Loaded)
 
     async def train(

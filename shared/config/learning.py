@@ -16,6 +16,7 @@ SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
 """Codecs under which an update is zero nearly everywhere."""
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
 """A model of which one value in 64 is known is none: the sparse codecs are for updates."""
+TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,256}$")]
 
 
 class ModelSection(Section):
@@ -50,7 +51,10 @@ class LayersSection(Section):
     """Which layers are trained and exchanged."""
 
     plan: str = "top:6"
-    """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+    """`top:6` or `6`, `bottom:6`, `middle:6`, `random:6`; a share of the depth such as `0.375` in the place of a count;
+    a list such as `10,11,15`; `all`."""
+    personal: tuple[TensorPattern, ...] = ()
+    """Trained tensors that stay at their site, such as `score.*`; `*` stands for any run of characters, `?` for one."""
 
 
 class AdapterSection(Section):
@@ -124,3 +128,5 @@ class TrainingSection(Section):
     """Share of the steps of one update over which the rate rises."""
     max_grad_norm: Positive = 1.0
     """L2 norm that a step's gradient is scaled down to; [privacy] clips by record in its place."""
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """mu of FedProx, which FedAsync calls rho: how strongly training is held to the state that it started from."""

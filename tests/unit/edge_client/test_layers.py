@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from edge_client.layers import FAMILIES, depth_of, family_of, is_full, resolve_plan, trainable_names
+from edge_client.layers import (
+    FAMILIES,
+    depth_of,
+    family_of,
+    is_full,
+    personal_names,
+    resolve_plan,
+    trainable_names,
+)
 from shared.errors import ConfigError
 
 LLAMA = [
@@ -29,6 +37,14 @@ BERT = [
         ("0.375", 16, (10, 11, 12, 13, 14, 15)),
         ("0.01", 16, (15,)),
         ("1.0", 3, (0, 1, 2)),
+        ("top:0.375", 16, (10, 11, 12, 13, 14, 15)),
+        ("bottom:3", 16, (0, 1, 2)),
+        ("bottom:0.25", 4, (0,)),
+        ("middle:4", 16, (6, 7, 8, 9)),
+        ("middle:3", 16, (6, 7, 8)),
+        ("middle:4", 5, (0, 1, 2, 3)),
+        ("middle:1", 1, (0,)),
+        ("random:16", 16, tuple(range(16))),
         ("15,10,11", 16, (10, 11, 15)),
         ("3,", 4, (3,)),
         ("0, 2", 4, (0, 2)),
@@ -43,6 +59,11 @@ def test_a_plan_means_blocks(text: str, depth: int, layers: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("bottom:17", "asks for 17 blocks, the model has 16"),
+        ("middle:0", "trains no block of the model's 16"),
+        ("random:1.5", "no share of the model's 16 blocks"),
+        ("lowest:3", "not a layer plan"),
+        (":3", "not a layer plan"),
         ("17", "asks for 17 blocks, the model has 16"),
         ("top:17", "asks for 17 blocks, the model has 16"),
         ("10,16", "names block 16, the model has 16"),
@@ -66,6 +87,23 @@ def test_a_plan_that_does_not_fit_is_refused(text: str, says: str) -> None:
         resolve_plan(text, 16)
     assert says in caught.value.message
     assert f"layers.plan = {text.strip()!r}" in caught.value.message
+
+
+def test_random_blocks_follow_from_the_seed() -> None:
+    """One seed gives one choice for all, of as many blocks as asked; among all seeds every block has its turn."""
+    drawn = [resolve_plan("random:4", 16, seed=seed) for seed in range(40)]
+    assert drawn == [resolve_plan("random:4", 16, seed=seed) for seed in range(40)]
+    assert all(len(set(blocks)) == 4 and list(blocks) == sorted(blocks) for blocks in drawn)
+    assert {block for blocks in drawn for block in blocks} == set(range(16))
+    assert set(resolve_plan("random:4", 16, seed=3)) < set(resolve_plan("random:5", 16, seed=3))
+
+
+def test_an_unknown_plan_lists_the_known_ones() -> None:
+    """Whoever misspells one sees what there is."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_plan("lowest:3", 16)
+    for form in ("top:6", "bottom:6", "middle:6", "random:6", "0.375", "10,11,15", "all"):
+        assert form in caught.value.hint
 
 
 def test_block_1_is_not_block_11() -> None:
@@ -123,3 +161,32 @@ def test_an_unknown_type_is_named() -> None:
     assert "models/t5" in caught.value.message
     assert "'t5'" in caught.value.message
     assert "bert, gpt2, llama, mistral, qwen2, qwen3" in caught.value.hint
+
+
+def test_patterns_say_what_stays() -> None:
+    """A star stands for any characters, also dots; the order is that of the trained tensors."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    assert personal_names(trained, ()) == ()
+    assert personal_names(trained, ("score.*",)) == ("score.bias", "score.weight")
+    assert personal_names(trained, ("score.weight", "*.norm.weight", "score.?eight")) == (
+        "model.norm.weight",
+        "score.weight",
+    )
+    assert personal_names(trained, ("*.11.*",)) == ("model.layers.11.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (("classifier.*",), "layers.personal = 'classifier.*' matches none of the 5 tensors"),
+        (("score.*", "model.layers.1.*"), "layers.personal = 'model.layers.1.*' matches none"),
+        (("Score.*",), "matches none"),
+        (("*",), "nothing is left to exchange"),
+    ],
+)
+def test_what_cannot_stay_is_refused(patterns: tuple[str, ...], says: str) -> None:
+    """A pattern that matches nothing that is trained is a mistake, and so is keeping everything."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    with pytest.raises(ConfigError) as caught:
+        personal_names(trained, patterns)
+    assert says in caught.value.message

@@ -36,6 +36,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         {"layers": (2, 3)},
         {"tensors": {"w": (100, 1000)}},
         {"tensors": {"v": (100_000,)}},
+        {"personal": {"head": (3,)}},
         {"trained_parameters": 99_999},
         {"total_parameters": 400_001},
         {"config_sha256": digest("c")},
