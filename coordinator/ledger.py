@@ -21,6 +21,8 @@ from coordinator.records import (
     Released,
     Signed,
     Snapshot,
+    Substituted,
+    Validated,
     VersionCommitted,
     Witnessed,
 )
@@ -64,6 +66,8 @@ class Ledger:
         self.known: dict[str, Known] = {}
         self.pending: list[Accepted] = []
         """Accepted and not yet merged, in acceptance order."""
+        self.losses: dict[str, float] = {}
+        """Of updates that are not merged yet, where losses are measured."""
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart, by id, in the order in which they were."""
         self.finished = False
@@ -97,6 +101,9 @@ class Ledger:
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.pending.append(record)
                 self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
+            case Validated():
+                assert record.update_id in self.known, f"update {record.update_id} was never accepted"
+                self.losses[record.update_id] = record.loss
             case Rejected():
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.known[record.update_id] = Known(
@@ -114,6 +121,7 @@ class Ledger:
             case Dropped():
                 self.pending = [update for update in self.pending if update.update_id != record.update_id]
                 self.quarantined.pop(record.update_id, None)
+                self.losses.pop(record.update_id, None)
                 known = self.known[record.update_id]
                 known.outcome, known.rule = "dropped", record.rule
             case VersionCommitted():
@@ -122,8 +130,8 @@ class Ledger:
                 self.finished = True
             case Signed():
                 self.signed = record
-            case Witnessed() | Snapshot():
-                pass  # evidence for others; what was applied before it
+            case Substituted() | Witnessed() | Snapshot():
+                pass  # said of the next row; evidence for others; what was applied before it
             case _:
                 assert_never(record)
 
@@ -138,6 +146,7 @@ class Ledger:
             known = self.known[part.update_id]
             assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
             known.outcome, known.version = "merged", record.version
+            self.losses.pop(part.update_id, None)
             known.staleness, known.weight = part.staleness, part.weight
 
     def by_rule(self, rule: str) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from coordinator.ledger import Known, Ledger
-from coordinator.merging import MergePlan, plan_merge
+from coordinator.merging import MergePlan, choosing, in_order, plan_merge
 from coordinator.optimizers import SLOTS
 from coordinator.records import (
     Accepted,
@@ -28,9 +28,12 @@ from coordinator.records import (
     Released,
     Signed,
     Snapshot,
+    Substituted,
+    Validated,
     VersionCommitted,
     Witnessed,
 )
+from coordinator.robust import KRUMS, chosen
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
 from shared.errors import RefusedError
@@ -88,13 +91,19 @@ class Trail:
         """Row and record of each accepted update, in order of acceptance."""
         self.pending: dict[str, Accepted] = {}
         """Accepted and not yet merged, in order of acceptance."""
+        self.losses: dict[str, float] = {}
+        """Of updates that are not merged yet."""
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart."""
+        self.answered: set[str] | None = set()
+        """Sites whose update was rejected or kept apart since the newest version; None when that is not known."""
+        self.substituted: Substituted | None = None
+        """What was said of the version of the next row."""
         self.finished = False
 
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
-        self.version, self.finished = ledger.version, ledger.finished
+        self.version, self.finished, self.answered = ledger.version, ledger.finished, None
         for version, state in ledger.states.items():
             files = ledger.files[version]
             self.versions[version] = RecordedVersion(
@@ -102,6 +111,7 @@ class Trail:
             )
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
+        self.losses = dict(ledger.losses)
         self.quarantined = dict(ledger.quarantined)
         waiting = (*ledger.pending, *ledger.quarantined.values())
         self.accepted = {accepted.update_id: (seq, accepted) for accepted in waiting}
@@ -117,9 +127,9 @@ class Trail:
             for version, state in ledger.states.items()
         }
         held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
-        said = (ours, list(self.known.items()), list(self.pending.values()), held, self.finished)
-        told = (theirs, list(ledger.known.items()), ledger.pending, theirs_held, ledger.finished)
-        names = ("versions", "decided updates", "waiting updates", "quarantine", "end of the run")
+        said = (ours, list(self.known.items()), list(self.pending.values()), held, self.losses, self.finished)
+        told = (theirs, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, ledger.finished)
+        names = ("versions", "decided updates", "waiting updates", "quarantine", "losses", "end of the run")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
     def take(self, seq: int, record: Record) -> list[Finding]:
@@ -137,11 +147,12 @@ class Trail:
             and record.version == self.version + 1 >= 1
             and all(update.base_version in self.versions and update.examples >= 1 for update in merged)
             and (len(merged) == 1 if section.mode == "fedasync" else bool(merged))
+            and (section.quality == "none" or all(update.update_id in self.losses for update in merged))
         )
         if not sound:
             return None
         ids = {version: recorded.transfer_id for version, recorded in self.versions.items()}
-        return plan_merge(record.version, merged, section, ids)
+        return plan_merge(record.version, merged, section, ids, known=self.known, losses=self.losses)
 
     # -- one record ---
 
@@ -157,8 +168,10 @@ class Trail:
                 yield from self._accepted(seq, record)
             case Rejected():
                 yield from self._rejected(record)
-            case Quarantined() | Released() | Dropped():
-                yield from self._moved(record)
+            case Validated() | Quarantined() | Released() | Dropped():
+                yield from self._waiting(record)
+            case Substituted():
+                self.substituted = record
             case VersionCommitted():
                 yield from self._committed(seq, record)
             case Finished():
@@ -189,15 +202,26 @@ class Trail:
         self.accepted[record.update_id] = (seq, record)
         self.pending[record.update_id] = record
 
+    def _validated(self, record: Validated) -> Iterator[Broken]:
+        if self.federation.aggregation.quality == "none" or record.update_id in self.losses:
+            yield "validated-in-vain", f"update {record.update_id} has a loss, and needs none or had one"
+        if record.update_id not in self.pending:
+            yield "not-pending", f"update {record.update_id} is validated, but was not waiting"
+            return
+        self.losses[record.update_id] = record.loss
+
     def _rejected(self, record: Rejected) -> Iterator[Broken]:
         if record.update_id in self.known:
             yield "decided-twice", f"update {record.update_id} was decided before"
             return
         known = Known(record.site, record.manifest_sha256, "rejected", record.rule, record.detail)
         self.known[record.update_id] = known
+        self._answer(record.site)
 
-    def _moved(self, record: Quarantined | Released | Dropped) -> Iterator[Broken]:
+    def _waiting(self, record: Validated | Quarantined | Released | Dropped) -> Iterator[Broken]:
         match record:
+            case Validated():
+                yield from self._validated(record)
             case Quarantined():
                 yield from self._quarantined(record)
             case Released():
@@ -211,6 +235,7 @@ class Trail:
             yield "not-pending", f"update {record.update_id} is kept apart, but was not waiting"
             return
         self.quarantined[record.update_id] = held
+        self._answer(held.site)
         self.known[record.update_id].rule, self.known[record.update_id].detail = record.rule, record.detail
 
     def _released(self, record: Released) -> Iterator[Broken]:
@@ -223,6 +248,7 @@ class Trail:
 
     def _dropped(self, record: Dropped) -> Iterator[Broken]:
         waiting = self.pending.pop(record.update_id, None) or self.quarantined.pop(record.update_id, None)
+        self.losses.pop(record.update_id, None)
         if waiting is None:
             yield "not-pending", f"update {record.update_id} is dropped, but was not waiting"
             return
@@ -255,9 +281,12 @@ class Trail:
                 known = self.known.get(part.update_id)
                 fate = "was never accepted" if known is None else f"is {known.outcome} already"
                 yield "counted-twice" if known else "unknown-update", f"update {part.update_id} {fate}"
+            elif self.federation.aggregation.quality != "none" and part.update_id not in self.losses:
+                yield "not-validated", f"update {part.update_id} counts, and its loss was never measured"
         yield from self._round(record.contributions)
         if planned is not None:
-            yield from _weights(planned.recorded(), record.contributions)
+            yield from self._counted(record, planned)
+        self.substituted, self.answered = None, set()
         self._merge(record)
         yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
         self.version = record.version
@@ -266,11 +295,14 @@ class Trail:
         """What the closing rules say of any round, whoever was present."""
         section = self.federation.aggregation
         merged = [part.update_id for part in parts]
-        if merged != list(self.pending)[: len(merged)]:
-            yield "merge-order", "its updates are not the oldest ones waiting, in order of acceptance"
+        oldest = list(self.pending.values())[: len(merged)]
+        # Earlier runs added up in order of acceptance.
+        if merged not in ([update.update_id for update in order] for order in (in_order(oldest), oldest)):
+            yield "merge-order", "its updates are not the oldest ones waiting, by site, base version and id"
         match section.mode:
             case "sync":
-                fits = len({part.site for part in parts}) >= section.quorum
+                sites = {part.site for part in parts}
+                fits = self.answered is None or len(sites | self.answered) >= section.quorum
             case "fedbuff":
                 fits = 1 <= len(parts) <= section.buffer
             case "fedasync":
@@ -280,8 +312,30 @@ class Trail:
         if not fits:
             yield "round-size", f"{len(parts)} updates, which no round of mode {section.mode} closes with here"
 
+    def _counted(self, record: VersionCommitted, planned: MergePlan) -> Iterator[Broken]:
+        """Whether the rule is the one that was agreed, or told, and the weights follow from it."""
+        section, parts, said = self.federation.aggregation, record.contributions, self.substituted
+        stands_in = None if planned.rule == section.rule else (record.version, planned.rule, len(parts))
+        if stands_in != (None if said is None else (said.version, said.rule, said.updates)):
+            told = "nothing" if said is None else f"{said.rule} of {said.updates} for version {said.version}"
+            yield "substituted", f"merged by {planned.rule}, and the row before says of what stood in: {told}"
+        if planned.rule in KRUMS:
+            # Which updates are chosen only their tensors tell; how many, and what each then counts, the rule does.
+            counts = {part.update_id for part in parts if part.weight > 0}
+            wanted = chosen(planned.rule, len(parts), section.byzantine)
+            if len(counts) != wanted:
+                yield "contribution", f"{len(counts)} updates count, {planned.rule} chooses {wanted} of {len(parts)}"
+                return
+            planned = choosing(planned, counts)
+        yield from miscounted(planned.recorded(), parts)
+
+    def _answer(self, site: str) -> None:
+        if self.answered is not None:
+            self.answered.add(site)
+
     def _merge(self, record: VersionCommitted) -> None:
         for part in record.contributions:
+            self.losses.pop(part.update_id, None)
             if self.pending.pop(part.update_id, None) is not None:
                 known = self.known[part.update_id]
                 known.outcome, known.version = "merged", record.version
@@ -320,7 +374,8 @@ class Trail:
         return [name for name, value in wanted.items() if getattr(manifest, name) != value]
 
 
-def _weights(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:
+def miscounted(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:
+    """Yield what is recorded of each contribution otherwise than it came out here."""
     for wanted, found in zip(ours, recorded, strict=True):
         for name in ("site", "base_version", "staleness", "weight"):
             given, told = getattr(wanted, name), getattr(found, name)

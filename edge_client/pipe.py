@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from edge_client.privacy.ledger import Charge, Limit, Spent
 from shared.config import FederationConfig
 from shared.plan import SealedPlan
 
@@ -39,6 +40,8 @@ class Load(_Frame):
     site: str
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
+    trains: bool = True
+    """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
 
 
 class Train(_Frame):
@@ -48,6 +51,9 @@ class Train(_Frame):
     state: Path
     base_version: int
     out: Path
+    so_far: tuple[Charge, ...] = ()
+    """What trainings have cost this site's records; of a private federation, as are the limits."""
+    limits: tuple[Limit, ...] = ()
 
 
 class Evaluate(_Frame):
@@ -58,6 +64,13 @@ class Evaluate(_Frame):
     notes: Path | None
 
 
+class Measure(_Frame):
+    """Measure the loss of a state on the notes that were loaded to train on."""
+
+    kind: Literal["measure"] = "measure"
+    state: Path
+
+
 class Export(_Frame):
     """Write the whole model with a state in it to a folder, in Hugging Face's layout."""
 
@@ -66,7 +79,7 @@ class Export(_Frame):
     out: Path
 
 
-Request = Load | Train | Evaluate | Export
+Request = Load | Train | Evaluate | Measure | Export
 
 
 class Loaded(_Frame):
@@ -75,7 +88,8 @@ class Loaded(_Frame):
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
     examples: int
-    """Examples that are trained on, as the task counts them; the weight of this site's updates."""
+    """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
+    updates."""
     notes: int
     """Notes trained on."""
     held_out: int
@@ -109,6 +123,8 @@ class Trained(_Frame):
     kind: Literal["trained"] = "trained"
     examples: int
     metrics: dict[str, float]
+    spent: Spent | None = None
+    """What it cost; None without privacy."""
 
 
 class Evaluated(_Frame):
@@ -117,6 +133,13 @@ class Evaluated(_Frame):
     kind: Literal["evaluated"] = "evaluated"
     overall: dict[str, float]
     labels: dict[str, dict[str, float]]
+
+
+class Measured(_Frame):
+    """The mean loss; None where it is infinite or no number."""
+
+    kind: Literal["measured"] = "measured"
+    loss: float | None
 
 
 class Exported(_Frame):
@@ -135,7 +158,7 @@ class Failed(_Frame):
     rule: str
 
 
-Answer = Loaded | Progress | Notice | Trained | Evaluated | Exported | Failed
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Measured | Exported | Failed
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

@@ -9,6 +9,7 @@ import structlog
 from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
+from edge_client.privacy.metered import check_privacy, metered
 from edge_client.session import Identity
 from edge_client.worker_client import WorkerClient
 from shared import durable
@@ -23,8 +24,10 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
     """Take part in one federation until its run is complete; cancelling ends it in good order.
 
     Raises RefusedError when the coordinator or the data refuse us, ConfigError for what this machine's files get
-    wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
+    wrong, CorruptError for what its disk gets wrong, UnavailableError when the worker cannot be kept alive or the disk
+    is full.
     """
+    check_privacy(config, federation)
     durable.make_folder(config.storage)
     worker = WorkerClient(config, federation)
     with FolderLock(config.storage / LOCK, holder="site"):
@@ -33,6 +36,7 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
 
 
 async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: Outbox, worker: WorkerClient) -> None:
+    trainer = metered(worker, outbox, config, federation)
     async with worker:
         loaded = await worker.load()
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
@@ -44,4 +48,4 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
             frozen_sha256=loaded.plan.frozen_sha256,
             software=f"mailboat {version('mailboat')}",
         )
-        await Agent(config, federation, identity, outbox, worker).run()
+        await Agent(config, federation, identity, outbox, trainer).run()

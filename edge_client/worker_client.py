@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from typing import Self, TypeVar
 import structlog
 
 from edge_client import pipe
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError, UnavailableError
 
@@ -32,7 +35,7 @@ LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
 Progress = Callable[[float, float], None]
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Exported)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured, pipe.Exported)
 
 log = structlog.get_logger("worker")
 
@@ -53,14 +56,34 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
+def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bool = True) -> pipe.Load:
+    """Return what a worker has to load to train for this site, or with `trains` false to measure for it."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+        trains=trains,
+    )
+
+
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. With `trains`
+    false it measures and scores, and never trains.
     """
 
-    def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
+    standing = Standing()
+
+    def __init__(
+        self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0, trains: bool = True
+    ) -> None:
         self._federation = federation
+        self._trains = trains
         self.serve(config)
         self._niceness = niceness
         self._process: Process | None = None
@@ -76,15 +99,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.Load(
-            federation=self._federation,
-            source=str(config.model_dir or self._federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._load = load_request(config, self._federation, trains=self._trains)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -103,19 +118,38 @@ class WorkerClient:
         return await self._ask(self._load.model_copy(update={"initial": initial}), pipe.Loaded)
 
     async def train(
-        self, state: Path, base_version: int, out: Path, *, on_progress: Progress = lambda _share, _loss: None
+        self,
+        state: Path,
+        base_version: int,
+        delta: Path,
+        *,
+        on_progress: Progress = lambda _share, _loss: None,
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
-        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+        """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
-        When the worker dies, training begins anew from the same seed, so that the delta is the same. Cancelling ends
-        the worker; the next request starts another. Raises RefusedError when training diverged or the state does not
-        fit, UnavailableError when the worker dies again and again or the disk is full.
+        When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
+        federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
+        of a worker that died nothing has come out, so it has cost nothing. Cancelling ends the worker; the next request
+        starts another. Raises RefusedError when training diverged, the state does not fit, or a limit would be passed
+        (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
+        full.
         """
-        return await self._ask(pipe.Train(state=state, base_version=base_version, out=out), pipe.Trained, on_progress)
+        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
+        return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""
         return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def loss(self, state: Path) -> float:
+        """Return the mean loss of the state in a file on all notes but the held-out ones; NaN where it is not finite.
+
+        Errors as `evaluate`.
+        """
+        measured = await self._ask(pipe.Measure(state=state), pipe.Measured)
+        return math.nan if measured.loss is None else measured.loss
 
     async def export(self, state: Path, out: Path) -> None:
         """Write the model with the state in a file to the folder `out`, as transformers' `from_pretrained` reads it.
@@ -164,7 +198,7 @@ class WorkerClient:
             if not answered:
                 await self._kill()
         if isinstance(answer, pipe.Failed):
-            raise _raised(answer)
+            raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         self._ready = self._ready or wanted is pipe.Loaded
         return answer
@@ -225,7 +259,8 @@ async def _ended(process: Process) -> int:
         return await process.wait()
 
 
-def _raised(failure: pipe.Failed) -> MailboatError:
+def raised(failure: pipe.Failed) -> MailboatError:
+    """Return the error that a worker met, as it was there."""
     if failure.error == RefusedError.__name__:
         return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
     return _FAMILIES[failure.error](failure.message, hint=failure.hint)

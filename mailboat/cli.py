@@ -19,8 +19,10 @@ from mailboat.commands import (
     data,
     doctor,
     enroll,
+    experiment,
     export,
     init,
+    privacy,
     provision,
     quarantine,
     rotate,
@@ -42,11 +44,13 @@ _ORDER = [
     "broker",
     "coordinator",
     "site",
+    "privacy",
     "status",
     "audit",
     "quarantine",
     "export",
     "evaluate",
+    "experiment",
     "doctor",
 ]
 
@@ -111,11 +115,13 @@ app.add_typer(coordinator.app, name="coordinator", short_help="Run the side that
 app.add_typer(site.app, name="site", short_help="Run one hospital's part.")
 site.app.command("enroll")(enroll.enroll)
 site.app.command("accept")(enroll.accept)
+app.add_typer(privacy.app, name="privacy", short_help="Say what differential privacy costs, or has cost.")
 app.command("status", short_help="Say where the run stands.")(status.status)
 app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by line.")
 app.add_typer(quarantine.app, name="quarantine", short_help="Decide about updates that are out of line.")
 app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)
 app.command("evaluate", short_help="Measure a model on annotated notes.")(export.evaluate)
+app.add_typer(experiment.app, name="experiment", short_help="Compare methods on synthetic notes, reproducibly.")
 app.command("doctor", short_help="Check this machine, and say what to do.")(doctor.doctor)
 
 

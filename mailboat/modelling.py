@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.views import VersionView
 from mailboat.console import measure_title
-from shared.config import FederationConfig
+from shared.config import AdapterSection, FederationConfig
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import Manifest
 from shared.store import FrameStore
@@ -53,11 +55,47 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(storage: Path, federation: FederationConfig, state: Manifest, out: Path) -> None:
-    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout."""
+def export_version(
+    storage: Path, federation: FederationConfig, state: Manifest, out: Path, *, merged: bool = False
+) -> None:
+    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout.
+
+    A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
+    """
+    _write(_with_state(storage, federation, state), federation, out, merged=merged)
+
+
+def export_master(
+    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
+) -> None:
+    """Write what `export_version` does, with the coordinator's float32 master of a version, which no site was sent.
+
+    ConfigError when its master is no longer here, CorruptError when it is not what the journal recorded.
+    """
+    path = master_path(storage / "masters", version.version)
+    if not path.exists():
+        raise ConfigError(
+            f"the master of version {version.version} is not here any more",
+            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
+        )
+    if file_sha256(path) != version.master_sha256:
+        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
+    loaded = _load(federation.model.base, federation)
+    from edge_client.model import apply_state
+
+    with TensorFile(path) as tensors:
+        apply_state(loaded, dict(tensors))
+    _write(loaded, federation, out, merged=merged)
+
+
+def _write(loaded: LoadedModel, federation: FederationConfig, out: Path, *, merged: bool) -> None:
+    from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
-    export(_with_state(storage, federation, state), out)
+    if federation.adapter.used and not merged:
+        write_adapters(loaded, federation.model, out)
+    else:
+        export(loaded, out)
 
 
 def score_version(
@@ -68,8 +106,8 @@ def score_version(
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
-    """Score the model in `folder` on the notes under `notes`."""
-    return _score(_load(folder, federation), federation, notes, skip_bad=skip_bad)
+    """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
+    return _score(_load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
 
 
 def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -80,6 +118,21 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
             f"the package {error.name} is not installed here", hint="pip install 'mailboat[edge]'"
         ) from None
     return load_model(source, federation)
+
+
+def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
+    """What `export_version` wrote, in either form."""
+    if not federation.adapter.used:
+        return _load(folder, federation)
+    if not (folder / "adapter_config.json").exists():
+        # The adapters are in the weights, which are thus not those that everybody started from.
+        whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
+        return _load(folder, federation.model_copy(update=whole))
+    loaded = _load(federation.model.base, federation)
+    from edge_client.adapter_folder import read_adapters
+
+    read_adapters(loaded, folder)
+    return loaded
 
 
 def _with_state(storage: Path, federation: FederationConfig, state: Manifest) -> LoadedModel:

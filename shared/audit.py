@@ -128,9 +128,31 @@ def _told(line: Line) -> str:
     match line["kind"]:
         case "opened":
             return f"version 0  state {line['state']['file_sha256'][:8]}  fingerprint {line['fingerprint'][:8]}"
+        case "committed":
+            parts = ", ".join(
+                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
+                for part in line["contributions"]
+            )
+            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
+        case "substituted":
+            too_few = f"{line['updates']} updates, the agreed rule needs {line['needed']}"
+            return f"version {line['version']}  {too_few}: merged by {line['rule']}"
+        case "finished":
+            return f"version {line['version']} is the last"
+        case "signed":
+            return f"version {line['version']}  row {line['row']} has hash {line['head'][:8]}, signed"
+        case "snapshot":
+            return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
+    return _told_of_update(line)
+
+
+def _told_of_update(line: Line) -> str:
+    match line["kind"]:
         case "accepted":
             start = f"{line['site']}  update {line['update_id'][:8]}  from version {line['base_version']}"
             return f"{start}  examples {line['examples']}  norm {line['norm']:.4g}"
+        case "validated":
+            return f"update {line['update_id'][:8]}  loss {line['loss']:.4g}"
         case "rejected":
             return f"{line['site']}  update {line['update_id'][:8]}  {line['rule']}: {line['detail']}"
         case "quarantined":
@@ -139,21 +161,9 @@ def _told(line: Line) -> str:
             return f"update {line['update_id'][:8]}  out of quarantine"
         case "dropped":
             return f"update {line['update_id'][:8]}  {line['rule']}"
-        case "committed":
-            parts = ", ".join(
-                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
-                for part in line["contributions"]
-            )
-            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
-        case "finished":
-            return f"version {line['version']} is the last"
-        case "signed":
-            return f"version {line['version']}  row {line['row']} has hash {line['head'][:8]}, signed"
         case "witnessed":
             seen = f"had seen row {line['row']} with hash {line['head'][:8]}" if line["row"] else "had seen no head"
             return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
-        case "snapshot":
-            return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return "written by a newer release"
 
 
@@ -173,7 +183,7 @@ class Query:
     """What was rejected, dropped or put into quarantine under this rule."""
 
 
-_OF_WAITING = {"dropped", "quarantined", "released", "witnessed"}
+_OF_WAITING = {"dropped", "quarantined", "released", "validated", "witnessed"}
 """Kinds of lines about an update that do not say which version it started from."""
 
 
@@ -205,7 +215,7 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
 def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
     if line["kind"] == "opened":
         return {0}
-    if line["kind"] in {"committed", "finished", "signed"}:
+    if line["kind"] in {"committed", "finished", "signed", "substituted"}:
         return {line["version"]}
     return {each.get("base_version") for each in about}
 

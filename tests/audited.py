@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coordinator.journal import Journal
+from coordinator.ledger import Ledger
 from coordinator.masters import prune_masters
-from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
+from coordinator.merging import committed, in_order, plan_merge
+from coordinator.records import (
+    Accepted,
+    Dropped,
+    Record,
+    Rejected,
+    Validated,
+    VersionCommitted,
+    recorded_at,
+    to_bytes,
+)
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
 from shared.config import AggregationSection, CodecSection, ServerSection
@@ -25,52 +37,52 @@ SECTIONS = {
     "sync": AggregationSection(size_power=0.5, server=MOMENTUM),
     "fedbuff": AggregationSection(mode="fedbuff", buffer=3, clip_norm=4, server=ServerSection(optimizer="fadas")),
     "fedasync": AggregationSection(mode="fedasync", alpha=0.9),
+    "ca2fl": AggregationSection(rule="ca2fl", server=MOMENTUM),
+    "multi-krum": AggregationSection(rule="multi-krum"),
+    "size-exp-loss": AggregationSection(quality="size-exp-loss", temperature=0.5),
 }
+ROUNDS = {"fedasync": (1, 1, 1), "multi-krum": (5, 3, 5)}
+"""Updates of each version, where they are not three; of three Krum cannot judge."""
 SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
 
 Edit = Callable[[Record], Sequence[Record]]
 
 
 class AuditedRun:
-    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished."""
+    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
 
-    def __init__(self, storage: Path, mode: str) -> None:
+    Updates are accepted in another order than that in which `order` adds them up.
+    """
+
+    def __init__(
+        self,
+        storage: Path,
+        mode: str,
+        order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        **settings: Any,
+    ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
-            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
-            aggregation=SECTIONS[mode],
-            codec=CodecSection(slice_kib=4),
+            {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
+            **{"aggregation": SECTIONS[mode], "codec": CodecSection(slice_kib=4), **settings},
         )
+        self._run = run
         self.federation = run.federation
         self.plan = run.plan
         self.records: list[Record] = [run.opened]
-        per_round = 1 if mode == "fedasync" else 3
-        for version in range(VERSIONS):
-            merged = [
-                run.update(
-                    f"s{site}-{version}",
-                    {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
-                    base=int(rng.integers(0, version + 1)),
-                    examples=int(rng.integers(1, 1000)),
-                )
-                for site in range(per_round)
-            ]
-            self.records += merged
-            planned = run.planned(merged)
-            result = run.merge(*merged)
-            self.records.append(
-                VersionCommitted(
-                    planned.version,
-                    planned.recorded(),
-                    result.state.to_bytes(),
-                    result.master_sha256,
-                    result.optimizer_sha256,
-                    4.0 + version,
-                )
-            )
+        self.ledger = Ledger()
+        self.ledger.apply(run.opened)
+        for version, count in enumerate(ROUNDS.get(mode, (3, 3, 3))):
+            merged = [self._accept(rng, site, version) for site in (0, 2, 1, 4, 3)[:count]]
+            ledger, section = self.ledger, run.federation.aggregation
+            states, known, losses = ledger.state_ids, ledger.known, ledger.losses
+            plan = plan_merge(version + 1, order(merged), section, states, known=known, losses=losses)
+            self._write(*committed(plan, run.merge_plan(plan), section, 4.0 + version))
         spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
         self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))
@@ -79,6 +91,29 @@ class AuditedRun:
         journal.append(self.records)
         AuditLog(storage / TRAIL, journal.rows)
         journal.close()
+
+    def _accept(self, rng: np.random.Generator, site: int, version: int) -> Accepted:
+        """A site's random update; of those that send again, from the newest version."""
+        again = self.mode == "ca2fl"
+        update = self._run.update(
+            f"s{site}" if again else f"s{site}-{version}",
+            {
+                name: rng.normal(0, 0.1, shape)
+                for name, shape in self.plan.trained.items()
+                if site or name != "block.0.w"
+            },
+            base=version if again else int(rng.integers(0, version + 1)),
+            examples=int(rng.integers(1, 1000)),
+        )
+        self._write(update)
+        if self.federation.aggregation.quality != "none":
+            self._write(Validated(update.update_id, float(rng.uniform(0, 3)), 3.5))
+        return update
+
+    def _write(self, *records: Record) -> None:
+        for record in records:
+            self.records.append(record)
+            self.ledger.apply(record)
 
     @property
     def accepted(self) -> list[Accepted]:

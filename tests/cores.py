@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.ledger import Ledger
-from coordinator.merging import MergeResult
+from coordinator.merging import MergeResult, choosing
 from coordinator.offers import UNRECORDED
 from coordinator.records import Opened, Record
 from shared.config import CoordinatorConfig, FederationConfig
@@ -126,10 +127,12 @@ class CoordinatorBench:
         assert d.Verify(update_id) in stored.jobs
         return self.handle(d.Verified(update_id, 1.0))
 
-    def merged(self, decision: d.Decision) -> d.Decision:
-        """The merge that a decision started is done."""
+    def merged(self, decision: d.Decision, chosen: Collection[str] | None = None) -> d.Decision:
+        """The merge that a decision started is done; of its updates those of the `chosen` sites counted (None: all)."""
         (merge,) = jobs(decision, d.Merge)
-        result = MergeResult(make_state(self.plan, merge.plan.version), digest(f"master {merge.plan.version}"), None)
+        counted = {part.update_id for part in merge.plan.contributions if chosen is None or part.site in chosen}
+        version, parts = merge.plan.version, choosing(merge.plan, counted).recorded()
+        result = MergeResult(make_state(self.plan, version), digest(f"master {version}"), None, parts)
         return self.handle(d.Merged(merge.plan, result))
 
 

@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 from coordinator.journal import Journal
 from coordinator.records import Record
 from coordinator.service import run_coordinator
+from coordinator.validation import Validator
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
-from edge_client.training import Trainer
+from edge_client.training import Standing, Trainer
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -49,6 +50,8 @@ class ToyTrained:
 class ToyTrainer:
     """Adds `step` to every value, after `seconds`."""
 
+    standing = Standing()
+
     def __init__(self, *, step: float, seconds: float, examples: int) -> None:
         self.step = step
         self.seconds = seconds
@@ -63,6 +66,19 @@ class ToyTrainer:
         tensors = load_file(state)
         save_file({name: np.full(value.shape, self.step, np.float32) for name, value in tensors.items()}, delta)
         return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
+
+
+class ToyValidator:
+    """Takes the distance of a state's first value from `ideal` as its loss, after `seconds`."""
+
+    def __init__(self, *, ideal: float, seconds: float = 0.0) -> None:
+        self.ideal = ideal
+        self.seconds = seconds
+
+    async def loss(self, state: Path) -> float:
+        """See Validator."""
+        await asyncio.sleep(self.seconds)
+        return abs(float(load_file(state)["a.weight"][0]) - self.ideal)
 
 
 def toy_plan(federation: FederationConfig, parameters: int) -> SealedPlan:
@@ -92,6 +108,8 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
+    down: str | None = None,
+    feedback: float | None = None,
     sealed: bool = False,
     link: str = HASTY,
     urls: Mapping[str, str] = MappingProxyType({}),
@@ -99,7 +117,8 @@ def write_toy(
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `urls` holds another broker URL for some, by name; `extra` follows [aggregation].
+    `down` is the codec of states, where it is another; `urls` holds another broker URL for some, by name; `extra`
+    follows [aggregation].
     """
     if sealed:
         kits = Kits(root, "toy")
@@ -107,13 +126,15 @@ def write_toy(
             kits.site(f"site-{number}")
         extra += '[trust]\nmode = "sealed"\n'
 
+    owed = "" if feedback is None else f"feedback = {feedback}\n"
+
     def local(name: str) -> str:
         kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
         return f'[broker]\nurl = "{urls.get(name, url)}"\n[link]\n{link}{kit}'
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nslice_kib = {slice_kib}\n{owed}'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
@@ -135,12 +156,12 @@ def write_toy(
     save_file(initial, storage / "initial.safetensors")
 
 
-async def toy_coordinator(path: Path) -> None:
+async def toy_coordinator(path: Path, validator: Validator | None = None) -> None:
     """What `mailboat coordinator run` does after sealing."""
     config = load_config(path, CoordinatorConfig)
     federation = load_config(config.federation, FederationConfig)
     plan = load_plan(config.storage / "plan.json", federation)
-    await run_coordinator(config, federation, plan, config.storage / "initial.safetensors")
+    await run_coordinator(config, federation, plan, config.storage / "initial.safetensors", validator)
 
 
 async def toy_site(

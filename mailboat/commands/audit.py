@@ -128,8 +128,11 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
     if manifest is not None:
         yield "sealed", f"{_time(manifest.created)} by the site's clock"
         yield "sent", f"{manifest.wire_bytes} bytes in {manifest.frames} chunks, codec {manifest.codec}"
-        if manifest.update.metrics:
-            yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in sorted(manifest.update.metrics.items()))
+        metrics = manifest.update.metrics
+        if {"epsilon", "delta"} <= metrics.keys():
+            yield "privacy", f"epsilon {metrics['epsilon']:.4g} at delta {metrics['delta']:g} by then, as its site says"
+        if metrics:
+            yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
     yield "manifest", f"sha256 {life.manifest_sha256}"
     if life.file_sha256 is not None:
         yield "file", f"sha256 {life.file_sha256}"
@@ -137,6 +140,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "rejected", f"{_time(life.decided_at)}  {life.rule}: {life.detail}"
         return
     yield "accepted", _time(life.decided_at)
+    if life.loss is not None:
+        yield "measured", f"loss {life.loss:.4g} on the coordinator's notes"
     if life.settled_at is None:
         yield "waiting", "for the round to close"
     elif life.fate == "quarantined":
@@ -145,7 +150,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "dropped", f"{_time(life.settled_at)}  {life.rule}"
     else:
         part = f"late by {life.staleness}, weight {life.weight:.4g}"
-        yield "merged", f"{_time(life.settled_at)}  into version {life.version}, {part}"
+        into = f"into version {life.version}" if life.weight else f"with version {life.version}, which left it out"
+        yield "merged", f"{_time(life.settled_at)}  {into}, {part}"
 
 
 def _time(at: float) -> str:

@@ -6,12 +6,14 @@ A checker that finds nothing is worth nothing: this list is what shows that they
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import coordinator.core
+import coordinator.merging
+import edge_client.residual
 import edge_client.session
 import shared.trust.replay
 import tests.sim.coordinator
@@ -24,11 +26,12 @@ from coordinator.uploads import Uploads
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
+from edge_client.residual import Residuals
 from shared import durable, store
 from shared.errors import CorruptError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Receipt
-from shared.store import Partial
+from shared.store import FrameStore, Partial
 from shared.transfer import Bitmap, Sender
 from shared.trust.envelope import SealedEnvelope
 from tests.sim.weather import SEALED
@@ -139,6 +142,28 @@ def _apply_but_rejections(real: Callable[[Core, Record], None]) -> Callable[[Cor
     return apply
 
 
+# -- rules of merging ---
+
+
+def _unmeasured(self: Core, event: Any, now: Any, out: Any) -> None:
+    self._admitted(event.update_id, event.norm, None, now, out)
+
+
+def _silent(real: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    def committed(*args: Any) -> Iterator[Record]:
+        return (record for record in real(*args) if isinstance(record, VersionCommitted))
+
+    return committed
+
+
+def _first_merged(known: Mapping[str, Known]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for update_id, life in known.items():
+        if life.outcome == "merged":
+            found.setdefault(life.site, update_id)
+    return found
+
+
 # -- credits and windows ---
 
 
@@ -175,6 +200,23 @@ def _settle_backwards(self: Outbox, receipt: Receipt) -> str | None:
     said = json.dumps({**origin, **receipt.model_dump(mode="json")}).encode()
     durable.replace_atomic(self._receipts / f"{receipt.update_id}.json", said)
     return facts.base_sha256
+
+
+def _residual_last(self: Outbox, frames: Any, build: Any, left: Any = None) -> Manifest:
+    manifest = self.store.seal(frames, build).manifest
+    if left is not None:
+        self.residuals.put(*left)
+    self.residuals.sealed(manifest.transfer_id)
+    return manifest
+
+
+def _counts_unsealed(real: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda store, _sealed: real(store, store.ids())
+
+
+def _oldest_counts(store: FrameStore, sealed: Collection[str]) -> str | None:
+    known = [update_id for update_id in store.ids() if update_id in sealed]
+    return min(known, key=lambda update_id: edge_client.residual._number(store, update_id), default=None)
 
 
 def _never(*_args: Any) -> bool:
@@ -220,12 +262,28 @@ MUTATIONS = (
         ((tests.sim.coordinator, "discard_uncommitted", _nothing),),
         first=2200,  # one world in two thousand dies twice between a merge and its row: 2226 does
     ),
+    Mutation("an update is accepted before its loss is known", 60, ((Core, "_verified", _unmeasured),)),
+    Mutation("what stands in for Krum is not said", 60, (_changed(coordinator.core, "committed", _silent),)),
+    Mutation("CA2FL remembers the first update of a site", 200, ((coordinator.merging, "last_merged", _first_merged),)),
     Mutation("credits of a closed upload are not returned", 60, (_changed(Uploads, "_close", _leaky_close),)),
     Mutation("the budget is not looked at", 60, ((Uploads, "_reserve", _generous),)),
     Mutation("the window does not bound", 60, ((Sender, "take", _take_all),)),
     Mutation("the bitmap ends one too early", 60, ((Bitmap, "from_bytes", staticmethod(_shifted)),)),
     Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
     Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),
+    Mutation("an update is sealed before its residual", 200, ((Outbox, "seal", _residual_last),)),
+    Mutation(
+        "a residual counts before its update is sealed",
+        200,
+        (_changed(edge_client.residual, "counting", _counts_unsealed),),
+    ),
+    Mutation(
+        "an earlier residual counts again",
+        60,
+        ((edge_client.residual, "counting", _oldest_counts),),
+        first=860,  # one world in hundreds dies between an update and the end of the residual before: 890 does
+    ),
+    Mutation("a refused update leaves its residual", 60, ((Residuals, "drop", _nothing),)),
     Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
     Mutation("an idle site does not say hello", 1000, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
     Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),

@@ -7,6 +7,7 @@ Held at any time:
     the state after replay is the state before the crash
     granted credits stay within the budget, windows within what was granted, disk and memory within their bounds
     what a bitmap has promised is there after any crash; a sealed update stays in the outbox until its receipt
+    a loss is recorded once, beside the acceptance, and the weights of a version follow from the losses
     a site trains on what was published, and on nothing else
 After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last
 version.
@@ -17,13 +18,26 @@ There is no privacy ledger yet, and so no check of one.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from coordinator.core import Core
 from coordinator.decisions import Send
 from coordinator.ledger import Ledger
-from coordinator.records import Accepted, Dropped, Finished, Opened, Record, Rejected, Signed, VersionCommitted
+from coordinator.merging import MergePlan
+from coordinator.records import (
+    Accepted,
+    Dropped,
+    Finished,
+    Opened,
+    Record,
+    Rejected,
+    Signed,
+    Substituted,
+    Validated,
+    VersionCommitted,
+)
 from edge_client import decisions as sd
 from edge_client.outbox import Outbox
 from shared.manifest import Manifest, manifest_from_bytes
@@ -31,7 +45,7 @@ from shared.messages import Message, Receipt, Want
 from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.factories import SLICE
-from tests.sim.toys import file_sha256, merged_master, published_frames, read_whole
+from tests.sim.toys import file_sha256, loss_of, merged_master, published_frames, read_whole
 from tests.sim.weather import Scenario
 
 if TYPE_CHECKING:
@@ -77,6 +91,12 @@ class Witness:
         self.receipts: dict[str, str] = {}
         """Outcome that a site was last told, by update."""
         self._kept: dict[str, set[str]] = {name: set() for name in scenario.names}
+        self._left: dict[str, list[bytes]] = {}
+        """Frames of what each update left out."""
+        self._owing: dict[str, str] = dict.fromkeys(scenario.names, "")
+        """The update whose residual counts at a site."""
+        self._forgiven: set[str] = set()
+        """Sites that may have dropped their residual, or not yet."""
         self._records: list[Record] = []
         self._uncertain: list[Record] = []
         """Handed to the journal; whether they are there is known when it returns, or after the next start."""
@@ -94,6 +114,10 @@ class Witness:
         self._before: Ledger | None = None
         self._looked_at: dict[tuple[str, str], int] = {}
         """Changes of a machine's folder when it was looked at last."""
+        self._losses: dict[str, float] = {}
+        self._last_of: dict[str, str] = {}
+        """Each site's update that was merged last."""
+        self._substituted: Substituted | None = None
         self._answered: set[str] = set()
         """Sites with a rejected update since the last version."""
 
@@ -130,6 +154,10 @@ class Witness:
                 demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
                 self.decided[record.update_id] = "accepted"
                 self._pending.add(record.update_id)
+            case Validated():
+                self._validated(record)
+            case Substituted():
+                self._substituted = record
             case Rejected():
                 demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
                 self.decided[record.update_id] = "rejected"
@@ -149,6 +177,9 @@ class Witness:
         demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
         demand(record.contributions, f"version {record.version} of nothing")
         self._closed_by_rule(record)
+        self._counted_by_rule(record)
+        order = [(part.site, part.base_version, part.update_id) for part in record.contributions]
+        demand(order == sorted(order), f"version {record.version} is added up in an order of its own")
         for part in record.contributions:
             demand(
                 part.update_id in self._pending,
@@ -172,6 +203,41 @@ class Witness:
         kept = {"fedasync": count == 1, "fedbuff": count <= section.buffer, "sync": len(sites) >= section.quorum}
         demand(kept[section.mode], f"version {record.version} of {count} updates of {sorted(sites)}, {section.mode}")
         self._answered.clear()
+
+    def _validated(self, record: Validated) -> None:
+        section, manifest = self.scenario.federation.aggregation, self.sealed[record.update_id]
+        demand(section.quality != "none", "a loss was measured that nobody asked for")
+        demand(self.decided.get(record.update_id) == "accepted", "a loss of an update that was not accepted")
+        demand(record.update_id not in self._losses, "a loss was recorded twice")
+        demand(record.loss == loss_of(manifest), "the loss of another update")
+        self._losses[record.update_id] = record.loss
+
+    def _counted_by_rule(self, record: VersionCommitted) -> None:
+        """Weights by loss and size, how many Krum leaves out, and what is said of a round that is too small for it."""
+        section, parts, said = self.scenario.federation.aggregation, record.contributions, self._substituted
+        self._substituted = None
+        few = section.rule == "multi-krum" and len(parts) < 5
+        demand(few == (said is not None), f"version {record.version} of {len(parts)} by {section.rule}: {said}")
+        demand(said is None or (said.version, said.updates) == (record.version, len(parts)), f"of another: {said}")
+        if section.rule == "multi-krum" and not few:
+            demand(sum(part.weight == 0 for part in parts) == 1, "multi-krum left out more than one, or none")
+        if section.quality != "none":
+            shares = []
+            for part in parts:
+                demand(part.update_id in self._losses, f"update {part.update_id} counts without a loss")
+                size = self.sealed[part.update_id].update.examples if section.quality == "size-exp-loss" else 1
+                shares.append(size * math.exp(-self._losses[part.update_id]))
+            for part, share in zip(parts, shares, strict=True):
+                wanted = share / sum(shares) / math.sqrt(1 + part.staleness)
+                demand(math.isclose(part.weight, wanted, rel_tol=1e-9), f"{part} counts {part.weight}, not {wanted}")
+        for part in parts:
+            self._last_of[part.site] = part.update_id
+
+    def merges(self, plan: MergePlan) -> None:
+        """A merge begins: what CA2FL takes from before is each site's update that was merged last."""
+        cached = {each.site: each.update_id for each in plan.cached}
+        wanted = self._last_of if plan.rule == "ca2fl" else {}
+        demand(cached == wanted, f"version {plan.version} takes {cached} from before, not {wanted}")
 
     def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
         demand(
@@ -207,7 +273,7 @@ class Witness:
     def _same_ledger(self, now: Ledger, moved_on: bool) -> None:
         before, self._before = self._before, now
         if before is not None and not moved_on and not self.deciding:
-            for name in ("version", "states", "known", "pending", "finished"):
+            for name in ("version", "states", "known", "pending", "losses", "finished"):
                 demand(getattr(before, name) == getattr(now, name), f"after replay the ledger's {name} differ")
         self.deciding = False
 
@@ -295,14 +361,31 @@ class Witness:
 
     # -- sites ---
 
-    def begins_to_seal(self, update_id: str, frames: list[bytes]) -> None:
+    def begins_to_seal(self, update_id: str, frames: list[bytes], left: list[bytes]) -> None:
         """A site has trained."""
         self._payload[update_id] = frames
+        self._left[update_id] = left
 
     def seals(self, site: str, manifest: Manifest) -> None:
-        """An update is sealed: from here on it is never lost."""
+        """An update is sealed: from here on it is never lost, and what it left is owed."""
         self.sealed[manifest.transfer_id] = manifest
         self._kept[site].add(manifest.transfer_id)
+        self._owing[site] = manifest.transfer_id
+
+    def begins_to_settle(self, site: str, receipt: Receipt) -> None:
+        """What is owed goes with an update that is refused, at some moment before its receipt is here."""
+        if receipt.update_id in self.sealed and receipt.outcome in {"rejected", "dropped"}:
+            self._forgiven.add(site)
+
+    def owes(self, site: str, outbox: Outbox) -> None:
+        """A site owes what its last update left, or nothing since one was refused: nothing earlier, nothing later."""
+        counts, stored = outbox.residuals._current, outbox.residuals._found()
+        if stored is None and site in self._forgiven:
+            self._owing[site] = ""
+        self._forgiven.discard(site)
+        due = self._left.get(self._owing[site], [])
+        found = read_whole(stored) if stored else []
+        demand(found == due, f"{site} owes what {counts} left, not what {self._owing[site] or 'nobody'} did")
 
     def reopened(self, site: str, pending: list[Manifest], outbox: Outbox) -> None:
         """A site has started and looked into its outbox."""
@@ -340,6 +423,8 @@ class Witness:
     def settles(self, site: str, receipt: Receipt) -> None:
         """A site has kept a receipt and let the update's bytes go."""
         self._kept[site].discard(receipt.update_id)
+        if receipt.outcome in {"rejected", "dropped"}:
+            self._owing[site] = ""
         demand(receipt.rule or receipt.outcome in {"accepted", "merged"}, f"{receipt.outcome} without a rule")
 
     def sends_chunks(self, site: str, job: sd.SendChunks) -> None:
@@ -376,6 +461,9 @@ class Witness:
         if outbox is not None:
             most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go
             demand(len(outbox) <= most, f"{machine.name} keeps {len(outbox)} updates")
+        residuals = self._changed(machine, "residual") if "residual" in machine.disk.folders else None
+        if residuals is not None:
+            demand(len(residuals) <= 2, f"{machine.name} keeps {len(residuals)} residuals")
 
     # -- the end ---
 

@@ -21,6 +21,8 @@ from coordinator.records import (
     Released,
     Signed,
     Snapshot,
+    Substituted,
+    Validated,
     VersionCommitted,
     Witnessed,
 )
@@ -53,6 +55,8 @@ SAMPLES: dict[str, Record] = {
         4, (Contribution("a1" * 16, "st-mary", 3, 0, 0.625),), STATE, "3d" * 32, "0e" * 32, 1_763_629_303.5
     ),
     "committed_without_slots": VersionCommitted(1, (), STATE, "3d" * 32, None, 1_763_629_304.5),
+    "validated": Validated("a1" * 16, 0.71875, 1_763_629_311.5),
+    "substituted": Substituted(4, "median", 3, 5, 1_763_629_303.25),
     "finished": Finished(10, 1_763_629_305.5),
     "snapshot": Snapshot(9, 27, "5a" * 32, 1_763_629_306.5),
     "quarantined": Quarantined("a1" * 16, "norm-factor", "its norm is 5, 50 times the usual 0.1", 1_763_629_309.5),
@@ -136,6 +140,7 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
         (changed("accepted", site="St Mary"), "field site"),
         (changed("accepted", norm=float("inf")), "field norm"),
         (changed("accepted", file_sha256="F1" * 32), "field file_sha256"),
+        (changed("validated", loss=float("nan")), "field loss"),
         (changed("rejected", rule="Bad Rule"), "field rule"),
         (changed("opened", state="text"), "field state"),
         (changed("committed", contributions=[{"site": "a"}]), "field contributions.0.update_id"),

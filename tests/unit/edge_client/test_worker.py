@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from edge_client.model import seal_plan
 from edge_client.statefile import read_state
 from edge_client.worker import Worker, split_holdout
 from edge_client.worker_client import RETRIES, WorkerClient
-from shared.config import SiteConfig
+from shared.config import SiteConfig, StateCodecName
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
@@ -332,7 +332,7 @@ def test_the_holdout_stays_the_same() -> None:
     assert {note.id for note in split_holdout(notes, 0.3, 8)[1]} != away
 
 
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("name", get_args(StateCodecName))
 def test_a_state_of_any_codec_is_read(tmp_path: Path, name: str) -> None:
     """States travel in the federation's codec; the worker tells it from the file."""
     from shared.codec import codec_named, encode_file
@@ -342,7 +342,7 @@ def test_a_state_of_any_codec_is_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "state").write_bytes(b"".join(encode_file(tensors, codec_named(name), {})))
     state = read_state(tmp_path / "state")
     assert list(state) == ["a.weight", "b"]
-    np.testing.assert_allclose(state["a.weight"], values, atol=5e-3)
+    np.testing.assert_allclose(state["a.weight"], values, atol=0.08 if name == "int4" else 5e-3)
     assert state["a.weight"].shape == values.shape
 
 
@@ -359,3 +359,42 @@ def test_the_agents_side_does_not_import_torch() -> None:
     code = "import sys, edge_client.worker_client; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert worker.LESS_MEMORY
+
+
+def test_the_loss_of_a_state_is_that_of_the_notes_it_would_train_on(ground: Path, tmp_path: Path) -> None:
+    """It falls with training, is the same after the worker was killed, and NaN for weights that overflow."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground, holdout=0.0), tiny.federation(training={"epochs": 8})) as client:
+            before = await client.loss(ground / "v0.safetensors")
+            await client.train(ground / "v0.safetensors", 0, tmp_path / "delta")
+            initial, delta = load_file(ground / "v0.safetensors"), load_file(tmp_path / "delta")
+            save_file({name: values + delta[name] for name, values in initial.items()}, tmp_path / "local")
+            after = await client.loss(tmp_path / "local")
+            assert 0 < after < before
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            assert await client.loss(tmp_path / "local") == after
+            save_file({name: np.full_like(values, 1e19) for name, values in initial.items()}, tmp_path / "broken")
+            assert np.isnan(await client.loss(tmp_path / "broken"))
+
+    run_async(story(), timeout_s=100)
+
+
+def test_who_only_measures_spends_nobodys_privacy(ground: Path) -> None:
+    """In a private federation the loss of a state is the plain one, over all notes, and no records are drawn."""
+    private = tiny.federation(privacy={"delta": 1e-5, "noise_multiplier": 1.0})
+    told: list[float] = []
+
+    async def story() -> None:
+        for federation, trains in ((FEDERATION, True), (private, False)):
+            async with WorkerClient(config(ground, holdout=0.0), federation, trains=trains) as client:
+                told.append(await client.loss(ground / "v0.safetensors"))
+
+    run_async(story(), timeout_s=100)
+    assert told[0] == told[1]
+    worker = Worker(lambda _answer: None)
+    site = config(ground, holdout=0.0)
+    source = {"source": str(ground / "model"), "notes": site.data.notes, "skip_bad": False, "holdout": 0.0}
+    worker.handle(pipe.Load(federation=private, **source, threads=1, site="north", trains=False))  # type: ignore[arg-type]
+    assert worker._private is None
