@@ -92,7 +92,7 @@ def other_authority(root: Path) -> Ed25519PrivateKey:
 
 
 def of_strange_version(pem: str) -> str:
-    """The same certificate, saying that it is of version 7: the library knows three, and calls others no value error."""
+    """The same certificate, said to be of version 7: the library knows three, and raises no ValueError for others."""
     der = ssl.PEM_cert_to_DER_cert(pem)
     assert der.count(b"\xa0\x03\x02\x01\x02") == 1
     return ssl.DER_cert_to_PEM_cert(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x06"))
