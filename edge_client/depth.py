@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from edge_client.batches import Batch
-from edge_client.model import Blocks, LoadedModel, read_personal, read_trainable, shapes_within, train_only
+from edge_client.model import LoadedModel, read_personal, read_trainable, shapes_within, train_only
 from edge_client.prefix import Prepared, forward_pass
 from edge_client.trainer import Dataset, train
 from shared import codec
 from shared.config import CodecName, LocalLayersSection, TrainingSection
 from shared.errors import ConfigError
+from shared.plan import Blocks
 
 MIB = 1 << 20
 PER_TRAINED = 4 * 4
@@ -47,15 +48,15 @@ Measure = Callable[[Blocks], float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Which of the plan's blocks this site trains."""
+    """How many blocks this site trains."""
 
-    blocks: Blocks
+    blocks: int
     limit: str
-    """The key that allows no more; empty when all of the plan's are trained."""
+    """The key that allows no more; empty when none does."""
 
 
 def choose_depth(planned: Blocks, limits: LocalLayersSection, measures: Mapping[str, Measure]) -> Depth:
-    """Return the topmost of the `planned` blocks that respect each of the limits.
+    """Return how many of the `planned` blocks, from the top, respect each of the limits.
 
     `measures` by the limit's key; what is measured grows with the blocks. ConfigError when a limit does not even allow
     the topmost one.
@@ -73,7 +74,7 @@ def choose_depth(planned: Blocks, limits: LocalLayersSection, measures: Mapping[
                     hint=f"raise layers.{key}, or leave the federation to sites that can train",
                 )
             count, limit = fitting, key if fitting < count else limit
-    return Depth(planned[-count:], limit)
+    return Depth(count, limit)
 
 
 def _most(planned: Blocks, count: int, allowed: float, measure: Measure) -> int:

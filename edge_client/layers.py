@@ -12,14 +12,18 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
+from shared.config import IMPORTANCE_PLAN
 from shared.errors import ConfigError
+
+CANDIDATES_MAX = 48
+"""Each has a metric in an update, which has 64."""
 
 ALL = "all"
 """The plan under which every parameter is trained, embeddings too: full-model federated averaging."""
 
 _FORMS = (
     "top:6 (or 6), bottom:6, middle:6, random:6, each also with a share of the depth such as top:0.375 (or 0.375), "
-    "a list such as 10,11,15, or all"
+    "a list such as 10,11,15, importance:6, or all"
 )
 
 
@@ -140,15 +144,18 @@ def depth_of(names: Iterable[str], family: Family) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
-def resolve_plan(text: str, depth: int, *, seed: int = 0) -> tuple[int, ...]:
+def resolve_plan(text: str, depth: int, *, seed: int = 0, among: str = "1.0") -> tuple[int, ...]:
     """Return the trained blocks, ascending, that the plan `text` means in a model of `depth` blocks.
 
     `top:6`, or `6`, are the top six, `bottom:6` the lowest, `middle:6` those around the middle (the lower ones when
     they cannot be centred), `random:6` six that follow from `seed`; `0.375` in the place of a count is that share of
     the depth, rounded, at least one block. `10,11,15` is that list; `all` is every block (and, see `trainable_names`,
-    the rest of the model). Raises ConfigError that names the key, what was asked and the depth.
+    the rest of the model). `importance:6` are the blocks of the plan `among`, of which six at a time are trained, see
+    `trained_at_once`. Raises ConfigError that names the key, what was asked and the depth.
     """
     asked = text.strip().lower()
+    if asked.startswith(IMPORTANCE_PLAN):
+        return _candidates(among, depth, seed)
     if asked == ALL:
         return tuple(range(depth))
     if "," in asked:
@@ -158,6 +165,28 @@ def resolve_plan(text: str, depth: int, *, seed: int = 0) -> tuple[int, ...]:
     if choose is None:
         raise _unreadable(asked, depth)
     return tuple(choose(_count(amount, asked, depth), depth, seed))
+
+
+def trained_at_once(text: str, depth: int, planned: Sequence[int]) -> int | None:
+    """Return how many of the `planned` blocks are trained at a time where importance chooses; None in other plans.
+
+    ConfigError when there are not so many, or more than updates can tell scores of.
+    """
+    asked = text.strip().lower()
+    if not asked.startswith(IMPORTANCE_PLAN):
+        return None
+    count = _count(asked.removeprefix(IMPORTANCE_PLAN), asked, depth)
+    if count > len(planned):
+        raise ConfigError(
+            f"layers.plan = {asked!r} asks for {count} blocks of the {len(planned)} in layers.among",
+            hint=f"ask for at most {len(planned)}, or name more in layers.among",
+        )
+    if len(planned) > CANDIDATES_MAX:
+        raise ConfigError(
+            f"layers.plan = {asked!r} would choose among {len(planned)} blocks, at most {CANDIDATES_MAX} are possible",
+            hint='name fewer, such as layers.among = "top:32"',
+        )
+    return count
 
 
 def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int], *, full: bool) -> tuple[str, ...]:
@@ -175,6 +204,12 @@ def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int],
     if family.final_norm is not None and depth_of(known, family) - 1 in chosen:
         prefixes.append(f"{family.final_norm}.")
     return tuple(name for name in known if name.startswith(tuple(prefixes)))
+
+
+def block_of(name: str, family: Family) -> int | None:
+    """Return the block that the tensor `name` is in; None for one that is in none."""
+    prefix = f"{family.blocks}."
+    return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
 
 
 def names_within(
@@ -219,6 +254,14 @@ def personal_names(trained: Sequence[str], patterns: Iterable[str]) -> tuple[str
 def is_full(text: str) -> bool:
     """True when the plan `text` trains the whole model."""
     return text.strip().lower() == ALL
+
+
+def _candidates(among: str, depth: int, seed: int) -> tuple[int, ...]:
+    if among.strip().lower() == ALL or among.strip().lower().startswith(IMPORTANCE_PLAN):
+        raise ConfigError(
+            f"layers.among = {among!r} names no blocks to choose among", hint='name them, such as "top:12", or "1.0"'
+        )
+    return resolve_plan(among, depth, seed=seed)
 
 
 def _random(count: int, depth: int, seed: int) -> list[int]:

@@ -25,13 +25,10 @@ from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.registry import load_task
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError, UnavailableError
-from shared.plan import SealedPlan
+from shared.plan import Blocks, SealedPlan
 
 State = dict[str, npt.NDArray[np.float32]]
 """Tensors by name, float32, in the shapes of the model."""
-
-Blocks = tuple[int, ...]
-"""Blocks of a model, ascending, counted from 0 at the bottom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,8 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         # Decoders of this class read what a sequence amounts to at its last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     depth = layers.depth_of(dict(model.named_parameters()), family)
-    chosen = layers.resolve_plan(federation.layers.plan, depth, seed=federation.federation.seed)
+    section, seed = federation.layers, federation.federation.seed
+    chosen = layers.resolve_plan(section.plan, depth, seed=seed, among=section.among)
     with torch.random.fork_rng(devices=[]):
         trained = _choose(model, family, chosen, federation)
     residuals = adapters.residuals(model, federation.adapter)
@@ -179,6 +177,7 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         architecture=loaded.architecture,
         depth=loaded.depth,
         layers=loaded.layers,
+        at_once=layers.trained_at_once(federation.layers.plan, loaded.depth, loaded.layers),
         tensors=loaded.shapes,
         residuals={name: residual.factors for name, residual in loaded.residuals.items()},
         personal={name: tuple(parameter.shape) for name, parameter in loaded.personal.items()},

@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import FederationConfig, LocalLayersSection, SiteConfig
+from shared.config import FederationConfig, LocalLayersSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -39,27 +39,12 @@ class Load(_Frame):
     threads: int
     site: str
     limits: LocalLayersSection = LocalLayersSection()
-    blocks: tuple[int, ...] | None = None
-    """The blocks to train, where that was decided before; else `limits` decide."""
+    depth: int | None = None
+    """How many blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
     trains: bool = True
     """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
-
-
-def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bool = True) -> Load:
-    """Return what a site's configuration asks a worker to load, to train or, with `trains` false, only to measure."""
-    return Load(
-        federation=federation,
-        source=str(config.model_dir or federation.model.base),
-        notes=config.data.notes,
-        skip_bad=config.data.skip_bad,
-        holdout=config.data.holdout,
-        threads=config.threads,
-        site=config.name,
-        limits=config.layers,
-        trains=trains,
-    )
 
 
 class Train(_Frame):
@@ -107,10 +92,10 @@ class Loaded(_Frame):
 
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
-    blocks: tuple[int, ...]
-    """Those of the plan's blocks that are trained here."""
+    depth: int
+    """How many blocks are trained here at a time."""
     limit: str
-    """The site's limit that allows no more of them; empty when all are trained."""
+    """The site's limit that allows no more; empty when none does."""
     examples: int
     """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
     updates."""

@@ -41,7 +41,7 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
         loaded = await worker.load()
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
         if loaded.limit:
-            log.info("trains fewer blocks than planned", blocks=list(loaded.blocks), limit=f"layers.{loaded.limit}")
+            log.info("trains fewer blocks than planned", blocks=loaded.depth, limit=f"layers.{loaded.limit}")
         identity = Identity(
             site=config.name,
             session=new_session_id(),

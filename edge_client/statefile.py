@@ -14,6 +14,7 @@ from edge_client.model import State
 from shared import codec, durable
 from shared.config import CodecName
 from shared.errors import RefusedError, UnavailableError
+from shared.plan import Blocks, blocks_from
 from shared.tensorfile import NUMPY_DTYPES, F32Array, Header, Shape, header_size, parse_header
 
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -35,6 +36,12 @@ def read_state(path: Path) -> State:
         tensor: codec.decode_tensor([arrays[part] for part, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
         for tensor, shape in sorted(shapes.items())
     }
+
+
+def read_blocks(path: Path) -> Blocks | None:
+    """Return the blocks that a state's header says to train, None when it names none; errors as `read_state`."""
+    header, _ = _read(path)
+    return blocks_from(header.metadata)
 
 
 def read_own(path: Path, fingerprint: str) -> State:

@@ -56,6 +56,21 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
+def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bool = True) -> pipe.Load:
+    """Return what a worker has to load to train for this site, or with `trains` false to measure for it."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+        limits=config.layers,
+        trains=trains,
+    )
+
+
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
@@ -93,7 +108,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.load_request(config, self._federation, trains=self._trains)
+        self._load = load_request(config, self._federation, trains=self._trains)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -198,8 +213,8 @@ class WorkerClient:
             raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         if isinstance(answer, pipe.Loaded):
-            # One that is started again trains the same blocks, so that an update can be trained anew bit for bit.
-            self._load = self._load.model_copy(update={"blocks": answer.blocks})
+            # One that is started again trains as deep, so that an update can be trained anew bit for bit.
+            self._load = self._load.model_copy(update={"depth": answer.depth})
             self._ready = True
         return answer
 

@@ -12,12 +12,11 @@ from mailboat.console import measure_title
 from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
-from shared.ids import Sha256Hex
 from shared.manifest import Manifest
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
-    from edge_client.model import LoadedModel
+    from edge_client.model import LoadedModel, State
     from edge_client.tasks import Scores
 
 
@@ -65,6 +64,8 @@ class Subject:
     state: Manifest
     source: str | Path
     """The base model."""
+    master_sha256: str | None = None
+    """Of the coordinator's float32 master."""
     site: str | None = None
 
     @property
@@ -73,14 +74,20 @@ class Subject:
         at = f" at {self.site}" if self.site else ""
         return f"version {self.state.state.version}{at}"
 
+    def detail(self, *, full_precision: bool) -> str:
+        """Which file of it is meant, for people."""
+        if full_precision and self.master_sha256:
+            return f" in full precision (master {self.master_sha256[:12]})"
+        return f" (state {self.state.file_sha256[:12]})"
+
 
 def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
     """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
     from coordinator.views import find_version, load_run
 
     federation = load_config(config.federation, FederationConfig)
-    state = find_version(load_run(config.storage), version).state
-    return Subject(config.storage, federation, state, federation.model.base)
+    found = find_version(load_run(config.storage), version)
+    return Subject(config.storage, federation, found.state, federation.model.base, found.master_sha256)
 
 
 def of_site(config: SiteConfig) -> Subject:
@@ -92,47 +99,20 @@ def of_site(config: SiteConfig) -> Subject:
     if not states:
         raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
     federation = load_config(config.federation, FederationConfig)
-    return Subject(config.storage, federation, states[-1], config.model_dir or federation.model.base, config.name)
+    source = config.model_dir or federation.model.base
+    return Subject(config.storage, federation, states[-1], source, site=config.name)
 
 
-def export_state(subject: Subject, out: Path, *, merged: bool = False) -> tuple[str, ...]:
+def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:
     """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
-    Return the names of the tensors that stay at their sites: those in `out` are the site's own, or, when the subject is
-    a coordinator's, as everybody begins with them.
+    With `full_precision` they are those of the coordinator's float32 master, which no site was sent: ConfigError when
+    that is no longer here, CorruptError when it is not what the journal recorded. Return the names of the tensors that
+    stay at their sites: those in `out` are the site's own, or, when the subject is a coordinator's, as everybody begins
+    with them.
     """
-    return _write(_with_state(subject), subject, out, merged=merged)
-
-
-def export_master(subject: Subject, out: Path, *, merged: bool = False) -> Sha256Hex:
-    """Write what `export_state` does, with the coordinator's float32 master, which no site was sent; return its digest.
-
-    ConfigError when the master is not here, CorruptError when it is not what the journal recorded.
-    """
-    from coordinator.views import find_version, load_run
-
-    if subject.site is not None:
-        raise ConfigError("a site has no master: it was sent the published state", hint="leave --full-precision out")
-    version = find_version(load_run(subject.storage), subject.state.state.version)
-    path = master_path(subject.storage / "masters", version.version)
-    if not path.exists():
-        raise ConfigError(
-            f"the master of version {version.version} is not here any more",
-            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
-        )
-    if file_sha256(path) != version.master_sha256:
-        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
-    loaded = _load(subject.source, subject.federation)
-    from edge_client.model import apply_state, read_personal
-
-    with TensorFile(path) as tensors:
-        apply_state(loaded, dict(tensors) | read_personal(loaded))
-    _write(loaded, subject, out, merged=merged)
-    return version.master_sha256
-
-
-def _write(loaded: LoadedModel, subject: Subject, out: Path, *, merged: bool) -> tuple[str, ...]:
+    loaded = _with_state(subject, full_precision=full_precision)
     from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
@@ -178,23 +158,41 @@ def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
     return loaded
 
 
-def _with_state(subject: Subject) -> LoadedModel:
+def _with_state(subject: Subject, *, full_precision: bool = False) -> LoadedModel:
     loaded = _load(subject.source, subject.federation)
     from edge_client.model import apply_state, read_personal, seal
     from edge_client.outbox import newest_own
     from edge_client.statefile import read_own
 
-    storage, state = subject.storage, subject.state
-    own = newest_own(storage) if subject.site else None
+    own = newest_own(subject.storage) if subject.site else None
     personal = read_personal(loaded) if own is None else read_own(own, seal(loaded, subject.federation).fingerprint)
+    apply_state(loaded, (_master(subject) if full_precision else _state(subject)) | personal)
+    return loaded
+
+
+def _state(subject: Subject) -> State:
+    storage, state = subject.storage, subject.state
     stored = FrameStore(storage / "states").get(state.transfer_id)
     if stored is None:
         raise CorruptError(
             f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
         )
     with stored.open_tensors(verify=True) as reader:
-        apply_state(loaded, dict(reader.tensors()) | personal)
-    return loaded
+        return dict(reader.tensors())
+
+
+def _master(subject: Subject) -> State:
+    version = subject.state.state.version
+    path = master_path(subject.storage / "masters", version)
+    if not path.exists():
+        raise ConfigError(
+            f"the master of version {version} is not here any more",
+            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
+        )
+    if file_sha256(path) != subject.master_sha256:
+        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
+    with TensorFile(path) as tensors:
+        return dict(tensors)
 
 
 def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from coordinator.status import LiveStatus, SiteStatus
 from coordinator.views import RunView, SiteSummary, load_run, summarise_sites
 from shared.config import FederationConfig
-from shared.manifest import BLOCKS
+from shared.manifest import BLOCKS, Manifest
+from shared.plan import blocks_from
+from shared.store import FrameStore
 
 ALIVE_S = 10.0
 """A coordinator writes its live view about twice a second; one that has not for this long is not running."""
@@ -65,12 +67,15 @@ class Overview:
     """Updates that are kept apart until somebody has looked."""
     renewals: tuple[str, ...] = ()
     """Sites that have not said yet that they hold their newest grant."""
+    chosen: tuple[int, ...] | None = None
+    """The blocks that importance chose for the newest version; None before it did, and in other plans."""
 
 
 def load_overview(storage: Path, federation: FederationConfig, *, now: float) -> Overview:
     """Read journal and live view; errors as `load_run`. A live view that is missing or torn is left out."""
     run = load_run(storage)
-    return overview(run, _live(storage / "status.json"), federation, now=now)
+    found = overview(run, _live(storage / "status.json"), federation, now=now)
+    return replace(found, chosen=_chosen(storage, run.current.state) if federation.layers.by_importance else None)
 
 
 def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig, *, now: float) -> Overview:
@@ -103,6 +108,14 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
         quarantined=sum(life.fate == "quarantined" for life in run.updates.values()),
         renewals=live.renewals if running and live is not None else (),
     )
+
+
+def _chosen(storage: Path, state: Manifest) -> tuple[int, ...] | None:
+    stored = FrameStore(storage / "states").get(state.transfer_id)
+    if stored is None:
+        return None
+    with stored.open_tensors() as tensors:
+        return blocks_from(tensors.header.metadata)
 
 
 def _live(path: Path) -> LiveStatus | None:

@@ -18,6 +18,7 @@ from edge_client.outbox import Outbox
 from edge_client.session import Identity
 from edge_client.training import Standing
 from edge_client.worker import Worker
+from edge_client.worker_client import load_request
 from mailboat.sealing import INITIAL, seal
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
@@ -41,7 +42,7 @@ class WorkerHere:
     def __init__(self, config: SiteConfig, federation: FederationConfig, own: Callable[[], Path | None]) -> None:
         self._worker = Worker(lambda _: None)
         self._own = own
-        found = self._worker.handle(pipe.load_request(config, federation))
+        found = self._worker.handle(load_request(config, federation))
         assert isinstance(found, pipe.Loaded), found
         self.loaded = found
 
@@ -66,6 +67,7 @@ def write_tiny(
     *,
     sites: int = 2,
     mode: str = "sync",
+    versions: int = 2,
     federation: str = "",
     locals_: Mapping[str, str] | None = None,
 ) -> None:
@@ -75,7 +77,7 @@ def write_tiny(
     """
     tiny.save_model(root / "model", "llama")
     (root / "federation.toml").write_text(
-        f'[federation]\nname = "tiny"\nversions = 2\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
+        f'[federation]\nname = "tiny"\nversions = {versions}\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
         f'[task]\nmax_length = 32\n[codec]\nup = "f32"\ndown = "f32"\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {sites}\n{federation}'
     )

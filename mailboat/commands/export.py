@@ -43,12 +43,10 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
     subject = _subject(config, site, version)
-    if full_precision:
-        master = modelling.export_master(subject, out, merged=merged)
-        console.say(f"{subject.title} in full precision (master {master[:12]}) written to {out}")
-        return
-    personal = modelling.export_state(subject, out, merged=merged)
-    console.say(f"{subject.title} (state {subject.state.file_sha256[:12]}) written to {out}")
+    if full_precision and subject.master_sha256 is None:
+        raise ConfigError("--full-precision and --site were both given", hint="only a coordinator has the master")
+    personal = modelling.export_state(subject, out, merged=merged, full_precision=full_precision)
+    console.say(f"{subject.title}{subject.detail(full_precision=full_precision)} written to {out}")
     if personal:
         whose = f"{subject.site}'s own" if subject.site else "as every site began with them: each site keeps its own"
         console.say(f"{len(personal)} tensors of layers.personal, {personal[0]} first, are {whose}")

@@ -43,6 +43,8 @@ def status(
     out.print(f"version     {overview.version} of {overview.target}, {overview.mode}", markup=False)
     out.print(f"coordinator {overview.coordinator}", markup=False)
     out.print(f"waiting for {overview.waiting_for}", markup=False)
+    if overview.chosen is not None:
+        out.print(f"blocks      {', '.join(map(str, overview.chosen))}, chosen by importance", markup=False)
     if overview.held:
         out.print(f"held        no update is taken: {overview.held}", markup=False, style="bold red")
     out.print(f"pending     {overview.pending} updates accepted and not yet merged", markup=False)

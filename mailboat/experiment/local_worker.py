@@ -11,7 +11,7 @@ from edge_client import pipe
 from edge_client.privacy.ledger import Charge, Limit
 from edge_client.training import Standing
 from edge_client.worker import Worker
-from edge_client.worker_client import raised
+from edge_client.worker_client import load_request, raised
 from shared.config import FederationConfig, SiteConfig
 
 _A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured)
@@ -24,10 +24,12 @@ class LocalWorker:
 
     def __init__(self) -> None:
         self._worker = Worker(lambda _answer: None)
+        self.own: Callable[[], Path | None] = lambda: None
+        """The file of what stayed at the site after its newest update."""
 
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
-        request = pipe.load_request(config, federation).model_copy(update={"initial": initial})
+        request = load_request(config, federation).model_copy(update={"initial": initial})
         return self._ask(request, pipe.Loaded)
 
     async def train(
@@ -41,7 +43,9 @@ class LocalWorker:
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
         """See `WorkerClient.train`."""
-        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
+        request = pipe.Train(
+            state=state, base_version=base_version, out=delta, own=self.own(), so_far=so_far, limits=limits
+        )
         return self._ask(request, pipe.Trained)
 
     def evaluate(self, state: Path, notes: Path) -> pipe.Evaluated:

@@ -61,7 +61,7 @@ def main() -> None:
                 plan = load_plan(folder / "plan.json", federation)
                 answer: pipe.Answer = pipe.Loaded(
                     plan=plan,
-                    blocks=plan.layers,
+                    depth=len(plan.layers),
                     limit="",
                     examples=10,
                     notes=1,

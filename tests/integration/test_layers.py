@@ -10,6 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from mailboat import cli, console
+from shared.manifest import IMPORTANCE
+from shared.plan import Blocks, blocks_from
+from shared.selection import best
+from shared.store import FrameStore
 from tests.tiny_run import metrics_of, run_tiny, updates_of, write_tiny
 
 pytestmark = pytest.mark.integration
@@ -34,8 +38,7 @@ def test_a_plan_runs_by_its_name(plan: str, blocks: set[int], tmp_path: Path, mo
     updates = updates_of(tmp_path)
     assert set(updates) == {(site, version) for site in ("site-1", "site-2") for version in (0, 1)}
     for tensors in updates.values():
-        held = {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}
-        assert held == blocks
+        assert _blocks(tensors) == blocks
         assert "score.weight" in tensors
         assert ("model.embed_tokens.weight" in tensors) == (plan == "all")
 
@@ -50,10 +53,10 @@ def test_sites_train_to_different_depths(
     limits = {"site-1": "[layers]\nat_most = 1\n", "site-2": "[layers]\nupload_mib = 0.02\n"}
     write_tiny(tmp_path, mosquitto_url, sites=3, federation='[layers]\nplan = "top:3"\n', locals_=limits)
     found = run_tiny(tmp_path, sites=3)
-    assert {site: (loaded.blocks, loaded.limit) for site, loaded in found.items()} == {
-        "site-1": ((3,), "at_most"),
-        "site-2": ((2, 3), "upload_mib"),
-        "site-3": ((1, 2, 3), ""),
+    assert {site: (loaded.depth, loaded.limit) for site, loaded in found.items()} == {
+        "site-1": (1, "at_most"),
+        "site-2": (2, "upload_mib"),
+        "site-3": (3, ""),
     }
     said = metrics_of(tmp_path)
     assert [said[site, 0].get("blocks") for site in ("site-1", "site-2", "site-3")] == [1.0, 2.0, None]
@@ -93,3 +96,50 @@ def test_the_proximal_term_runs_by_its_name(mode: str, tmp_path: Path, mosquitto
         lengths.append(squares)
     assert lengths[0].keys() == lengths[1].keys() != set()
     assert all(lengths[1][site] < 0.5 * lengths[0][site] for site in lengths[0])
+
+
+@pytest.mark.parametrize(
+    ("by", "mode"), [("gradient-norm", "sync"), ("relative-gradient-norm", "fedbuff"), ("snr", "sync")]
+)
+def test_all_sites_train_what_matters_most(
+    by: str, mode: str, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each site measures on version 0 and again on version 2, and trains its own choice, then that of all.
+
+    The choice is made from what the updates told, stands in the state's header, and comes out the same in a replay.
+    """
+    layers = f'[layers]\nplan = "importance:2"\namong = "top:3"\nby = "{by}"\nrechoose = 2\n'
+    write_tiny(tmp_path, mosquitto_url, mode=mode, versions=3, federation=f"{layers}[training]\nlr = 0.01\n")
+    run_tiny(tmp_path)
+    updates, said = updates_of(tmp_path), metrics_of(tmp_path)
+    held = {key: tuple(sorted(_blocks(tensors))) for key, tensors in updates.items()}
+    scores = {key: {name for name in told if name.startswith(IMPORTANCE)} for key, told in said.items()}
+    chosen = _chosen(tmp_path)
+    assert chosen[0] is None
+    for (site, version), blocks in held.items():
+        assert len(scores[site, version]) == (3 if version in {0, 2} else 0)
+        own = best([(1.0, said[site, version])], (1, 2, 3), 2)
+        assert blocks == (own if version == 0 else chosen[version])
+    assert chosen[1] == best([(35.0, said["site-1", 0]), (35.0, said["site-2", 0])], (1, 2, 3), 2)
+    assert chosen[2] == chosen[1]
+    config = str(tmp_path / "coordinator.toml")
+    assert console.run(lambda: cli.app(["audit", "replay", "-c", config])) == 0
+    capsys.readouterr()
+    assert console.run(lambda: cli.app(["status", "-c", config])) == 0
+    assert chosen[3] is not None
+    assert f"blocks      {', '.join(map(str, chosen[3]))}, chosen by importance" in capsys.readouterr().out
+
+
+def _blocks(tensors: dict[str, np.ndarray]) -> set[int]:
+    return {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}
+
+
+def _chosen(root: Path) -> list[Blocks | None]:
+    """What each version's state says of the blocks to train."""
+    store, found = FrameStore(root / "coordinator" / "states"), dict[int, Blocks | None]()
+    for each in store.ids():
+        stored = store.get(each)
+        assert stored is not None
+        with stored.open_tensors(verify=True) as reader:
+            found[stored.manifest.state.version] = blocks_from(reader.header.metadata)
+    return [found[version] for version in sorted(found)]

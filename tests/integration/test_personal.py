@@ -14,6 +14,7 @@ from transformers import AutoModelForTokenClassification
 from edge_client import pipe
 from edge_client.outbox import newest_own, receipt_paths
 from edge_client.worker import Worker
+from edge_client.worker_client import load_request
 from mailboat import cli, console
 from mailboat.commands.init import init
 from mailboat.synth import make_notes
@@ -98,7 +99,7 @@ def _head_of_two_updates(folder: Path) -> dict[str, np.ndarray]:
     config = load_config(folder / "site-1.toml", SiteConfig)
     federation = load_config(config.federation, FederationConfig)
     worker = Worker(lambda _: None)
-    assert isinstance(worker.handle(pipe.load_request(config, federation)), pipe.Loaded)
+    assert isinstance(worker.handle(load_request(config, federation)), pipe.Loaded)
     store, own = FrameStore(folder / "coordinator-storage" / "states"), None
     states = {stored.manifest.state.version: stored for each in store.ids() if (stored := store.get(each))}
     for version in (0, 1):

@@ -10,6 +10,7 @@ from edge_client.layers import (
     personal_names,
     resolve_plan,
     trainable_names,
+    trained_at_once,
 )
 from shared.errors import ConfigError
 
@@ -98,11 +99,39 @@ def test_random_blocks_follow_from_the_seed() -> None:
     assert set(resolve_plan("random:4", 16, seed=3)) < set(resolve_plan("random:5", 16, seed=3))
 
 
+def test_importance_chooses_among_the_blocks_of_a_plan() -> None:
+    """The federation's blocks are the candidates, all where no plan narrows them; so many are trained at a time."""
+    assert resolve_plan("importance:2", 16) == tuple(range(16))
+    assert resolve_plan(" Importance:2", 16, among="top:4") == (12, 13, 14, 15)
+    assert resolve_plan("importance:1", 16, among="1,5") == (1, 5)
+    assert trained_at_once("importance:2", 16, (1, 5)) == 2
+    assert trained_at_once("importance:0.25", 16, tuple(range(16))) == 4
+    assert trained_at_once("top:2", 16, (14, 15)) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "among", "depth", "says"),
+    [
+        ("importance:5", "top:4", 16, "asks for 5 blocks of the 4 in layers.among"),
+        ("importance:0", "1.0", 16, "trains no block"),
+        ("importance:", "1.0", 16, "not a layer plan"),
+        ("importance:4", "all", 16, "layers.among = 'all' names no blocks to choose among"),
+        ("importance:4", "importance:8", 16, "layers.among = 'importance:8' names no blocks"),
+        ("importance:4", "1.0", 64, "would choose among 64 blocks, at most 48 are possible"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(plan: str, among: str, depth: int, says: str) -> None:
+    """More than there are, or than the metrics of an update can tell of."""
+    with pytest.raises(ConfigError) as caught:
+        trained_at_once(plan, depth, resolve_plan(plan, depth, among=among))
+    assert says in caught.value.message
+
+
 def test_an_unknown_plan_lists_the_known_ones() -> None:
     """Whoever misspells one sees what there is."""
     with pytest.raises(ConfigError) as caught:
         resolve_plan("lowest:3", 16)
-    for form in ("top:6", "bottom:6", "middle:6", "random:6", "0.375", "10,11,15", "all"):
+    for form in ("top:6", "bottom:6", "middle:6", "random:6", "0.375", "10,11,15", "importance:6", "all"):
         assert form in caught.value.hint
 
 

@@ -179,33 +179,6 @@ def test_the_rate_falls_evenly_from_version_to_version() -> None:
     assert round_section(section, 0, 1).lr == pytest.approx(0.4)
 
 
-def test_the_mean_loss_is_over_all_targets_and_not_over_batches(llama: LoadedModel) -> None:
-    """Whatever the batches, it is the cross-entropy of each labelled token once; no weight moves."""
-    notes = tiny.notes(5)
-    before = read_trainable(llama)
-    losses = [mean_loss(llama, make_dataset(llama, notes, batch_size=size, seed=size)) for size in (1, 3, 100)]
-    (whole,) = make_dataset(llama, notes, batch_size=100, seed=0).prepared.batches
-    with torch.no_grad():
-        logits = llama.model(input_ids=whole.ids, attention_mask=whole.mask).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.targets.flatten()).item()
-    assert losses == pytest.approx([expected] * 3, rel=1e-5)
-    assert all(np.array_equal(before[name], values) for name, values in read_trainable(llama).items())
-
-
-def test_the_mean_loss_of_a_broken_model_is_told(llama: LoadedModel) -> None:
-    """Weights that overflow give a loss that is no number or infinite, and no error."""
-    state = {name: np.full_like(values, 1e19) for name, values in read_trainable(llama).items()}
-    apply_state(llama, state)
-    assert not math.isfinite(mean_loss(llama, make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)))
-
-
-def test_there_is_no_mean_loss_of_nothing(llama: LoadedModel) -> None:
-    """Notes without anything to predict are refused, by name."""
-    with pytest.raises(RefusedError) as caught:
-        mean_loss(llama, make_dataset(llama, (), batch_size=4, seed=0))
-    assert caught.value.rule == "note-missing"
-
-
 def test_the_proximal_term_s_gradient() -> None:
     """By hand, mu 0.5: w 3 and -1 that started at 1 and 1, gradients 0.25 and 2, become 0.25 + 0.5 x 2 and 2 - 0.5 x 2.
 
@@ -246,3 +219,30 @@ def test_a_proximal_term_keeps_an_update_near_its_start(folders: dict[str, Path]
 def start_of(loaded: LoadedModel) -> dict[str, np.ndarray]:
     """Version 0 with what stays."""
     return read_trainable(loaded) | read_personal(loaded)
+
+
+def test_the_mean_loss_is_over_all_targets_and_not_over_batches(llama: LoadedModel) -> None:
+    """Whatever the batches, it is the cross-entropy of each labelled token once; no weight moves."""
+    notes = tiny.notes(5)
+    before = read_trainable(llama)
+    losses = [mean_loss(llama, make_dataset(llama, notes, batch_size=size, seed=size)) for size in (1, 3, 100)]
+    (whole,) = make_dataset(llama, notes, batch_size=100, seed=0).prepared.batches
+    with torch.no_grad():
+        logits = llama.model(input_ids=whole.ids, attention_mask=whole.mask).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.targets.flatten()).item()
+    assert losses == pytest.approx([expected] * 3, rel=1e-5)
+    assert all(np.array_equal(before[name], values) for name, values in read_trainable(llama).items())
+
+
+def test_the_mean_loss_of_a_broken_model_is_told(llama: LoadedModel) -> None:
+    """Weights that overflow give a loss that is no number or infinite, and no error."""
+    state = {name: np.full_like(values, 1e19) for name, values in read_trainable(llama).items()}
+    apply_state(llama, state)
+    assert not math.isfinite(mean_loss(llama, make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)))
+
+
+def test_there_is_no_mean_loss_of_nothing(llama: LoadedModel) -> None:
+    """Notes without anything to predict are refused, by name."""
+    with pytest.raises(RefusedError) as caught:
+        mean_loss(llama, make_dataset(llama, (), batch_size=4, seed=0))
+    assert caught.value.rule == "note-missing"

@@ -36,6 +36,14 @@ def test_a_plan_from_the_bottom_saves_no_work() -> None:
     assert "a site runs the whole model in each epoch" in lines(layers=(0, 1))
 
 
+def test_both_ways_are_told_where_importance_chooses() -> None:
+    """By hand: a head of 7 and the larger block of 60 go up, 6.7 % of 1,000; 107 come down."""
+    tensors = {"model.layers.2.w": (60,), "model.layers.3.w": (8, 5), "score.weight": (7,)}
+    told = lines(at_once=1, tensors=tensors, trained_parameters=107)
+    assert "107 trained of 1,000: 89.3% of the model never travels" in told
+    assert "an update holds 1 of these blocks, at most 67 parameters: 93.3% never travels up; a state" in told
+
+
 def test_what_stays_is_counted_apart() -> None:
     """Personal tensors are trained too; they are not in what travels."""
     assert "35 more parameters in 2 tensors are trained and stay" in lines(personal={"score.bias": (5,), "w": (5, 6)})
