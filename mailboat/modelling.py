@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.views import RunView, find_version, load_run
+from mailboat.about import provenance, write_about
 from mailboat.console import measure_title
 from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -66,6 +68,8 @@ class Subject:
     """The base model."""
     master_sha256: str | None = None
     """Of the coordinator's float32 master."""
+    run: RunView | None = None
+    """What the coordinator's journal tells."""
     site: str | None = None
 
     @property
@@ -83,11 +87,10 @@ class Subject:
 
 def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
     """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
-    from coordinator.views import find_version, load_run
-
     federation = load_config(config.federation, FederationConfig)
-    found = find_version(load_run(config.storage), version)
-    return Subject(config.storage, federation, found.state, federation.model.base, found.master_sha256)
+    run = load_run(config.storage)
+    found = find_version(run, version)
+    return Subject(config.storage, federation, found.state, federation.model.base, found.master_sha256, run)
 
 
 def of_site(config: SiteConfig) -> Subject:
@@ -104,7 +107,7 @@ def of_site(config: SiteConfig) -> Subject:
 
 
 def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:
-    """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
+    """Write the base model with the tensors of a state, and where it comes from, to `out`, in Hugging Face's layout.
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
     With `full_precision` they are those of the coordinator's float32 master, which no site was sent: ConfigError when
@@ -114,12 +117,15 @@ def export_state(subject: Subject, out: Path, *, merged: bool = False, full_prec
     """
     loaded = _with_state(subject, full_precision=full_precision)
     from edge_client.adapter_folder import write_adapters
-    from edge_client.model import export
+    from edge_client.model import export, seal
 
-    if subject.federation.adapter.used and not merged:
+    adapters = subject.federation.adapter.used and not merged
+    if adapters:
         write_adapters(loaded, subject.federation.model, out)
     else:
         export(loaded, out)
+    found = provenance(subject, seal(loaded, subject.federation), subject.run, full_precision=full_precision)
+    write_about(out, subject.federation, found, adapters=adapters)
     return tuple(loaded.personal)
 
 
@@ -130,7 +136,7 @@ def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
     """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
-    return _score(_load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
+    return _score(load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
 
 
 def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -143,8 +149,8 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
     return load_model(source, federation)
 
 
-def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """What `export_state` wrote, in either form."""
+def load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
+    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`."""
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
