@@ -8,7 +8,8 @@
         journal.jsonl                      the rows: seq, at, kind, body (base64), prev and hash (hex)
         masters/v00000000.safetensors      version 0, float32
         plan.json                          the sealed plan; its SHA-256 is the fingerprint in row 1
-        updates/<id>.frames, .manifest     each update that was accepted (or merged up to the version asked for)
+        updates/<id>.frames, .manifest     each update that was accepted (or merged up to the version asked for); of one
+                                           whose bytes were given up, the manifest alone
         verify.py                          `python verify.py`: the Python standard library, msgpack, zstandard, and
                                            cryptography for a sealed run
 
@@ -32,7 +33,7 @@ from typing import IO
 
 from coordinator.journal import Journal
 from coordinator.masters import file_sha256, master_path
-from coordinator.records import Accepted, Dropped, VersionCommitted, from_bytes
+from coordinator.records import Accepted, Dropped, Pruned, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
 from coordinator.views import JOURNAL
 from shared import audit, durable
@@ -65,6 +66,8 @@ class _Contents:
     rows: int = 0
     head: bytes = GENESIS
     updates: tuple[str, ...] = ()
+    given_up: frozenset[str] = frozenset()
+    """Of those, the ones whose frames are not kept."""
 
 
 def export_bundle(
@@ -105,17 +108,19 @@ def export_bundle(
 def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Contents:
     """Return how many rows belong to the bundle, and whose updates."""
     accepted: list[str] = []
-    merged: list[str] = []
-    contents = _Contents(version=0)
+    merged: dict[str, int] = {}
+    contents, pruned = _Contents(version=0), 0
     for row in audit.verified(journal.rows(), str(journal.path)):
         record = from_bytes(row.body)
         if isinstance(record, Accepted):
             accepted.append(record.update_id)
         elif isinstance(record, Dropped) and record.rule == LOST:
             accepted.remove(record.update_id)
+        elif isinstance(record, Pruned):
+            pruned = record.version
         elif isinstance(record, VersionCommitted):
             contents.version = record.version
-            merged += [part.update_id for part in record.contributions]
+            merged |= {part.update_id: record.version for part in record.contributions}
         contents.rows, contents.head = row.seq, row.hash
         if upto is not None and contents.version == upto:
             break
@@ -124,6 +129,7 @@ def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Content
     if upto is not None and contents.version != upto:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {contents.version} have been published")
     contents.updates = tuple(accepted if upto is None else merged)
+    contents.given_up = frozenset(update_id for update_id, version in merged.items() if version <= pruned)
     return contents
 
 
@@ -163,7 +169,7 @@ def _sources(
         "verify.py": SCRIPT,
     }
     for update_id in contents.updates:
-        for suffix in ("frames", "manifest"):
+        for suffix in ("manifest",) if update_id in contents.given_up else ("frames", "manifest"):
             sources[f"updates/{update_id}.{suffix}"] = storage / "updates" / f"{update_id}.{suffix}"
     sums = "".join(f"{digest}  {name}\n" for name, digest in _digests(sources))
     return dict(sorted({**sources, "SHA256SUMS": sums.encode()}.items()))
@@ -192,4 +198,7 @@ def _write_tar(file: IO[bytes], folder: str, sources: Mapping[str, Path | bytes]
                     entry.size = source.stat().st_size
                     tar.addfile(entry, content)
             except FileNotFoundError:
-                raise CorruptError(f"{source} is gone", hint="see: mailboat audit verify") from None
+                raise CorruptError(
+                    f"{source} is gone",
+                    hint="see: mailboat audit verify; updates given up later are exported with them",
+                ) from None

@@ -11,7 +11,8 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 3. plan.json, federation.json and version 0 have the digests that row 1 names
 4. each update was decided once and counted at most once, and versions follow each other without a gap
 5. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
-   unpacked and put together, the frames are the file whose SHA-256 was accepted
+   unpacked and put together, the frames are the file whose SHA-256 was accepted; where a row says that the bytes of
+   updates were given up, the manifest is looked at
 6. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
    seen, fits a key whose membership is signed by a key in authority.pub, or is listed in endorsements, which such a key
    has signed, and that row has that hash now
@@ -136,8 +137,15 @@ def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
             version = record["version"]
 
 
-def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the bytes of one accepted update."""
+def given_up(records: list[dict[str, Any]]) -> set[str]:
+    """Updates whose bytes are not kept, because a row says so of all that were merged up to a version."""
+    upto = max((record["version"] for record in records if record["t"] == "pruned"), default=0)
+    committed = [record for record in records if record["t"] == "committed" and record["version"] <= upto]
+    return {part["update_id"] for record in committed for part in record["contributions"]}
+
+
+def check_update(folder: Path, record: dict[str, Any], gone: set[str]) -> Iterator[str]:
+    """Yield what is wrong with the bytes of one accepted update; of one that is `gone`, with its manifest."""
     name = f"updates/{record['update_id']}"
     raw = (folder / f"{name}.manifest").read_bytes()
     if hashlib.sha256(raw).hexdigest() != record["manifest_sha256"]:
@@ -148,6 +156,8 @@ def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_sha256"])
     if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_sha256")):
         yield f"{name}.manifest: it says otherwise than the row that accepted it"
+    if record["update_id"] in gone and not (folder / f"{name}.frames").exists():
+        return
     damaged, whole = False, hashlib.sha256()
     with (folder / f"{name}.frames").open("rb") as frames:
         for index, length in enumerate(manifest["frame_lengths"]):
@@ -277,11 +287,12 @@ def check(folder: Path) -> Iterator[str]:
     if json.loads((folder / "federation.json").read_bytes())["trust"]["mode"] == "sealed":
         yield from check_signatures(folder, lines, records)
     merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
+    gone = given_up(records)
     for record in records:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
         # A bundle up to a version leaves out the updates that were not merged by then.
         if record["t"] == "accepted" and (there or record["update_id"] in merged):
-            yield from check_update(folder, record)
+            yield from check_update(folder, record, gone)
     sys.stdout.write(f"{len(lines)} rows, the last one has hash {lines[-1]['hash']}; {len(merged)} updates merged\n")
 
 
