@@ -32,13 +32,15 @@ from types import MappingProxyType
 from typing import IO
 
 from coordinator.journal import Journal
+from coordinator.ledger import Known
 from coordinator.masters import file_sha256, master_path
+from coordinator.merging import given_up
 from coordinator.records import Accepted, Dropped, Pruned, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
 from coordinator.views import JOURNAL
 from shared import audit, durable
 from shared.audit import GENESIS, Row
-from shared.config import FederationConfig
+from shared.config import AggregationSection, FederationConfig
 from shared.errors import ConfigError, CorruptError
 from shared.messages import LOST
 from shared.plan import SealedPlan
@@ -93,7 +95,7 @@ def export_bundle(
         durable.make_folder(out.parent)
         journal = stack.enter_context(Journal.open_read(storage / JOURNAL))
         lines, _fd = stack.enter_context(durable.temporary_file(out.parent))
-        contents = _survey(journal, storage, upto)
+        contents = _survey(journal, storage, federation.aggregation, upto)
         _write_lines(journal, contents.rows, lines)
         sources = _sources(storage, federation, plan, lines, contents, authority)
         temporary, fd = stack.enter_context(durable.temporary_file(out.parent))
@@ -105,10 +107,10 @@ def export_bundle(
     return Bundle(file_sha256(out), contents.version, contents.rows, contents.head.hex(), len(contents.updates))
 
 
-def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Contents:
+def _survey(journal: JournalReader, storage: Path, section: AggregationSection, upto: int | None) -> _Contents:
     """Return how many rows belong to the bundle, and whose updates."""
     accepted: list[str] = []
-    merged: dict[str, int] = {}
+    merged: dict[str, Known] = {}
     contents, pruned = _Contents(version=0), 0
     for row in audit.verified(journal.rows(), str(journal.path)):
         record = from_bytes(row.body)
@@ -120,7 +122,10 @@ def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Content
             pruned = record.version
         elif isinstance(record, VersionCommitted):
             contents.version = record.version
-            merged |= {part.update_id: record.version for part in record.contributions}
+            merged |= {
+                part.update_id: Known(part.site, "", "merged", version=record.version, staleness=part.staleness)
+                for part in record.contributions
+            }
         contents.rows, contents.head = row.seq, row.hash
         if upto is not None and contents.version == upto:
             break
@@ -129,7 +134,7 @@ def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Content
     if upto is not None and contents.version != upto:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {contents.version} have been published")
     contents.updates = tuple(accepted if upto is None else merged)
-    contents.given_up = frozenset(update_id for update_id, version in merged.items() if version <= pruned)
+    contents.given_up = given_up(merged, pruned, section)
     return contents
 
 

@@ -137,11 +137,17 @@ def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
             version = record["version"]
 
 
-def given_up(records: list[dict[str, Any]]) -> set[str]:
-    """Updates whose bytes are not kept, because a row says so of all that were merged up to a version."""
+def given_up(records: list[dict[str, Any]], rule: str) -> set[str]:
+    """Updates whose bytes are not kept: all merged up to a version that a row names; by ca2fl not each site's last."""
     upto = max((record["version"] for record in records if record["t"] == "pruned"), default=0)
-    committed = [record for record in records if record["t"] == "committed" and record["version"] <= upto]
-    return {part["update_id"] for record in committed for part in record["contributions"]}
+    merged = [
+        (part["site"], record["version"], -part["staleness"], part["update_id"])
+        for record in records
+        if record["t"] == "committed" and record["version"] <= upto
+        for part in record["contributions"]
+    ]
+    last = {site: update_id for site, _version, _staleness, update_id in sorted(merged)}
+    return {update_id for *_, update_id in merged} - set(last.values() if rule == "ca2fl" else ())
 
 
 def check_update(folder: Path, record: dict[str, Any], gone: set[str]) -> Iterator[str]:
@@ -284,10 +290,11 @@ def check(folder: Path) -> Iterator[str]:
     records = [record_of(line) for line in lines]
     yield from check_opened(folder, records[0])
     yield from check_counting(records)
-    if json.loads((folder / "federation.json").read_bytes())["trust"]["mode"] == "sealed":
+    federation = json.loads((folder / "federation.json").read_bytes())
+    if federation["trust"]["mode"] == "sealed":
         yield from check_signatures(folder, lines, records)
     merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
-    gone = given_up(records)
+    gone = given_up(records, federation["aggregation"].get("rule", "mean"))
     for record in records:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
         # A bundle up to a version leaves out the updates that were not merged by then.

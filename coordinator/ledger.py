@@ -54,11 +54,6 @@ class Files:
     optimizer: str | None
 
 
-def given_up(known: Known, pruned: int) -> bool:
-    """Whether an update's bytes went when those of all merged up to version `pruned` did."""
-    return known.outcome == "merged" and known.version is not None and known.version <= pruned
-
-
 class Ledger:
     """See the module's docstring; `version` is -1 until the run was opened."""
 
@@ -78,7 +73,7 @@ class Ledger:
         """Accepted and kept apart, by id, in the order in which they were."""
         self.finished = False
         self.pruned = 0
-        """The bytes of updates that were merged up to this version were given up."""
+        """Updates that were merged up to this version were given up: `coordinator.merging.given_up` says which."""
         self.signed: Signed | None = None
         """The newest head of the chain that was signed."""
 

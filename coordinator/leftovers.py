@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.ledger import Ledger, given_up
+from coordinator.ledger import Ledger
 from coordinator.masters import version_of
+from coordinator.merging import given_up
 from coordinator.rows import ARCHIVE, JournalReader
 from coordinator.trail import Finding
 from shared import durable
@@ -75,6 +76,7 @@ def find_leftovers(
 
 def _updates(storage: Path, ledger: Ledger, federation: FederationConfig) -> Iterator[Leftover | Finding]:
     limit = federation.aggregation.staleness.limit
+    pruned = given_up(ledger.known, ledger.pruned, federation.aggregation)
     for path in _manifests(storage / "updates"):
         update_id = path.name.partition(".")[0]
         known = ledger.known.get(update_id)
@@ -82,7 +84,7 @@ def _updates(storage: Path, ledger: Ledger, federation: FederationConfig) -> Ite
             frames = path.with_suffix(".frames")
             if known.outcome == "rejected" or known.rule == LOST:
                 yield _transfer(path, "rejected-update", f"rejected under the rule {known.rule}")
-            elif given_up(known, ledger.pruned) and frames.exists():
+            elif update_id in pruned and frames.exists():
                 what = f"of version {known.version}, whose updates were given up"
                 yield Leftover(Finding("pruned-update", _place(frames), what), (frames,))
             continue

@@ -26,7 +26,8 @@ from pydantic import ValidationError
 from coordinator import records
 from coordinator.journal import Journal
 from coordinator.kept import check_frames, check_master, check_state, check_update
-from coordinator.ledger import Known, given_up
+from coordinator.ledger import Known
+from coordinator.merging import given_up
 from coordinator.offers import UNRECORDED
 from coordinator.optimizers import SLOTS
 from coordinator.rows import JournalReader, Restored
@@ -141,7 +142,7 @@ def prove(
 
 def _pruned(trail: Trail) -> Iterator[str]:
     if trail.pruned:
-        count = sum(given_up(known, trail.pruned) for known in trail.known.values())
+        count = len(given_up(trail.known, trail.pruned, trail.federation.aggregation))
         yield f"{count} updates merged up to version {trail.pruned}: given up, their manifests and digests are here"
 
 
@@ -265,11 +266,11 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
         yield from check_state(storage, version, recorded, trail.plan)
         done += 1
         progress(done / total)
+    pruned = given_up(trail.known, trail.pruned, trail.federation.aggregation)
     for update_id in kept:
-        known = trail.known[update_id]
-        gone = given_up(known, trail.pruned)
+        gone = update_id in pruned
         if update_id not in trail.accepted:
-            yield from check_frames(storage, update_id, known.manifest_sha256, given_up=gone)
+            yield from check_frames(storage, update_id, trail.known[update_id].manifest_sha256, given_up=gone)
             done += 1
             continue
         _seq, accepted = trail.accepted[update_id]

@@ -1,7 +1,7 @@
 """Giving up the bytes of old updates, for good and on record: manifests, digests and signatures stay.
 
     row        `Pruned(version)` in the journal, signed with the next head    == from here on nobody counts on them
-    frames     of every update that was merged up to that version, deleted
+    frames     of all updates that were merged up to that version and no later merge reads, deleted
     master     and slots of that version: kept, as version 0 is, for `coordinator.replay` to begin with
 
 Killed between the row and the last file, the frames that are left harm nobody; `fsck --repair` deletes them. Nothing
@@ -17,7 +17,8 @@ from pathlib import Path
 from coordinator.fsck import fold, mend_trail
 from coordinator.journal import Journal
 from coordinator.kept import check_master
-from coordinator.ledger import Ledger, given_up
+from coordinator.ledger import Ledger
+from coordinator.merging import given_up
 from coordinator.optimizers import SLOTS
 from coordinator.proof import Progress, prove
 from coordinator.records import Pruned
@@ -70,7 +71,7 @@ def prune(
         found = _survey(storage, federation, ledger, upto)
         journal.append([Pruned(found.version, time.time())])
     mend_trail(storage)
-    for path in _frames(storage, ledger, found.version):
+    for path in _frames(storage, federation, ledger, found.version):
         path.unlink()
     durable.fsync_dir(storage / "updates")
     return found
@@ -91,12 +92,12 @@ def _survey(storage: Path, federation: FederationConfig, ledger: Ledger, upto: i
             f"the float32 files of version {version} are not here, and nothing could be recomputed without them",
             hint=f"kept are those of versions {ledger.version - 1} and {ledger.version}",
         )
-    frames = _frames(storage, ledger, version)
+    frames = _frames(storage, federation, ledger, version)
     return Pruning(version, len(frames), sum(path.stat().st_size for path in frames))
 
 
-def _frames(storage: Path, ledger: Ledger, version: int) -> list[Path]:
-    """Frames that are here of updates which were merged up to this version."""
-    gone = (update_id for update_id, known in ledger.known.items() if given_up(known, version))
+def _frames(storage: Path, federation: FederationConfig, ledger: Ledger, version: int) -> list[Path]:
+    """Frames that are here and would go."""
+    gone = sorted(given_up(ledger.known, version, federation.aggregation))
     paths = (storage / "updates" / f"{update_id}.frames" for update_id in gone)
     return [path for path in paths if path.exists()]

@@ -233,9 +233,10 @@ class Witnessed:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A person has given up the bytes of all updates that were merged up to this version; their digests stay.
+    """A person has given up the bytes of updates that were merged up to this version; their digests stay.
 
-    The version's master and slots are kept from now on as version 0 is: whoever recomputes the run begins there.
+    Which, says `coordinator.merging.given_up`. The version's master and slots are kept from now on as version 0 is:
+    whoever recomputes the run begins there.
     """
 
     kind: ClassVar[str] = "pruned"

@@ -102,7 +102,7 @@ class Trail:
         """What was said of the version of the next row."""
         self.finished = False
         self.pruned = 0
-        """The bytes of updates that were merged up to this version were given up."""
+        """As in the ledger."""
 
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
