@@ -15,15 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
-from coordinator.means import Kept, Progress, means, reader_of, settled
+from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
+from coordinator.means import Kept, Progress, kept_transfer, means, reader_of, settled
 from coordinator.merging import MergePlan, MergeResult, coefficients
 from coordinator.optimizers import SLOTS, server_step
 from coordinator.residual import correct
+from coordinator.selection import next_blocks
 from shared.codec import encode_file, group_size
 from shared.config import FederationConfig
 from shared.manifest import Manifest, StateFacts
-from shared.plan import SealedPlan
+from shared.plan import BLOCKS_KEY, Blocks, SealedPlan, blocks_from
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 from shared.tensorfile import F32Array
@@ -50,9 +51,10 @@ def merge(
     """
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
-    metadata = partial(file_metadata, plan.version, sealed, federation)
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
+        blocks = _next_blocks(plan, updates, old_master, sealed, federation)
+        metadata = partial(file_metadata, plan.version, sealed, federation, blocks=blocks)
         # Without slot files, as at version 0, the slots are zero.
         begun = plan.base_version > 0
         old_slots = [
@@ -77,7 +79,7 @@ def merge(
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
     with open_own(master_path(masters, plan.version), shapes) as tensors:
-        manifest = publish(states, plan.version, tensors, sealed, federation, created=created)
+        manifest = publish(states, plan.version, tensors, sealed, federation, created=created, blocks=blocks)
     progress(1.0)
     optimizer_sha256 = slots_sha256([writer.sha256 for writer in writers])
     return MergeResult(manifest, new_master.sha256, optimizer_sha256, plan.recorded())
@@ -91,14 +93,16 @@ def publish(
     federation: FederationConfig,
     *,
     created: float | None = None,
+    blocks: Blocks | None = None,
 ) -> Manifest:
     """Seal the published state of a version, in the downlink's codec, and return its manifest.
 
-    The transfer id is the head of the file's SHA-256, so that equal states have equal ids. Errors as `merge`.
+    `blocks` are those to be trained from it, where importance chooses. The transfer id is the head of the file's
+    SHA-256, so that equal states have equal ids. Errors as `merge`.
     """
     codec = federation.codec.down
     frames = FrameWriter(
-        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state")),
+        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state", blocks=blocks)),
         group=group_size(codec),
         slice_size=federation.codec.slice_kib * 1024,
     )
@@ -122,14 +126,31 @@ def publish(
     return states.seal(frames, build).manifest
 
 
-def file_metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
+def file_metadata(
+    version: int, sealed: SealedPlan, federation: FederationConfig, kind: str, *, blocks: Blocks | None = None
+) -> dict[str, str]:
     """What a file of ours says of itself in its header; `kind` is state, master, or the name of a slot."""
-    return {
+    chosen = {} if blocks is None else {BLOCKS_KEY: ",".join(map(str, blocks))}
+    return chosen | {
         "mailboat.federation": federation.federation.name,
         "mailboat.fingerprint": sealed.fingerprint,
         "mailboat.kind": kind,
         "mailboat.version": str(version),
     }
+
+
+def _next_blocks(
+    plan: MergePlan, updates: FrameStore, old_master: TensorFile, sealed: SealedPlan, federation: FederationConfig
+) -> Blocks | None:
+    kept = ((part.denominator, kept_transfer(updates, part.update_id)) for part in plan.contributions)
+    votes = ((weight, stored.manifest.update.metrics) for weight, stored in kept)
+    return next_blocks(
+        blocks_from(old_master.metadata),
+        votes,
+        base_version=plan.base_version,
+        rechoose=federation.layers.rechoose,
+        sealed=sealed,
+    )
 
 
 def _step(

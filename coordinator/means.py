@@ -26,7 +26,7 @@ from shared.codec import SPAN
 from shared.config import AggregationSection
 from shared.errors import CorruptError
 from shared.reader import TensorReader
-from shared.store import FrameStore
+from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array, Shape
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -127,13 +127,19 @@ def reader_of(store: FrameStore, transfer_id: str) -> TensorReader:
     CorruptError when it is gone. Each frame is compared with its hash: what was accepted, and nothing that the disk
     made of it, is merged.
     """
+    found = kept_transfer(store, transfer_id)
+    return TensorReader(found.manifest, found.read_frame, verify=False)
+
+
+def kept_transfer(store: FrameStore, transfer_id: str) -> Stored:
+    """Return a transfer that the journal needs; CorruptError when it is gone."""
     found = store.get(transfer_id)
     if found is None:
         raise CorruptError(
             f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
             hint="restore the folder from a backup",
         )
-    return TensorReader(found.manifest, found.read_frame, verify=False)
+    return found
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:
