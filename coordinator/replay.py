@@ -1,5 +1,8 @@
 """A run computed again: version after version from version 0 and the kept updates, in a folder of its own.
 
+Where updates were given up (`coordinator.pruning`) it begins with the version up to which they were, whose master is
+kept and has the digest that the journal recorded; what led to it is followed in the journal alone.
+
 The merge is the one that made the versions (`coordinator.aggregate`), the weights come from the rules and not from the
 record, and each update passes admission once more, so that nothing is taken on trust but version 0 and what sites sent.
 Compared bit for bit with the journal: contributions, master, slots and the published file. Not compared are the frames
@@ -22,10 +25,11 @@ import numpy as np
 
 from coordinator.aggregate import merge, publish
 from coordinator.journal import Journal
-from coordinator.kept import check_update
-from coordinator.masters import master_path, open_own
+from coordinator.kept import check_master, check_state, check_update
+from coordinator.masters import master_path, open_own, slot_path
 from coordinator.merging import MergePlan
-from coordinator.records import Opened, VersionCommitted
+from coordinator.optimizers import SLOTS
+from coordinator.records import Opened, Pruned, VersionCommitted
 from coordinator.trail import Finding, Trail, miscounted, row_place
 from coordinator.views import JOURNAL
 from shared import durable
@@ -66,13 +70,14 @@ def replay(
     upto: int | None = None,
     progress: Progress = lambda _version, _share: None,
 ) -> Iterator[Recomputed]:
-    """Yield each version from 0 to `upto` (None: the newest) as it is made; the first one that differs is the last.
+    """Yield each version from the first to `upto` (None: the newest) as it is made; the first that differs is the last.
 
-    `scratch` is an empty folder. ConfigError when there is no such version, CorruptError when the journal's chain is
-    broken or version 0 cannot be read, UnavailableError when the disk is full.
+    The first is version 0, or the one up to which updates were given up. `scratch` is an empty folder. ConfigError when
+    there is no such version, CorruptError when the journal's chain is broken or the first version cannot be read,
+    UnavailableError when the disk is full.
     """
-    last, needed = _outline(storage, federation, upto)
-    run = _Replay(storage, federation, plan, scratch, needed)
+    outline = _outline(storage, federation, upto)
+    run = _Replay(storage, federation, plan, scratch, outline.needed)
     odd: list[Finding] = []
     with Journal.open_read(storage / JOURNAL) as journal:
         for seq, record in enumerate(journal.replay(), start=1):
@@ -82,11 +87,15 @@ def replay(
                 continue
             begun = time.monotonic()
             version = record.version if isinstance(record, VersionCommitted) else 0
-            if not odd:
-                odd += run.first(record) if isinstance(record, Opened) else run.next(seq, record, planned, progress)
+            if version < outline.first and not odd:
+                continue
+            if not odd and version == outline.first:
+                odd += run.first(version, manifest_from_bytes(record.state))
+            elif not odd and isinstance(record, VersionCommitted):
+                odd += run.next(seq, record, planned, progress)
             updates = len(record.contributions) if isinstance(record, VersionCommitted) else 0
-            yield Recomputed(version, last, updates, time.monotonic() - begun, tuple(odd))
-            if odd or version >= last:
+            yield Recomputed(version, outline.last, updates, time.monotonic() - begun, tuple(odd))
+            if odd or version >= outline.last:
                 return
 
 
@@ -108,17 +117,33 @@ class _Replay:
         self.masters = scratch / "masters"
         durable.make_folder(self.masters)
 
-    def first(self, opened: Opened) -> list[Finding]:
-        """Take version 0 from the run and compare it with what the journal opened."""
-        source = master_path(self.storage / "masters", 0)
-        copied = _copy(source, master_path(self.masters, 0))
-        if copied != opened.master_sha256:
-            return [Finding("master", f"masters/{source.name}", "not the bytes that row 1 recorded")]
-        recorded = manifest_from_bytes(opened.state)
-        with open_own(master_path(self.masters, 0), dict(sorted(self.plan.tensors.items()))) as tensors:
-            ours = publish(self.states, 0, tensors, self.plan, self.federation, created=recorded.created)
-        self.held[0] = ours.transfer_id
-        return [*self._compare_state(1, recorded, ours)]
+    def first(self, version: int, state: Manifest) -> list[Finding]:
+        """Take a version's float32 files from the run and compare them, and what they publish, with the journal."""
+        recorded = self.trail.versions[version]
+        slots = SLOTS[self.federation.aggregation.server.optimizer] if recorded.optimizer_sha256 else ()
+        damaged = check_master(self.storage, version, recorded, slots, required=True)
+        for older in [each for each in self.needed if each < version < self.needed[each]]:
+            damaged += self._take_state(older)
+        if damaged:
+            return damaged
+        source = self.storage / "masters"
+        for path in (master_path(source, version), *(slot_path(source, version, slot) for slot in slots)):
+            _copy(path, self.masters / path.name)
+        with open_own(master_path(self.masters, version), dict(sorted(self.plan.tensors.items()))) as tensors:
+            ours = publish(self.states, version, tensors, self.plan, self.federation, created=state.created)
+        self.held[version] = ours.transfer_id
+        return [*self._compare_state(recorded.row, state, ours)]
+
+    def _take_state(self, version: int) -> list[Finding]:
+        """Copy a published state from which a later update started, and whose making was given up."""
+        recorded = self.trail.versions[version]
+        damaged = check_state(self.storage, version, recorded, self.plan)
+        if not damaged:
+            for suffix in (".frames", ".manifest"):
+                name = f"{recorded.transfer_id}{suffix}"
+                _copy(self.storage / "states" / name, self.states.root / name)
+            self.held[version] = recorded.transfer_id
+        return damaged
 
     def next(self, seq: int, record: VersionCommitted, planned: MergePlan | None, progress: Progress) -> list[Finding]:
         """Make a version from the one before it and compare it with its record."""
@@ -177,14 +202,24 @@ class _Replay:
             self.states.delete(self.held.pop(older))
 
 
-def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> tuple[int, dict[int, int]]:
-    """Return the last version to make, and for each base state that a merge reads the last version that reads it."""
-    newest = -1
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    first: int
+    last: int
+    needed: dict[int, int]
+    """For each base state that a merge reads, the last version that reads it."""
+
+
+def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> _Outline:
+    """Return which versions to make; ConfigError when there is no such one."""
+    newest, first = -1, 0
     needed: dict[int, int] = {}
     with Journal.open_read(storage / JOURNAL) as journal:
         for record in journal.replay():
             if isinstance(record, Opened):
                 newest = max(newest, 0)
+            elif isinstance(record, Pruned):
+                first = record.version
             elif isinstance(record, VersionCommitted):
                 newest = max(newest, record.version)
                 if federation.aggregation.mode == "fedasync":
@@ -193,7 +228,11 @@ def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> t
         raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
     if upto is not None and not 0 <= upto <= newest:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {newest} have been published")
-    return newest if upto is None else upto, needed
+    if upto is not None and upto < first:
+        raise ConfigError(
+            f"version {upto} cannot be computed again", hint=f"the updates up to version {first} were given up"
+        )
+    return _Outline(first, newest if upto is None else upto, needed)
 
 
 def _existing(storage: Path, name: str) -> FrameStore:
