@@ -28,7 +28,9 @@ from shared.config.machine import (
     LinkSection,
     LocalLayersSection,
     LocalTrustSection,
+    PrefixSection,
     SiteConfig,
+    StateDType,
     ValidationSection,
 )
 from shared.config.merging import (
@@ -69,6 +71,7 @@ __all__ = [
     "Mode",
     "ModelSection",
     "Positive",
+    "PrefixSection",
     "PrivacySection",
     "Quality",
     "Section",
@@ -79,6 +82,7 @@ __all__ = [
     "StalenessKind",
     "StalenessSection",
     "StateCodecName",
+    "StateDType",
     "TaskSection",
     "TrainingSection",
     "TrustSection",
