@@ -7,7 +7,7 @@ makes the cached path equal to the plain one bit for bit (a matrix product may r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,8 +27,8 @@ class Batch:
     """None where it would change nothing: without padding, and in causal models, which never see what is right of a
     token; attention then takes its quicker path."""
     windows: tuple[Window, ...] = field(repr=False)
-    hidden: torch.Tensor | None = field(default=None, repr=False)
-    """What enters the first trained block, float32 (windows, longest, width), where it is kept."""
+    hidden: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
+    """Gives what enters the first trained block, float32 (windows, longest, width), where it is kept."""
 
 
 def make_batches(

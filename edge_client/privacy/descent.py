@@ -28,7 +28,8 @@ import torch
 from edge_client.batches import Batch
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel
-from edge_client.prefix import Forward
+from edge_client.prefix import MEMORY, Forward
+from edge_client.prefix_store import Keep
 from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
 from edge_client.privacy.ledger import Charge, Limit, Spent
@@ -65,13 +66,19 @@ class Private:
 
 
 def make_private(
-    loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig, section: PrivacySection
+    loaded: LoadedModel,
+    notes: Sequence[AnyNote],
+    federation: FederationConfig,
+    section: PrivacySection,
+    keep: Keep = MEMORY,
 ) -> Private:
     """Return what a federation with `[privacy]` trains on, and say in the log what one update costs.
 
+    `keep` takes the frozen prefix.
+
     RefusedError(rule='note-missing') when no record has a window; other errors as `make_records` and `charge_of`.
     """
-    records = make_records(loaded, notes)
+    records = make_records(loaded, notes, keep)
     count = len(records.spans)
     if not records.data.prepared.batches:
         raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")
