@@ -249,11 +249,16 @@ async def _serves(log: Path) -> None:
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process has held so far (VmHWM)."""
+    """The most memory that a process has held so far."""
+    return memory_bytes(pid, "VmHWM")
+
+
+def memory_bytes(pid: int, what: str) -> int:
+    """What the system tells of a process's memory, such as VmRSS, what it holds now."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
-    msg = "the system does not tell VmHWM"
+    msg = f"the system does not tell {what}"
     raise AssertionError(msg)
 
 
