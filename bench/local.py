@@ -2,11 +2,11 @@
 
     make bench-local ARGS="--turns 3"
 
-Two models: a LLaMA of 16 blocks with random weights, width 512 (about 55 million parameters), and the shipped one. Windows of synthetic
-notes, the real trainer, one thread. Each way is a process of its own, so that its peak memory is its own; turns alternate,
-so that a machine whose speed drifts drifts for all. The time to load and prepare is told apart: it is paid once for a
-start, and not once for an epoch. Memory is what the process held at most above what it holds with all modules
-imported and nothing loaded.
+Two models: a LLaMA of 16 blocks with random weights, width 512 (52 million parameters), and the shipped one. Windows of
+synthetic notes, the real trainer, one thread. Each way is a process of its own, so that its peak memory is its own;
+turns alternate, so that a machine whose speed drifts drifts for all. The time to load and prepare is told apart: it is
+paid once for a start, and not once for an epoch. Memory is what the process held at most above what it holds with all
+modules imported and nothing loaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_once(way: str, model: Path, folder: Path, epochs: int) -> dict[str, Any]:
+def train_once(way: str, model: Path, notes: Path, site: Path, epochs: int) -> dict[str, Any]:
     """Train in this process, as a site's worker does; seconds of preparation and of each epoch, bytes, and losses."""
     import torch  # noqa: PLC0415
 
@@ -75,7 +75,7 @@ def train_once(way: str, model: Path, folder: Path, epochs: int) -> dict[str, An
     from edge_client.model import load_model, version_zero  # noqa: PLC0415
     from edge_client.prefix_store import NOWHERE, OnDisk  # noqa: PLC0415
     from edge_client.trainer import make_dataset, train  # noqa: PLC0415
-    from shared.config import FederationConfig  # noqa: PLC0415
+    from shared.config import FederationConfig, StateDType  # noqa: PLC0415
 
     torch.set_num_threads(1)
     federation = FederationConfig.model_validate(
@@ -89,11 +89,10 @@ def train_once(way: str, model: Path, folder: Path, epochs: int) -> dict[str, An
     )
     idle, began = memory_bytes(os.getpid(), "VmRSS"), time.perf_counter()
     loaded = load_model(model, federation, suffix=way not in UNCACHED)
-    notes = load_notes(folder / "notes" / "site-1", loaded.task).notes
-    dtype = "bf16" if way.endswith("bf16") else "f32"
-    site = folder / f"{model.name}-{'lora' if way.startswith('LoRA') else dtype}"
-    keep = NOWHERE if way in UNCACHED else OnDisk(site, "training", dtype=dtype, limit=1 << 34, keep_free=0)
-    data = make_dataset(loaded, notes, batch_size=BATCH, seed=0, keep=keep)
+    dtype: StateDType = "bf16" if way.endswith("bf16") else "f32"
+    folder = site / f"{model.name}-{'lora' if way.startswith('LoRA') else dtype}"
+    keep = NOWHERE if way in UNCACHED else OnDisk(folder, "training", dtype=dtype, limit=1 << 34, keep_free=0)
+    data = make_dataset(loaded, load_notes(notes, loaded.task).notes, batch_size=BATCH, seed=0, keep=keep)
     if data.prepared.cached == (way in UNCACHED):
         raise AssertionError(data.prepared.reason)
     prepared, ready = time.perf_counter() - began, memory_bytes(os.getpid(), "VmRSS")
@@ -108,7 +107,7 @@ def train_once(way: str, model: Path, folder: Path, epochs: int) -> dict[str, An
         "trained": loaded.trained_parameters,
         "total": loaded.total_parameters,
         "batches": len(data.prepared.batches),
-        "kept_bytes": sum(path.stat().st_size for path in site.glob("*")) if site.is_dir() else 0,
+        "kept_bytes": sum(path.stat().st_size for path in folder.glob("*")),
         "prepare_s": round(prepared, 3),
         "epoch_s": [round(each, 3) for each in seconds],
         "loss": losses,
@@ -126,24 +125,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--site", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(train_once(options.one[0], Path(options.one[1]), options.folder, options.epochs)))
+        way, model = options.one
+        print(json.dumps(train_once(way, Path(model), options.notes, options.site, options.epochs)))
         return
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mailboat-local-") as name:
         models = {"llama-512": Path(name) / "llama-512", "shipped": SHIPPED_MODEL}
         make_model(models["llama-512"])
-        make_notes(Path(name) / "notes", sites=1, notes=NOTES, heldout=1, alpha=1.0, seed=0)
+        notes = Path(name) / "notes" / "site-1"
+        make_notes(notes.parent, sites=1, notes=NOTES, heldout=1, alpha=1.0, seed=0)
         for turn in range(options.turns):
             for model in options.models:
-                folder = Path(name) / f"turn-{turn}"
-                folder.mkdir(exist_ok=True)
-                (folder / "notes").symlink_to(Path(name) / "notes") if not (folder / "notes").exists() else None
+                site = Path(name) / f"turn-{turn}"
                 for way in WAYS:
                     command = [sys.executable, "-m", "bench.local", "--one", way, str(models[model])]
-                    command += ["--folder", str(folder), "--epochs", str(options.epochs)]
+                    command += ["--notes", str(notes), "--site", str(site), "--epochs", str(options.epochs)]
                     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **QUIET})
                     found.append({**json.loads(told.stdout.splitlines()[-1]), "model": model})
                     print(json.dumps(found[-1]), flush=True)

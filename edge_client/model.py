@@ -167,8 +167,8 @@ def frozen_sha256(model: nn.Module, family: Family, weights: Weights) -> str:
     """Return the SHA-256 over the frozen parameters, sorted by name; neither what is trained nor the head is in it.
 
     Of each: the name that it has without adapters, `F32`, its shape and its bytes (little endian, row major). When
-    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too. What is
-    not in memory is read from its file.
+    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too. What
+    is not in memory is read from its file.
     """
     digest = hashlib.sha256()
     named = model.named_parameters()

@@ -1,10 +1,10 @@
 """The frozen prefix: what enters the first trained block, computed once per data set instead of once per epoch.
 
 With the top 6 of 16 blocks trained, ten blocks see the same windows with the same weights in every epoch of every
-version. Their output is kept, batch by batch, and training runs the rest alone: the frozen blocks and the embeddings step
-aside for modules that pass on what they get, and a hook hands the kept states to the first trained block. Everything
-else (masks, positions, norms, head) is the model's own code, so that the two paths cannot drift apart. What has stepped
-aside need not be in memory, and with states that a site has kept from an earlier start it never comes there.
+version. Their output is kept, batch by batch, and training runs the rest alone: the frozen blocks and the embeddings
+step aside for modules that pass on what they get, and a hook hands the kept states to the first trained block.
+Everything else (masks, positions, norms, head) is the model's own code, so that the two paths cannot drift apart. What
+has stepped aside need not be in memory; with states that a site has kept from an earlier start it never comes there.
 
 The frozen part runs in evaluation mode in both paths: dropout in weights that do not learn would only add noise, and
 could not be kept.
@@ -67,7 +67,7 @@ class Prepared:
 def prepare(loaded: LoadedModel, batches: Sequence[Batch], keep: Keep = MEMORY) -> Prepared:
     """Return `batches` with the states that enter the first trained block; without them, and saying why, where not.
 
-    They are not kept when the embeddings or block 0 are trained, when `keep` has no room, when they do not fit its type,
+    They are not kept when the embeddings or block 0 are trained, when `keep` has no room or its type cannot hold them,
     and when the logits computed from them differ from the whole model's (tried on one batch, before they are kept).
     """
     try:

@@ -2,9 +2,9 @@
 
     prefix/<slot>-<key>-<sha256>.safetensors   one tensor `hidden` of shape (tokens, width), batch after batch
 
-A slot is one of a site's data sets (`training`, `held-out`) and has one file at most. The key is a digest of all that the
-states follow from; a file of another key is deleted before anything is computed, so that nothing outlives the notes it
-was made of. The SHA-256 is that of the file, looked at once when it is opened: what the disk has spoilt is computed
+A slot is one of a site's data sets (`training`, `held-out`) and has one file at most. The key is a digest of all that
+the states follow from; a file of another key is deleted before anything is computed, so that nothing outlives the notes
+it was made of. The SHA-256 is that of the file, looked at once when it is opened: what the disk has spoilt is computed
 anew. Hidden states tell about as much as the notes: the file is readable by its owner alone, and never sent.
 """
 
@@ -30,7 +30,6 @@ from shared.errors import UnavailableError
 from shared.room import MIB, Room
 from shared.tensorfile import DType, build_header
 
-FOLDER = "prefix"
 TENSOR = "hidden"
 
 Slot = Literal["training", "held-out"]
@@ -66,6 +65,25 @@ class Made:
     def size(self) -> int:
         """Bytes."""
         return self.tokens * self.width * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """One file of kept states: what its name says, and where it lies."""
+
+    slot: str
+    key: str
+    sha256: str
+    path: Path
+
+    @property
+    def intact(self) -> bool:
+        """Whether the bytes are those that were written; they are not where they cannot be read."""
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        except OSError:
+            return False
 
 
 class Keep(Protocol):
@@ -135,32 +153,35 @@ class OnDisk:
     def find(self, made: Made) -> Rows | None:
         """See Keep; files of other keys are deleted, and damaged ones, which the log tells."""
         found = None
-        for path in kept_files(self._folder, self._slot):
-            if _NAME.fullmatch(path.name)[2] == made.key and is_intact(path):
-                found = path
+        for entry in self._entries(self._slot):
+            if entry.key == made.key and entry.intact:
+                found = entry
                 continue
-            if made.key in path.name:
+            if entry.key == made.key:
                 log.warning("prefix-damaged", notes=self._slot, consequence="it is computed anew")
-            _forget(path)
+            _forget(entry)
         if found is None:
             return None
         self._check_limit(0)
         log.info("prefix-found", notes=self._slot, **_told(made))
-        return _Mapped(found, made)
+        return _Mapped(found.path, made)
 
     def check(self, made: Made) -> None:
         """See Keep. The files of later slots go: most likely they are of other notes, too, and need the room."""
         for slot in SLOTS[SLOTS.index(self._slot) + 1 :]:
-            for path in kept_files(self._folder, slot):
-                _forget(path)
-        self._check_limit(made.size)
-        why = self._room.lacking(made.size)
+            for entry in self._entries(slot):
+                _forget(entry)
+        self._check_limit(_file_size(made))
+        why = self._room.lacking(_file_size(made))
         if why is not None:
             raise NotKeptError(f"there is no room for the states: {why}")
-        log.info("prefix-computed", notes=self._slot, **_told(made))
+        log.info("prefix-computing", notes=self._slot, **_told(made))
+
+    def _entries(self, slot: Slot) -> list[Entry]:
+        return [entry for entry in entries(self._folder) if entry.slot == slot]
 
     def _check_limit(self, more: int) -> None:
-        needed = more + sum(path.stat().st_size for path in kept_files(self._folder))
+        needed = more + sum(entry.path.stat().st_size for entry in entries(self._folder))
         if needed > self._limit:
             raise NotKeptError(
                 f"the states would take {needed >> 20} MiB, more than prefix.limit_mib = {self._limit >> 20}"
@@ -177,7 +198,7 @@ class OnDisk:
 
         try:
             with durable.temporary_file(folder) as (temporary, fd):
-                durable.reserve(fd, made.size + len(_header(made)), folder)
+                durable.reserve(fd, _file_size(made), folder)
                 durable.write_chunks(fd, chunks(), folder)
                 path = folder / f"{self._slot}-{made.key}-{digest.hexdigest()}.safetensors"
                 temporary.rename(path)
@@ -188,8 +209,8 @@ class OnDisk:
 
     def clear(self) -> None:
         """See Keep."""
-        for path in kept_files(self._folder, self._slot):
-            _forget(path)
+        for entry in self._entries(self._slot):
+            _forget(entry)
 
 
 class _Mapped:
@@ -213,24 +234,18 @@ class _Mapped:
         return flat.view(-1, width)
 
 
-def kept_files(folder: Path, slot: Slot | None = None) -> list[Path]:
-    """Return the files of kept states in a folder, of one slot or all, sorted."""
+def entries(folder: Path) -> list[Entry]:
+    """Return the files of kept states in a folder, sorted."""
     found = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("*.safetensors"))
-    return sorted(path for path, name in found if name and slot in {None, name[1]})
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a file of kept states is what was written; one that cannot be read is not."""
-    name = _NAME.fullmatch(path.name)
-    try:
-        with path.open("rb") as file:
-            return name is not None and hashlib.file_digest(file, "sha256").hexdigest() == name[3]
-    except OSError:
-        return False
+    return sorted(Entry(name[1], name[2], name[3], path) for path, name in found if name)
 
 
 def _header(made: Made) -> bytes:
     return build_header([(TENSOR, _STORED[made.dtype], (made.tokens, made.width))], {})
+
+
+def _file_size(made: Made) -> int:
+    return len(_header(made)) + made.size
 
 
 def _chunks(made: Made, batches: Iterator[torch.Tensor]) -> Iterator[bytes | memoryview]:
@@ -239,9 +254,9 @@ def _chunks(made: Made, batches: Iterator[torch.Tensor]) -> Iterator[bytes | mem
         yield batch.contiguous().view(torch.uint8).flatten().numpy().data
 
 
-def _forget(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    durable.fsync_dir(path.parent)
+def _forget(entry: Entry) -> None:
+    entry.path.unlink(missing_ok=True)
+    durable.fsync_dir(entry.path.parent)
 
 
 def _told(made: Made) -> dict[str, Any]:

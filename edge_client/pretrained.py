@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """A model without its values: what comes from the checkpoint is to be loaded, the rest is as the library drew it."""
+    """A model without its values: those of the checkpoint are to be loaded, the rest is as the library drew it."""
 
     model: Any
     weights: Weights

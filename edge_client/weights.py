@@ -1,12 +1,13 @@
 """The pre-trained tensors of a model: read from safetensors files when they are needed, and let go when they are not.
 
-Training from kept hidden states (`edge_client.prefix`) needs neither the blocks below them nor the embeddings. What is not in
-memory stands in the model as a parameter on torch's device `meta`, which has a shape and no values: whoever computes
-with it gets an error, and never a wrong number. The hash of what is frozen is taken from the files all the same.
+Training from kept hidden states (`edge_client.prefix`) needs neither the blocks below them nor the embeddings. What is
+not in memory stands in the model as a parameter on torch's device `meta`, which has a shape and no values: whoever
+computes with it gets an error, and never a wrong number. What is frozen is hashed all the same, from the files.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -89,6 +90,8 @@ class Weights:
         known = dict(model.named_parameters())
         for name in names:
             _put(model, name, nn.Parameter(torch.empty(known[name].shape, device="meta"), requires_grad=False))
+        del known
+        _give_back()
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
@@ -163,6 +166,13 @@ def _fill(file: Any, block: np.ndarray[Any, Any]) -> None:
         if not count:
             raise EOFError
         rest = rest[count:]
+
+
+def _give_back() -> None:
+    """Give the system what was freed, most of which glibc would keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -27,6 +27,7 @@ from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.depth import Depth, choose_depth, measures
 from edge_client.importance import measure
+from edge_client.layout import PREFIX
 from edge_client.model import (
     LoadedModel,
     State,
@@ -39,7 +40,7 @@ from edge_client.model import (
     version_zero,
 )
 from edge_client.prefix import MEMORY
-from edge_client.prefix_store import FOLDER, NOWHERE, Keep, OnDisk, Slot
+from edge_client.prefix_store import NOWHERE, Keep, OnDisk, Slot
 from edge_client.statefile import read_blocks, read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
@@ -149,7 +150,8 @@ class Worker:
         """Make batches of the notes, and of the frozen blocks what they make of these."""
         size, loaded = self._job.federation.training.batch_size, self._loaded
         self._private = self._by_record(kept) if self._job.trains else None
-        self._training = self._private.records.data if self._private else self._dataset(kept, size, self._keep("training"))
+        records = self._private and self._private.records.data
+        self._training = records or self._dataset(kept, size, self._keep("training"))
         # A model that writes its answers runs as a whole for each word.
         scores = NOWHERE if loaded.task.head.writes else self._keep("held-out")
         self._held_out = self._dataset(held_out, EVALUATION_BATCH, scores)
@@ -164,7 +166,7 @@ class Worker:
         if job.storage is None:
             return MEMORY
         return OnDisk(
-            job.storage / FOLDER,
+            job.storage / PREFIX,
             slot,
             dtype=job.prefix.dtype,
             limit=job.prefix.limit_mib * MIB,
