@@ -113,8 +113,9 @@ class InMemory:
     limit: int
     dtype: StateDType = "f32"
 
-    def find(self, made: Made) -> None:
+    def find(self, made: Made) -> Rows | None:
         """See Keep."""
+        return None
 
     def check(self, made: Made) -> None:
         """See Keep."""

@@ -1,4 +1,4 @@
-"""A real site over a real Mosquitto that is killed and started again: what the frozen blocks made of its notes stays."""
+"""A real site over a real Mosquitto, killed and started again: what the frozen blocks made of its notes stays."""
 
 from __future__ import annotations
 
