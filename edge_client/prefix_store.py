@@ -94,7 +94,10 @@ class Keep(Protocol):
         """The type to keep them in."""
 
     def find(self, made: Made) -> Rows | None:
-        """Return states that were kept earlier; None where there are none, or they are damaged."""
+        """Return states that were kept earlier; None where there are none, or they are damaged.
+
+        NotKeptError when they may be kept no longer.
+        """
 
     def check(self, made: Made) -> None:
         """Raise NotKeptError when there is no room for these states; called before they are computed."""

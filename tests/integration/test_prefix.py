@@ -10,7 +10,7 @@ import pytest
 from tests.commands import Running, running
 from tests.tiny_run import write_tiny
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SLOW_S = 120.0
 SEALED = '"event": "sealed"'
