@@ -12,6 +12,7 @@ work on the machine spoils them less. Memory is what the process held at most ab
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -68,7 +69,8 @@ def measure(run: SmallRun, accepted: list[Accepted], values: int, turns: int) ->
     """Merge these updates a few times: medians of seconds, and the most memory above what was held before."""
     plan = run.planned(accepted)
     seconds, taken = [], []
-    # The system forgets the peak so far.
+    # What making the updates took goes back to the system, which then forgets the peak so far.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_bytes(os.getpid(), "VmRSS")
     for _ in range(turns):
