@@ -26,7 +26,7 @@ from torch import nn
 
 from edge_client.batches import Batch
 from edge_client.model import LoadedModel
-from edge_client.prefix_store import DTYPES, InMemory, Keep, Made, NotKeptError, Rows
+from edge_client.prefix_store import DTYPES, HiddenSpec, InMemory, Keep, NotKeptError, Rows
 from shared.config import StateDType
 
 LIMIT_BYTES = 1 << 30
@@ -72,14 +72,14 @@ def prepare(loaded: LoadedModel, batches: Sequence[Batch], keep: Keep = MEMORY) 
     """
     try:
         _check_suited(loaded, batches)
-        made = _made(loaded, batches, keep.dtype)
-        rows = keep.find(made)
+        spec = _spec(loaded, batches, keep.dtype)
+        rows = keep.find(spec)
         if rows is None:
-            keep.check(made)
+            keep.check(spec)
             with loaded.weights.whole(loaded.model):
                 _check_agrees(loaded, batches[0], keep.dtype)
                 with closing(_states(loaded, batches, keep.dtype)) as states:
-                    rows = keep.put(made, states)
+                    rows = keep.put(spec, states)
     except NotKeptError as why:
         keep.clear()
         return Prepared(tuple(batches), 0, str(why))
@@ -155,7 +155,7 @@ def _check_suited(loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         raise NotKeptError("there are no batches")
 
 
-def _made(loaded: LoadedModel, batches: Sequence[Batch], dtype: StateDType) -> Made:
+def _spec(loaded: LoadedModel, batches: Sequence[Batch], dtype: StateDType) -> HiddenSpec:
     """The states' extent, and a digest of all that their bits follow from: weights, tokens, and who multiplies how."""
     config = loaded.model.config
     origin = {
@@ -173,7 +173,7 @@ def _made(loaded: LoadedModel, batches: Sequence[Batch], dtype: StateDType) -> M
         for tensor in (batch.ids, batch.mask):
             digest.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
     tokens = sum(batch.ids.numel() for batch in batches)
-    return Made(digest.hexdigest(), tokens, config.hidden_size, dtype)
+    return HiddenSpec(digest.hexdigest(), tokens, config.hidden_size, dtype)
 
 
 def _with_states(batches: Sequence[Batch], rows: Rows) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ class NotKeptError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class HiddenSpec:
     """Hidden states that are to be kept: what they follow from, as a digest, and their extent."""
 
     key: str
@@ -93,16 +93,16 @@ class Keep(Protocol):
     def dtype(self) -> StateDType:
         """The type to keep them in."""
 
-    def find(self, made: Made) -> Rows | None:
+    def find(self, spec: HiddenSpec) -> Rows | None:
         """Return states that were kept earlier; None where there are none, or they are damaged.
 
         NotKeptError when they may be kept no longer.
         """
 
-    def check(self, made: Made) -> None:
+    def check(self, spec: HiddenSpec) -> None:
         """Raise NotKeptError when there is no room for these states; called before they are computed."""
 
-    def put(self, made: Made, batches: Iterator[torch.Tensor]) -> Rows:
+    def put(self, spec: HiddenSpec, batches: Iterator[torch.Tensor]) -> Rows:
         """Keep what `batches` yields, each (tokens, width), one after the other; NotKeptError when that fails."""
 
     def clear(self) -> None:
@@ -116,18 +116,18 @@ class InMemory:
     limit: int
     dtype: StateDType = "f32"
 
-    def find(self, made: Made) -> Rows | None:
+    def find(self, spec: HiddenSpec) -> Rows | None:
         """See Keep."""
         return None
 
-    def check(self, made: Made) -> None:
+    def check(self, spec: HiddenSpec) -> None:
         """See Keep."""
-        if made.size > self.limit:
-            raise NotKeptError(f"the states would take {made.size >> 20} MiB, more than {self.limit >> 20} MiB")
+        if spec.size > self.limit:
+            raise NotKeptError(f"the states would take {spec.size >> 20} MiB, more than {self.limit >> 20} MiB")
 
-    def put(self, made: Made, batches: Iterator[torch.Tensor]) -> Rows:
+    def put(self, spec: HiddenSpec, batches: Iterator[torch.Tensor]) -> Rows:
         """See Keep."""
-        kept, at = torch.empty((made.tokens, made.width), dtype=DTYPES[made.dtype]), 0
+        kept, at = torch.empty((spec.tokens, spec.width), dtype=DTYPES[spec.dtype]), 0
         for batch in batches:
             kept[at : at + len(batch)] = batch
             at += len(batch)
@@ -154,32 +154,32 @@ class OnDisk:
         folder.chmod(0o700)
         durable.remove_temporaries(folder)
 
-    def find(self, made: Made) -> Rows | None:
+    def find(self, spec: HiddenSpec) -> Rows | None:
         """See Keep; files of other keys are deleted, and damaged ones, which the log tells."""
         found = None
         for entry in self._entries(self._slot):
-            if entry.key == made.key and entry.intact:
+            if entry.key == spec.key and entry.intact:
                 found = entry
                 continue
-            if entry.key == made.key:
+            if entry.key == spec.key:
                 log.warning("prefix-damaged", notes=self._slot, consequence="it is computed anew")
             _forget(entry)
         if found is None:
             return None
         self._check_limit(0)
-        log.info("prefix-found", notes=self._slot, **_told(made))
-        return _Mapped(found.path, made)
+        log.info("prefix-found", notes=self._slot, **_told(spec))
+        return _Mapped(found.path, spec)
 
-    def check(self, made: Made) -> None:
+    def check(self, spec: HiddenSpec) -> None:
         """See Keep. The files of later slots go: most likely they are of other notes, too, and need the room."""
         for slot in SLOTS[SLOTS.index(self._slot) + 1 :]:
             for entry in self._entries(slot):
                 _forget(entry)
-        self._check_limit(_file_size(made))
-        why = self._room.lacking(_file_size(made))
+        self._check_limit(_file_size(spec))
+        why = self._room.lacking(_file_size(spec))
         if why is not None:
             raise NotKeptError(f"there is no room for the states: {why}")
-        log.info("prefix-computing", notes=self._slot, **_told(made))
+        log.info("prefix-computing", notes=self._slot, **_told(spec))
 
     def _entries(self, slot: Slot) -> list[Entry]:
         return [entry for entry in entries(self._folder) if entry.slot == slot]
@@ -191,25 +191,25 @@ class OnDisk:
                 f"the states would take {needed >> 20} MiB, more than prefix.limit_mib = {self._limit >> 20}"
             )
 
-    def put(self, made: Made, batches: Iterator[torch.Tensor]) -> Rows:
+    def put(self, spec: HiddenSpec, batches: Iterator[torch.Tensor]) -> Rows:
         """See Keep; the file has its name once all of it is on the disk."""
         folder, digest = self._folder, hashlib.sha256()
 
         def chunks() -> Iterator[bytes | memoryview]:
-            for chunk in _chunks(made, batches):
+            for chunk in _chunks(spec, batches):
                 digest.update(chunk)
                 yield chunk
 
         try:
             with durable.temporary_file(folder) as (temporary, fd):
-                durable.reserve(fd, _file_size(made), folder)
+                durable.reserve(fd, _file_size(spec), folder)
                 durable.write_chunks(fd, chunks(), folder)
-                path = folder / f"{self._slot}-{made.key}-{digest.hexdigest()}.safetensors"
+                path = folder / f"{self._slot}-{spec.key}-{digest.hexdigest()}.safetensors"
                 temporary.rename(path)
             durable.fsync_dir(folder)
         except UnavailableError as error:
             raise NotKeptError(error.message) from error
-        return _Mapped(path, made)
+        return _Mapped(path, spec)
 
     def clear(self) -> None:
         """See Keep."""
@@ -223,14 +223,14 @@ class _Mapped:
     So what is resident does not grow with the notes. The mappings are private: the file cannot be written through them.
     """
 
-    def __init__(self, path: Path, made: Made) -> None:
+    def __init__(self, path: Path, spec: HiddenSpec) -> None:
         self._fd = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
-        self._made = made
-        self._start = len(_header(made))
+        self._spec = spec
+        self._start = len(_header(spec))
 
     def __call__(self, begin: int, end: int) -> torch.Tensor:
-        width, dtype = self._made.width, DTYPES[self._made.dtype]
+        width, dtype = self._spec.width, DTYPES[self._spec.dtype]
         first, last = (self._start + row * width * dtype.itemsize for row in (begin, end))
         page = first - first % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._fd, last - page, access=mmap.ACCESS_COPY, offset=page)
@@ -244,16 +244,16 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(Entry(name[1], name[2], name[3], path) for path, name in found if name)
 
 
-def _header(made: Made) -> bytes:
-    return build_header([(TENSOR, _STORED[made.dtype], (made.tokens, made.width))], {})
+def _header(spec: HiddenSpec) -> bytes:
+    return build_header([(TENSOR, _STORED[spec.dtype], (spec.tokens, spec.width))], {})
 
 
-def _file_size(made: Made) -> int:
-    return len(_header(made)) + made.size
+def _file_size(spec: HiddenSpec) -> int:
+    return len(_header(spec)) + spec.size
 
 
-def _chunks(made: Made, batches: Iterator[torch.Tensor]) -> Iterator[bytes | memoryview]:
-    yield _header(made)
+def _chunks(spec: HiddenSpec, batches: Iterator[torch.Tensor]) -> Iterator[bytes | memoryview]:
+    yield _header(spec)
     for batch in batches:
         yield batch.contiguous().view(torch.uint8).flatten().numpy().data
 
@@ -263,5 +263,5 @@ def _forget(entry: Entry) -> None:
     durable.fsync_dir(entry.path.parent)
 
 
-def _told(made: Made) -> dict[str, Any]:
-    return {"mib": round(made.size / MIB, 1), "tokens": made.tokens, "dtype": made.dtype}
+def _told(spec: HiddenSpec) -> dict[str, Any]:
+    return {"mib": round(spec.size / MIB, 1), "tokens": spec.tokens, "dtype": spec.dtype}
