@@ -14,7 +14,6 @@ Formulas: `coordinator.merging` for the weights, `coordinator.optimizers` for th
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ import numpy as np
 from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
 from coordinator.merging import MergePlan, MergeResult, PlannedContribution
 from coordinator.optimizers import SLOTS, server_step
+from coordinator.publishing import publish
 from coordinator.robust import trimmed, trimmed_mean
-from shared.codec import SPAN, encode_file, group_size
+from shared.codec import SPAN
 from shared.config import AggregationSection, FederationConfig
-from shared.errors import CorruptError
-from shared.manifest import Manifest, StateFacts
 from shared.plan import SealedPlan
 from shared.reader import TensorReader
-from shared.slices import FileSummary, FrameWriter
+from shared.states import State, file_metadata, open_part, open_state
 from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape
 
@@ -56,7 +54,7 @@ def merge(
     created: float | None = None,
     progress: Progress = lambda _share: None,
 ) -> MergeResult:
-    """Make master, slots and published state of `plan.version` durable; nothing of the version before it changes.
+    """Make master, slots and published form of `plan.version` durable; nothing of the version before it changes.
 
     `masters` is the folder of masters; `created` (unix seconds, by default now) goes into the manifest, for people. May
     be repeated: the same plan gives the same files, another one replaces the master.
@@ -66,7 +64,7 @@ def merge(
     """
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
-    metadata = partial(file_metadata, plan.version, sealed, federation)
+    metadata = partial(file_metadata, plan.version, sealed.fingerprint, federation)
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
         # Without slot files, as at version 0, the slots are zero.
@@ -94,58 +92,9 @@ def merge(
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
     with open_own(master_path(masters, plan.version), shapes) as tensors:
-        manifest = publish(states, plan.version, tensors, sealed, federation, created=created)
+        state, anchor = publish(states, plan.version, plan.before, tensors, sealed, federation, created=created)
     progress(1.0)
-    return MergeResult(manifest, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]))
-
-
-def publish(
-    states: FrameStore,
-    version: int,
-    tensors: Mapping[str, F32Array],
-    sealed: SealedPlan,
-    federation: FederationConfig,
-    *,
-    created: float | None = None,
-) -> Manifest:
-    """Seal the published state of a version, in the downlink's codec, and return its manifest.
-
-    The transfer id is the head of the file's SHA-256, so that equal states have equal ids. Errors as `merge`.
-    """
-    codec = federation.codec.down
-    frames = FrameWriter(
-        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state")),
-        group=group_size(codec),
-        slice_size=federation.codec.slice_kib * 1024,
-    )
-
-    def build(summary: FileSummary) -> Manifest:
-        return Manifest(
-            transfer_id=summary.file_sha256[:32],
-            federation=federation.federation.name,
-            fingerprint=sealed.fingerprint,
-            codec=codec,
-            group=group_size(codec),
-            slice_size=summary.slice_size,
-            file_size=summary.file_size,
-            file_sha256=summary.file_sha256,
-            frame_lengths=summary.frame_lengths,
-            frame_hashes=summary.frame_hashes,
-            created=time.time() if created is None else created,
-            facts=StateFacts(version=version),
-        )
-
-    return states.seal(frames, build).manifest
-
-
-def file_metadata(version: int, sealed: SealedPlan, federation: FederationConfig, kind: str) -> dict[str, str]:
-    """What a file of ours says of itself in its header; `kind` is state, master, or the name of a slot."""
-    return {
-        "mailboat.federation": federation.federation.name,
-        "mailboat.fingerprint": sealed.fingerprint,
-        "mailboat.kind": kind,
-        "mailboat.version": str(version),
-    }
+    return MergeResult(state, anchor, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]))
 
 
 def _means(
@@ -154,14 +103,14 @@ def _means(
     """Yield the weighted mean of each tensor, by name; None where nobody holds it."""
     totals = dict.fromkeys(shapes, 0.0)
     for part in plan.contributions:
-        for name in _reader(updates, part.update_id).shapes:
+        for name in open_part(updates, part.update_id).shapes:
             totals[name] += part.denominator
     steps, done = [*blocks(shapes, BLOCK_BYTES)], 0
     for block in steps:
         sums: dict[str, F32Array] = {name: np.zeros(shapes[name], dtype=np.float32) for name in block}
         for part in plan.contributions:
-            base = _reader(states, part.base_state_id) if plan.mode == "fedasync" else None
-            _add(part.numerator, _reader(updates, part.update_id), base, totals, sums)
+            base = open_state(states, part.base) if plan.mode == "fedasync" else None
+            _add(part.numerator, open_part(updates, part.update_id), base, totals, sums)
             done += 1
             progress(0.9 * done / (len(steps) * len(plan.contributions)))
         for name in block:
@@ -175,7 +124,7 @@ def _robust_means(
     """As `_means`, by the rule of the federation: median or trimmed mean of each number."""
     holders: dict[str, list[PlannedContribution]] = {name: [] for name in shapes}
     for part in plan.contributions:
-        for name in _reader(updates, part.update_id).shapes:
+        for name in open_part(updates, part.update_id).shapes:
             holders[name].append(part)
     for done, (name, parts) in enumerate(holders.items(), start=1):
         yield name, _robust_mean(name, shapes[name], parts, updates, section) if parts else None
@@ -193,7 +142,7 @@ def _robust_mean(
         count = min(stretch, flat.size - start)
         values = np.empty((len(parts), count), dtype=np.float32)
         for row, part in zip(values, parts, strict=True):
-            update = _reader(updates, part.update_id).span(name, start, count)
+            update = open_part(updates, part.update_id).span(name, start, count)
             np.multiply(update, np.float32(part.numerator), out=row)
         flat[start : start + count] = trimmed_mean(values, trim)
     return mean
@@ -202,7 +151,7 @@ def _robust_mean(
 def _add(
     numerator: float,
     update: TensorReader,
-    base: TensorReader | None,
+    base: State | None,
     totals: Mapping[str, float],
     sums: Mapping[str, F32Array],
 ) -> None:
@@ -213,18 +162,6 @@ def _add(
         update.add_tensor(name, weight, sums[name])
         if base is not None:
             base.add_tensor(name, weight, sums[name])
-
-
-def _reader(store: FrameStore, transfer_id: str) -> TensorReader:
-    """Open a transfer; its manifest, too, is in memory only while it is read."""
-    found = store.get(transfer_id)
-    if found is None:
-        raise CorruptError(
-            f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
-            hint="restore the folder from a backup",
-        )
-    # Each frame is compared with its hash: what was accepted, and nothing that the disk made of it, is merged.
-    return TensorReader(found.manifest, found.read_frame, verify=False)
 
 
 def _step(

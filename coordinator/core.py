@@ -23,10 +23,10 @@ from typing import assert_never
 
 from coordinator import decisions as d
 from coordinator.decisions import Instant
-from coordinator.downlink import Downlink
+from coordinator.downlink import Downlink, announced
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
-from coordinator.merging import plan_merge
+from coordinator.merging import plan_merge, version_records
 from coordinator.offers import OVERTAKEN, REUSED, check_id, check_offer, check_standing, unrecorded
 from coordinator.records import (
     Dropped,
@@ -36,7 +36,6 @@ from coordinator.records import (
     Rejected,
     Released,
     Signed,
-    VersionCommitted,
     accepted_record,
     witness_record,
 )
@@ -166,14 +165,16 @@ class Core:
 
     def announcement(self) -> Announce:
         """The retained word about the current version."""
+        whole, steps = announced(self.ledger)
         return Announce(
             boot=self.boot,
             fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
-            manifest=self.ledger.state,
+            manifest=whole,
             final=self.ledger.finished,
             target=self.federation.federation.versions,
+            steps=steps,
         )
 
     def _receive(self, name: str, message: Message, now: Instant, out: d.Decision) -> None:
@@ -211,7 +212,7 @@ class Core:
             self._refuse_double(name, hello.session, out)
         elif claim is Claim.WELCOME:
             self._welcome(name, hello.session, now, out)
-            if (hello.heard, hello.heard_final) != (self.ledger.state.transfer_id, self.ledger.finished):
+            if (hello.heard, hello.heard_final) != (self.ledger.newest.sha256[:32], self.ledger.finished):
                 out.to(name, self.announcement())
             if other is not None:
                 self._refuse_double(name, other, out)
@@ -337,11 +338,11 @@ class Core:
     # -- states and rounds ---
 
     def _want(self, name: str, want: Want, now: Instant, out: d.Decision) -> None:
-        for manifest in reversed(self.ledger.states.values()):  # the newest is asked for most
-            if manifest.transfer_id == want.transfer_id:
-                self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
-                return
-        out.to(name, self.announcement())  # the broker kept one of another run, perhaps
+        manifest = self.ledger.transfers.get(want.transfer_id)
+        if manifest is None:
+            out.to(name, self.announcement())  # the broker kept one of another run, perhaps
+        else:
+            self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
@@ -360,32 +361,22 @@ class Core:
             self.merging = True
             self.sites.punctual(*punctuality(view, section))
             merged = self.ledger.pending[:count]
-            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, merged, section, self.ledger.state_ids)))
+            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, merged, section, self.ledger.parts)))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
         assert self.merging
         self.merging = False
         self._round_opened = now.mono
         self._answered.clear()
-        contributions = event.plan.recorded()
-        self._record(
-            out,
-            VersionCommitted(
-                version=event.plan.version,
-                contributions=contributions,
-                state=event.result.state.to_bytes(),
-                master_sha256=event.result.master_sha256,
-                optimizer_sha256=event.result.optimizer_sha256,
-                at=now.wall,
-            ),
-        )
+        for record in version_records(event.plan, event.result, now.wall):
+            self._record(out, record)
         if self.ledger.version >= self.federation.federation.versions:
             for update in [*self.ledger.pending, *self.ledger.quarantined.values()]:
                 self._record(out, Dropped(update.update_id, "run-complete", now.wall))
                 out.to(update.site, self.ledger.receipt(update.update_id))
             self._record(out, Finished(self.ledger.version, now.wall))
         out.sends.append(d.Send(None, self.announcement()))
-        for part in contributions:
+        for part in event.plan.contributions:
             out.to(part.site, self.ledger.receipt(part.update_id))
 
     def _tick(self, now: Instant, out: d.Decision) -> None:

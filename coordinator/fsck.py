@@ -116,7 +116,7 @@ def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) ->
     """Drop the updates that wait to be merged and are not what was accepted; their row first, then their bytes."""
     with Journal(storage / JOURNAL) as journal:
         ledger = _fold(journal)
-        digests = {version: state.file_sha256 for version, state in ledger.states.items()}
+        digests = {version: published.sha256 for version, published in ledger.published.items()}
         lost = [
             accepted
             for accepted in ledger.pending
@@ -143,7 +143,7 @@ def _mend(
     if AUDIT in files:
         _mend_trail(storage)
     damaged = {Path(name).name.partition(".")[0] for name in files if name.startswith("states/")}
-    states = [state for state in ledger.states.values() if state.transfer_id in damaged]
+    states = [manifest for transfer_id, manifest in ledger.transfers.items() if transfer_id in damaged]
     masters = {name for where in files for name in where.split(", ") if name.startswith("masters/")}
     if not (states or masters):
         return ""

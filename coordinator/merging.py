@@ -19,10 +19,10 @@ and a_t = alpha s(tau) (Xie et al., arXiv 1903.03934, algorithm 1). No server op
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coordinator.records import Accepted, Contribution
+from coordinator.records import Accepted, Anchored, Contribution, VersionCommitted
 from coordinator.staleness import staleness_weight
 from shared.config import AggregationSection, Mode
 from shared.ids import Ident, Sha256Hex, TransferId
@@ -36,8 +36,8 @@ class PlannedContribution:
     update_id: TransferId
     site: Ident
     base_version: int
-    base_state_id: TransferId
-    """Transfer id of the published state that the site started from."""
+    base: tuple[TransferId, ...]
+    """Transfers that make up the published state that the site started from."""
     staleness: int
     examples: int
     numerator: float
@@ -52,6 +52,8 @@ class MergePlan:
 
     version: int
     base_version: int
+    before: tuple[TransferId, ...]
+    """Transfers that make up the published state of that version."""
     mode: Mode
     alpha: float
     """Mixing rate of fedasync before staleness; unused elsewhere."""
@@ -83,21 +85,36 @@ class MergeResult:
     """What a merge left on disk, durably."""
 
     state: Manifest
-    """Of the published state; its transfer id is the head of its file's SHA-256."""
+    """Of the published state, or of the step to it; its transfer id is the head of its file's SHA-256."""
+    anchor: Manifest | None
+    """Of the published state whole, besides a step; None where its turn has not come."""
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None
     """Digest of the server optimizer's slots; None where it has none."""
+
+
+def version_records(plan: MergePlan, result: MergeResult, at: float) -> list[VersionCommitted | Anchored]:
+    """Return what the journal says of a version whose files are durable."""
+    committed = VersionCommitted(
+        version=plan.version,
+        contributions=plan.recorded(),
+        state=result.state.to_bytes(),
+        master_sha256=result.master_sha256,
+        optimizer_sha256=result.optimizer_sha256,
+        at=at,
+    )
+    return [committed] if result.anchor is None else [committed, Anchored(plan.version, result.anchor.to_bytes(), at)]
 
 
 def plan_merge(
     version: int,
     accepted: Sequence[Accepted],
     section: AggregationSection,
-    state_ids: Mapping[int, TransferId],
+    parts: Callable[[int], tuple[TransferId, ...]],
 ) -> MergePlan:
     """Return the plan that makes `version` out of `version - 1` and `accepted`, given in order of acceptance.
 
-    `state_ids` maps each base version in use to the transfer id of its published state.
+    `parts` names the transfers that make up the published state of a version (`Ledger.parts`).
     """
     assert version >= 1
     assert accepted, f"version {version} has nothing to merge"
@@ -106,14 +123,15 @@ def plan_merge(
     return MergePlan(
         version=version,
         base_version=version - 1,
+        before=parts(version - 1),
         mode=section.mode,
         alpha=section.alpha,
-        contributions=tuple(_planned(version, update, section, state_ids) for update in accepted),
+        contributions=tuple(_planned(version, update, section, parts) for update in accepted),
     )
 
 
 def _planned(
-    version: int, update: Accepted, section: AggregationSection, state_ids: Mapping[int, TransferId]
+    version: int, update: Accepted, section: AggregationSection, parts: Callable[[int], tuple[TransferId, ...]]
 ) -> PlannedContribution:
     tau = version - 1 - update.base_version
     assert tau >= 0, f"update {update.update_id} starts from version {update.base_version}, which does not exist yet"
@@ -125,7 +143,7 @@ def _planned(
         update_id=update.update_id,
         site=update.site,
         base_version=update.base_version,
-        base_state_id=state_ids[update.base_version],
+        base=parts(update.base_version),
         staleness=tau,
         examples=update.examples,
         numerator=scale * damping,

@@ -142,9 +142,22 @@ class VersionCommitted:
     contributions: tuple[Contribution, ...]
     """In the order in which they were added up, which is the order of acceptance."""
     state: ManifestBytes
+    """How it is published: the state whole, or the step from the version before."""
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None
     """Digest of the server optimizer's slots; None where it has none."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Anchored:
+    """The state of a version that is published as a step can be had whole, too; steps lead on from it."""
+
+    kind: ClassVar[str] = "anchored"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    state: ManifestBytes
     at: Real
 
 
@@ -222,6 +235,7 @@ Record = (
     | Released
     | Dropped
     | VersionCommitted
+    | Anchored
     | Finished
     | Signed
     | Witnessed

@@ -6,8 +6,9 @@ Compared bit for bit with the journal: contributions, master, slots and the publ
 that the file was cut into, which another release of zstd may choose differently; `coordinator.proof` compares those
 that are kept with their digests.
 
-In the folder lie at most two versions' float32 files, and the published states that a later merge still needs: none
-but the newest, and in fedasync those that updates still to come started from. The run's own files are only read.
+In the folder lie at most two versions' float32 files, and what makes up the published states that a later merge still
+needs: that of the newest, and in fedasync those that updates still to come started from. The run's own files are only
+read.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.aggregate import merge, publish
+from coordinator.aggregate import merge
 from coordinator.journal import Journal
 from coordinator.kept import check_update
 from coordinator.masters import master_path, open_own
 from coordinator.merging import MergePlan
+from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
 from coordinator.trail import Finding, Trail, row_place
 from coordinator.views import JOURNAL
@@ -103,8 +105,8 @@ class _Replay:
         self.needed = needed
         self.updates = _existing(storage, "updates")
         self.states = FrameStore(scratch / "states")
-        self.held: dict[int, str] = {}
-        """Versions whose published state lies in the folder, and its id."""
+        self.held: set[str] = set()
+        """Ids of the states and steps that lie in the folder."""
         self.masters = scratch / "masters"
         durable.make_folder(self.masters)
 
@@ -116,8 +118,8 @@ class _Replay:
             return [Finding("master", f"masters/{source.name}", "not the bytes that row 1 recorded")]
         recorded = manifest_from_bytes(opened.state)
         with open_own(master_path(self.masters, 0), dict(sorted(self.plan.tensors.items()))) as tensors:
-            ours = publish(self.states, 0, tensors, self.plan, self.federation, created=recorded.created)
-        self.held[0] = ours.transfer_id
+            ours, _ = publish(self.states, 0, (), tensors, self.plan, self.federation, created=recorded.created)
+        self.held.add(ours.transfer_id)
         return [*self._compare_state(1, recorded, ours)]
 
     def next(self, seq: int, record: VersionCommitted, planned: MergePlan | None, progress: Progress) -> list[Finding]:
@@ -140,7 +142,7 @@ class _Replay:
             )
         except (CorruptError, RefusedError) as error:
             return [Finding("merge", row_place(seq), f"version {record.version} cannot be made: {error.message}")]
-        self._tidy(record.version)
+        self._tidy(record.version, {each.transfer_id for each in (made.state, made.anchor) if each is not None})
         found = [*self._compare_state(seq, recorded, made.state)]
         for rule in ("master_sha256", "optimizer_sha256"):
             ours, theirs = getattr(made, rule), getattr(record, rule)
@@ -152,7 +154,7 @@ class _Replay:
     def _check(self, update_id: str) -> list[Finding]:
         _seq, accepted = self.trail.accepted[update_id]
         base = self.trail.versions[accepted.base_version]
-        return check_update(self.storage, accepted, base.file_sha256, self.plan, self.federation)
+        return check_update(self.storage, accepted, base.state_sha256, self.plan, self.federation)
 
     def _compare_state(self, seq: int, recorded: Manifest, ours: Manifest) -> Iterator[Finding]:
         wanted, made = (each.model_dump(exclude=FRAMES_ONLY) for each in (recorded, ours))
@@ -166,12 +168,14 @@ class _Replay:
         if own is not None and kept.path.exists():
             yield from _first_value(kept, own)
 
-    def _tidy(self, version: int) -> None:
+    def _tidy(self, version: int, made: set[str]) -> None:
         for path in self.masters.glob(f"v{version - 1:08d}*.safetensors"):
             path.unlink()
-        self.held[version] = self.trail.versions[version].transfer_id
-        for older in [each for each in self.held if each < version and self.needed.get(each, 0) <= version]:
-            self.states.delete(self.held.pop(older))
+        to_come = [base for base, last_read in self.needed.items() if base <= version < last_read]
+        used = made.union(*(self.trail.parts(each) for each in (version, *to_come)))
+        for unused in self.held - used:
+            self.states.delete(unused)
+        self.held = (self.held & used) | made
 
 
 def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> tuple[int, dict[int, int]]:

@@ -292,7 +292,7 @@ class Service:
         await self.mail.post(send.message, channel, send.site)
         match send.message:
             case Announce() as announce:
-                log.info("announced", version=announce.manifest.state.version, final=announce.final)
+                log.info("announced", version=announce.version, final=announce.final)
             case Refused() as refused:
                 log.warning("refused a site", site=send.site, rule=refused.rule)
             case _:

@@ -18,6 +18,7 @@ from coordinator.merging import MergePlan, plan_merge
 from coordinator.optimizers import SLOTS
 from coordinator.records import (
     Accepted,
+    Anchored,
     Contribution,
     Dropped,
     Finished,
@@ -34,7 +35,7 @@ from coordinator.records import (
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
 from shared.errors import RefusedError
-from shared.manifest import Manifest, StateFacts, manifest_from_bytes
+from shared.manifest import Manifest, StateFacts, StepFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 
 
@@ -53,17 +54,31 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedTransfer:
+    """What the journal says of a state, or of a step to one, as it was sealed."""
+
+    transfer_id: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedVersion:
     """What the journal says of a version's files; digests in hex."""
 
     row: int
-    transfer_id: str
-    """Of the published state."""
-    file_sha256: str
-    manifest_sha256: str
-    """Of the state's manifest as it was sealed."""
+    state_sha256: str
+    """Of the published state's plain file."""
+    whole: RecordedTransfer | None
+    """That state; None where it can be had by a step alone."""
+    step: RecordedTransfer | None
+    """The step to it from the version before."""
     master_sha256: str
     optimizer_sha256: str | None
+
+    @property
+    def transfers(self) -> list[RecordedTransfer]:
+        """All that was published of it."""
+        return [each for each in (self.whole, self.step) if each is not None]
 
 
 Broken = tuple[str, str]
@@ -95,11 +110,10 @@ class Trail:
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
         self.version, self.finished = ledger.version, ledger.finished
-        for version, state in ledger.states.items():
+        for version, published in ledger.published.items():
             files = ledger.files[version]
-            self.versions[version] = RecordedVersion(
-                seq, state.transfer_id, state.file_sha256, state.digest, files.master, files.optimizer
-            )
+            sealed = _sealed(published.whole), _sealed(published.step)
+            self.versions[version] = RecordedVersion(seq, published.sha256, *sealed, files.master, files.optimizer)
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
         self.quarantined = dict(ledger.quarantined)
@@ -109,12 +123,17 @@ class Trail:
     def differs(self, ledger: Ledger) -> str | None:
         """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
         ours = {
-            version: (recorded.manifest_sha256, recorded.master_sha256, recorded.optimizer_sha256)
+            version: (recorded.whole, recorded.step, recorded.master_sha256, recorded.optimizer_sha256)
             for version, recorded in self.versions.items()
         }
         theirs = {
-            version: (state.digest, ledger.files[version].master, ledger.files[version].optimizer)
-            for version, state in ledger.states.items()
+            version: (
+                _sealed(published.whole),
+                _sealed(published.step),
+                ledger.files[version].master,
+                ledger.files[version].optimizer,
+            )
+            for version, published in ledger.published.items()
         }
         held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
         said = (ours, list(self.known.items()), list(self.pending.values()), held, self.finished)
@@ -140,8 +159,19 @@ class Trail:
         )
         if not sound:
             return None
-        ids = {version: recorded.transfer_id for version, recorded in self.versions.items()}
-        return plan_merge(record.version, merged, section, ids)
+        return plan_merge(record.version, merged, section, self.parts)
+
+    def parts(self, version: int) -> tuple[str, ...]:
+        """The transfers that make up the state of a recorded version, as `Ledger.parts`; none where some are unknown."""
+        steps: list[str] = []
+        for at in range(version, -1, -1):
+            recorded = self.versions.get(at)
+            if recorded is None:
+                break
+            if recorded.whole is not None:
+                return (recorded.whole.transfer_id, *reversed(steps))
+            steps += [each.transfer_id for each in recorded.transfers]
+        return ()
 
     # -- one record ---
 
@@ -161,6 +191,8 @@ class Trail:
                 yield from self._moved(record)
             case VersionCommitted():
                 yield from self._committed(seq, record)
+            case Anchored():
+                yield from self._anchored(record)
             case Finished():
                 yield from self._finished(record)
             case Signed() | Witnessed():
@@ -242,6 +274,7 @@ class Trail:
                 "left-pending",
                 f"{len(self.pending) + len(self.quarantined)} accepted updates were neither merged nor dropped",
             )
+        yield from self._anchor_due()
         self.finished = True
 
     # -- versions ---
@@ -259,6 +292,7 @@ class Trail:
         if planned is not None:
             yield from _weights(planned.recorded(), record.contributions)
         self._merge(record)
+        yield from self._anchor_due()
         yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
         self.version = record.version
 
@@ -293,31 +327,71 @@ class Trail:
         except RefusedError as error:
             yield "state-manifest", error.message
             return
-        wrong = self._wrong_fields(manifest, version)
-        if wrong:
-            yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
+        yield from self._wrong_fields(manifest, version, stepped=version > 0 and self.federation.codec.steps > 0)
         slots = version > 0 and self.federation.aggregation.mode != "fedasync"
         if (optimizer is not None) != (slots and bool(SLOTS[self.federation.aggregation.server.optimizer])):
             yield "slots-digest", "it has the digest of slots and needs none, or needs one and has none"
         self.versions[version] = RecordedVersion(
             row=seq,
-            transfer_id=manifest.transfer_id,
-            file_sha256=manifest.file_sha256,
-            manifest_sha256=hashlib.sha256(state).hexdigest(),
+            state_sha256=manifest.leads_to,
+            whole=None if isinstance(manifest.facts, StepFacts) else _recorded(state),
+            step=_recorded(state) if isinstance(manifest.facts, StepFacts) else None,
             master_sha256=master,
             optimizer_sha256=optimizer,
         )
 
-    def _wrong_fields(self, manifest: Manifest, version: int) -> list[str]:
+    def _anchored(self, record: Anchored) -> Iterator[Broken]:
+        recorded = self.versions.get(record.version)
+        if recorded is None or recorded.whole is not None or record.version != self.version:
+            yield "anchor-place", f"version {record.version} is not the newest, or can be had whole already"
+            return
+        if not self._anchors(record.version):
+            yield "anchor-place", f"by codec.steps version {record.version} is not one that can be had whole"
+        try:
+            manifest = manifest_from_bytes(record.state)
+        except RefusedError as error:
+            yield "state-manifest", error.message
+            return
+        yield from self._wrong_fields(manifest, record.version, stepped=False)
+        if manifest.file_sha256 != recorded.state_sha256:
+            yield "anchor-differs", f"it is another state than the step to version {record.version} makes"
+        self.versions[record.version] = dataclasses.replace(recorded, whole=_recorded(record.state))
+
+    def _anchor_due(self) -> Iterator[Broken]:
+        newest = self.versions.get(self.version)
+        if newest is not None and newest.whole is None and self._anchors(self.version):
+            yield "anchor-gone", f"no row before this one says that version {self.version} can be had whole"
+
+    def _anchors(self, version: int) -> bool:
+        steps = self.federation.codec.steps
+        return steps > 0 and version % steps == 0
+
+    def _wrong_fields(self, manifest: Manifest, version: int, *, stepped: bool) -> Iterator[Broken]:
+        codec = self.federation.codec
+        facts = manifest.facts
         wanted = {
             "transfer_id": manifest.file_sha256[:32],
             "federation": self.federation.federation.name,
             "fingerprint": self.plan.fingerprint,
-            "codec": self.federation.codec.down,
-            "slice_size": self.federation.codec.slice_kib * 1024,
+            "codec": codec.down if stepped else codec.whole,
+            "slice_size": codec.slice_kib * 1024,
             "facts": StateFacts(version=version),
         }
-        return [name for name, value in wanted.items() if getattr(manifest, name) != value]
+        if stepped and isinstance(facts, StepFacts):
+            before = self.versions.get(version - 1)
+            base = before.state_sha256 if before else None
+            wanted["facts"] = facts if (facts.version, facts.base_sha256) == (version, base) else None
+        wrong = [name for name, value in wanted.items() if getattr(manifest, name) != value]
+        if wrong:
+            yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
+
+
+def _recorded(manifest: bytes) -> RecordedTransfer:
+    return RecordedTransfer(manifest_from_bytes(manifest).transfer_id, hashlib.sha256(manifest).hexdigest())
+
+
+def _sealed(manifest: Manifest | None) -> RecordedTransfer | None:
+    return None if manifest is None else _recorded(manifest.to_bytes())
 
 
 def _weights(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:

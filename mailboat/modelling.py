@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from mailboat.console import measure_title
 from shared.config import FederationConfig
-from shared.errors import ConfigError, CorruptError
-from shared.manifest import Manifest
+from shared.errors import ConfigError
+from shared.states import open_state
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
+    from coordinator.views import VersionView
     from edge_client.model import LoadedModel
     from edge_client.tasks import Scores
 
@@ -53,18 +54,18 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(storage: Path, federation: FederationConfig, state: Manifest, out: Path) -> None:
-    """Write the base model with the tensors of a published state to the folder `out`, in Hugging Face's layout."""
+def export_version(storage: Path, federation: FederationConfig, version: VersionView, out: Path) -> None:
+    """Write the base model with the published tensors of a version to the folder `out`, in Hugging Face's layout."""
     from edge_client.model import export
 
-    export(_with_state(storage, federation, state), out)
+    export(_with_state(storage, federation, version), out)
 
 
 def score_version(
-    storage: Path, federation: FederationConfig, state: Manifest, notes: Path, *, skip_bad: bool
+    storage: Path, federation: FederationConfig, version: VersionView, notes: Path, *, skip_bad: bool
 ) -> Measured:
-    """Score a published state on the notes under `notes`."""
-    return _score(_with_state(storage, federation, state), federation, notes, skip_bad=skip_bad)
+    """Score a published version on the notes under `notes`."""
+    return _score(_with_state(storage, federation, version), federation, notes, skip_bad=skip_bad)
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
@@ -82,17 +83,11 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
     return load_model(source, federation)
 
 
-def _with_state(storage: Path, federation: FederationConfig, state: Manifest) -> LoadedModel:
+def _with_state(storage: Path, federation: FederationConfig, version: VersionView) -> LoadedModel:
     loaded = _load(federation.model.base, federation)
     from edge_client.model import apply_state
 
-    stored = FrameStore(storage / "states").get(state.transfer_id)
-    if stored is None:
-        raise CorruptError(
-            f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
-        )
-    with stored.open_tensors(verify=True) as reader:
-        apply_state(loaded, dict(reader.tensors()))
+    apply_state(loaded, dict(open_state(FrameStore(storage / "states"), version.parts)))
     return loaded
 
 

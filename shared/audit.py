@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgpack
 
 from shared.errors import CorruptError, NoRoomError, UnavailableError
-from shared.manifest import manifest_from_bytes
+from shared.manifest import StepFacts, manifest_from_bytes
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -88,7 +88,7 @@ def _broken(where: str, seq: int, what: str) -> CorruptError:
 
 
 def line_of(row: Row) -> Line:
-    """Return a row's line; a manifest inside it is cut down to id, file digest and sizes.
+    """Return a row's line; a manifest inside it is cut down to id, file digest, sizes, and the state that a step makes.
 
     A membership is left out, and other bytes are in hex.
     """
@@ -107,6 +107,8 @@ def line_of(row: Row) -> Line:
             "wire_bytes": manifest.wire_bytes,
             "codec": manifest.codec,
         }
+        if isinstance(manifest.facts, StepFacts):
+            shown["state"]["makes_sha256"] = manifest.leads_to
     return {"seq": row.seq, "at": row.at, "kind": row.kind, **shown, "hash": row.hash.hex()}
 
 
@@ -141,7 +143,11 @@ def _told(line: Line) -> str:
                 f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
                 for part in line["contributions"]
             )
-            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
+            stepped = line["state"].get("makes_sha256")
+            state = f"state {stepped[:8]}, a step" if stepped else f"state {line['state']['file_sha256'][:8]}"
+            return f"version {line['version']}  {state}  from {parts}"
+        case "anchored":
+            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  whole, too"
         case "finished":
             return f"version {line['version']} is the last"
         case "signed":

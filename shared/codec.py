@@ -158,10 +158,22 @@ def encode_file(tensors: Mapping[str, F32Array], codec: Codec, metadata: Mapping
 
     RefusedError as `encode` and `build_header` (such as two parts of one name).
     """
+    shapes = {name: np.shape(values) for name, values in tensors.items()}
+    return write_file(shapes, codec, metadata, lambda name: encode(name, tensors[name], codec))
+
+
+def write_file(
+    shapes: Mapping[str, Shape], codec: Codec, metadata: Mapping[str, str], encoded: Callable[[str], list[Part]]
+) -> Iterator[memoryview]:
+    """Yield the bytes of the safetensors file that holds tensors of these shapes, one part in memory at a time.
+
+    `encoded(name)` returns the parts of one tensor as `encode` does; it is called once for each, in order of names.
+    RefusedError as `encoded` and `build_header` (such as two parts of one name).
+    """
     specs: list[PartSpec] = []
     owner: dict[str, str] = {}
-    for name, values in tensors.items():
-        parts = part_specs(name, np.shape(values), codec)
+    for name, shape in shapes.items():
+        parts = part_specs(name, shape, codec)
         specs += parts
         owner.update((part, name) for part, _, _ in parts)
     head = build_header(specs, metadata)
@@ -170,8 +182,7 @@ def encode_file(tensors: Mapping[str, F32Array], codec: Codec, metadata: Mapping
     # A companion normally follows at once; it waits longer only where some `w-x` sorts between `w` and `w.scale`.
     for stored in sorted(owner):
         if stored not in waiting:
-            name = owner[stored]
-            waiting.update((part, array) for part, _, array in encode(name, tensors[name], codec))
+            waiting.update((part, array) for part, _, array in encoded(owner[stored]))
         yield waiting.pop(stored).reshape(-1).view(np.uint8).data
 
 

@@ -16,14 +16,25 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgpack
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import RefusedError
 from shared.ids import Ident, SessionId, Sha256Hex, TransferId
-from shared.manifest import MAX_FRAMES, Manifest, Metrics, NonNegative, WireModel, describe_invalid, parse_manifest
+from shared.manifest import (
+    MAX_FRAMES,
+    Manifest,
+    Metrics,
+    NonNegative,
+    StateFacts,
+    StepFacts,
+    WireModel,
+    describe_invalid,
+    parse_manifest,
+)
 
 SCHEMA_VERSION = 1
 MAX_CONTROL_BYTES = 990_000
@@ -57,7 +68,7 @@ class Hello(Message):
     software: Text
     clock: NonNegative
     heard: TransferId | None = None
-    """State of the last announcement that reached us; the coordinator repeats to us alone what we missed."""
+    """`state_id` of the last announcement that reached us; the coordinator repeats to us alone what we missed."""
     heard_final: bool = False
 
 
@@ -161,7 +172,7 @@ class Status(Message):
 
 
 class Announce(Message):
-    """Coordinator to everybody, retained: the newest version and how to pull it."""
+    """Coordinator to everybody, retained: the newest version and the ways to it."""
 
     kind: ClassVar[str] = "announce"
     boot: SessionId
@@ -169,9 +180,56 @@ class Announce(Message):
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
     manifest: Manifest
+    """The newest state that can be had whole."""
     final: bool
     """No version follows; the run is complete."""
     target: Version
+    steps: tuple[Manifest, ...] = ()
+    """One after the other up to the newest version, from that state on or from an earlier one; none in a federation
+    whose versions travel whole, and then no field of the message."""
+
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        path = [self.manifest, *self.steps]
+        if not (isinstance(path[0].facts, StateFacts) and all(isinstance(step.facts, StepFacts) for step in path[1:])):
+            msg = "a state, then steps"
+            raise ValueError(msg)
+        if any((one.version + 1, one.leads_to) != (two.version, two.step.base_sha256) for one, two in pairwise(path[1:])):
+            msg = "a step does not lead on from the one before it"
+            raise ValueError(msg)
+        if self.steps and self.manifest.file_sha256 not in self._states():
+            msg = "the steps do not pass the whole state"
+            raise ValueError(msg)
+        return self
+
+    def _states(self) -> list[str]:
+        """Digests of the states on the way of the steps."""
+        return [step.step.base_sha256 for step in self.steps[:1]] + [step.leads_to for step in self.steps]
+
+    @property
+    def version(self) -> int:
+        """The newest version."""
+        return (self.manifest, *self.steps)[-1].version
+
+    @property
+    def state_sha256(self) -> str:
+        """Digest of its state, in hex."""
+        return (self.manifest, *self.steps)[-1].leads_to
+
+    @property
+    def state_id(self) -> TransferId:
+        """The id under which that state travels, or would travel, whole."""
+        return self.state_sha256[:32]
+
+    def way_from(self, held: str | None) -> tuple[Manifest, ...]:
+        """What has to be fetched, in order, by whoever holds the state of that digest (None: no state).
+
+        Steps where they lead on from it, else the whole state and the steps behind it; nothing from the newest state.
+        """
+        states = self._states() or [self.manifest.file_sha256]
+        if held in states:
+            return self.steps[states.index(held) :]
+        return (self.manifest, *self.steps[states.index(self.manifest.file_sha256) :])
 
 
 class Head(Message):
@@ -238,9 +296,11 @@ def encode(message: Message) -> bytes:
 def encode_body(message: Message) -> bytes:
     """Return the bytes of a message's body alone; equal messages give equal bytes."""
     fields: dict[str, Any] = {**vars(message)}
-    manifest = fields.pop("manifest", None)
+    manifest, steps = fields.pop("manifest", None), fields.pop("steps", ())
     if manifest is not None:
         fields["manifest"] = manifest.to_wire()
+    if steps:
+        fields["steps"] = [step.to_wire() for step in steps]
     body: bytes = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
     return body
 
@@ -286,6 +346,8 @@ def decode_body(data: bytes) -> Message:
         raise UnknownMessageError("a message of unknown type", rule="unknown-message")
     if "manifest" in body:
         body["manifest"] = parse_manifest(body["manifest"])
+    if isinstance(body.get("steps"), list):
+        body["steps"] = tuple(parse_manifest(step) for step in body["steps"])
     try:
         return _TYPES[kind].model_validate(body)
     except ValidationError as error:

@@ -34,8 +34,8 @@ def export(
     coordinator = load_config(config, CoordinatorConfig)
     federation = _federation(coordinator.federation)
     chosen = find_version(load_run(coordinator.storage), version)
-    modelling.export_version(coordinator.storage, federation, chosen.state, out)
-    console.say(f"version {chosen.version} (state {chosen.state.file_sha256[:12]}) written to {out}")
+    modelling.export_version(coordinator.storage, federation, chosen, out)
+    console.say(f"version {chosen.version} (state {chosen.state.leads_to[:12]}) written to {out}")
 
 
 def evaluate(
@@ -77,7 +77,7 @@ def evaluate(
         coordinator = load_config(config, CoordinatorConfig)
         chosen = find_version(load_run(coordinator.storage), version)
         measured = modelling.score_version(
-            coordinator.storage, _federation(coordinator.federation), chosen.state, notes, skip_bad=skip_bad
+            coordinator.storage, _federation(coordinator.federation), chosen, notes, skip_bad=skip_bad
         )
         subject = f"version {chosen.version}"
     if as_json:

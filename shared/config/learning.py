@@ -52,8 +52,16 @@ class CodecSection(Section):
 
     up: CodecName = "bf16"
     down: CodecName = "bf16"
+    steps: int = Field(default=0, ge=0, le=64)
+    """0: each version travels whole, rounded by `down`. Else it travels as the step from the version before, rounded by
+    `down`, and every so many versions also whole, in float32, for sites that are new or too far behind."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
+
+    @property
+    def whole(self) -> CodecName:
+        """How a state travels that travels whole; steps are added up in float32, and no bit may be lost."""
+        return "f32" if self.steps else self.down
 
 
 class TrainingSection(Section):
