@@ -94,7 +94,7 @@ def merge(
     with open_own(master_path(masters, plan.version), shapes) as tensors:
         state, anchor = publish(states, plan.version, plan.before, tensors, sealed, federation, created=created)
     progress(1.0)
-    return MergeResult(state, anchor, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]))
+    return MergeResult(state, new_master.sha256, slots_sha256([writer.sha256 for writer in writers]), anchor)
 
 
 def _means(

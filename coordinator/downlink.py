@@ -62,7 +62,7 @@ def check_announceable(whole: Manifest, step_file_bytes: int, steps: int) -> Non
     needed = len(whole.to_bytes()) + (steps - 1) * (_MANIFEST_BYTES + _FRAME_BYTES * frames)
     if steps and needed > ANNOUNCEMENT_BYTES:
         raise ConfigError(
-            f"codec.steps = {steps}: announcements would take up to {needed:,} bytes, possible are {ANNOUNCEMENT_BYTES:,}",
+            f"codec.steps = {steps}: announcements would take {needed:,} bytes, possible are {ANNOUNCEMENT_BYTES:,}",
             hint="take fewer steps, or raise codec.slice_kib",
         )
 

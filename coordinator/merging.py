@@ -86,11 +86,11 @@ class MergeResult:
 
     state: Manifest
     """Of the published state, or of the step to it; its transfer id is the head of its file's SHA-256."""
-    anchor: Manifest | None
-    """Of the published state whole, besides a step; None where its turn has not come."""
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None
     """Digest of the server optimizer's slots; None where it has none."""
+    anchor: Manifest | None = None
+    """Of the published state whole, besides a step; None where its turn has not come."""
 
 
 def version_records(plan: MergePlan, result: MergeResult, at: float) -> list[VersionCommitted | Anchored]:

@@ -162,7 +162,7 @@ class Trail:
         return plan_merge(record.version, merged, section, self.parts)
 
     def parts(self, version: int) -> tuple[str, ...]:
-        """The transfers that make up the state of a recorded version, as `Ledger.parts`; none where some are unknown."""
+        """The transfers that make up the state of a version, as `Ledger.parts`; none where some are unknown."""
         steps: list[str] = []
         for at in range(version, -1, -1):
             recorded = self.versions.get(at)

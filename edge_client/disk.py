@@ -33,7 +33,7 @@ class Disk:
 
     async def until_room(self, base: Manifest, codec: CodecSection) -> None:
         """Return when there is room to train on a state: its plain file, a float32 delta, and the sealed update."""
-        values = base.file_size // VALUE_BYTES[codec.down]
+        values = base.file_size // VALUE_BYTES[codec.whole]
         sealed = values * VALUE_BYTES[codec.up]
         needed = base.file_size + 4 * values + sealed
         try:

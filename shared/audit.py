@@ -100,7 +100,7 @@ def line_of(row: Row) -> Line:
     }
     if "state" in fields:
         manifest = manifest_from_bytes(fields["state"])
-        shown["state"] = {
+        state: dict[str, Any] = {
             "transfer_id": manifest.transfer_id,
             "file_sha256": manifest.file_sha256,
             "file_size": manifest.file_size,
@@ -108,7 +108,8 @@ def line_of(row: Row) -> Line:
             "codec": manifest.codec,
         }
         if isinstance(manifest.facts, StepFacts):
-            shown["state"]["makes_sha256"] = manifest.leads_to
+            state["makes_sha256"] = manifest.leads_to
+        shown["state"] = state
     return {"seq": row.seq, "at": row.at, "kind": row.kind, **shown, "hash": row.hash.hex()}
 
 
@@ -124,9 +125,9 @@ def render(line: Line) -> str:
 
 
 def _told(line: Line) -> str:
+    if "state" in line:
+        return _told_version(line)
     match line["kind"]:
-        case "opened":
-            return f"version 0  state {line['state']['file_sha256'][:8]}  fingerprint {line['fingerprint'][:8]}"
         case "accepted":
             start = f"{line['site']}  update {line['update_id'][:8]}  from version {line['base_version']}"
             return f"{start}  examples {line['examples']}  norm {line['norm']:.4g}"
@@ -138,16 +139,6 @@ def _told(line: Line) -> str:
             return f"update {line['update_id'][:8]}  out of quarantine"
         case "dropped":
             return f"update {line['update_id'][:8]}  {line['rule']}"
-        case "committed":
-            parts = ", ".join(
-                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
-                for part in line["contributions"]
-            )
-            stepped = line["state"].get("makes_sha256")
-            state = f"state {stepped[:8]}, a step" if stepped else f"state {line['state']['file_sha256'][:8]}"
-            return f"version {line['version']}  {state}  from {parts}"
-        case "anchored":
-            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  whole, too"
         case "finished":
             return f"version {line['version']} is the last"
         case "signed":
@@ -157,6 +148,23 @@ def _told(line: Line) -> str:
             return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
         case "snapshot":
             return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
+    return "written by a newer release"
+
+
+def _told_version(line: Line) -> str:
+    stepped = line["state"].get("makes_sha256")
+    state = f"version {line.get('version', 0)}  state {(stepped or line['state']['file_sha256'])[:8]}"
+    match line["kind"]:
+        case "opened":
+            return f"{state}  fingerprint {line['fingerprint'][:8]}"
+        case "committed":
+            parts = ", ".join(
+                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
+                for part in line["contributions"]
+            )
+            return f"{state}{', by a step' if stepped else ''}  from {parts}"
+        case "anchored":
+            return f"{state}  can be had whole, too"
     return "written by a newer release"
 
 

@@ -1,9 +1,9 @@
 """The manifest of a transfer: everything a receiver must know before the first chunk, and can check afterwards.
 
 A transfer is an update (site to coordinator), a state, or a step from one state to the next (coordinator to sites). Its
-payload is one standard safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one zstd frame. The
-manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked before it is
-decompressed and the file after.
+payload is one standard safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one
+zstd frame. The manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked
+before it is decompressed and the file after.
 """
 
 from __future__ import annotations

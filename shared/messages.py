@@ -190,21 +190,18 @@ class Announce(Message):
 
     @model_validator(mode="after")
     def _joined(self) -> Self:
-        path = [self.manifest, *self.steps]
-        if not (isinstance(path[0].facts, StateFacts) and all(isinstance(step.facts, StepFacts) for step in path[1:])):
-            msg = "a state, then steps"
+        sound = isinstance(self.manifest.facts, StateFacts)
+        sound = sound and all(isinstance(step.facts, StepFacts) for step in self.steps)
+        if not sound or any(
+            (one.version + 1, one.leads_to) != (two.version, two.step.base_sha256) for one, two in pairwise(self.steps)
+        ):
+            msg = "not a state, and steps of which each leads on from the one before"
             raise ValueError(msg)
-        if any((one.version + 1, one.leads_to) != (two.version, two.step.base_sha256) for one, two in pairwise(path[1:])):
-            msg = "a step does not lead on from the one before it"
-            raise ValueError(msg)
-        if self.steps and self.manifest.file_sha256 not in self._states():
-            msg = "the steps do not pass the whole state"
+        passed = [step.step.base_sha256 for step in self.steps[:1]] + [step.leads_to for step in self.steps]
+        if passed and self.manifest.file_sha256 not in passed:
+            msg = "the steps do not pass the state"
             raise ValueError(msg)
         return self
-
-    def _states(self) -> list[str]:
-        """Digests of the states on the way of the steps."""
-        return [step.step.base_sha256 for step in self.steps[:1]] + [step.leads_to for step in self.steps]
 
     @property
     def version(self) -> int:
@@ -220,16 +217,6 @@ class Announce(Message):
     def state_id(self) -> TransferId:
         """The id under which that state travels, or would travel, whole."""
         return self.state_sha256[:32]
-
-    def way_from(self, held: str | None) -> tuple[Manifest, ...]:
-        """What has to be fetched, in order, by whoever holds the state of that digest (None: no state).
-
-        Steps where they lead on from it, else the whole state and the steps behind it; nothing from the newest state.
-        """
-        states = self._states() or [self.manifest.file_sha256]
-        if held in states:
-            return self.steps[states.index(held) :]
-        return (self.manifest, *self.steps[states.index(self.manifest.file_sha256) :])
 
 
 class Head(Message):

@@ -83,11 +83,12 @@ def open_state(store: FrameStore, parts: Sequence[str]) -> State:
 
 def open_part(store: FrameStore, transfer_id: str) -> TensorReader:
     """Open one transfer; its manifest, too, is in memory only while it is read. Errors as `open_state`."""
-    found = _stored(store, transfer_id)
+    found = stored_part(store, transfer_id)
     return TensorReader(found.manifest, found.read_frame, verify=False)
 
 
-def _stored(store: FrameStore, transfer_id: str) -> Stored:
+def stored_part(store: FrameStore, transfer_id: str) -> Stored:
+    """Return one transfer; CorruptError when it is not there, or its size is not what was stored."""
     found = store.get(transfer_id)
     if found is None:
         raise CorruptError(
@@ -174,7 +175,7 @@ def extract_state(store: FrameStore, parts: Sequence[str], path: Path) -> None:
     RefusedError(rule='state-digest') when they are not, and nothing is left; else errors as `open_state`.
     """
     if len(parts) == 1:
-        _stored(store, parts[0]).extract(path)
+        stored_part(store, parts[0]).extract(path)
     else:
         durable.write_once(path, _plain(open_state(store, parts)))
 

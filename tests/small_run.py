@@ -17,9 +17,10 @@ from coordinator.merging import MergePlan, MergeResult, plan_merge
 from coordinator.records import Accepted, Opened
 from shared.codec import group_size
 from shared.config import AggregationSection, CodecSection, FederationConfig, FederationSection, ModelSection
-from shared.manifest import Manifest, UpdateFacts, manifest_from_bytes
+from shared.manifest import Manifest, StateFacts, UpdateFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 from shared.slices import FileSummary, FrameWriter, make_transfer_frames
+from shared.states import open_state
 from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array
 
@@ -76,6 +77,7 @@ class SmallRun:
         self.masters = folder / "masters"
         self.opened: Opened = open_run(folder, self.federation, self.plan, initial_path, created=1.0)
         self.state_manifests = [manifest_from_bytes(self.opened.state)]
+        self.anchors: dict[int, Manifest] = {}
 
     def update(self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1) -> Accepted:
         """Seal, verify and accept one update of a site."""
@@ -107,7 +109,7 @@ class SmallRun:
                 facts=UpdateFacts(
                     site=site,
                     base_version=base,
-                    base_sha256=self.state_manifests[base].file_sha256,
+                    base_sha256=self.state_manifests[base].leads_to,
                     examples=examples,
                     metrics={},
                 ),
@@ -132,13 +134,21 @@ class SmallRun:
 
     def planned(self, accepted: Iterable[Accepted]) -> MergePlan:
         """The plan of the next version."""
-        ids = {version: manifest.transfer_id for version, manifest in enumerate(self.state_manifests)}
-        return plan_merge(len(self.state_manifests), [*accepted], self.federation.aggregation, ids)
+        return plan_merge(len(self.state_manifests), [*accepted], self.federation.aggregation, self.parts)
+
+    def parts(self, version: int) -> tuple[str, ...]:
+        """The transfers that make up the published state of a version."""
+        anchor, state = self.anchors.get(version), self.state_manifests[version]
+        if anchor is not None or isinstance(state.facts, StateFacts):
+            return ((anchor or state).transfer_id,)
+        return (*self.parts(version - 1), state.transfer_id)
 
     def merge(self, *accepted: Accepted) -> MergeResult:
         """Make the next version."""
         result = self.run_plan(self.planned(accepted))
         self.state_manifests.append(result.state)
+        if result.anchor is not None:
+            self.anchors[result.state.version] = result.anchor
         return result
 
     def run_plan(self, plan: MergePlan, **options: Any) -> MergeResult:
@@ -152,7 +162,4 @@ class SmallRun:
 
     def published(self, version: int) -> dict[str, F32Array]:
         """The published state of a version, decoded."""
-        stored = self.states.get(self.state_manifests[version].transfer_id)
-        assert stored is not None
-        with stored.open_tensors(verify=True) as reader:
-            return dict(reader.tensors())
+        return dict(open_state(self.states, self.parts(version)))

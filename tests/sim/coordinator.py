@@ -14,6 +14,7 @@ from coordinator.disk import discard_rejected, discard_uncommitted
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult
+from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
 from coordinator.renewals import Offers
 from coordinator.service import DAMAGED_RETRY_S
@@ -29,11 +30,12 @@ from shared.topics import Channel
 from shared.trust.guard import CoordinatorsGuard, TurnedAwayError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
+from tests.sim.replicas import demand
 from tests.sim.shells import VirtualPump, VirtualSpooler
-from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole
+from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole, tensors_of
 from tests.sim.trust import coordinator_guard, grants
 from tests.sim.weather import Scenario
-from tests.sim.witness import Witness, demand
+from tests.sim.witness import Witness
 
 READS = (Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE)
 TICK = d.Tick()
@@ -101,7 +103,7 @@ class CoordinatorMachine(Machine):
         self._held: d.Decision | None = None
         """What waits for room in the journal, and with it all that is to be decided after it."""
         self._backlog: deque[d.Event] = deque()
-        self.witness.recovered(self.core, records, self.updates)
+        self.witness.recovered(self.core, records, self.updates, self.states)
         if not self.core.ledger.head_is_signed:  # killed between the two
             self._sign_head()
 
@@ -117,7 +119,7 @@ class CoordinatorMachine(Machine):
 
     def _genesis(self) -> Opened:
         durable.replace_atomic(master_path(self.masters, 0), FIRST_MASTER)
-        state = self._publish(0, FIRST_MASTER)
+        state, _ = self._publish(0, (), FIRST_MASTER)
         return Opened(
             fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
@@ -126,13 +128,18 @@ class CoordinatorMachine(Machine):
             master_sha256=hashlib.sha256(FIRST_MASTER).hexdigest(),
         )
 
-    def _publish(self, version: int, master: bytes) -> Manifest:
+    def _publish(self, version: int, before: tuple[str, ...], master: bytes) -> tuple[Manifest, Manifest | None]:
+        federation = self.scenario.federation
+        if federation.codec.steps:
+            tensors = tensors_of(master, self.scenario)
+            return publish(self.states, version, before, tensors, self.plan, federation, created=self.wall)
         frames = ToyFrames(published_frames(master, self.scenario.state_frames))
         facts, wall = StateFacts(version=version), self.wall
         sealing: Any = frames
-        return self.states.seal(
+        state = self.states.seal(
             sealing, lambda summary: manifest_of(self.plan, summary.file_sha256[:32], summary, facts, wall)
-        ).manifest
+        )
+        return state.manifest, None
 
     # -- link ---
 
@@ -321,9 +328,9 @@ class CoordinatorMachine(Machine):
             parts.append((part, read_whole(stored)))
         master = merged_master(before, parts)
         durable.replace_atomic(master_path(self.masters, plan.version), master)
-        state = self._publish(plan.version, master)
+        state, anchor = self._publish(plan.version, plan.before, master)
         prune_masters(self.masters, {plan.base_version, plan.version})
-        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None)
+        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, anchor)
         self.later(0.01, self.decide, d.Merged(plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:

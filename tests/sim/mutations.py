@@ -21,9 +21,9 @@ from coordinator.ledger import Known, Ledger
 from coordinator.records import Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView
 from coordinator.uploads import Uploads
-from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
+from edge_client.states import States
 from shared import durable, store
 from shared.errors import CorruptError
 from shared.manifest import Manifest, manifest_from_bytes
@@ -126,7 +126,7 @@ def _without_dedupe(real: Callable[[Ledger], None]) -> Callable[[Ledger], None]:
 
 def _counts_again(self: Ledger, record: VersionCommitted) -> None:
     self.version = record.version
-    self.states[record.version] = manifest_from_bytes(record.state)
+    self.publish(record.version, manifest_from_bytes(record.state))
     for part in record.contributions:
         self.known[part.update_id].outcome = "merged"
 
@@ -232,7 +232,7 @@ MUTATIONS = (
     Mutation("a postponed update is not offered again", 200, ((Uploads, "postpone", _nothing),)),
     Mutation("a round closes with whatever is there", 60, ((coordinator.core, "updates_to_merge", _all_pending),)),
     Mutation("old masters are kept", 60, ((tests.sim.coordinator, "prune_masters", _nothing),)),
-    Mutation("old states are kept at a site", 60, ((Agent, "_forget_states_but", _nothing),)),
+    Mutation("old states are kept at a site", 60, ((States, "forget_all_but", _nothing),)),
     Mutation(
         "a retained announcement is trusted without its signature",
         60,

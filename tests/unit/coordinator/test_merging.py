@@ -9,7 +9,11 @@ from coordinator.records import Accepted, Contribution
 from shared.config import AggregationSection, StalenessSection
 
 CONSTANT = StalenessSection(kind="constant")
-STATES = {version: f"{version:032x}" for version in range(12)}
+
+
+def parts(version: int) -> tuple[str, ...]:
+    """The transfers that make up the state of a version: it travelled whole."""
+    return (f"{version:032x}",)
 
 
 def accepted(site: str, *, base: int, examples: int) -> Accepted:
@@ -25,16 +29,16 @@ def weights(plan: MergePlan) -> list[float]:
 def test_sync_is_the_mean_by_examples() -> None:
     """FedAvg: 10, 30 and 60 examples weigh 0.1, 0.3, 0.6."""
     updates = [accepted(site, base=4, examples=n) for site, n in (("a", 10), ("b", 30), ("c", 60))]
-    plan = plan_merge(5, updates, AggregationSection(), STATES)
-    assert (plan.version, plan.base_version, plan.mode) == (5, 4, "sync")
+    plan = plan_merge(5, updates, AggregationSection(), parts)
+    assert (plan.version, plan.base_version, plan.before, plan.mode) == (5, 4, parts(4), "sync")
     assert weights(plan) == [0.1, 0.3, 0.6]
-    assert [each.base_state_id for each in plan.contributions] == [STATES[4]] * 3
+    assert [each.base for each in plan.contributions] == [parts(4)] * 3
 
 
 def test_fedbuff_damps_and_does_not_renormalise() -> None:
     """FedBuff with K = 2, p = 0: s / K, so 1/2 for a fresh update and 1/4 for one that is 3 versions late."""
     section = AggregationSection(mode="fedbuff", buffer=2, size_power=0)
-    plan = plan_merge(8, [accepted("a", base=7, examples=5), accepted("b", base=4, examples=500)], section, STATES)
+    plan = plan_merge(8, [accepted("a", base=7, examples=5), accepted("b", base=4, examples=500)], section, parts)
     assert weights(plan) == [0.5, 0.25]
     assert [each.staleness for each in plan.contributions] == [0, 3]
 
@@ -42,7 +46,7 @@ def test_fedbuff_damps_and_does_not_renormalise() -> None:
 def test_sizes_and_lateness_together() -> None:
     """With p = 1/2: sizes 4 and 6 of 16 and 36 examples; the second is 3 late: 4/10 and 6/10 x 1/2."""
     section = AggregationSection(mode="fedbuff", size_power=0.5)
-    plan = plan_merge(4, [accepted("a", base=3, examples=16), accepted("b", base=0, examples=36)], section, STATES)
+    plan = plan_merge(4, [accepted("a", base=3, examples=16), accepted("b", base=0, examples=36)], section, parts)
     assert weights(plan) == pytest.approx([0.4, 0.3], rel=1e-15)
     assert [each.denominator for each in plan.contributions] == [4, 6]
 
@@ -51,7 +55,7 @@ def test_clipping_scales_large_updates_down() -> None:
     """Norms of 1: a limit of 1/4 leaves a quarter of each, 1 and more leave all; nobody's size counts less."""
     updates = [accepted("a", base=4, examples=10), accepted("b", base=4, examples=30)]
     for limit, share in ((0.25, 0.25), (1.0, 1.0), (7.0, 1.0)):
-        plan = plan_merge(5, updates, AggregationSection(clip_norm=limit), STATES)
+        plan = plan_merge(5, updates, AggregationSection(clip_norm=limit), parts)
         assert weights(plan) == [0.25 * share, 0.75 * share]
         assert [each.denominator for each in plan.contributions] == [10, 30]
 
@@ -59,9 +63,9 @@ def test_clipping_scales_large_updates_down() -> None:
 def test_fedasync_mixes_by_alpha_and_lateness() -> None:
     """a_t = 0.6 x (1 + 3)^-1/2 = 0.3, whatever the update's size."""
     section = AggregationSection(mode="fedasync", alpha=0.6)
-    plan = plan_merge(9, [accepted("a", base=5, examples=77)], section, STATES)
+    plan = plan_merge(9, [accepted("a", base=5, examples=77)], section, parts)
     assert weights(plan) == [0.3]
-    assert plan.contributions[0].base_state_id == STATES[5]
+    assert plan.contributions[0].base == parts(5)
     assert plan.alpha == 0.6
 
 
@@ -69,7 +73,7 @@ def test_recorded_contributions_keep_the_order_of_acceptance() -> None:
     """What the journal stores names each update once, in the order in which it is added."""
     updates = [accepted("z", base=1, examples=1), accepted("a", base=0, examples=3)]
     section = AggregationSection(mode="fedbuff", staleness=CONSTANT)
-    assert plan_merge(2, updates, section, STATES).recorded() == (
+    assert plan_merge(2, updates, section, parts).recorded() == (
         Contribution(updates[0].update_id, "z", 1, 0, 0.25),
         Contribution(updates[1].update_id, "a", 0, 1, 0.75),
     )
@@ -82,9 +86,9 @@ def test_weights_sum_to_one_at_most(updates: list[tuple[int, int]], power: float
     known = [accepted(f"s{i}", base=base, examples=n) for i, (base, n) in enumerate(updates)]
     fresh = AggregationSection(size_power=power, staleness=CONSTANT)
     late = AggregationSection(size_power=power)
-    assert sum(weights(plan_merge(7, known, fresh, STATES))) == pytest.approx(1)
-    assert 0 < sum(weights(plan_merge(7, known, late, STATES))) <= 1 + 1e-12
-    assert min(weights(plan_merge(7, known, late, STATES))) > 0
+    assert sum(weights(plan_merge(7, known, fresh, parts))) == pytest.approx(1)
+    assert 0 < sum(weights(plan_merge(7, known, late, parts))) <= 1 + 1e-12
+    assert min(weights(plan_merge(7, known, late, parts))) > 0
 
 
 @pytest.mark.parametrize(
@@ -100,4 +104,4 @@ def test_weights_sum_to_one_at_most(updates: list[tuple[int, int]], power: float
 def test_what_no_round_may_close_with(version: int, updates: list[Accepted], section: AggregationSection) -> None:
     """A plan over nothing, over an update of a version to come, over one update twice is a bug of ours."""
     with pytest.raises(AssertionError):
-        plan_merge(version, updates, section, STATES)
+        plan_merge(version, updates, section, parts)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator import aggregate
 from coordinator.journal import Journal
 from coordinator.masters import TensorFile, master_path
+from coordinator.publishing import publish
 from coordinator.records import Record, VersionCommitted
 from coordinator.replay import Recomputed, replay
 from coordinator.views import JOURNAL
@@ -175,7 +175,7 @@ def test_another_published_state_is_found_down_to_the_value(run: AuditedRun, scr
     values["block.1.w"] = values["block.1.w"].copy()
     values["block.1.w"][17] += np.float32(1)
     states = FrameStore(run.storage / "states")
-    false = aggregate.publish(states, version, values, run.plan, run.federation, created=4.0)
+    false, _ = publish(states, version, (), values, run.plan, run.federation, created=4.0)
     try:
         with forge(run, version, state=false.to_bytes()):
             found = made(run, scratch)[-1].differences

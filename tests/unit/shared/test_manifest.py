@@ -178,20 +178,18 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes) -> None:
 def test_the_longest_manifest_fits_a_control_message() -> None:
     """24,000 frames with 64 metrics: an offer stays under the packet limit of common brokers."""
     wire = _facts(metrics={f"{number:064d}": 1.5 for number in range(MAX_METRICS)})
-    longest = parse_manifest(
-        {
-            **wire,
-            "file_size": SLICE * MAX_FRAMES,
-            "frame_lengths": [MAX_FRAME_BYTES] * MAX_FRAMES,
-            "frame_hashes": bytes(32 * MAX_FRAMES),
-        }
-    )
+    frames = {
+        "file_size": SLICE * MAX_FRAMES,
+        "frame_lengths": [MAX_FRAME_BYTES] * MAX_FRAMES,
+        "frame_hashes": bytes(32 * MAX_FRAMES),
+    }
+    longest = parse_manifest({**wire, **frames})
     announce = Announce(
         boot="0" * 16,
         fingerprint=digest("f"),
         config_sha256=digest("c"),
         frozen_sha256=digest("w"),
-        manifest=longest,
+        manifest=parse_manifest({**STATE.to_wire(), **frames}),
         final=False,
         target=3,
     )
