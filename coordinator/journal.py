@@ -3,7 +3,7 @@
 One coordinator writes: it holds a lock on `<journal>.lock` for as long as it lives. Anyone may read meanwhile
 (`coordinator.rows`): in WAL mode readers and the writer do not wait for each other.
 
-    meta       key, value                            schema = 3
+    meta       key, value                            schema = 4
     rows       seq, at, kind, body, prev, hash       seq from 1 without gaps; body is a record's msgpack
     snapshots  seq, body, audit_size, audit_sha256   the newest one; row seq, of kind snapshot, carries its digest
     segments   first, last, file, sha256             rows that lie in files of their own, in archive/
@@ -13,7 +13,7 @@ adds the snapshot and its row, names the segment and takes the rows out. Killed 
 the next compaction replaces; killed after it, nothing is left to do.
 
 Schema 1 had the first two tables alone; opening such a journal for writing adds the others. Schema 2 knew no rows of
-kind `signed` and `witnessed`.
+kind `signed` and `witnessed`, schema 3 none of kind `anchored`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ CREATE TABLE segments (
 UPDATE meta SET value = 2 WHERE key = 'schema';
 """,
     2: "UPDATE meta SET value = 3 WHERE key = 'schema';",
+    3: "UPDATE meta SET value = 4 WHERE key = 'schema';",
 }
 """What makes the next schema out of one."""
 

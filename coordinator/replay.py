@@ -25,7 +25,7 @@ from coordinator.aggregate import merge
 from coordinator.journal import Journal
 from coordinator.kept import check_update
 from coordinator.masters import master_path, open_own
-from coordinator.merging import MergePlan
+from coordinator.merging import MergePlan, MergeResult
 from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
 from coordinator.trail import Finding, Trail, row_place
@@ -142,7 +142,7 @@ class _Replay:
             )
         except (CorruptError, RefusedError) as error:
             return [Finding("merge", row_place(seq), f"version {record.version} cannot be made: {error.message}")]
-        self._tidy(record.version, {each.transfer_id for each in (made.state, made.anchor) if each is not None})
+        self._tidy(record.version, made)
         found = [*self._compare_state(seq, recorded, made.state)]
         for rule in ("master_sha256", "optimizer_sha256"):
             ours, theirs = getattr(made, rule), getattr(record, rule)
@@ -168,14 +168,15 @@ class _Replay:
         if own is not None and kept.path.exists():
             yield from _first_value(kept, own)
 
-    def _tidy(self, version: int, made: set[str]) -> None:
+    def _tidy(self, version: int, made: MergeResult) -> None:
         for path in self.masters.glob(f"v{version - 1:08d}*.safetensors"):
             path.unlink()
         to_come = [base for base, last_read in self.needed.items() if base <= version < last_read]
-        used = made.union(*(self.trail.parts(each) for each in (version, *to_come)))
+        newest = self.trail.parts(version) if made.anchor is None else (made.anchor.transfer_id,)
+        used = {made.state.transfer_id, *newest}.union(*(self.trail.parts(each) for each in to_come))
         for unused in self.held - used:
             self.states.delete(unused)
-        self.held = (self.held & used) | made
+        self.held = used
 
 
 def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> tuple[int, dict[int, int]]:

@@ -26,7 +26,7 @@ from shared import audit
 from shared.audit import GENESIS, Mark, Row
 from shared.errors import ConfigError, CorruptError, MailboatError, NoRoomError, RefusedError, UnavailableError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_MS = 5_000
 """How long to wait for SQLite's own short locks, held while a log is folded into the file or recovered."""
 

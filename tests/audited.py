@@ -11,6 +11,7 @@ import numpy as np
 
 from coordinator.journal import Journal
 from coordinator.masters import prune_masters
+from coordinator.merging import version_records
 from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
@@ -26,13 +27,18 @@ SECTIONS = {
     "fedbuff": AggregationSection(mode="fedbuff", buffer=3, clip_norm=4, server=ServerSection(optimizer="fadas")),
     "fedasync": AggregationSection(mode="fedasync", alpha=0.9),
 }
+SECTIONS |= {f"{mode}, steps": SECTIONS[mode] for mode in ("sync", "fedasync")}
+STEPS = CodecSection(down="int8", steps=2, slice_kib=4)
 SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
 
 Edit = Callable[[Record], Sequence[Record]]
 
 
 class AuditedRun:
-    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished."""
+    """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
+
+    Where `mode` says so versions travel as steps in int8, and version 2 whole as well.
+    """
 
     def __init__(self, storage: Path, mode: str) -> None:
         rng = np.random.default_rng(7)
@@ -42,12 +48,12 @@ class AuditedRun:
             storage,
             {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
             aggregation=SECTIONS[mode],
-            codec=CodecSection(slice_kib=4),
+            codec=STEPS if mode.endswith("steps") else CodecSection(slice_kib=4),
         )
         self.federation = run.federation
         self.plan = run.plan
         self.records: list[Record] = [run.opened]
-        per_round = 1 if mode == "fedasync" else 3
+        per_round = 1 if SECTIONS[mode].mode == "fedasync" else 3
         for version in range(VERSIONS):
             merged = [
                 run.update(
@@ -59,18 +65,7 @@ class AuditedRun:
                 for site in range(per_round)
             ]
             self.records += merged
-            planned = run.planned(merged)
-            result = run.merge(*merged)
-            self.records.append(
-                VersionCommitted(
-                    planned.version,
-                    planned.recorded(),
-                    result.state.to_bytes(),
-                    result.master_sha256,
-                    result.optimizer_sha256,
-                    4.0 + version,
-                )
-            )
+            self.records += version_records(run.planned(merged), run.merge(*merged), 4.0 + version)
         spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
         self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))

@@ -225,8 +225,8 @@ def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
 def test_a_journal_of_a_newer_release_is_refused(tmp_path: Path, opener: Callable[[Path], object]) -> None:
     """A later schema is named with both versions, by writer and reader."""
     filled(tmp_path / "j")
-    sql(tmp_path / "j", "UPDATE meta SET value = 4 WHERE key = 'schema'")
-    with pytest.raises(RefusedError, match="schema version 4, this release knows 3"):
+    sql(tmp_path / "j", "UPDATE meta SET value = 5 WHERE key = 'schema'")
+    with pytest.raises(RefusedError, match="schema version 5, this release knows 4"):
         opener(tmp_path / "j")
 
 
