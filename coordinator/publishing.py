@@ -84,9 +84,10 @@ class Stepping:
     def _encoded(self, name: str) -> list[Part]:
         assert next(self._ahead) == name, "tensors come in order of their names"
         published, master = self._published[name], self._master[name]
-        # An overflow is found when the difference is encoded, and told as such.
+        # An overflow is found when the difference or the state is encoded, and told as such.
         with np.errstate(over="ignore", invalid="ignore"):
             parts = encode(name, np.subtract(master, published), self._codec)
-        decode_add([array for _, _, array in parts], self._codec, 1.0, published)
-        self._hash.update(np.ascontiguousarray(published, dtype="<f4").reshape(-1).view(np.uint8).data)
+            decode_add([array for _, _, array in parts], self._codec, 1.0, published)
+        ((_, _, plain),) = encode(name, published, "f32")
+        self._hash.update(plain.reshape(-1).view(np.uint8).data)
         return parts

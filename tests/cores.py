@@ -15,7 +15,7 @@ from shared.config import CoordinatorConfig, FederationConfig
 from shared.manifest import Manifest
 from shared.messages import Announce, Hello, Message, Offer, Presence, Receipt
 from shared.transfer import Bitmap
-from tests.factories import digest, make_federation, make_plan, make_state
+from tests.factories import digest, make_federation, make_plan, make_state, make_step
 
 STALL_S = 5.0
 BOOT = "b" * 16
@@ -64,9 +64,7 @@ class CoordinatorBench:
     @property
     def state(self) -> Manifest:
         """The published state of the current version."""
-        state = self.core.ledger.newest.whole
-        assert state is not None, "this federation's versions travel whole"
-        return state
+        return make_state(self.plan, self.core.ledger.version)
 
     def handle(self, event: d.Event) -> d.Decision:
         """One event now."""
@@ -132,7 +130,10 @@ class CoordinatorBench:
     def merged(self, decision: d.Decision) -> d.Decision:
         """The merge that a decision started is done."""
         (merge,) = jobs(decision, d.Merge)
-        result = MergeResult(make_state(self.plan, merge.plan.version), digest(f"master {merge.plan.version}"), None)
+        version, steps = merge.plan.version, self.federation.codec.steps
+        whole, step = make_state(self.plan, version), make_step(self.plan, version)
+        anchor = whole if steps and not version % steps else None
+        result = MergeResult(step if steps else whole, digest(f"master {version}"), None, anchor)
         return self.handle(d.Merged(merge.plan, result))
 
 

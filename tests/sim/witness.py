@@ -365,8 +365,8 @@ class Witness:
             raise ViolationError(f"{machine.name} holds too many updates")
         states = self._changed(machine, "states")
         if states is not None:
-            steps = machine.session.announced.steps if machine.session.announced else ()
-            demand(len(states) <= STATES_AT_A_SITE + len(steps), f"{machine.name} keeps {len(states)} states")
+            most = STATES_AT_A_SITE + (self.version if self.scenario.federation.codec.steps else 0)
+            demand(len(states) <= most, f"{machine.name} keeps {len(states)} states and steps")
         outbox = self._changed(machine, "outbox")
         if outbox is not None:
             most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go
