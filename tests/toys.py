@@ -92,6 +92,7 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
+    steps: int = 0,
     sealed: bool = False,
     link: str = HASTY,
     urls: Mapping[str, str] = MappingProxyType({}),
@@ -113,7 +114,7 @@ def write_toy(
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nsteps = {steps}\nslice_kib = {slice_kib}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
