@@ -10,9 +10,11 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 2. the rows of journal.jsonl are chained: hash = SHA-256(previous hash | seq, 8 bytes big-endian | kind | 0x00 | body)
 3. plan.json, federation.json and version 0 have the digests that row 1 names
 4. each update was decided once and counted at most once, and versions follow each other without a gap
-5. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
+5. where versions travel as steps, each step starts from the state that the step before it made, by its SHA-256
+6. each update starts from the state that was published as the version which it names, by its SHA-256
+7. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
    unpacked and put together, the frames are the file whose SHA-256 was accepted
-6. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
+8. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
    seen, fits a key whose membership is signed by a key in authority.pub, and that row has that hash now
 
 A sound chain shows that no row was changed by itself. That all rows were not written anew is shown by the signatures of
@@ -135,8 +137,25 @@ def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
             version = record["version"]
 
 
-def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the bytes of one accepted update."""
+def check_states(records: list[dict[str, Any]], states: list[str]) -> Iterator[str]:
+    """Yield each version that is no step from the one before; `states` takes the SHA-256 of the states, by version."""
+    for row, record in enumerate(records, start=1):
+        if record["t"] not in {"opened", "committed", "anchored"}:
+            continue
+        manifest = msgpack.unpackb(record["state"], raw=False)
+        facts, place = manifest["facts"], f"journal.jsonl: row {row}"
+        made = facts.get("state_sha256", manifest["file_sha256"])
+        if record["t"] == "anchored":
+            if made != states[record["version"]]:
+                yield f"{place}: another state than was published as version {record['version']}"
+            continue
+        if "base_sha256" in facts and facts["base_sha256"] != states[-1]:
+            yield f"{place}: its step does not start from the state of the version before"
+        states.append(made)
+
+
+def check_update(folder: Path, record: dict[str, Any], states: list[str]) -> Iterator[str]:
+    """Yield what is wrong with one accepted update and its bytes; `states` are the SHA-256 of the states."""
     name = f"updates/{record['update_id']}"
     raw = (folder / f"{name}.manifest").read_bytes()
     if hashlib.sha256(raw).hexdigest() != record["manifest_sha256"]:
@@ -147,6 +166,8 @@ def check_update(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_sha256"])
     if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_sha256")):
         yield f"{name}.manifest: it says otherwise than the row that accepted it"
+    if facts["base_sha256"] != dict(enumerate(states)).get(facts["base_version"]):
+        yield f"{name}.manifest: it starts from a state that was never published"
     damaged, whole = False, hashlib.sha256()
     with (folder / f"{name}.frames").open("rb") as frames:
         for index, length in enumerate(manifest["frame_lengths"]):
@@ -234,6 +255,8 @@ def check(folder: Path) -> Iterator[str]:
     records = [record_of(line) for line in lines]
     yield from check_opened(folder, records[0])
     yield from check_counting(records)
+    states: list[str] = []
+    yield from check_states(records, states)
     if json.loads((folder / "federation.json").read_bytes())["trust"]["mode"] == "sealed":
         yield from check_signatures(folder, lines, records)
     merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
@@ -241,7 +264,7 @@ def check(folder: Path) -> Iterator[str]:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
         # A bundle up to a version leaves out the updates that were not merged by then.
         if record["t"] == "accepted" and (there or record["update_id"] in merged):
-            yield from check_update(folder, record)
+            yield from check_update(folder, record, states)
     sys.stdout.write(f"{len(lines)} rows, the last one has hash {lines[-1]['hash']}; {len(merged)} updates merged\n")
 
 

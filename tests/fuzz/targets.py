@@ -39,6 +39,7 @@ from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import compress_slice
+from shared.states import State
 from shared.tensorfile import build_header, header_size, parse_header
 from shared.transfer import Bitmap, Sender
 from shared.trust import envelope, payload
@@ -54,7 +55,7 @@ from shared.trust.membership import (
     verify_revocations,
 )
 from shared.trust.witness import parse_head
-from tests.factories import make_federation, make_plan, make_state, make_update
+from tests.factories import make_federation, make_plan, make_state, make_step, make_update
 from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_msgpack, mutated_value, packed
 from tests.unit.shared.transfers import SLICE_BYTES, transfer_of
 
@@ -62,6 +63,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FEDERATION = make_federation()
 PLAN = make_plan(FEDERATION)
 STATE = make_state(PLAN, 0)
+STEP = make_step(PLAN, 1)
 UPDATE = make_update(PLAN, "north", STATE)
 AUTHORITY = bytes(range(32))
 TOPIC = "mb/v1/ward/site/north/up/ctl"
@@ -216,13 +218,33 @@ def _transfer(data: bytes) -> None:
     reader.verify_file()
 
 
+_WHOLE, _WHOLE_FRAMES = transfer_of({"w": np.linspace(-1, 1, 3000, dtype=np.float32)}, "f32")
+
+
+def _step(data: bytes) -> None:
+    """The same transfers, added to a sound state of the tensors that they say they hold."""
+    try:
+        raw, frames = msgpack.unpackb(data)
+        manifest = manifest_from_bytes(raw)
+    except (ValueError, TypeError):
+        return
+    if len(frames) != manifest.frames or hasattr(manifest.facts, "site"):
+        return
+    whole = TensorReader(_WHOLE, lambda index: _WHOLE_FRAMES[index], verify=False)
+    state = State(whole, [TensorReader(manifest, lambda index: frames[index], verify=False)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert {name: values.dtype for name, values in state.items()} == {"w": np.float32}
+
+
 # -- files ---
 
 
 def _bundle(data: bytes) -> None:
     lines = [json.loads(line) for line in data.splitlines()]
     list(bundle_verify.check_chain(lines))
-    list(bundle_verify.check_counting([bundle_verify.record_of(line) for line in lines]))
+    told = [bundle_verify.record_of(line) for line in lines]
+    list(bundle_verify.check_counting(told))
+    list(bundle_verify.check_states(told, []))
 
 
 def _bundle_script(data: bytes) -> None:
@@ -335,12 +357,13 @@ TARGETS: dict[str, Target] = {
             "envelope", _golden("trust", "*.envelope"), mutated_msgpack, lambda data: envelope.parse(data, TOPIC), 10
         ),
         Target("content", CONTENT, mutated_msgpack, envelope.parse_content, 5),
-        Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes()], mutated_msgpack, _manifest, 10),
+        Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes(), STEP.to_bytes()], mutated_msgpack, _manifest, 10),
         Target("chunk", _golden("trust", "*.chunk"), mutated_bytes, _chunk, 10),
         Target("document", DOCUMENTS, mutated_msgpack, _document, 5),
         Target("header", [_header_sample()], _header_mutated, _header, 10),
         Target("bitmap", [b"\x01" + bytes(12)], mutated_bytes, _bitmap, 3),
         *(Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2) for codec in CODECS),
+        *(Target(f"step-{codec}", [_transfer_sample(codec)], _transfer_mutated, _step, 2) for codec in CODECS),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),

@@ -99,6 +99,27 @@ def messages() -> Iterator[tuple[str, bytes]]:
     yield "bad-message--rule-with-a-newline", _message("renewed", **answer, rule="not-newer\n")
     yield "unknown-message--no-such-type", _message("shutdown")
     yield "bad-manifest--offer-without-frames", _message("offer", manifest=_manifest(frame_lengths=[]))
+    yield "bad-manifest--announced-step-without-frames", _announce(_step_of(1, frame_lengths=[]))
+    yield "bad-message--steps-with-a-gap", _announce(_step_of(1), _step_of(3))
+    yield "bad-message--steps-in-a-circle", _announce(_step_of(1), _step_of(2), _step_of(1))
+    yield "bad-message--steps-from-nowhere", _announce(_step_of(2))
+    yield "bad-message--an-update-among-the-steps", _announce(_manifest())
+
+
+def _state_digest(version: int) -> str:
+    return f"{version:064x}"
+
+
+def _step_of(version: int, **changes: Any) -> dict[str, Any]:
+    facts = {"version": version, "base_sha256": _state_digest(version - 1), "state_sha256": _state_digest(version)}
+    return _manifest(facts=facts, **changes)
+
+
+def _announce(*steps: dict[str, Any]) -> bytes:
+    digests = dict.fromkeys(("fingerprint", "config_sha256", "frozen_sha256"), "0f" * 32)
+    whole = _manifest(facts={"version": 0}, file_sha256=_state_digest(0))
+    fields = {"boot": "0" * 16, "manifest": whole, "final": False, "target": 9, "steps": list(steps)}
+    return _message("announce", **digests, **fields)
 
 
 # -- manifests ---
@@ -146,6 +167,15 @@ def manifests() -> Iterator[tuple[str, bytes]]:
         "created-at-infinity": {"created": float("inf")},
         "codec-like-a-path": {"codec": "../../pickle"},
         "site-like-a-path": {"site": "..\\..\\north"},
+        "step-to-version-0": {"facts": {"version": 0, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32}},
+        "step-from-nothing": {"facts": {"version": 1, "base_sha256": "", "state_sha256": "0f" * 32}},
+        "step-of-a-site": {
+            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32, "site": "north"}
+        },
+        "witness-of-a-step": {
+            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32},
+            "witness": {"seq": 1, "head": "0f" * 32, "signature": bytes(64)},
+        },
         "witness-of-a-byte": {"witness": {"seq": 1, "head": "0f" * 32, "signature": b"x"}},
     }
     for what, changes in broken.items():
@@ -258,15 +288,23 @@ def chunks() -> Iterator[tuple[str, bytes]]:
 
 
 def update_of(
-    tensors: Mapping[str, Any], codec: Codec = "f32", spoil: Callable[[dict[str, Any], list[bytes]], None] | None = None
+    tensors: Mapping[str, Any],
+    codec: Codec = "f32",
+    spoil: Callable[[dict[str, Any], list[bytes]], None] | None = None,
+    *,
+    facts: dict[str, Any] | None = None,
+    transfer_id: str = ID,
 ) -> bytes:
-    """A sound update of these tensors; `spoil` may change manifest and frames before lengths and hashes are taken."""
+    """A sound update of these tensors; `spoil` may change manifest and frames before lengths and hashes are taken.
+
+    Or, with other `facts`, a state or a step.
+    """
     writer = make_transfer_frames(tensors, codec, {"codec": codec}, slice_size=RAW_BYTES)
     found = [frame.data for frame in writer]
     summary = writer.summary
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+    said = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
     manifest = Manifest(
-        transfer_id=ID,
+        transfer_id=transfer_id,
         federation="ward",
         fingerprint="0f" * 32,
         codec=codec,
@@ -277,8 +315,9 @@ def update_of(
         frame_lengths=summary.frame_lengths,
         frame_hashes=summary.frame_hashes,
         created=1.0,
-        facts=facts,
+        facts=said,
     ).to_wire()
+    manifest["facts"] = facts or manifest["facts"]
     if spoil is not None:
         spoil(manifest, found)
     manifest["frame_lengths"] = [len(frame) for frame in found]
@@ -347,6 +386,31 @@ def _longer(manifest: dict[str, Any], found: list[bytes]) -> None:
     _replace(manifest, found, _expanded(manifest, found) + bytes(100))
 
 
+def steps() -> Iterator[tuple[str, bytes]]:
+    """For the store and `edge_client.states.States`, as [[manifest, frames] of a sound state, the same of the step]."""
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    small = {name: np.full(shape, 0.01, np.float32) for name, shape in SHAPES.items()}
+    bad = {
+        "step-shapes--a-tensor-less": step_of({"a.weight": small["a.weight"]}),
+        "step-shapes--one-more": step_of({**small, "c.weight": np.zeros((1,), np.float32)}),
+        "step-shapes--transposed": step_of({**small, "a.weight": np.zeros((16, 8), np.float32)}),
+        "step-shapes--nothing": step_of({}),
+        "non-finite--nan": step_of(small, spoil=_with_value(float("nan"))),
+        "non-finite--infinity": step_of(small, spoil=_with_value(float("-inf"))),
+        "codec-scale--negative": step_of(small, "int8", spoil=_bad_scale),
+        "codec-parts--f32-said-to-be-int8": step_of(small, spoil=_codec_lie),
+        "state-digest--of-another-state": step_of(small),
+    }
+    for name, step in bad.items():
+        yield name, _packed([update_of(zeros, facts={"version": 0}), step])
+
+
+def step_of(tensors: Mapping[str, Any], codec: Codec = "f32", **options: Any) -> bytes:
+    """A step from whatever state to one that nobody has."""
+    facts = {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "f0" * 32}
+    return update_of(tensors, codec, facts=facts, transfer_id="cd" * 16, **options)
+
+
 KINDS: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = {
     "message": messages,
     "manifest": manifests,
@@ -354,6 +418,7 @@ KINDS: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = {
     "frame": frames,
     "chunk": chunks,
     "update": updates,
+    "step": steps,
 }
 
 

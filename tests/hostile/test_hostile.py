@@ -18,11 +18,13 @@ from shared.errors import RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import decode, parse_chunk
 from shared.slices import expand_into
+from shared.states import open_state, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import header_size, parse_header
 from tests.factories import make_federation, make_plan
 from tests.hostile.make import HERE, KINDS, RAW_BYTES, SHAPES, update_of
 
+FEDERATION = make_federation(codec={"down": "int8", "steps": 4})
 PLAN = make_plan(make_federation()).model_copy(update={"tensors": SHAPES})
 MEMORY_BYTES = 16 * 1024 * 1024
 """Several times the longest control message; the bombs want four times as much, or exabytes."""
@@ -50,6 +52,20 @@ def _update(data: bytes, folder: Path) -> None:
     admission.verify(stored, PLAN)
 
 
+def _step(data: bytes, folder: Path) -> None:
+    """What a site does before it calls a state its own; what it then does about an error is not of interest here."""
+    store = FrameStore(folder)
+    for part in msgpack.unpackb(data):
+        raw, frames = msgpack.unpackb(part)
+        with store.open_partial(manifest_from_bytes(raw)) as partial:
+            for index, frame in enumerate(frames):
+                partial.write(index, frame)
+            partial.finish()
+    state = open_state(store, ["ab" * 16, "cd" * 16])
+    with np.errstate(invalid="ignore"):
+        seal_state(store, 1, state, state.shapes, FEDERATION, "0f" * 32, expected=state.sha256)
+
+
 DECODERS: dict[str, Callable[[bytes, Path], object]] = {
     "message": lambda data, _folder: decode(data),
     "manifest": lambda data, _folder: manifest_from_bytes(data),
@@ -57,6 +73,7 @@ DECODERS: dict[str, Callable[[bytes, Path], object]] = {
     "frame": _frame,
     "chunk": lambda data, _folder: parse_chunk(data),
     "update": _update,
+    "step": _step,
 }
 
 
