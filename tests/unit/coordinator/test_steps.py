@@ -168,8 +168,8 @@ def test_steps_and_anchors_are_served_as_states_are() -> None:
     """Also those of old versions; an id that was never published is answered by the announcement."""
     bench = bench_at(4)
     for wanted in (make_step(bench.plan, 1), make_state(bench.plan, 3), make_step(bench.plan, 4)):
-        window = {"have": bits(wanted.frames), "window": 4}
-        served = bench.receive("north", Want(transfer_id=wanted.transfer_id, **window))
+        want = Want(transfer_id=wanted.transfer_id, have=bits(wanted.frames), window=4)
+        served = bench.receive("north", want)
         assert jobs(served, d.Serve)[0].transfer_id == wanted.transfer_id
     never = bench.receive("north", Want(transfer_id=make_state(bench.plan, 4).transfer_id, have=bits(5), window=4))
     assert said(never, Announce, "north") == [bench.core.announcement()]
