@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from coordinator import admission
+from coordinator.lineage import RecordedTransfer, RecordedVersion
 from coordinator.masters import file_sha256, master_path, slot_path, slots_sha256
 from coordinator.offers import check_offer
 from coordinator.records import Accepted
-from coordinator.trail import Finding, RecordedTransfer, RecordedVersion
+from coordinator.trail import Finding
 from shared.config import FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes

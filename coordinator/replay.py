@@ -172,8 +172,8 @@ class _Replay:
         for path in self.masters.glob(f"v{version - 1:08d}*.safetensors"):
             path.unlink()
         to_come = [base for base, last_read in self.needed.items() if base <= version < last_read]
-        newest = self.trail.parts(version) if made.anchor is None else (made.anchor.transfer_id,)
-        used = {made.state.transfer_id, *newest}.union(*(self.trail.parts(each) for each in to_come))
+        newest = self.trail.lineage.parts(version) if made.anchor is None else (made.anchor.transfer_id,)
+        used = {made.state.transfer_id, *newest}.union(*(self.trail.lineage.parts(each) for each in to_come))
         for unused in self.held - used:
             self.states.delete(unused)
         self.held = used

@@ -8,14 +8,13 @@ the rules determine is worked out anew: the weights of a version, its staleness,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
 from coordinator.ledger import Known, Ledger
+from coordinator.lineage import Broken, Lineage, RecordedVersion
 from coordinator.merging import MergePlan, plan_merge
-from coordinator.optimizers import SLOTS
 from coordinator.records import (
     Accepted,
     Anchored,
@@ -34,8 +33,6 @@ from coordinator.records import (
 )
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
-from shared.errors import RefusedError
-from shared.manifest import Manifest, StateFacts, StepFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 
 
@@ -53,38 +50,6 @@ class Finding:
         return f"{self.where}: {self.what} [{self.rule}]"
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedTransfer:
-    """What the journal says of a state, or of a step to one, as it was sealed."""
-
-    transfer_id: str
-    manifest_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedVersion:
-    """What the journal says of a version's files; digests in hex."""
-
-    row: int
-    state_sha256: str
-    """Of the published state's plain file."""
-    whole: RecordedTransfer | None
-    """That state; None where it can be had by a step alone."""
-    step: RecordedTransfer | None
-    """The step to it from the version before."""
-    master_sha256: str
-    optimizer_sha256: str | None
-
-    @property
-    def transfers(self) -> list[RecordedTransfer]:
-        """All that was published of it."""
-        return [each for each in (self.whole, self.step) if each is not None]
-
-
-Broken = tuple[str, str]
-"""Rule and what is wrong; the row is known to the caller."""
-
-
 def row_place(seq: int) -> str:
     """How a row is named in a finding."""
     return f"{JOURNAL}: row {seq}"
@@ -97,7 +62,7 @@ class Trail:
         self.federation = federation
         self.plan = plan
         self.version = -1
-        self.versions: dict[int, RecordedVersion] = {}
+        self.lineage = Lineage(federation, plan)
         self.known: dict[str, Known] = {}
         self.accepted: dict[str, tuple[int, Accepted]] = {}
         """Row and record of each accepted update, in order of acceptance."""
@@ -107,13 +72,15 @@ class Trail:
         """Accepted and kept apart."""
         self.finished = False
 
+    @property
+    def versions(self) -> Mapping[int, RecordedVersion]:
+        """What the journal says of each version."""
+        return self.lineage.versions
+
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
         self.version, self.finished = ledger.version, ledger.finished
-        for version, published in ledger.published.items():
-            files = ledger.files[version]
-            sealed = _sealed(published.whole), _sealed(published.step)
-            self.versions[version] = RecordedVersion(seq, published.sha256, *sealed, files.master, files.optimizer)
+        self.lineage.begin(seq, ledger)
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
         self.quarantined = dict(ledger.quarantined)
@@ -122,22 +89,15 @@ class Trail:
 
     def differs(self, ledger: Ledger) -> str | None:
         """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
-        ours = {
-            version: (recorded.whole, recorded.step, recorded.master_sha256, recorded.optimizer_sha256)
-            for version, recorded in self.versions.items()
-        }
-        theirs = {
-            version: (
-                _sealed(published.whole),
-                _sealed(published.step),
-                ledger.files[version].master,
-                ledger.files[version].optimizer,
-            )
-            for version, published in ledger.published.items()
-        }
         held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
-        said = (ours, list(self.known.items()), list(self.pending.values()), held, self.finished)
-        told = (theirs, list(ledger.known.items()), ledger.pending, theirs_held, ledger.finished)
+        said = (
+            self.lineage.differs(ledger),
+            list(self.known.items()),
+            list(self.pending.values()),
+            held,
+            self.finished,
+        )
+        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.finished)
         names = ("versions", "decided updates", "waiting updates", "quarantine", "end of the run")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
@@ -159,19 +119,7 @@ class Trail:
         )
         if not sound:
             return None
-        return plan_merge(record.version, merged, section, self.parts)
-
-    def parts(self, version: int) -> tuple[str, ...]:
-        """The transfers that make up the state of a version, as `Ledger.parts`; none where some are unknown."""
-        steps: list[str] = []
-        for at in range(version, -1, -1):
-            recorded = self.versions.get(at)
-            if recorded is None:
-                break
-            if recorded.whole is not None:
-                return (recorded.whole.transfer_id, *reversed(steps))
-            steps += [each.transfer_id for each in recorded.transfers]
-        return ()
+        return plan_merge(record.version, merged, section, self.lineage.parts)
 
     # -- one record ---
 
@@ -192,7 +140,7 @@ class Trail:
             case VersionCommitted():
                 yield from self._committed(seq, record)
             case Anchored():
-                yield from self._anchored(record)
+                yield from self.lineage.anchor(record, self.version)
             case Finished():
                 yield from self._finished(record)
             case Signed() | Witnessed():
@@ -207,7 +155,7 @@ class Trail:
             if getattr(record, name) != getattr(self.plan, name):
                 yield "other-plan", f"its {name} is not that of plan.json"
         self.version = max(self.version, 0)
-        yield from self._state(seq, 0, record.state, record.master_sha256, None)
+        yield from self.lineage.publish(seq, 0, record.state, record.master_sha256)
 
     def _accepted(self, seq: int, record: Accepted) -> Iterator[Broken]:
         if record.update_id in self.known:
@@ -274,7 +222,7 @@ class Trail:
                 "left-pending",
                 f"{len(self.pending) + len(self.quarantined)} accepted updates were neither merged nor dropped",
             )
-        yield from self._anchor_due()
+        yield from self.lineage.anchor_due(self.version)
         self.finished = True
 
     # -- versions ---
@@ -292,8 +240,9 @@ class Trail:
         if planned is not None:
             yield from _weights(planned.recorded(), record.contributions)
         self._merge(record)
-        yield from self._anchor_due()
-        yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
+        yield from self.lineage.anchor_due(self.version)
+        digests = record.master_sha256, record.optimizer_sha256
+        yield from self.lineage.publish(seq, record.version, record.state, *digests)
         self.version = record.version
 
     def _round(self, parts: tuple[Contribution, ...]) -> Iterator[Broken]:
@@ -320,78 +269,6 @@ class Trail:
                 known = self.known[part.update_id]
                 known.outcome, known.version = "merged", record.version
                 known.staleness, known.weight = part.staleness, part.weight
-
-    def _state(self, seq: int, version: int, state: bytes, master: str, optimizer: str | None) -> Iterator[Broken]:
-        try:
-            manifest = manifest_from_bytes(state)
-        except RefusedError as error:
-            yield "state-manifest", error.message
-            return
-        yield from self._wrong_fields(manifest, version, stepped=version > 0 and self.federation.codec.steps > 0)
-        slots = version > 0 and self.federation.aggregation.mode != "fedasync"
-        if (optimizer is not None) != (slots and bool(SLOTS[self.federation.aggregation.server.optimizer])):
-            yield "slots-digest", "it has the digest of slots and needs none, or needs one and has none"
-        self.versions[version] = RecordedVersion(
-            row=seq,
-            state_sha256=manifest.leads_to,
-            whole=None if isinstance(manifest.facts, StepFacts) else _recorded(state),
-            step=_recorded(state) if isinstance(manifest.facts, StepFacts) else None,
-            master_sha256=master,
-            optimizer_sha256=optimizer,
-        )
-
-    def _anchored(self, record: Anchored) -> Iterator[Broken]:
-        recorded = self.versions.get(record.version)
-        if recorded is None or recorded.whole is not None or record.version != self.version:
-            yield "anchor-place", f"version {record.version} is not the newest, or can be had whole already"
-            return
-        if not self._anchors(record.version):
-            yield "anchor-place", f"by codec.steps version {record.version} is not one that can be had whole"
-        try:
-            manifest = manifest_from_bytes(record.state)
-        except RefusedError as error:
-            yield "state-manifest", error.message
-            return
-        yield from self._wrong_fields(manifest, record.version, stepped=False)
-        if manifest.file_sha256 != recorded.state_sha256:
-            yield "anchor-differs", f"it is another state than the step to version {record.version} makes"
-        self.versions[record.version] = dataclasses.replace(recorded, whole=_recorded(record.state))
-
-    def _anchor_due(self) -> Iterator[Broken]:
-        newest = self.versions.get(self.version)
-        if newest is not None and newest.whole is None and self._anchors(self.version):
-            yield "anchor-gone", f"no row before this one says that version {self.version} can be had whole"
-
-    def _anchors(self, version: int) -> bool:
-        steps = self.federation.codec.steps
-        return steps > 0 and version % steps == 0
-
-    def _wrong_fields(self, manifest: Manifest, version: int, *, stepped: bool) -> Iterator[Broken]:
-        codec = self.federation.codec
-        facts = manifest.facts
-        wanted = {
-            "transfer_id": manifest.file_sha256[:32],
-            "federation": self.federation.federation.name,
-            "fingerprint": self.plan.fingerprint,
-            "codec": codec.down if stepped else codec.whole,
-            "slice_size": codec.slice_kib * 1024,
-            "facts": StateFacts(version=version),
-        }
-        if stepped and isinstance(facts, StepFacts):
-            before = self.versions.get(version - 1)
-            base = before.state_sha256 if before else None
-            wanted["facts"] = facts if (facts.version, facts.base_sha256) == (version, base) else None
-        wrong = [name for name, value in wanted.items() if getattr(manifest, name) != value]
-        if wrong:
-            yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
-
-
-def _recorded(manifest: bytes) -> RecordedTransfer:
-    return RecordedTransfer(manifest_from_bytes(manifest).transfer_id, hashlib.sha256(manifest).hexdigest())
-
-
-def _sealed(manifest: Manifest | None) -> RecordedTransfer | None:
-    return None if manifest is None else _recorded(manifest.to_bytes())
 
 
 def _weights(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:

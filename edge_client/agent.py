@@ -299,10 +299,8 @@ class Agent:
         self._events.put_nowait(d.StepReady(transfer_id) if step else d.StateReady(pulled))
 
     async def _step_on(self, job: d.StepOn) -> None:
-        came = await self.disk.given_room(asyncio.to_thread, self.states.step_on, job.base, job.steps)
-        if isinstance(came, d.StateReady):
-            await self._forget_states_but(came.manifest.transfer_id)
-        self._events.put_nowait(came)
+        # What it was made of goes when the next pull begins: the session has not let go of it yet.
+        self._events.put_nowait(await self.disk.given_room(asyncio.to_thread, self.states.step_on, job.base, job.steps))
 
     async def _fetch_again(self, transfer_id: str, error: RefusedError | CorruptError) -> None:
         """A state is not what was announced: it came so, or the disk has spoilt it since."""

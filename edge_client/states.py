@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
+from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from shared.config import FederationConfig
-from shared.errors import CorruptError, RefusedError
+from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.manifest import Manifest, StateFacts
 from shared.states import State, extract_state, open_state, seal_state
 from shared.store import FrameStore
@@ -44,6 +45,19 @@ class States:
                 continue
             if stored is not None and isinstance(stored.manifest.facts, StateFacts):
                 yield stored.manifest
+
+    def begin(self, initial: Path) -> None:
+        """Keep version 0 as the base model here has it (a plain float32 safetensors file), unless the disk is full.
+
+        Base models and heads are drawn alike everywhere, so that this is the state which the coordinator published:
+        then it need not travel. If it is not, it is one that no steps lead on from, and is replaced.
+        """
+        tensors = load_file(initial)
+        shapes = {name: values.shape for name, values in tensors.items()}
+        try:
+            seal_state(self.store, 0, tensors, shapes, self._federation, self._fingerprint)
+        except NoRoomError as error:
+            log.warning("version 0 will be pulled", reason=error.message)
 
     def step_on(self, base: Manifest, steps: Sequence[Manifest]) -> d.StateReady | d.Unmade:
         """Make the state that these steps lead to from `base`, durably; NoRoomError when the disk is full.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,3 +144,18 @@ def spoilt(path: Path, bit: int) -> Iterator[None]:
     with restored(path):
         path.write_bytes(flipped(path.read_bytes(), bit))
         yield
+
+
+def on(kind: type[Record], change: Callable[[Any], Sequence[Record]], *, nth: int = 0) -> Callable[[], Edit]:
+    """Change the `nth` record of a kind."""
+
+    def begin() -> Edit:
+        seen = iter(range(1000))
+        return lambda record: change(record) if isinstance(record, kind) and next(seen) == nth else [record]
+
+    return begin
+
+
+def put(**fields: Any) -> Callable[[Any], Sequence[Record]]:
+    """Other values for some fields."""
+    return lambda record: [dataclasses.replace(record, **fields)]

@@ -270,7 +270,6 @@ class SiteMachine(Machine):
             self.later(POLL_S, self._step_on, job)
             return
         if isinstance(came, d.StateReady):
-            self._forget_states_but(came.manifest.transfer_id)
             made = self.states.store.get(came.manifest.transfer_id)
             assert made is not None, "a state that was made is in the store"
             self.witness.replicas.check(self.name, came.manifest, content_of(made, self.scenario))

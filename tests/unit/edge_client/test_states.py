@@ -63,6 +63,16 @@ def test_steps_make_the_state_that_the_coordinator_published(run: SmallRun, stat
         np.testing.assert_array_equal(load_file(tmp_path / "state")[name], values)
 
 
+def test_version_0_is_in_the_base_model(run: SmallRun, tmp_path: Path) -> None:
+    """Sealed from the tensors that the coordinator began with, it is the state that it published."""
+    states = States(tmp_path / "new", run.federation, run.plan.fingerprint)
+    assert states.held() is None
+    states.begin(run.folder / "initial.safetensors")
+    held, first = states.held(), run.state_manifests[0]
+    assert held is not None
+    assert held.model_copy(update={"created": first.created}) == first
+
+
 def test_making_a_state_again_gives_the_one_that_is_there(run: SmallRun, states: States) -> None:
     """A site that died before it knew does the same again."""
     whole, *steps = run.state_manifests
