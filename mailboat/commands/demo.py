@@ -82,7 +82,7 @@ LayersOption = Annotated[
     str,
     typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
 ]
-CodecOption = Annotated[Codec, typer.Option(help="How updates travel; int8 sends states as bf16.")]
+CodecOption = Annotated[Codec, typer.Option(help="How numbers travel; with int8 versions travel as steps.")]
 TaskOption = Annotated[
     Task,
     typer.Option(

@@ -269,8 +269,9 @@ def model_source(given: str | None) -> str:
 
 
 def codec_section(codec: CodecName) -> CodecSection:
-    """Return both directions: int8 is for deltas alone, a state that everybody starts from goes as bf16."""
-    return CodecSection(up=codec, down="bf16" if codec == "int8" else codec, slice_kib=defaults.SLICE_KIB)
+    """Return both directions: int8 is too coarse for states, which then travel as the steps from one to the next."""
+    steps = defaults.STEPS if codec == "int8" else 0
+    return CodecSection(up=codec, down=codec, steps=steps, slice_kib=defaults.SLICE_KIB)
 
 
 def coordinator_config(plan: Plan, broker_url: str) -> CoordinatorConfig:
