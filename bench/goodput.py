@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from broker.launcher import run_broker
+from edge_client.training import Standing
 from mailboat.flaky import Conditions, Fault, FaultKind, FlakyProxy
 from shared import logs
 from shared.link.endpoints import parse_endpoints
@@ -81,6 +82,8 @@ class Result:
 
 class NoiseTrainer:
     """Its delta is noise."""
+
+    standing = Standing()
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -8,7 +8,7 @@ Rules (RefusedError.rule), besides those of `shared.tensorfile` (header-*, tenso
 (frame-*), `shared.codec` (codec-*) and `shared.reader` (file-hash):
 
     no-tensors       the update holds none
-    unknown-tensor   it holds one that the plan does not name
+    unknown-tensor   it holds one that the plan does not name, or that no site trains
     wrong-shape      it holds one of another shape
     non-finite       NaN or infinity
     norm-bound       the delta's L2 norm is above NORM_MAX
@@ -32,8 +32,11 @@ from shared.tensorfile import F32Array, Shape
 NORM_MAX = 2.0**64
 """Far above any sound delta; a million merged ones, at a server rate of 10 with momentum, keep float32 finite."""
 
-_WIDENED = 1 << 16
-"""Elements widened to float64 at a time: 512 KiB. The recorded norms depend on it, in their last digits."""
+_WIDENED = 1 << 13
+"""Elements widened to float64 at a time: 64 KiB. The recorded norms depend on it, in their last digits.
+
+OpenBLAS takes all cores for a dot product of more than 10,000 elements, and its threads spin while they wait for one
+another: with 2^16 that was most of the coordinator's processor time, and the last digits depended on the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def verify(stored: Stored, plan: SealedPlan) -> Admitted:
     name that passed the format's rules. CorruptError when the disk no longer holds the frames that arrived.
     """
     with stored.open_tensors(verify=True) as reader:
-        _check_header(reader.shapes, plan.tensors)
+        _check_header(reader.shapes, plan.trained)
         squares = 0.0
         for name in reader.shapes:
             squares += _finite_squares(name, reader.spans(name))
@@ -66,7 +69,7 @@ def _check_header(found: Mapping[str, Shape], planned: Mapping[str, Shape]) -> N
         raise RefusedError("the update holds no tensor", rule="no-tensors")
     for name, shape in found.items():
         if name not in planned:
-            raise RefusedError(f"tensor {name} is not in the plan", rule="unknown-tensor")
+            raise RefusedError(f"tensor {name} is not one that sites train", rule="unknown-tensor")
         if shape != planned[name]:
             raise RefusedError(f"tensor {name} has shape {shape}, the plan says {planned[name]}", rule="wrong-shape")
 

@@ -1,14 +1,15 @@
 """Merging: the files of version v out of the master of version v - 1 and the updates of a round.
 
 Tensors are taken in the order of their names, as many at a time as their float32 sums fit in BLOCK_BYTES; for each
-such block every update is opened, added and closed in turn, in order of acceptance. So memory and open files depend
+such block every update is opened, added and closed in turn, in the order of the plan. So memory and open files depend
 neither on the number of updates nor on the size of the model, and each sum is formed in one order with one rounding
 after each operation: the same inputs give the same bytes, on any machine.
 
 A tensor that an update does not hold takes nothing from it, nor counts it in its mean (sites may train to different
 depths); one that no update holds is copied, its slots too.
 
-Formulas: `coordinator.merging` for the weights, `coordinator.optimizers` for the step.
+Formulas: `coordinator.merging` for the weights, `coordinator.optimizers` for the step, `coordinator.residual` for what
+averaging the factors of adapters loses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from coordinator.masters import TensorWriter, master_path, open_own, slot_path, 
 from coordinator.merging import MergePlan, MergeResult, PlannedContribution
 from coordinator.optimizers import SLOTS, server_step
 from coordinator.publishing import publish
+from coordinator.residual import correct
 from coordinator.robust import trimmed, trimmed_mean
 from shared.codec import SPAN
 from shared.config import AggregationSection, FederationConfig
@@ -86,7 +88,9 @@ def merge(
         for name, mean in found:
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
-            if mean is not None:
+            if name in sealed.residuals:
+                _correct(plan, federation, master, updates, sealed.residuals[name])
+            elif mean is not None:
                 _step(plan, federation, master, mean, slot_values)
             new_master.write(name, master)
             for writer, values in zip(writers, slot_values, strict=True):
@@ -176,6 +180,20 @@ def _step(
         else:
             server = federation.aggregation.server
             server_step(server, master, summed, slots, version=plan.version, late=plan.latest)
+
+
+def _correct(
+    plan: MergePlan, federation: FederationConfig, residual: F32Array, updates: FrameStore, factors: tuple[str, str]
+) -> None:
+    """Take the updates that hold both factors; the others left the adapter as it was."""
+    a, b = factors
+    holders = [part for part in plan.contributions if {a, b} <= open_part(updates, part.update_id).shapes.keys()]
+    total, rate = sum(part.denominator for part in holders), federation.aggregation.server.rate
+    readers = ((rate * part.numerator / total, open_part(updates, part.update_id)) for part in holders)
+    with np.errstate(over="ignore", invalid="ignore"):  # as in `_step`
+        correct(
+            residual, ((share, each.tensor(b), each.tensor(a)) for share, each in readers), federation.adapter.scale
+        )
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:

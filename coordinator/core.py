@@ -26,7 +26,7 @@ from coordinator.decisions import Instant
 from coordinator.downlink import Downlink, announced
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
-from coordinator.merging import plan_merge, version_records
+from coordinator.merging import in_order, plan_merge, version_records
 from coordinator.offers import OVERTAKEN, REUSED, check_id, check_offer, check_standing, unrecorded
 from coordinator.records import (
     Dropped,
@@ -360,7 +360,7 @@ class Core:
         if count := updates_to_merge(view, section):
             self.merging = True
             self.sites.punctual(*punctuality(view, section))
-            merged = self.ledger.pending[:count]
+            merged = in_order(self.ledger.pending[:count])
             out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, merged, section, self.ledger.parts)))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:

@@ -1,7 +1,10 @@
 """The plan of a merge: which updates make version v, and with which weights. Pure; the tensors are elsewhere.
 
-Notation: x is the master (float32), delta_i the i-th update in order of acceptance, n_i its examples, tau_i its
-staleness, s the staleness function, p the size power.
+Notation: x is the master (float32), delta_i the i-th update of a round, n_i its examples, tau_i its staleness, s the
+staleness function, p the size power.
+
+Which updates are in a round is a matter of who came when. In which order they are added up is not (`in_order`): a sum
+in float32 depends on it, and the same updates shall give the same model whoever was the first.
 
 sync and fedbuff: mean = sum_i n_i^p s(tau_i) delta_i / sum_i n_i^p, both sums over the updates that hold the tensor,
 then x <- server optimizer(x, mean). With a `clip_norm` C, delta_i min(1, C / |delta_i|) stands for delta_i, with the
@@ -19,7 +22,7 @@ and a_t = alpha s(tau) (Xie et al., arXiv 1903.03934, algorithm 1). No server op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from coordinator.records import Accepted, Anchored, Contribution, VersionCommitted
@@ -58,7 +61,7 @@ class MergePlan:
     alpha: float
     """Mixing rate of fedasync before staleness; unused elsewhere."""
     contributions: tuple[PlannedContribution, ...]
-    """In order of acceptance, which is the order of addition."""
+    """In the order of addition."""
 
     @property
     def latest(self) -> int:
@@ -106,14 +109,20 @@ def version_records(plan: MergePlan, result: MergeResult, at: float) -> list[Ver
     return [committed] if result.anchor is None else [committed, Anchored(plan.version, result.anchor.to_bytes(), at)]
 
 
+def in_order(accepted: Iterable[Accepted]) -> list[Accepted]:
+    """Return a round's updates in the order in which they are added up: by site, then base version, then id."""
+    return sorted(accepted, key=lambda update: (update.site, update.base_version, update.update_id))
+
+
 def plan_merge(
     version: int,
     accepted: Sequence[Accepted],
     section: AggregationSection,
     parts: Callable[[int], tuple[TransferId, ...]],
 ) -> MergePlan:
-    """Return the plan that makes `version` out of `version - 1` and `accepted`, given in order of acceptance.
+    """Return the plan that makes `version` out of `version - 1` and `accepted`, given in the order of addition.
 
+    That is `in_order` for a new version, and what the journal recorded for one that is made again.
     `parts` names the transfers that make up the published state of a version (`Ledger.parts`).
     """
     assert version >= 1

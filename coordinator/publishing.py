@@ -73,7 +73,7 @@ class Stepping:
 
     def chunks(self, metadata: Mapping[str, str]) -> Iterator[memoryview]:
         """Yield the bytes of the step's file; in memory at a time: one tensor of state, master and step."""
-        yield from write_file(self._shapes, self._codec, metadata, self._encoded)
+        yield from write_file(self._shapes, self._encoded, self._codec, metadata)
         assert next(self._ahead, None) is None, "tensors are missing"
 
     @property

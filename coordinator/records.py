@@ -140,7 +140,7 @@ class VersionCommitted:
 
     version: Count
     contributions: tuple[Contribution, ...]
-    """In the order in which they were added up, which is the order of acceptance."""
+    """In the order of addition: `coordinator.merging.in_order`, in earlier runs the order of acceptance."""
     state: ManifestBytes
     """How it is published: the state whole, or the step from the version before."""
     master_sha256: Sha256Hex

@@ -14,7 +14,7 @@ from typing import assert_never
 
 from coordinator.ledger import Known, Ledger
 from coordinator.lineage import Broken, Lineage, RecordedVersion
-from coordinator.merging import MergePlan, plan_merge
+from coordinator.merging import MergePlan, in_order, plan_merge
 from coordinator.records import (
     Accepted,
     Anchored,
@@ -249,8 +249,10 @@ class Trail:
         """What the closing rules say of any round, whoever was present."""
         section = self.federation.aggregation
         merged = [part.update_id for part in parts]
-        if merged != list(self.pending)[: len(merged)]:
-            yield "merge-order", "its updates are not the oldest ones waiting, in order of acceptance"
+        oldest = list(self.pending.values())[: len(merged)]
+        # Earlier runs added up in order of acceptance.
+        if merged not in ([update.update_id for update in order] for order in (in_order(oldest), oldest)):
+            yield "merge-order", "its updates are not the oldest ones waiting, by site, base version and id"
         match section.mode:
             case "sync":
                 fits = len({part.site for part in parts}) >= section.quorum

@@ -23,7 +23,7 @@ from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.refusals import turned_away
 from edge_client.renewal import Renewals
-from edge_client.sealing import seal_parts
+from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
 from edge_client.states import States
 from edge_client.training import Trainer
@@ -279,7 +279,7 @@ class Agent:
     async def _open_spool(self, manifest: Manifest) -> None:
         try:
             have = await self.disk.given_room(self.spooler.open, manifest)
-        except CorruptError as error:
+        except (CorruptError, RefusedError) as error:  # refused: it lies here in other frames, made by steps perhaps
             await self._fetch_again(manifest.transfer_id, error)
             return
         # What earlier lives of this process began to pull would otherwise stay until one pull is complete.
@@ -318,7 +318,6 @@ class Agent:
         delta_file = self.scratch / f"{base.transfer_id}.delta.safetensors"
         self._progress = 0.0
         log.info("training", version=number)
-        started = time.monotonic()
         try:
             await self.disk.until_room(base, self.federation.codec)
             try:
@@ -328,7 +327,7 @@ class Agent:
                 return
             trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
             passing("train.after")
-            self._metrics = {**trained.metrics, "seconds": round(time.monotonic() - started, 3)}
+            self._metrics = trained.metrics
             self._sealing = True
             manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
         finally:
@@ -338,12 +337,14 @@ class Agent:
         log.info("sealed", **beside(told, self._metrics))
         self._events.put_nowait(d.Trained(manifest))
 
-    def _on_progress(self, share: float, loss: float) -> None:
+    def _on_progress(self, share: float, loss: float | None) -> None:
         self._progress = share
-        self._metrics = {**self._metrics, "loss": loss}
+        if loss is not None:
+            self._metrics = {**self._metrics, "loss": loss}
 
     def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
-        frames, build = seal_parts(
+        return seal_delta(
+            self.outbox,
             load_file(delta_file),
             UpdateFacts(
                 site=self.config.name,
@@ -354,9 +355,7 @@ class Agent:
             ),
             self.federation,
             self.identity.fingerprint,
-        )
-        return self.outbox.seal(
-            frames, lambda summary: self.guard.witnessed(build(summary, time.time()), self.heads.last)
+            lambda manifest: self.guard.witnessed(manifest, self.heads.last),
         )
 
     async def _settle(self, receipt: Receipt) -> None:
@@ -383,15 +382,15 @@ class Agent:
                 await self._say(self._status())
 
     def _status(self) -> Status:
-        session, counters = self.session, self.link.counters
+        session, counters, standing = self.session, self.link.counters, self.worker.standing
         at = session.training or session.pulls.ready
         return Status(
             site=self.config.name,
             session=self.identity.session,
-            phase="held" if self.disk.held else session.phase,
+            phase="held" if self.disk.held or standing.held else session.phase,
             version=at.state.version if at else None,
             progress=self._progress if session.training else 0.0,
-            metrics=self._metrics,
+            metrics={**self._metrics, **standing.metrics},
             bytes_up=counters.bytes_sent,
             bytes_down=counters.bytes_received,
             outbox=len(session.outbox),

@@ -12,12 +12,14 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
+from edge_client.sealing import RESIDUAL_CODEC
 from shared.config import CodecName, CodecSection, SiteConfig
 from shared.errors import NoRoomError
 from shared.manifest import Manifest
 from shared.room import MIB, POLL_S, Room
 
-VALUE_BYTES: dict[CodecName, int] = {"f32": 4, "bf16": 2, "int8": 1}
+VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk2": 1}
+"""Of one value, its share of a scale left out; topk2 takes a quarter of it."""
 
 log = structlog.get_logger("site")
 P = ParamSpec("P")
@@ -32,10 +34,11 @@ class Disk:
         self.held = ""
 
     async def until_room(self, base: Manifest, codec: CodecSection) -> None:
-        """Return when there is room to train on a state: its plain file, a float32 delta, and the sealed update."""
-        values = base.file_size // VALUE_BYTES[codec.whole]
-        sealed = values * VALUE_BYTES[codec.up]
-        needed = base.file_size + 4 * values + sealed
+        """Return when there is room to train on a state: its file, a float32 delta, the sealed update, its residual."""
+        values = base.file_size * 8 // VALUE_BITS[codec.whole]
+        sealed = values * VALUE_BITS[codec.up] // 8
+        residual = values * VALUE_BITS[RESIDUAL_CODEC] // 8 if codec.decay else 0
+        needed = base.file_size + 4 * values + sealed + residual
         try:
             while (why := await asyncio.to_thread(self._lacking, needed, sealed)) is not None:
                 await self._wait(why)

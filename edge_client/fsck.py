@@ -1,22 +1,29 @@
-"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states.
+"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states, the residual.
 
-    settled-update   an update whose receipt is here; the crash came before its bytes were deleted
-    litter           files under temporary names, frames that no manifest speaks of
-    damaged-state    a state that is not what was sent; it can be pulled again
-    damaged-update   an update without receipt that is not what was sealed; there is no other copy
-    damaged-receipt  a receipt that cannot be read; the coordinator's journal says the same
+    settled-update    an update whose receipt is here; the crash came before its bytes were deleted
+    stale-residual    what an update left out that was never sealed, or an earlier one than the last
+    litter            files under temporary names, frames that no manifest speaks of
+    damaged-state     a state that is not what was sent; it can be pulled again
+    damaged-residual  what updates left out is not what was kept; without it nothing is owed, and the run goes on
+    damaged-update    an update without receipt that is not what was sealed; there is no other copy
+    damaged-receipt   a receipt that cannot be read; the coordinator's journal says the same
+    damaged-ledger    a privacy ledger with a line that is not what was written
+    short-ledger      a privacy ledger without a row that an update names: deleted, cut, or put back from a backup
 
-With `repair` the first three are deleted. The last two are left for people to look at.
+With `repair` the first five are deleted. The others are left for people to look at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_client import residual
 from edge_client.layout import LOCK, check_layout
-from edge_client.outbox import read_receipt, receipt_paths
+from edge_client.outbox import named_charges, read_receipt, receipt_paths
+from edge_client.privacy.ledger import LEDGER, check_known, cut_torn, read_ledger
 from shared import durable
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.lock import FolderLock
@@ -35,6 +42,8 @@ class Checked:
     waiting: int
     """Updates without receipt."""
     receipts: int
+    charges: int
+    """Trainings in the privacy ledger; 0 where none was private, and where it cannot be read."""
     problems: tuple[Problem, ...]
 
 
@@ -49,14 +58,17 @@ def check(storage: Path, *, repair: bool = False) -> Checked:
     with FolderLock(storage / LOCK, holder="site"):
         check_layout(storage)
         receipts = receipt_paths(storage)
+        charges, ledger_problems = _ledger(storage, repair=repair)
         problems = [
             *_receipts(receipts),
+            *ledger_problems,
             *_outbox(storage, {path.stem for path in receipts}, repair=repair),
             *_states(storage, repair=repair),
+            *_residual(storage, {path.stem for path in receipts}, repair=repair),
             *_litter(storage, repair=repair),
         ]
         waiting = len(FrameStore(storage / "outbox").ids())
-    return Checked(waiting, len(receipts), tuple(problems))
+    return Checked(waiting, len(receipts), charges, tuple(problems))
 
 
 def _receipts(paths: list[Path]) -> Iterator[Problem]:
@@ -67,6 +79,38 @@ def _receipts(paths: list[Path]) -> Iterator[Problem]:
             yield Problem(
                 "damage", "damaged-receipt", _place(path), "not a receipt as a site writes it", False, error.hint
             )
+
+
+def _ledger(storage: Path, *, repair: bool) -> tuple[int, list[Problem]]:
+    """The number of its rows, and what is wrong with it; a line that a crash cut short is litter."""
+    path, problems = storage / LEDGER, []
+    try:
+        rows, torn = read_ledger(path)
+    except CorruptError as error:
+        return 0, [Problem("damage", "damaged-ledger", LEDGER, error.message.partition(", ")[2], False, error.hint)]
+    if torn:
+        if repair:
+            cut_torn(path, rows)
+        problems.append(_leftover("litter", LEDGER, "a line that was being written", repair=repair))
+    try:
+        check_known(path, rows, _named(storage))
+    except CorruptError as error:
+        what = error.message.removeprefix(f"{path} ")
+        problems.append(Problem("damage", "short-ledger", LEDGER, what, False, error.hint))
+    return len(rows), problems
+
+
+def _named(storage: Path) -> int:
+    """The highest row that a readable update or receipt names; those that cannot be read are told on their own."""
+    store, waiting, answered = FrameStore(storage / "outbox"), [], []
+    for update_id in store.ids():
+        with suppress(CorruptError, RefusedError):
+            stored = store.get(update_id)
+            waiting += [stored.manifest] if stored is not None else []
+    for path in receipt_paths(storage):
+        with suppress(CorruptError):
+            answered.append(read_receipt(path))
+    return named_charges(waiting, answered)
 
 
 def _outbox(storage: Path, settled: set[str], *, repair: bool) -> Iterator[Problem]:
@@ -96,6 +140,25 @@ def _states(storage: Path, *, repair: bool) -> Iterator[Problem]:
             yield Problem("damage", "damaged-state", f"states/{state_id}", broken, repair, advice)
 
 
+def _residual(storage: Path, settled: set[str], *, repair: bool) -> Iterator[Problem]:
+    if not (storage / residual.FOLDER).is_dir():
+        return
+    store = FrameStore(storage / residual.FOLDER)
+    broken = {update_id: _broken(store, update_id) for update_id in store.ids()}
+    counts = residual.counting(store, settled.union(FrameStore(storage / "outbox").ids()))
+    for update_id, reason in broken.items():
+        if not reason and update_id == counts:
+            continue
+        if repair:
+            store.delete(update_id)
+        where = f"{residual.FOLDER}/{update_id}"
+        if reason:
+            advice = "" if repair else "--repair deletes it; what it owes is then never sent"
+            yield Problem("damage", "damaged-residual", where, reason, repair, advice)
+        else:
+            yield _leftover("stale-residual", where, "it does not count, or not any more", repair=repair)
+
+
 def _broken(store: FrameStore, transfer_id: str) -> str:
     """What is wrong with a whole transfer; empty when it is what its manifest says, down to the file's hash."""
     try:
@@ -110,7 +173,7 @@ def _broken(store: FrameStore, transfer_id: str) -> str:
 
 
 def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
-    for name in ("outbox", "receipts", "states"):
+    for name in ("outbox", "receipts", "states", residual.FOLDER):
         folder = storage / name
         loose = [
             path

@@ -34,6 +34,8 @@ class Family:
     """True when a position sees only what stands to its left."""
     whole_head: str
     """The classifier's name in the class for whole sequences; `head` holds the one for tokens."""
+    linears: tuple[str, ...]
+    """The linear layers of a block, as paths below it."""
     whole_pooler: str | None = None
     """In the class for whole sequences, what stands between the top block and the classifier; trained with it."""
     pooler: str | None = None
@@ -61,7 +63,23 @@ class Family:
         return tuple(part for part in (self.head, self.pooler) if part)
 
 
-_DECODER = Family("model", "model.layers", "model.norm", "score", causal=True, whole_head="score")
+_DECODER = Family(
+    "model",
+    "model.layers",
+    "model.norm",
+    "score",
+    causal=True,
+    whole_head="score",
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+)
 
 FAMILIES = MappingProxyType(
     {
@@ -72,10 +90,24 @@ FAMILIES = MappingProxyType(
             "classifier",
             causal=False,
             whole_head="classifier",
+            linears=(
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+                "attention.output.dense",
+                "intermediate.dense",
+                "output.dense",
+            ),
             whole_pooler="bert.pooler",
         ),
         "gpt2": Family(
-            "transformer", "transformer.h", "transformer.ln_f", "classifier", causal=True, whole_head="score"
+            "transformer",
+            "transformer.h",
+            "transformer.ln_f",
+            "classifier",
+            causal=True,
+            whole_head="score",
+            linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         ),
         "llama": _DECODER,
         "mistral": _DECODER,

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from edge_client import layers
+from edge_client import adapters, layers
+from edge_client.adapters import Residual
 from edge_client.layers import Family
 from edge_client.source import local_folder, read_config
 from edge_client.tasks import Task
@@ -48,7 +49,9 @@ class LoadedModel:
     full: bool
     """True when embeddings are trained too, which the plan `all` means."""
     trainable: dict[str, nn.Parameter]
-    """Sorted by name."""
+    """Sorted by name: that of the model's parameter, or with adapters the one in adapter files."""
+    residuals: dict[str, Residual]
+    """What a version holds besides, sorted by name: corrections of frozen weights, see `adapters`."""
     frozen_sha256: str
     pad_id: int
     max_length: int
@@ -61,13 +64,20 @@ class LoadedModel:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model, the head included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Parameters of the whole model, the head included and adapters not."""
+        named = self.model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if not adapters.is_adapter(name))
 
     @property
     def trained_parameters(self) -> int:
         """Parameters that are trained and travel."""
         return sum(parameter.numel() for parameter in self.trainable.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a version, sorted by name."""
+        found = {name: tuple(parameter.shape) for name, parameter in self.trainable.items()}
+        return dict(sorted((found | {name: residual.shape for name, residual in self.residuals.items()}).items()))
 
 
 def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -89,13 +99,10 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     if not task.head.per_token:
         # Decoders of this class read what a sequence amounts to at its last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
-    parameters = dict(model.named_parameters())
-    depth = layers.depth_of(parameters, family)
+    depth = layers.depth_of(dict(model.named_parameters()), family)
     chosen = layers.resolve_plan(federation.layers.plan, depth)
-    full = layers.is_full(federation.layers.plan)
-    names = layers.trainable_names(parameters, family, chosen, full=full)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
+    with torch.random.fork_rng(devices=[]):
+        trainable = _choose(model, family, chosen, federation)
     _check_length(federation.task.max_length, model.config, folder)
     loaded = LoadedModel(
         model=model.eval(),
@@ -105,9 +112,10 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         family=family,
         depth=depth,
         layers=chosen,
-        full=full,
-        trainable={name: parameters[name] for name in names},
-        frozen_sha256=frozen_sha256(model, names, family),
+        full=layers.is_full(federation.layers.plan) and not federation.adapter.used,
+        trainable=trainable,
+        residuals=adapters.residuals(model, federation.adapter),
+        frozen_sha256=frozen_sha256(model, family),
         pad_id=tokenizer.pad_token_id,
         max_length=federation.task.max_length,
     )
@@ -115,15 +123,17 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     return loaded
 
 
-def frozen_sha256(model: nn.Module, trainable: tuple[str, ...], family: Family) -> str:
-    """Return the SHA-256 over the frozen parameters, sorted by name; neither `trainable` nor the head is in it.
+def frozen_sha256(model: nn.Module, family: Family) -> str:
+    """Return the SHA-256 over the frozen parameters, sorted by name; neither what is trained nor the head is in it.
 
-    Of each: its name, `F32`, its shape and its bytes (little endian, row major). When everything is trained, it is the
-    hash of nothing.
+    Of each: the name that it has without adapters, `F32`, its shape and its bytes (little endian, row major). When
+    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name in trainable or family.is_head(name):
+    named = model.named_parameters()
+    frozen = {adapters.plain(name): parameter for name, parameter in named if not parameter.requires_grad}
+    for name, parameter in sorted(frozen.items()):
+        if family.is_head(name):
             continue
         array = parameter.detach().numpy()
         shape = ",".join(map(str, array.shape))
@@ -138,7 +148,8 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         architecture=loaded.architecture,
         depth=loaded.depth,
         layers=loaded.layers,
-        tensors={name: tuple(parameter.shape) for name, parameter in loaded.trainable.items()},
+        tensors=loaded.shapes,
+        residuals={name: residual.factors for name, residual in loaded.residuals.items()},
         trained_parameters=loaded.trained_parameters,
         total_parameters=loaded.total_parameters,
         config_sha256=federation.config_sha256,
@@ -159,9 +170,15 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:
-    """Return the sealed plan of `federation` over the model `source`, and the initial trainable tensors."""
+    """Return the sealed plan of `federation` over the model `source`, and the tensors of version 0."""
     loaded = load_model(source, federation)
-    return seal(loaded, federation), read_trainable(loaded)
+    return seal(loaded, federation), version_zero(loaded)
+
+
+def version_zero(loaded: LoadedModel) -> State:
+    """Return the tensors that a federation over a model as it was loaded begins with, sorted by name."""
+    zeros = {name: np.zeros(residual.shape, dtype=np.float32) for name, residual in loaded.residuals.items()}
+    return dict(sorted((read_trainable(loaded) | zeros).items()))
 
 
 def read_trainable(loaded: LoadedModel) -> State:
@@ -170,31 +187,36 @@ def read_trainable(loaded: LoadedModel) -> State:
 
 
 def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Put `state` into the model; RefusedError(rule='state-shape') unless it holds exactly the trainable tensors."""
-    strange = sorted(set(state) ^ set(loaded.trainable))
+    """Put `state` into the model; RefusedError(rule='state-shape') unless it holds exactly a version's tensors."""
+    shapes = loaded.shapes
+    strange = sorted(set(state) ^ set(shapes))
     if strange:
-        side = "lacks" if strange[0] in loaded.trainable else "has, and this model does not train,"
+        side = "lacks" if strange[0] in shapes else "has, and this model does not train,"
         raise RefusedError(f"the state {side} tensor {strange[0]}", rule="state-shape", hint=_OTHER_PLAN)
-    for name, parameter in loaded.trainable.items():
-        if state[name].shape != tuple(parameter.shape):
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
             raise RefusedError(
-                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(parameter.shape)}",
+                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(shape)}",
                 rule="state-shape",
                 hint=_OTHER_PLAN,
             )
     with torch.no_grad():
-        for name, parameter in loaded.trainable.items():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))
+        for name in shapes:
+            values = torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32))
+            if name in loaded.residuals:
+                loaded.residuals[name].apply(values)
+            else:
+                loaded.trainable[name].copy_(values)
 
 
 def export(loaded: LoadedModel, out: Path) -> None:
     """Write model and tokenizer to the folder `out`, as `from_pretrained` of the head's class reads them.
 
-    Raises UnavailableError when the folder cannot be written.
+    Adapters are folded into the weights. Raises UnavailableError when the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with _quiet(), adapters.folded(loaded.model):
             loaded.model.save_pretrained(out)
             loaded.tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as error:
@@ -203,6 +225,23 @@ def export(loaded: LoadedModel, out: Path) -> None:
 
 
 _OTHER_PLAN = "site and coordinator must share federation.toml and base model"
+
+
+def _choose(
+    model: nn.Module, family: Family, chosen: Sequence[int], federation: FederationConfig
+) -> dict[str, nn.Parameter]:
+    """Put adapters in where the federation wants them, freeze what is not trained, and return what is."""
+    if federation.adapter.used:
+        adapters.attach(model, family, chosen, federation.adapter, seed=federation.federation.seed)
+        trainable = adapters.trained(model, family, federation.adapter)
+    else:
+        parameters = dict(model.named_parameters())
+        names = layers.trainable_names(parameters, family, chosen, full=layers.is_full(federation.layers.plan))
+        trainable = {name: parameters[name] for name in names}
+    model.requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)
+    return trainable
 
 
 def _for_head(family: Family, task: Task[Any], federation: FederationConfig, folder: Path) -> Family:

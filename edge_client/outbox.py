@@ -2,6 +2,7 @@
 
     outbox/<update_id>.{frames,manifest}   sealed, no receipt yet
     receipts/<update_id>.json              what became of it; kept for ever, it is the site's proof
+    residual/                              what error feedback owes (`edge_client.residual`)
 
 A receipt is durable before the update's bytes go. A crash between the two leaves both; the next start sees the receipt
 and removes the bytes. Everything here blocks on the disk.
@@ -11,17 +12,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from edge_client.layout import open_layout
+from edge_client.privacy.ledger import CHARGES, row_named
+from edge_client.residual import Build, Residuals
 from shared import durable
 from shared.errors import CorruptError
 from shared.faultpoint import passing
 from shared.manifest import Manifest
 from shared.messages import LOST, Receipt
-from shared.slices import FileSummary, FrameWriter
+from shared.slices import FrameWriter
 from shared.store import FrameStore
 
 _RECEIPTS = "receipts"
@@ -42,8 +47,10 @@ class Outbox:
         durable.remove_temporaries(self._receipts)
         # A predecessor that was killed may have left a receipt whose name is not on the disk yet.
         durable.fsync_dir(self._receipts)
-        for path in receipt_paths(storage):
-            self.store.delete(path.stem)
+        answered = {path.stem for path in receipt_paths(storage)}
+        for update_id in answered:
+            self.store.delete(update_id)
+        self.residuals = Residuals(storage, answered.union(self.store.ids()))
 
     def pending(self) -> list[Manifest]:
         """Manifests of the updates without receipt, in the order in which they were trained."""
@@ -61,12 +68,21 @@ class Outbox:
         counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
         return waiting | {each["base_sha256"] for each in counted}
 
-    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
+    def charges(self) -> int:
+        """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
+        return named_charges(self.pending(), map(read_receipt, receipt_paths(self._storage)))
+
+    def seal(self, frames: FrameWriter, build: Build, left: tuple[FrameWriter, Build] | None = None) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
 
+        `left` is the residual that it leaves, if it does: from the same moment on that is owed, and nothing before it.
         Errors as FrameStore.seal.
         """
-        return self.store.seal(frames, build).manifest
+        if left is not None:
+            self.residuals.put(*left)
+        manifest = self.store.seal(frames, build).manifest
+        self.residuals.sealed(manifest.transfer_id)
+        return manifest
 
     def read_frame(self, update_id: str, index: int) -> tuple[Manifest, bytes] | None:
         """Return an update's manifest and one of its frames, or None when it is settled, in whatever thread."""
@@ -79,23 +95,30 @@ class Outbox:
 
         None when it is about no update of ours, or says nothing new.
         """
-        with self._lock:
-            return self._settle(receipt)
+        refused = receipt.outcome in {"rejected", "dropped"}
+        # A residual that is being made of the one to be dropped is finished first, and dropped as well.
+        with self.residuals.turn if refused else nullcontext(), self._lock:
+            return self._settle(receipt, refused=refused)
 
-    def _settle(self, receipt: Receipt) -> str | None:
+    def _settle(self, receipt: Receipt, *, refused: bool) -> str | None:
         path = self._receipts / f"{receipt.update_id}.json"
         said = receipt.model_dump(mode="json")
         stored = self.store.get(receipt.update_id)
         if stored is not None:
             facts = stored.manifest.update
             origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+            if CHARGES in facts.metrics:
+                origin[CHARGES] = row_named(facts.metrics)
         elif path.exists():
             earlier = read_receipt(path)
-            origin = {key: earlier[key] for key in ("base_version", "base_sha256")}
+            origin = {key: earlier[key] for key in ("base_version", "base_sha256", CHARGES) if key in earlier}
             if earlier == {**origin, **said}:
                 return None
         else:
             return None
+        if refused:
+            # Before the receipt: a crash in between owes too little, and nothing twice.
+            self.residuals.drop()
         passing("settle.before")
         durable.replace_atomic(path, json.dumps({**origin, **said}, sort_keys=True).encode() + b"\n")
         passing("settle.middle")
@@ -107,6 +130,12 @@ class Outbox:
 def receipt_paths(storage: Path) -> list[Path]:
     """The receipts in a site's folder, by update id."""
     return sorted((storage / _RECEIPTS).glob(_NAMES))
+
+
+def named_charges(waiting: Iterable[Manifest], answered: Iterable[Mapping[str, Any]]) -> int:
+    """Return the highest row of the privacy ledger that waiting updates and receipts name; 0 when none does."""
+    told = chain((manifest.update.metrics for manifest in waiting), answered)
+    return max(map(row_named, told), default=0)
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

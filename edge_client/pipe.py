@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from edge_client.privacy.ledger import Charge, Limit, Spent
 from shared.config import FederationConfig
 from shared.plan import SealedPlan
 
@@ -48,6 +49,9 @@ class Train(_Frame):
     state: Path
     base_version: int
     out: Path
+    so_far: tuple[Charge, ...] = ()
+    """What trainings have cost this site's records; of a private federation, as are the limits."""
+    limits: tuple[Limit, ...] = ()
 
 
 class Evaluate(_Frame):
@@ -109,6 +113,8 @@ class Trained(_Frame):
     kind: Literal["trained"] = "trained"
     examples: int
     metrics: dict[str, float]
+    spent: Spent | None = None
+    """What it cost; None without privacy."""
 
 
 class Evaluated(_Frame):

@@ -10,8 +10,11 @@ import structlog
 from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
+from edge_client.privacy.ledger import Ledger
+from edge_client.privacy.metered import Metered, check_privacy
 from edge_client.session import Identity
 from edge_client.states import States
+from edge_client.training import Trainer
 from edge_client.worker_client import WorkerClient
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
@@ -25,8 +28,10 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
     """Take part in one federation until its run is complete; cancelling ends it in good order.
 
     Raises RefusedError when the coordinator or the data refuse us, ConfigError for what this machine's files get
-    wrong, UnavailableError when the worker cannot be kept alive or the disk is full.
+    wrong, CorruptError for what its disk gets wrong, UnavailableError when the worker cannot be kept alive or the disk
+    is full.
     """
+    check_privacy(config, federation)
     durable.make_folder(config.storage)
     worker = WorkerClient(config, federation)
     with FolderLock(config.storage / LOCK, holder="site"):
@@ -37,6 +42,10 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
 async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: Outbox, worker: WorkerClient) -> None:
     # Where versions travel as steps, the first thing to step on from is here already: in the base model.
     initial = config.storage / "work" / "initial.safetensors" if _begins(config, federation) else None
+    trainer: Trainer = worker
+    if federation.privacy is not None:
+        ledger = Ledger(config.storage, known=outbox.charges())
+        trainer = Metered(worker, ledger, config, federation)
     async with worker:
         loaded = await worker.load(initial=initial)
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
@@ -51,7 +60,7 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
         if initial is not None:
             states = States(config.storage / "states", federation, identity.fingerprint)
             await asyncio.to_thread(states.begin, initial)
-        await Agent(config, federation, identity, outbox, worker).run()
+        await Agent(config, federation, identity, outbox, trainer).run()
 
 
 def _begins(config: SiteConfig, federation: FederationConfig) -> bool:

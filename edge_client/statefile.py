@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, F32Array]) -> None:
 
 
 def _recognise(header: Header, path: Path) -> tuple[CodecName, dict[str, Shape]]:
-    """The one codec that writes such tensors, and their shapes; every codec has a type that no other has."""
+    """The one codec that writes such tensors, and their shapes; no two write the same types and companions."""
     for name in get_args(CodecName):
         try:
             return name, codec.tensor_shapes(header, name)

@@ -51,22 +51,38 @@ class TrainResult:
     """`loss` (mean of the last epoch), `steps`, `seconds`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """Where the gradients of an update come from."""
+
+    steps: int
+    epoch: int
+    """Steps of the last epoch, whose mean loss is told."""
+    gradient: Callable[[Forward, int], float]
+    """Leaves the gradient of a step (counted from 0) in `.grad` of the trained parameters; returns the step's loss."""
+
+
 def make_dataset(
     loaded: LoadedModel, notes: Sequence[AnyNote], *, batch_size: int, seed: int, limit_bytes: int = LIMIT_BYTES
 ) -> Dataset:
     """Return `notes` as batches for `loaded`, with the frozen prefix computed where it can be."""
+    batches = make_window_batches(loaded, notes, size=batch_size, seed=seed)
+    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
+    return Dataset(tuple(notes), prepared, loaded.task.examples(notes))
+
+
+def make_window_batches(loaded: LoadedModel, notes: Sequence[AnyNote], *, size: int, seed: int) -> tuple[Batch, ...]:
+    """Return the windows of `notes` in batches of at most `size`; ConfigError when the model lacks one of their ids."""
     windows = list(loaded.task.windows(notes, loaded.encoder))
     _check_ids(loaded, windows)
-    batches = make_batches(
+    return make_batches(
         windows,
-        size=batch_size,
+        size=size,
         pad_id=loaded.pad_id,
         causal=loaded.family.causal,
         per_token=loaded.task.head.per_token,
         seed=seed,
     )
-    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
-    return Dataset(tuple(notes), prepared, loaded.task.examples(notes))
 
 
 def round_seed(federation_seed: int, site: str, base_version: int) -> int:
@@ -92,37 +108,42 @@ def train(
     section: TrainingSection,
     *,
     seed: int,
+    descent: Descent | None = None,
     progress: Progress = lambda _share, _loss: None,
 ) -> TrainResult:
     """Train the model's trainable tensors from `state` on `data`, and return what changed.
 
     A fresh AdamW (Loshchilov and Hutter, 2019) for each update: its moments belong to a trajectory that the merge has
-    left. The same arguments give the same bits. Afterwards the model holds the local weights.
-    Raises RefusedError(rule='diverged') when the loss is not finite, and that of `apply_state`.
+    left. Without a `descent` of its own it takes the batches of `data` in turn, and the same arguments give the same
+    bits. Afterwards the model holds the local weights. Raises RefusedError(rule='diverged') when loss or weights are
+    not finite, and that of `apply_state`.
     """
     started = time.perf_counter()
     apply_state(loaded, state)
-    steps = section.epochs * len(data.prepared.batches)
+    descent = descent or _batch_by_batch(loaded, data, section, seed)
+    steps = descent.steps
     if steps == 0:
         raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")
     optimizer = _optimizer(loaded, section)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
     losses: list[float] = []
-    order = np.random.default_rng(seed)
     # Dropout draws from torch's own generator: seeded for this run, and given back as it was.
     with torch.random.fork_rng(devices=[]), forward_pass(loaded, data.prepared) as forward:
         torch.manual_seed(seed)
         _training_mode(loaded)
-        for _ in range(section.epochs):
-            for index in order.permutation(len(data.prepared.batches)):
-                loss = _step(loaded, forward, data.prepared.batches[index], optimizer, section.max_grad_norm)
-                schedule.step()
-                losses.append(loss)
-                progress(len(losses) / steps, loss)
+        for step in range(steps):
+            losses.append(descent.gradient(forward, step))
+            optimizer.step()
+            schedule.step()
+            progress(len(losses) / steps, losses[-1])
     loaded.model.eval()
-    delta = {name: local - state[name] for name, local in read_trainable(loaded).items()}
-    last = losses[-len(data.prepared.batches) :]
-    metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": time.perf_counter() - started}
+    trained = read_trainable(loaded)
+    if not all(np.isfinite(values).all() for values in trained.values()):
+        raise _diverged("a weight")
+    delta = {name: values - state[name] for name, values in trained.items()}
+    last = losses[-descent.epoch :]
+    seconds = round(time.perf_counter() - started, 3)
+    metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": seconds}
     return TrainResult(delta, data.examples, metrics)
 
 
@@ -189,22 +210,32 @@ def _check_ids(loaded: LoadedModel, windows: Sequence[Window]) -> None:
         )
 
 
-def _step(
-    loaded: LoadedModel, forward: Forward, batch: Batch, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> float:
-    optimizer.zero_grad(set_to_none=True)
-    loss = loaded.task.loss(forward(batch), batch.targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), max_grad_norm)
-    value = loss.item()
-    if not (math.isfinite(value) and math.isfinite(norm.item())):
-        raise RefusedError(
-            "training diverged: the loss or its gradient is not a finite number",
-            rule="diverged",
-            hint="lower training.lr, or raise training.warmup",
-        )
-    optimizer.step()
-    return value
+def _batch_by_batch(loaded: LoadedModel, data: Dataset, section: TrainingSection, seed: int) -> Descent:
+    """The mean loss of each batch, every batch once an epoch in an order drawn from `seed`."""
+    batches, chance = data.prepared.batches, np.random.default_rng(seed)
+    order = np.concatenate([chance.permutation(len(batches)) for _ in range(section.epochs)])
+
+    def gradient(forward: Forward, step: int) -> float:
+        batch = batches[order[step]]
+        for parameter in loaded.trainable.values():
+            parameter.grad = None
+        loss = loaded.task.loss(forward(batch), batch.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), section.max_grad_norm)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm.item())):
+            raise _diverged("the loss or its gradient")
+        return value
+
+    return Descent(len(order), len(batches), gradient)
+
+
+def _diverged(what: str) -> RefusedError:
+    return RefusedError(
+        f"training diverged: {what} is not a finite number",
+        rule="diverged",
+        hint="lower training.lr, or raise training.warmup",
+    )
 
 
 def _optimizer(loaded: LoadedModel, section: TrainingSection) -> torch.optim.AdamW:

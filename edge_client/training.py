@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a trainer stands between two updates."""
+
+    held: str = ""
+    """Why it does not train although it was asked to; empty while it does."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Numbers to be told along with those of the newest training."""
 
 
 class TrainedUpdate(Protocol):
@@ -16,16 +27,21 @@ class TrainedUpdate(Protocol):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers only."""
+        """Numbers only, and only such as may leave the site."""
 
 
 class Trainer(Protocol):
     """Whoever turns a state into a delta; the worker process in a real run."""
 
+    @property
+    def standing(self) -> Standing:
+        """How it stands now."""
+
     async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float | None], None]
     ) -> TrainedUpdate:
         """Train on the state in file `state` and write the delta to file `delta`, both plain safetensors.
 
-        The delta is float32. `on_progress(share, loss)` is called now and then.
+        The delta is float32. `on_progress(share, loss)` is called now and then; no loss is told where it must not be.
+        What came of it may leave the site once this has returned.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import secrets
 import signal
 import sys
 import threading
@@ -23,10 +24,20 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
-from edge_client.model import LoadedModel, apply_state, export, load_model, read_trainable, seal
+from edge_client.model import LoadedModel, apply_state, export, load_model, seal, version_zero
+from edge_client.privacy.accounting import spend
+from edge_client.privacy.descent import Private, make_private
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
-from edge_client.trainer import EVALUATION_BATCH, Dataset, evaluate, make_dataset, round_section, round_seed, train
+from edge_client.trainer import (
+    EVALUATION_BATCH,
+    Dataset,
+    evaluate,
+    make_dataset,
+    round_section,
+    round_seed,
+    train,
+)
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
 
@@ -49,6 +60,8 @@ class Worker:
         self._loaded_for: tuple[str, FederationConfig] | None = None
         """Source and federation of the model: other notes under the same two need no other model."""
         self._training: Dataset
+        self._private: Private | None
+        """The same by record, with what an update of it costs; None without `[privacy]`."""
         self._held_out: Dataset
         self._other: tuple[Path, Dataset] | None = None
         """The notes asked for last beside our own: the same ones are scored after every version."""
@@ -82,12 +95,14 @@ class Worker:
             self._loaded = load_model(job.source, job.federation)
             self._loaded_for = (job.source, job.federation)
         if job.initial is not None:
-            write_tensors(job.initial, read_trainable(self._loaded))
+            write_tensors(job.initial, version_zero(self._loaded))
         self._job = job
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         size = job.federation.training.batch_size
-        self._training, self._held_out = self._dataset(kept, size), self._dataset(held_out, EVALUATION_BATCH)
+        self._private = make_private(self._loaded, kept, job.federation)
+        self._training = self._private.records.data if self._private else self._dataset(kept, size)
+        self._held_out = self._dataset(held_out, EVALUATION_BATCH)
         reason = self._training.prepared.reason
         if reason:
             log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
@@ -101,7 +116,14 @@ class Worker:
         )
 
     def _train(self, request: pipe.Train) -> pipe.Trained:
-        federation, told = self._job.federation, 0.0
+        federation, private, told = self._job.federation, self._private, 0.0
+        seed = round_seed(federation.federation.seed, self._job.site, request.base_version)
+        spent = descent = None
+        if private is not None:
+            # Nothing of such a training may follow from what others know, dropout included.
+            seed = secrets.randbits(63)
+            spent = spend(private.charge, request.so_far, request.limits, private.section.delta)
+            descent = private.descent(self._loaded)
 
         def progress(share: float, loss: float) -> None:
             nonlocal told
@@ -115,7 +137,8 @@ class Worker:
             read_state(request.state),
             self._training,
             round_section(federation.training, request.base_version, federation.federation.versions),
-            seed=round_seed(federation.federation.seed, self._job.site, request.base_version),
+            seed=seed,
+            descent=descent,
             progress=progress,
         )
         metrics = dict(result.metrics)
@@ -123,7 +146,7 @@ class Worker:
             scores = evaluate(self._loaded, self._held_out)
             metrics |= scores.overall
         write_tensors(request.out, result.delta)
-        return pipe.Trained(examples=result.examples, metrics=metrics)
+        return pipe.Trained(examples=result.examples, metrics=metrics, spent=spent)
 
     def _evaluate(self, request: pipe.Evaluate) -> pipe.Evaluated:
         data = self._held_out if request.notes is None else self._others(request.notes)

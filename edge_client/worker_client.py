@@ -19,6 +19,8 @@ from typing import Self, TypeVar
 import structlog
 
 from edge_client import pipe
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError, UnavailableError
 
@@ -58,6 +60,8 @@ class WorkerClient:
 
     `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
     """
+
+    standing = Standing()
 
     def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
         self._federation = federation
@@ -103,15 +107,26 @@ class WorkerClient:
         return await self._ask(self._load.model_copy(update={"initial": initial}), pipe.Loaded)
 
     async def train(
-        self, state: Path, base_version: int, out: Path, *, on_progress: Progress = lambda _share, _loss: None
+        self,
+        state: Path,
+        base_version: int,
+        out: Path,
+        *,
+        on_progress: Progress = lambda _share, _loss: None,
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
         """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
 
-        When the worker dies, training begins anew from the same seed, so that the delta is the same. Cancelling ends
-        the worker; the next request starts another. Raises RefusedError when training diverged or the state does not
-        fit, UnavailableError when the worker dies again and again or the disk is full.
+        When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
+        federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
+        of a worker that died nothing has come out, so it has cost nothing. Cancelling ends the worker; the next request
+        starts another. Raises RefusedError when training diverged, the state does not fit, or a limit would be passed
+        (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
+        full.
         """
-        return await self._ask(pipe.Train(state=state, base_version=base_version, out=out), pipe.Trained, on_progress)
+        request = pipe.Train(state=state, base_version=base_version, out=out, so_far=so_far, limits=limits)
+        return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""

@@ -21,6 +21,7 @@ from mailboat.commands import (
     enroll,
     export,
     init,
+    privacy,
     provision,
     quarantine,
     rotate,
@@ -42,6 +43,7 @@ _ORDER = [
     "broker",
     "coordinator",
     "site",
+    "privacy",
     "status",
     "audit",
     "quarantine",
@@ -111,6 +113,7 @@ app.add_typer(coordinator.app, name="coordinator", short_help="Run the side that
 app.add_typer(site.app, name="site", short_help="Run one hospital's part.")
 site.app.command("enroll")(enroll.enroll)
 site.app.command("accept")(enroll.accept)
+app.add_typer(privacy.app, name="privacy", short_help="Say what differential privacy costs, or has cost.")
 app.command("status", short_help="Say where the run stands.")(status.status)
 app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by line.")
 app.add_typer(quarantine.app, name="quarantine", short_help="Decide about updates that are out of line.")

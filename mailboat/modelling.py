@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mailboat.console import measure_title
-from shared.config import FederationConfig
+from shared.config import AdapterSection, FederationConfig
 from shared.errors import ConfigError
 from shared.states import open_state
 from shared.store import FrameStore
@@ -54,11 +54,21 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(storage: Path, federation: FederationConfig, version: VersionView, out: Path) -> None:
-    """Write the base model with the published tensors of a version to the folder `out`, in Hugging Face's layout."""
+def export_version(
+    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
+) -> None:
+    """Write the base model with the published tensors of a version to the folder `out`, in Hugging Face's layout.
+
+    A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
+    """
+    loaded = _with_state(storage, federation, version)
+    from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
-    export(_with_state(storage, federation, version), out)
+    if federation.adapter.used and not merged:
+        write_adapters(loaded, federation.model, out)
+    else:
+        export(loaded, out)
 
 
 def score_version(
@@ -69,8 +79,8 @@ def score_version(
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
-    """Score the model in `folder` on the notes under `notes`."""
-    return _score(_load(folder, federation), federation, notes, skip_bad=skip_bad)
+    """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
+    return _score(_load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
 
 
 def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -81,6 +91,21 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
             f"the package {error.name} is not installed here", hint="pip install 'mailboat[edge]'"
         ) from None
     return load_model(source, federation)
+
+
+def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
+    """What `export_version` wrote, in either form."""
+    if not federation.adapter.used:
+        return _load(folder, federation)
+    if not (folder / "adapter_config.json").exists():
+        # The adapters are in the weights, which are thus not those that everybody started from.
+        whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
+        return _load(folder, federation.model_copy(update=whole))
+    loaded = _load(federation.model.base, federation)
+    from edge_client.adapter_folder import read_adapters
+
+    read_adapters(loaded, folder)
+    return loaded
 
 
 def _with_state(storage: Path, federation: FederationConfig, version: VersionView) -> LoadedModel:

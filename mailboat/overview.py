@@ -31,6 +31,9 @@ class SiteRow:
     waiting: int
     rejected: int
     dropped: int
+    epsilon: float | None = None
+    """What its trainings have cost each of its records by now, by its own ledger; None without privacy."""
+    delta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,8 @@ def _row(name: str, summary: SiteSummary | None, live: SiteStatus | None, *, run
         waiting=summary.waiting if summary else 0,
         rejected=summary.rejected if summary else 0,
         dropped=summary.dropped if summary else 0,
+        epsilon=live.metrics.get("epsilon") if live else None,
+        delta=live.metrics.get("delta") if live else None,
     )
 
 

@@ -87,10 +87,19 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
     """Yield the lines that tell a person what will be trained, and what it saves."""
     blocks = ", ".join(map(str, plan.layers))
     yield f"plan        {federation.layers.plan}: blocks {blocks} of 0 to {plan.depth - 1} in {plan.architecture}"
+    if federation.adapter.used:
+        adapter = federation.adapter
+        linears = ", ".join(adapter.targets) or "all linear layers"
+        yield f"adapters    {adapter.kind} of rank {adapter.rank} on {linears} of these blocks, times {adapter.scale:g}"
     yield (
         f"parameters  {plan.trained_parameters:,} trained of {plan.total_parameters:,}: "
         f"{plan.saving:.1%} of the model never travels"
     )
+    if plan.residuals:
+        yield (
+            f"residuals   {plan.residual_parameters:,} numbers more go to the sites with each version, not back: what "
+            "averaging the factors loses"
+        )
     yield f"identity    fingerprint {plan.fingerprint[:16]}, frozen weights {plan.frozen_sha256}"
 
 

@@ -55,7 +55,8 @@ def _problem(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, text
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.4)
         instead = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}: {instead}"
-    return f"{key}: {text.removeprefix('Value error, ')}"
+    what = text.removeprefix("Value error, ")
+    return f"{key}: {what}" if key else what
 
 
 def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -151,7 +151,7 @@ class Receipt(Message):
 
 
 Phase = Literal["starting", "waiting", "pulling", "training", "held", "uploading", "done", "stopped", "failed"]
-"""`held`: the disk has no room for another update."""
+"""`held`: the disk has no room for another update, or the privacy budget none for another training."""
 
 
 class Status(Message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -33,9 +34,13 @@ class SealedPlan(BaseModel):
     layers: tuple[int, ...]
     """Blocks that are trained, ascending, counted from 0 at the bottom."""
     tensors: dict[str, tuple[int, ...]]
-    """Trainable tensors and their shapes, sorted by name."""
+    """What a version consists of: the trainable tensors, and `residuals`; names and shapes, sorted by name."""
+    residuals: dict[str, tuple[str, str]] = {}
+    """Tensors that no site trains: the coordinator makes them from the updates of these two, the factors A and B of an
+    adapter, whose averages they correct (`coordinator.residual`)."""
     trained_parameters: int = Field(ge=1)
     total_parameters: int = Field(ge=1)
+    """Of the whole model with its head, adapters not counted: what full-model averaging would send."""
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
     tokenizer_sha256: Sha256Hex
@@ -49,9 +54,19 @@ class SealedPlan(BaseModel):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that an update may hold, with their shapes."""
+        return {name: shape for name, shape in self.tensors.items() if name not in self.residuals}
+
+    @property
     def saving(self) -> float:
-        """Share of the model's parameters that never travels, 0 to 1."""
+        """What an update spares against one of the whole model, as a share of its parameters, at most 1."""
         return 1 - self.trained_parameters / self.total_parameters
+
+    @property
+    def residual_parameters(self) -> int:
+        """Numbers that travel to the sites with a version, and not back."""
+        return sum(math.prod(self.tensors[name]) for name in self.residuals)
 
 
 def load_plan(path: Path, federation: FederationConfig) -> SealedPlan:

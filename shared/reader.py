@@ -77,17 +77,17 @@ class TensorReader:
         self._hash_until(max(self._specs[part].end for part, _, _ in part_specs(name, self.shapes[name], self.codec)))
 
     def span(self, name: str, start: int, count: int) -> F32Array:
-        """Return `count` decoded values of one tensor, flat, from `start`, a multiple of INT8_BLOCK.
+        """Return `count` decoded values of one tensor, flat, from `start`, a multiple of its codec's block.
 
         RefusedError as `decode_tensor`.
         """
-        # A span begins where a block of the codec does, so what lies before it is what `start` values take.
+        # So what lies before it is what `start` values take.
         before, here = (part_specs(name, (size,), self.codec) for size in (start, count))
         parts = []
         for (_, _, skipped), (part, dtype, shape) in zip(before, here, strict=True):
             begin = self.header.size + self._specs[part].begin + tensor_bytes(dtype, skipped)
             data = self._bytes(begin, begin + tensor_bytes(dtype, shape))
-            parts.append(data.view(NUMPY_DTYPES[dtype]))
+            parts.append(data.view(NUMPY_DTYPES[dtype]).reshape(shape))
         return decode_tensor(parts, self.codec, (count,))
 
     def tensors(self) -> Iterator[tuple[str, F32Array]]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shared import durable
-from shared.codec import decode_add, encode, group_size, write_file
+from shared.codec import decode_add, encode_each, group_size
 from shared.config import CodecName, FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts, StepFacts
@@ -133,7 +133,7 @@ def seal_state(
             _check_digest(version, summary.file_sha256, expected)
         return StateFacts(version=version)
 
-    chunks = write_file(shapes, codec, metadata, lambda name: encode(name, tensors[name], codec))
+    chunks = encode_each(shapes, tensors.__getitem__, codec, metadata)
     return seal_part(store, chunks, codec, stated, federation, fingerprint, created=created)
 
 
@@ -182,7 +182,7 @@ def extract_state(store: FrameStore, parts: Sequence[str], path: Path) -> None:
 
 def _plain(state: State) -> Iterator[memoryview]:
     digest = hashlib.sha256()
-    for chunk in write_file(state.shapes, "f32", state.metadata, lambda name: encode(name, state[name], "f32")):
+    for chunk in encode_each(state.shapes, state.__getitem__, "f32", state.metadata):
         digest.update(chunk)
         yield chunk
     _check_digest(state.version, digest.hexdigest(), state.sha256)

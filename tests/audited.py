@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from coordinator.journal import Journal
 from coordinator.masters import prune_masters
-from coordinator.merging import version_records
+from coordinator.merging import in_order, version_records
 from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
@@ -39,18 +39,30 @@ Edit = Callable[[Record], Sequence[Record]]
 class AuditedRun:
     """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
 
-    Where `mode` says so versions travel as steps in int8, and version 2 whole as well.
+    Updates are accepted in another order than that in which `order` adds them up. Where `mode` says so versions travel
+    as steps in int8, and version 2 whole as well.
     """
 
-    def __init__(self, storage: Path, mode: str) -> None:
+    def __init__(
+        self,
+        storage: Path,
+        mode: str,
+        order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        **settings: Any,
+    ) -> None:
         rng = np.random.default_rng(7)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
-            {name: rng.normal(0, 1, shape) for name, shape in SHAPES.items()},
-            aggregation=SECTIONS[mode],
-            codec=STEPS if mode.endswith("steps") else CodecSection(slice_kib=4),
+            {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
+            **{
+                "aggregation": SECTIONS[mode],
+                "codec": STEPS if mode.endswith("steps") else CodecSection(slice_kib=4),
+                **settings,
+            },
         )
         self.federation = run.federation
         self.plan = run.plan
@@ -60,14 +72,19 @@ class AuditedRun:
             merged = [
                 run.update(
                     f"s{site}-{version}",
-                    {name: rng.normal(0, 0.1, shape) for name, shape in SHAPES.items() if site or name != "block.0.w"},
+                    {
+                        name: rng.normal(0, 0.1, shape)
+                        for name, shape in run.plan.trained.items()
+                        if site or name != "block.0.w"
+                    },
                     base=int(rng.integers(0, version + 1)),
                     examples=int(rng.integers(1, 1000)),
                 )
-                for site in range(per_round)
+                for site in (0, 2, 1)[:per_round]
             ]
             self.records += merged
-            self.records += version_records(run.planned(merged), run.merge(*merged), 4.0 + version)
+            result = run.planned(order(merged)), run.merge(*order(merged))
+            self.records += version_records(*result, 4.0 + version)
         spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
         self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))

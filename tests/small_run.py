@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from coordinator.masters import TensorFile, master_path
 from coordinator.merging import MergePlan, MergeResult, plan_merge
 from coordinator.records import Accepted, Opened
 from shared.codec import group_size
-from shared.config import AggregationSection, CodecSection, FederationConfig, FederationSection, ModelSection
+from shared.config import (
+    AdapterSection,
+    AggregationSection,
+    CodecSection,
+    FederationConfig,
+    FederationSection,
+    ModelSection,
+)
 from shared.manifest import Manifest, StateFacts, UpdateFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 from shared.slices import FileSummary, FrameWriter, make_transfer_frames
@@ -32,14 +40,19 @@ def arrays(tensors: Tensors) -> dict[str, F32Array]:
     return {name: np.asarray(values, dtype=np.float32) for name, values in tensors.items()}
 
 
-def sealed_plan(shapes: Mapping[str, tuple[int, ...]], federation: FederationConfig) -> SealedPlan:
-    """A plan that trains exactly these tensors."""
+def sealed_plan(
+    shapes: Mapping[str, tuple[int, ...]],
+    federation: FederationConfig,
+    residuals: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> SealedPlan:
+    """A plan that trains exactly these tensors, apart from the `residuals` among them."""
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     return SealedPlan(
         architecture="LlamaForTokenClassification",
         depth=16,
         layers=(15,),
         tensors=dict(sorted(shapes.items())),
+        residuals=dict(residuals),
         trained_parameters=count,
         total_parameters=10 * count,
         config_sha256=federation.config_sha256,
@@ -50,7 +63,10 @@ def sealed_plan(shapes: Mapping[str, tuple[int, ...]], federation: FederationCon
 
 
 class SmallRun:
-    """A run that was just opened at version 0 with the given tensors; codec f32 both ways unless told otherwise."""
+    """A run that was just opened at version 0 with the given tensors; codec f32 both ways unless told otherwise.
+
+    Of these, `residuals` are not trained, but made from the updates of the two tensors that are named for each.
+    """
 
     def __init__(
         self,
@@ -59,6 +75,8 @@ class SmallRun:
         *,
         aggregation: AggregationSection | None = None,
         codec: CodecSection | None = None,
+        adapter: AdapterSection | None = None,
+        residuals: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     ) -> None:
         tensors = arrays(initial)
         self.folder = folder
@@ -67,8 +85,10 @@ class SmallRun:
             model=ModelSection(base="/models/base"),
             codec=codec or CodecSection(up="f32", down="f32", slice_kib=4),
             aggregation=aggregation or AggregationSection(),
+            adapter=adapter or AdapterSection(),
         )
-        self.plan = sealed_plan({name: values.shape for name, values in tensors.items()}, self.federation)
+        shapes = {name: values.shape for name, values in tensors.items()}
+        self.plan = sealed_plan(shapes, self.federation, residuals)
         folder.mkdir(exist_ok=True, parents=True)
         initial_path = folder / "initial.safetensors"
         save_file(tensors, initial_path)

@@ -23,7 +23,7 @@ from coordinator.service import run_coordinator
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
-from edge_client.training import Trainer
+from edge_client.training import Standing, Trainer
 from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -48,6 +48,8 @@ class ToyTrained:
 
 class ToyTrainer:
     """Adds `step` to every value, after `seconds`."""
+
+    standing = Standing()
 
     def __init__(self, *, step: float, seconds: float, examples: int) -> None:
         self.step = step

@@ -18,6 +18,7 @@ from bench.peers import work
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.training import Standing
 from shared import codec, durable, logs
 from shared.config import CodecName, FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -36,6 +37,8 @@ class Trained:
 
 class KnownNoise:
     """Its delta is the noise of the work."""
+
+    standing = Standing()
 
     def __init__(self, task: work.Work, name: str, down: CodecName) -> None:
         self._task = task

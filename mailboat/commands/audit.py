@@ -125,8 +125,11 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
     if manifest is not None:
         yield "sealed", f"{_time(manifest.created)} by the site's clock"
         yield "sent", f"{manifest.wire_bytes} bytes in {manifest.frames} chunks, codec {manifest.codec}"
-        if manifest.update.metrics:
-            yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in sorted(manifest.update.metrics.items()))
+        metrics = manifest.update.metrics
+        if {"epsilon", "delta"} <= metrics.keys():
+            yield "privacy", f"epsilon {metrics['epsilon']:.4g} at delta {metrics['delta']:g} by then, as its site says"
+        if metrics:
+            yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
     yield "manifest", f"sha256 {life.manifest_sha256}"
     if life.file_sha256 is not None:
         yield "file", f"sha256 {life.file_sha256}"

@@ -45,6 +45,17 @@ class Codec(StrEnum):
     F32 = "f32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
+    TOPK2 = "topk2"
+
+
+class Adapter(StrEnum):
+    """What is trained in the blocks."""
+
+    NONE = "none"
+    LORA = "lora"
+    FFA_LORA = "ffa-lora"
+    FEDEX_LORA = "fedex-lora"
 
 
 class Task(StrEnum):
@@ -82,7 +93,15 @@ LayersOption = Annotated[
     str,
     typer.Option(help="Which blocks are trained: 6 or top:6, a share such as 0.375, a list such as 10,11,15, all."),
 ]
-CodecOption = Annotated[Codec, typer.Option(help="How numbers travel; with int8 versions travel as steps.")]
+AdapterOption = Annotated[
+    Adapter,
+    typer.Option(
+        help=f"Train adapters of rank {defaults.ADAPTER_RANK} in the blocks of --layers, and not the blocks themselves."
+    ),
+]
+CodecOption = Annotated[
+    Codec, typer.Option(help="How numbers travel; where a state bears it no more, versions travel as steps.")
+]
 TaskOption = Annotated[
     Task,
     typer.Option(
@@ -99,7 +118,7 @@ LrOption = Annotated[
     typer.Option(
         min=1e-7,
         help=f"The sites' peak learning rate; default: {defaults.LR} for the shipped model, "
-        f"{defaults.OTHER_MODEL_LR} for others.",
+        f"{defaults.ADAPTER_LR} for adapters in it, {defaults.OTHER_MODEL_LR} for other models.",
     ),
 ]
 FlakyOption = Annotated[
@@ -126,6 +145,7 @@ def demo(  # noqa: PLR0913 - one argument an option
     broker: BrokerOption = "auto",
     model: ModelOption = None,
     layers: LayersOption = defaults.LAYERS,
+    adapter: AdapterOption = Adapter.NONE,
     codec: CodecOption = Codec.BF16,
     task: TaskOption = Task.NER,
     alpha: AlphaOption = defaults.ALPHA,
@@ -145,10 +165,8 @@ def demo(  # noqa: PLR0913 - one argument an option
     folder = workdir or Path(time.strftime("demo-run-%Y%m%d-%H%M%S"))
     out.print(f"mailboat demo in {folder}: {sites - absent} of {sites} sites, {mode}, task {task}", markup=False)
     from mailboat.demo.plan import DemoOptions, make_plan
-    from shared.errors import ConfigError
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it, or name another")
+    _check_json(json_file)
     plan = make_plan(
         DemoOptions(
             workdir=folder,
@@ -161,6 +179,7 @@ def demo(  # noqa: PLR0913 - one argument an option
             model=model,
             task=task.value,
             layers=layers,
+            adapter=adapter.value,
             codec=codec.value,
             alpha=alpha,
             notes=notes,
@@ -175,6 +194,14 @@ def demo(  # noqa: PLR0913 - one argument an option
     _tell(result, plan, out)
     if json_file is not None:
         _write_json(result, json_file)
+
+
+def _check_json(path: Path | None) -> None:
+    """Better now than when all is done."""
+    from shared.errors import ConfigError
+
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: there is no folder {path.parent}", hint="make it, or name another")
 
 
 def _run(plan: Plan, out: Console) -> Result:

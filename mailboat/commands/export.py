@@ -21,9 +21,15 @@ def export(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")],
     version: Annotated[int | None, typer.Option(help="Which version; the newest when not given.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Fold adapters into the weights, and write the whole model.")
+    ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
 ) -> None:
-    """Write a version as a Hugging Face model folder, for AutoModelForTokenClassification.from_pretrained."""
+    """Write a version as a Hugging Face model folder, for from_pretrained of transformers.
+
+    Where the federation trains adapters, these alone are written, for PeftModel.from_pretrained.
+    """
     from coordinator.views import find_version, load_run
     from mailboat import modelling
     from shared.config import CoordinatorConfig
@@ -34,7 +40,7 @@ def export(
     coordinator = load_config(config, CoordinatorConfig)
     federation = _federation(coordinator.federation)
     chosen = find_version(load_run(coordinator.storage), version)
-    modelling.export_version(coordinator.storage, federation, chosen, out)
+    modelling.export_version(coordinator.storage, federation, chosen, out, merged=merged)
     console.say(f"version {chosen.version} (state {chosen.state.leads_to[:12]}) written to {out}")
 
 
@@ -45,7 +51,7 @@ def evaluate(
         int | None, typer.Option(help="A version of this federation; the newest when not given.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A model's folder instead, such as `mailboat export` writes.")
+        Path | None, typer.Option(help="A folder instead, with a model or adapters, such as `mailboat export` writes.")
     ] = None,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
     federation_file: Annotated[

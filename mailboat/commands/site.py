@@ -54,7 +54,7 @@ def fsck(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check the updates that wait here, the receipts and the states, while the site does not run.
+    """Check the updates that wait here, the receipts, the states and the privacy ledger, while the site does not run.
 
     An update without its receipt is never deleted. Returns 0 when nothing is damaged (any more), 3 when damage is left.
     """
@@ -65,4 +65,6 @@ def fsck(
     site = load_config(config, SiteConfig)
     checked = check(site.storage, repair=repair)
     said = [f"outbox    {checked.waiting} updates wait for their receipt", f"receipts  {checked.receipts}"]
+    if checked.charges:
+        said.append(f"privacy   {checked.charges} trainings charged")
     tell_problems(site.storage, checked.problems, said, as_json=dataclasses.asdict(checked) if as_json else None)

@@ -65,7 +65,8 @@ def _table(overview: Overview) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("site", "here", "doing"):
         table.add_column(name, no_wrap=True)
-    for name in ("version", "merged", "waiting", "refused", "outbox", "up MB", "down MB"):
+    private = any(site.epsilon is not None for site in overview.sites)
+    for name in ("version", "merged", "waiting", "refused", "outbox", "up MB", "down MB", *["epsilon"] * private):
         table.add_column(name, justify="right", no_wrap=True)
     for site in overview.sites:
         doing = site.phase or "-"
@@ -79,5 +80,6 @@ def _table(overview: Overview) -> Table:
             *(str(count) for count in (site.merged, site.waiting, site.rejected + site.dropped, site.outbox)),
             f"{site.bytes_up / 1e6:.1f}",
             f"{site.bytes_down / 1e6:.1f}",
+            *["-" if site.epsilon is None else f"{site.epsilon:.3g}"] * private,
         )
     return table

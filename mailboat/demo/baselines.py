@@ -113,6 +113,6 @@ def _label(name: str) -> str:
 
 
 def add(initial: Path, delta: Path, out: Path) -> None:
-    """Write the sum of two float32 safetensors files of the same tensors."""
+    """Write the sum of two float32 safetensors files; a tensor that `delta` lacks stays as it is."""
     start, change = load_file(initial), load_file(delta)
-    save_file({name: np.add(start[name], change[name]) for name in start}, out)
+    save_file({name: values + change.get(name, np.float32(0)) for name, values in start.items()}, out)

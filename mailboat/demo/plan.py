@@ -11,6 +11,8 @@ from mailboat.demo import defaults
 from mailboat.demo.tasks import DemoTask, find_task
 from mailboat.demo.toml import to_toml
 from shared.config import (
+    AdapterKind,
+    AdapterSection,
     AggregationSection,
     BrokerSection,
     CodecName,
@@ -51,12 +53,13 @@ class DemoOptions:
     model: str | None = None
     task: str = "ner"
     layers: str = defaults.LAYERS
+    adapter: AdapterKind = "none"
     codec: CodecName = "bf16"
     alpha: float = defaults.ALPHA
     notes: int = defaults.NOTES
     heldout: int = defaults.HELDOUT_NOTES
     lr: float | None = None
-    """Peak learning rate of the sites; None for the one that suits model and task."""
+    """Peak learning rate of the sites; None for the one that suits model, adapters and task."""
     flaky: bool = False
     seed: int = defaults.SEED
     baselines: bool = True
@@ -71,6 +74,11 @@ class DemoOptions:
             raise ConfigError(
                 f"--absent {self.absent} leaves none of {self.sites} sites to start",
                 hint="leave at least one site present",
+            )
+        if self.adapter == "fedex-lora" and self.mode == "fedasync":
+            raise ConfigError(
+                "--adapter fedex-lora has no meaning with --mode fedasync, which averages nothing",
+                hint="take --mode sync or fedbuff, or --adapter lora",
             )
         if self.broker not in {"auto", "mosquitto", "amqtt"} and not self.broker.startswith("mqtt://"):
             raise ConfigError(
@@ -228,6 +236,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
         model=ModelSection(base=model_source(options.model)),
         task=find_task(options.task).section,
         layers=LayersSection(plan=options.layers),
+        adapter=AdapterSection(kind=options.adapter, rank=defaults.ADAPTER_RANK, alpha=defaults.ADAPTER_ALPHA),
         codec=codec_section(options.codec),
         aggregation=AggregationSection(
             mode=options.mode,
@@ -235,7 +244,7 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
             buffer=rules.buffer,
             deadline_s=defaults.ROUND_DEADLINE_S,
             staleness=StalenessSection(kind=options.staleness),
-            server=server_section(options.mode),
+            server=server_section(options.mode, options.adapter),
         ),
         training=TrainingSection(
             epochs=defaults.EPOCHS,
@@ -246,9 +255,12 @@ def _federation(options: DemoOptions, rules: Schedule, names: tuple[str, ...], n
     )
 
 
-def server_section(mode: Mode) -> ServerSection:
-    """Return momentum for versions that all sites made together; many small late ones already carry each other on."""
-    if mode == "sync":
+def server_section(mode: Mode, adapter: AdapterKind = "none") -> ServerSection:
+    """Return momentum for versions that all sites made together; many small late ones already carry each other on.
+
+    A mean of adapters that is corrected to be exact is added as it is.
+    """
+    if mode == "sync" and adapter != "fedex-lora":
         return ServerSection(optimizer="momentum", momentum=defaults.SERVER_MOMENTUM)
     return ServerSection()
 
@@ -257,6 +269,8 @@ def learning_rate(options: DemoOptions) -> float:
     """Return the sites' peak rate: the one asked for, or the one for the shipped model or for any other."""
     if options.lr is not None:
         return options.lr
+    if options.model is None and options.adapter != "none":
+        return defaults.ADAPTER_LR
     return find_task(options.task).lr if options.model is None else defaults.OTHER_MODEL_LR
 
 
@@ -269,8 +283,8 @@ def model_source(given: str | None) -> str:
 
 
 def codec_section(codec: CodecName) -> CodecSection:
-    """Return both directions: int8 is too coarse for states, which then travel as the steps from one to the next."""
-    steps = defaults.STEPS if codec == "int8" else 0
+    """Return both directions: f32 and bf16 bear whole states; what is coarser is for the steps from one to the next."""
+    steps = defaults.STEPS.get(codec, 0)
     return CodecSection(up=codec, down=codec, steps=steps, slice_kib=defaults.SLICE_KIB)
 
 

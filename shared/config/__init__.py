@@ -1,12 +1,22 @@
 """What configuration files say, as frozen pydantic models; `shared.configfile` reads them.
 
-Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning` and
-`merging`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and `site.toml`
-are each machine's own business (`machine`).
+Two kinds, kept apart on purpose. `federation.toml` is what all must agree on (`federation`, with `learning`, `merging`
+and `privacy`); its canonical hash goes into the fingerprint that every manifest carries. `coordinator.toml` and
+`site.toml` are each machine's own business (`machine`).
 """
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
-from shared.config.learning import CodecName, CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.learning import (
+    AdapterKind,
+    AdapterSection,
+    CodecName,
+    CodecSection,
+    LayersSection,
+    ModelSection,
+    StateCodecName,
+    TaskSection,
+    TrainingSection,
+)
 from shared.config.machine import (
     AdmissionSection,
     BrokerSection,
@@ -25,10 +35,13 @@ from shared.config.merging import (
     StalenessKind,
     StalenessSection,
 )
+from shared.config.privacy import LocalPrivacySection, PrivacySection
 from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "AdapterKind",
+    "AdapterSection",
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",
@@ -40,11 +53,13 @@ __all__ = [
     "FederationSection",
     "LayersSection",
     "LinkSection",
+    "LocalPrivacySection",
     "LocalTrustSection",
     "MergeRule",
     "Mode",
     "ModelSection",
     "Positive",
+    "PrivacySection",
     "Section",
     "ServerOptimizerName",
     "ServerSection",
@@ -52,6 +67,7 @@ __all__ = [
     "SiteName",
     "StalenessKind",
     "StalenessSection",
+    "StateCodecName",
     "TaskSection",
     "TrainingSection",
     "TrustSection",

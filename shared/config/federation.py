@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from shared.config.learning import CodecSection, LayersSection, ModelSection, TaskSection, TrainingSection
+from shared.config.learning import (
+    AdapterSection,
+    CodecSection,
+    LayersSection,
+    ModelSection,
+    TaskSection,
+    TrainingSection,
+)
 from shared.config.merging import AggregationSection
+from shared.config.privacy import PrivacySection
 from shared.config.section import Section
 from shared.ids import Ident
 
@@ -53,10 +61,24 @@ class FederationConfig(Section):
     model: ModelSection
     task: TaskSection = TaskSection()
     layers: LayersSection = LayersSection()
+    adapter: AdapterSection = AdapterSection()
     codec: CodecSection = CodecSection()
     aggregation: AggregationSection = AggregationSection()
     training: TrainingSection = TrainingSection()
+    privacy: PrivacySection | None = None
+    """Sites train under differential privacy where it is there."""
     trust: TrustSection = TrustSection()
+
+    @model_validator(mode="after")
+    def _exact_where_means_are_plain(self) -> Self:
+        merging = self.aggregation
+        plain = merging.mode != "fedasync" and merging.rule == "mean" and merging.server.optimizer == "sgd"
+        if self.adapter.kind == "fedex-lora" and not plain:
+            raise ValueError(
+                '[adapter] kind = "fedex-lora" corrects a weighted mean that is added as it is: it needs [aggregation] '
+                'mode = "sync" or "fedbuff", rule = "mean", and optimizer = "sgd"'
+            )
+        return self
 
     @property
     def config_sha256(self) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-CodecName = Literal["f32", "bf16", "int8"]
+AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
+_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95}
+StateCodecName = Literal["f32", "bf16", "int8", "int4"]
+"""A model of which one value in 64 is known is none: topk2 is for updates, and for steps."""
+_STATE_CODECS = ", ".join(get_args(StateCodecName))
 
 
 class ModelSection(Section):
@@ -47,6 +53,37 @@ class LayersSection(Section):
     """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
 
 
+class AdapterSection(Section):
+    """Low-rank adapters in the blocks of the layer plan: W x + scale B A x, where W is frozen and A and B are trained.
+
+    LoRA: Hu et al., arXiv 2106.09685. What the kinds do with A and B is in docs/adapters.md.
+    """
+
+    kind: AdapterKind = "none"
+    """none: the blocks themselves are trained. lora: A and B are averaged, each for itself. ffa-lora: A stays as it was
+    drawn, B is averaged. fedex-lora: as lora, and the coordinator adds to W what that loses."""
+    rank: int = Field(default=16, ge=1, le=4096)
+    """r: rows of A, columns of B."""
+    alpha: int = Field(default=64, ge=1, le=65536)
+    """scale = alpha / r."""
+    rank_stabilized: bool = False
+    """scale = alpha / sqrt(r) instead, which suits large ranks: Kalajdzievski, arXiv 2312.03732."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that is dropped in training."""
+    targets: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")], ...] = ()
+    """Linear layers of a block that get an adapter, such as q_proj; empty: all of them."""
+
+    @property
+    def used(self) -> bool:
+        """True when adapters are trained, and not the blocks themselves."""
+        return self.kind != "none"
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
 class CodecSection(Section):
     """How tensors travel."""
 
@@ -55,13 +92,35 @@ class CodecSection(Section):
     steps: int = Field(default=0, ge=0, le=64)
     """0: each version travels whole, rounded by `down`. Else it travels as the step from the version before, rounded by
     `down`, and every so many versions also whole, in float32, for sites that are new or too far behind."""
+    feedback: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for topk2 and
+    0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 
     @property
-    def whole(self) -> CodecName:
+    def whole(self) -> StateCodecName:
         """How a state travels that travels whole; steps are added up in float32, and no bit may be lost."""
-        return "f32" if self.steps else self.down
+        return "f32" if self.steps or self.down == "topk2" else self.down
+
+    @property
+    def decay(self) -> float:
+        """The share that `feedback` means."""
+        return self.feedback if self.feedback is not None else _FEEDBACK.get(self.up, 0.0)
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.up == "f32" and self.feedback:
+            msg = "f32 leaves nothing out that could be added later: set feedback to 0, or another codec"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _bears_states(self) -> Self:
+        if not self.steps and self.down not in get_args(StateCodecName):
+            msg = f'down = "{self.down}" is no codec for whole states: set steps, or one of {_STATE_CODECS}'
+            raise ValueError(msg)
+        return self
 
 
 class TrainingSection(Section):
@@ -69,6 +128,7 @@ class TrainingSection(Section):
 
     epochs: int = Field(default=1, ge=1, le=1000)
     batch_size: int = Field(default=8, ge=1, le=4096)
+    """Windows of a step; with [privacy] records, as many as are drawn on average."""
     lr: Positive = 1e-3
     final_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of `lr` that is left when training from the last version but one; it falls evenly with the version."""
@@ -76,3 +136,4 @@ class TrainingSection(Section):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps of one update over which the rate rises."""
     max_grad_norm: Positive = 1.0
+    """L2 norm that a step's gradient is scaled down to; [privacy] clips by record in its place."""

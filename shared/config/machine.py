@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from shared.config.federation import SiteName
+from shared.config.privacy import LocalPrivacySection
 from shared.config.section import Positive, Section
 
 
@@ -120,6 +121,7 @@ class SiteConfig(Section):
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
+    privacy: LocalPrivacySection = LocalPrivacySection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""
     threads: int = Field(default=0, ge=0)

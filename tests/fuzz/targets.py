@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
@@ -33,14 +33,15 @@ from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
 from mailboat.enrolment import make_request, parse_request
 from shared import messages
-from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.codec import Codec, decode_add, encode, part_specs
+from shared.config import AdmissionSection, CodecName, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import compress_slice
 from shared.states import State
-from shared.tensorfile import build_header, header_size, parse_header
+from shared.tensorfile import NUMPY_DTYPES, build_header, header_size, parse_header, tensor_bytes
 from shared.transfer import Bitmap, Sender
 from shared.trust import envelope, payload
 from shared.trust.document import to_json
@@ -67,7 +68,6 @@ STEP = make_step(PLAN, 1)
 UPDATE = make_update(PLAN, "north", STATE)
 AUTHORITY = bytes(range(32))
 TOPIC = "mb/v1/ward/site/north/up/ctl"
-CODECS = ("f32", "bf16", "int8")
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -236,6 +236,31 @@ def _step(data: bytes) -> None:
         assert {name: values.dtype for name, values in state.items()} == {"w": np.float32}
 
 
+# -- the stored parts of one tensor, as they come out of a sound file ---
+
+_VALUES = ((np.arange(5000) * 7919 % 5000 - 2500) / 512).astype(np.float32)
+
+
+def _parts_target(codec: Codec) -> Target:
+    sample = b"".join(array.tobytes() for _, _, array in encode("w", _VALUES, codec))
+    return Target(f"parts-{codec}", [sample], mutated_bytes, lambda data: _parts(data, codec), 2)
+
+
+def _parts(data: bytes, codec: Codec) -> None:
+    parts = []
+    for _, dtype, shape in part_specs("w", _VALUES.shape, codec):
+        size = tensor_bytes(dtype, shape)
+        parts.append(np.frombuffer(data[:size].ljust(size, b"\0"), dtype=NUMPY_DTYPES[dtype]).reshape(shape))
+        data = data[size:]
+    accumulator = np.zeros_like(_VALUES)
+    try:
+        decode_add(parts, codec, 0.5, accumulator)
+    except RefusedError:
+        assert not accumulator.any(), "refused, and added all the same"
+        raise
+    assert np.isfinite(accumulator).all()
+
+
 # -- files ---
 
 
@@ -362,8 +387,12 @@ TARGETS: dict[str, Target] = {
         Target("document", DOCUMENTS, mutated_msgpack, _document, 5),
         Target("header", [_header_sample()], _header_mutated, _header, 10),
         Target("bitmap", [b"\x01" + bytes(12)], mutated_bytes, _bitmap, 3),
-        *(Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2) for codec in CODECS),
-        *(Target(f"step-{codec}", [_transfer_sample(codec)], _transfer_mutated, _step, 2) for codec in CODECS),
+        *(
+            Target(f"{what}-{codec}", [_transfer_sample(codec)], _transfer_mutated, run, 2)
+            for what, run in (("transfer", _transfer), ("step", _step))
+            for codec in get_args(CodecName)
+        ),
+        *(_parts_target(codec) for codec in ("int8", "int4", "topk2")),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),

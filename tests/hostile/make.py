@@ -346,14 +346,28 @@ def _replace(manifest: dict[str, Any], found: list[bytes], raw: bytes) -> None:
     manifest["file_size"] = len(raw)
 
 
-def _bad_scale(manifest: dict[str, Any], found: list[bytes]) -> None:
-    raw = bytearray(_expanded(manifest, found))
-    size = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:size])
-    name = next(each for each in header if header[each].get("dtype") == "F32")
-    at = size + header[name]["data_offsets"][0]
-    raw[at : at + 4] = struct.pack("<f", -1.0)
-    _replace(manifest, found, bytes(raw))
+def _in_part(name: str, data: bytes) -> Callable[[dict[str, Any], list[bytes]], None]:
+    """Put `data` at the beginning of a stored tensor."""
+
+    def spoil(manifest: dict[str, Any], found: list[bytes]) -> None:
+        raw = bytearray(_expanded(manifest, found))
+        size = 8 + int.from_bytes(raw[:8], "little")
+        at = size + json.loads(raw[8:size])[name]["data_offsets"][0]
+        raw[at : at + len(data)] = data
+        _replace(manifest, found, bytes(raw))
+
+    return spoil
+
+
+def _shape_lie(old: bytes, new: bytes) -> Callable[[dict[str, Any], list[bytes]], None]:
+    """Put other numbers of the same length into the header."""
+
+    def spoil(manifest: dict[str, Any], found: list[bytes]) -> None:
+        raw = _expanded(manifest, found)
+        assert raw.count(old) == 1
+        _replace(manifest, found, raw.replace(old, new))
+
+    return spoil
 
 
 def updates() -> Iterator[tuple[str, bytes]]:
@@ -367,7 +381,21 @@ def updates() -> Iterator[tuple[str, bytes]]:
     yield "wrong-shape--empty", update_of({**sound, "b.weight": np.zeros((0,), np.float32)})
     yield "no-tensors--empty-file", update_of({})
     yield "codec-parts--f32-said-to-be-int8", update_of(sound, spoil=_codec_lie)
-    yield "codec-scale--negative", update_of(sound, "int8", spoil=_bad_scale)
+    minus_one, nan = b"\x80\xbf", b"\xc0\x7f"
+    yield "codec-scale--negative", update_of(sound, "int8", spoil=_in_part("a.weight.scale", minus_one))
+    yield "codec-scale--int4-nan", update_of(sound, "int4", spoil=_in_part("a.weight.scale", nan))
+    yield "codec-parts--int4-of-a-larger-tensor", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[0,8,96]"))
+    yield "codec-parts--int4-with-values", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[1,0,16]"))
+    yield (
+        "codec-scale--topk2-upper-below-lower",
+        update_of(sound, "topk2", spoil=_in_part("a.weight.scale", b"\x80\x3f\0\0")),
+    )
+    yield "codec-index--topk2-one-value-twice", update_of(sound, "topk2", spoil=_in_part("a.weight.index", b"\5\x50\0"))
+    yield (
+        "codec-index--topk2-outside-its-tensor",
+        update_of(sound, "topk2", spoil=_in_part("b.weight.index", b"\x20\0")),
+    )
+    yield "codec-padding--topk2-bits-of-nobody", update_of(sound, "topk2", spoil=_in_part("b.weight.value", b"\4"))
     yield "file-hash--of-another-file", update_of(sound, spoil=_hash_lie)
     yield "file-size--bytes-behind", update_of(sound, spoil=_longer)
 
@@ -397,7 +425,8 @@ def steps() -> Iterator[tuple[str, bytes]]:
         "step-shapes--nothing": step_of({}),
         "non-finite--nan": step_of(small, spoil=_with_value(float("nan"))),
         "non-finite--infinity": step_of(small, spoil=_with_value(float("-inf"))),
-        "codec-scale--negative": step_of(small, "int8", spoil=_bad_scale),
+        "codec-scale--negative": step_of(small, "int8", spoil=_in_part("a.weight.scale", b"\x80\xbf")),
+        "codec-index--one-value-twice": step_of(small, "topk2", spoil=_in_part("a.weight.index", b"\5\x50\0")),
         "codec-parts--f32-said-to-be-int8": step_of(small, spoil=_codec_lie),
         "state-digest--of-another-state": step_of(small),
     }

@@ -107,6 +107,17 @@ def test_stays_and_their_codes_are_a_task_by_name(tmp_path: Path, model: Path) -
     assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_adapters_are_trained_when_asked_for(tmp_path: Path, model: Path) -> None:
+    """With --adapter the same run sends adapters, trains baselines of them, and exports the whole model at the end."""
+    plan = small(tmp_path, model, adapter="fedex-lora")
+    result, lines = run(plan)
+    assert "fedex-lora of rank 16" in lines
+    assert "go to the sites with each version, not back" in lines
+    assert result.centralized is not None
+    exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
+    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
+
+
 def test_cut_links_and_a_killed_site_change_nothing_but_the_time(tmp_path: Path, model: Path) -> None:
     """With --flaky the run ends, the site was killed, and each update is counted once."""
     result, lines = run(small(tmp_path, model, mode="fedbuff", flaky=True, versions=6, baselines=False))

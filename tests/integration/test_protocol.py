@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from broker.launcher import find_mosquitto, run_broker
 from coordinator.journal import Journal
 from coordinator.records import Accepted, Record, Rejected, VersionCommitted
+from edge_client.training import Standing
 from shared import codec as codecs
 from shared.codec import Codec, encode_file, group_size
 from shared.errors import MailboatError
@@ -229,6 +230,8 @@ TARGET = {name: np.random.default_rng(number).random(500, np.float32) * 2 for nu
 
 class HalfwayTrainer:
     """Goes half of the way from the state that it was given to the target: it must really read that state."""
+
+    standing = Standing()
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from coordinator.journal import Journal
 from coordinator.records import Finished, Record, Rejected, VersionCommitted
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
+from edge_client.residual import Build
 from edge_client.session import Identity
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -29,7 +29,7 @@ from shared.errors import RefusedError
 from shared.ids import new_session_id
 from shared.manifest import Manifest
 from shared.plan import load_plan
-from shared.slices import FileSummary, FrameWriter
+from shared.slices import FrameWriter
 from tests.helpers import run_async
 from tests.toys import INITIAL, ToyTrainer, toy_coordinator, toy_site, write_toy
 
@@ -115,10 +115,10 @@ class SlowOutbox(Outbox):
 
     may = threading.Event()
 
-    def seal(self, frames: FrameWriter, build: Callable[[FileSummary], Manifest]) -> Manifest:
+    def seal(self, frames: FrameWriter, build: Build, left: tuple[FrameWriter, Build] | None = None) -> Manifest:
         """As ever, but later."""
         assert self.may.wait(30)
-        return super().seal(frames, build)
+        return super().seal(frames, build, left)
 
 
 def test_an_update_being_sealed_when_the_run_ends_gets_its_answer(tmp_path: Path, mosquitto_url: str) -> None:

@@ -6,13 +6,14 @@ A checker that finds nothing is worth nothing: this list is what shows that they
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import coordinator.core
 import coordinator.publishing
+import edge_client.residual
 import edge_client.session
 import edge_client.states
 import shared.states
@@ -27,12 +28,13 @@ from coordinator.uploads import Uploads
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
 from edge_client.pulling import Pulling
+from edge_client.residual import Residuals
 from edge_client.states import States
 from shared import durable, store
 from shared.errors import CorruptError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.messages import Receipt
-from shared.store import Partial
+from shared.store import FrameStore, Partial
 from shared.transfer import Bitmap, Sender
 from shared.trust.envelope import SealedEnvelope
 from tests.sim.weather import SEALED, STEPPED
@@ -181,6 +183,23 @@ def _settle_backwards(self: Outbox, receipt: Receipt) -> str | None:
     return facts.base_sha256
 
 
+def _residual_last(self: Outbox, frames: Any, build: Any, left: Any = None) -> Manifest:
+    manifest = self.store.seal(frames, build).manifest
+    if left is not None:
+        self.residuals.put(*left)
+    self.residuals.sealed(manifest.transfer_id)
+    return manifest
+
+
+def _counts_unsealed(real: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda store, _sealed: real(store, store.ids())
+
+
+def _oldest_counts(store: FrameStore, sealed: Collection[str]) -> str | None:
+    known = [update_id for update_id in store.ids() if update_id in sealed]
+    return min(known, key=lambda update_id: edge_client.residual._number(store, update_id), default=None)
+
+
 def _never(*_args: Any) -> bool:
     return False
 
@@ -250,6 +269,19 @@ MUTATIONS = (
     Mutation("the bitmap ends one too early", 60, ((Bitmap, "from_bytes", staticmethod(_shifted)),)),
     Mutation("the outbox lets go before it has the receipt", 200, ((Outbox, "_settle", _settle_backwards),)),
     Mutation("sealed updates are not looked for at the start", 60, ((Outbox, "pending", _nothing),)),
+    Mutation("an update is sealed before its residual", 200, ((Outbox, "seal", _residual_last),)),
+    Mutation(
+        "a residual counts before its update is sealed",
+        200,
+        (_changed(edge_client.residual, "counting", _counts_unsealed),),
+    ),
+    Mutation(
+        "an earlier residual counts again",
+        60,
+        ((edge_client.residual, "counting", _oldest_counts),),
+        first=860,  # one world in hundreds dies between an update and the end of the residual before: 890 does
+    ),
+    Mutation("a refused update leaves its residual", 60, ((Residuals, "drop", _nothing),)),
     Mutation("nobody asks again", 60, ((Patience, "spent", _never),)),
     Mutation("an idle site does not say hello", 1000, ((edge_client.session, "IDLE_HELLO_S", 1e9),)),
     Mutation("a rejected site never trains again", 200, ((edge_client.session, "RETRAIN_S", 1e9),)),

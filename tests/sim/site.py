@@ -13,7 +13,7 @@ from edge_client.session import Identity, Session
 from edge_client.states import States
 from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import marked
-from shared.manifest import Manifest, StepFacts, UpdateFacts
+from shared.manifest import Manifest, StateFacts, StepFacts, UpdateFacts
 from shared.messages import Head, Message, Presence, Receipt, Renewal, Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
@@ -80,6 +80,7 @@ class SiteMachine(Machine):
         self._asked_for_keys = -math.inf
         pending = self.outbox.pending()
         self.witness.reopened(self.name, pending, self.outbox)
+        self.witness.owes(self.name, self.outbox)
         self.session = Session(
             self.identity,
             link=self.scenario.link,
@@ -236,7 +237,7 @@ class SiteMachine(Machine):
         except NoRoomError:
             self.later(POLL_S, self.spooler.soon, self._open_spool, manifest)
             return
-        except CorruptError:
+        except (CorruptError, RefusedError):
             self._fetch_again(manifest.transfer_id)
             return
         self._forget_states_but(manifest.transfer_id)
@@ -309,12 +310,15 @@ class SiteMachine(Machine):
             examples=self.rng.randint(1, 50),
             metrics={},
         )
-        self.witness.begins_to_seal(update_id, frames)
-        self._seal(update_id, frames, facts)
+        left = frames_of(f"{update_id} left", self.rng.randint(1, 2)) if self.scenario.feedback else []
+        self.witness.begins_to_seal(update_id, frames, left)
+        self._seal(update_id, frames, left, facts)
 
-    def _seal(self, update_id: str, frames: list[bytes], facts: UpdateFacts) -> None:
+    def _seal(self, update_id: str, frames: list[bytes], left: list[bytes], facts: UpdateFacts) -> None:
+        """As `seal_delta`; that an attempt is repeated under its id does not matter to the outbox."""
         sealing: Any = ToyFrames(frames)
-        wall = self.wall
+        leaving: Any = ToyFrames(left)
+        wall, number = self.wall, StateFacts(version=self.outbox.residuals.next_number)
         self._sealing = True
         try:
             manifest = self.outbox.seal(
@@ -322,17 +326,20 @@ class SiteMachine(Machine):
                 lambda summary: self.guard.witnessed(
                     manifest_of(self.plan, update_id, summary, facts, wall), self.heads.last
                 ),
+                (leaving, lambda summary: manifest_of(self.plan, update_id, summary, number, wall)) if left else None,
             )
         except NoRoomError:
-            self.later(POLL_S, self._seal, update_id, frames, facts)
+            self.later(POLL_S, self._seal, update_id, frames, left, facts)
             return
         self._sealing = False
         self.witness.seals(self.name, manifest)
+        self.witness.owes(self.name, self.outbox)
         bad = frames[0].startswith(BAD)
         self.told(self.name, "sealed", update_id[:8], "of version", facts.base_version, "bad" if bad else "")
         self.decide(d.Trained(manifest))
 
     def _settle(self, receipt: Receipt) -> None:
+        self.witness.begins_to_settle(self.name, receipt)
         try:
             base_sha256 = self.outbox.settle(receipt)
         except NoRoomError:
@@ -341,6 +348,7 @@ class SiteMachine(Machine):
             return
         if base_sha256 is not None:
             self.witness.settles(self.name, receipt)
+        self.witness.owes(self.name, self.outbox)
 
     def _settle_again(self, receipt: Receipt) -> None:
         self._unsettled -= 1

@@ -20,6 +20,9 @@ from tests.sim.world import World, run_world
 SEEDS = 2000
 SEALED_SEEDS = 50
 STEPPED_SEEDS = 300
+REMEMBERED = (
+    20_000_544,  # a state that steps made, announced whole in other frames when the newer one was spoilt
+)
 CHUNK = 25
 ROOT = Path(__file__).parents[2]
 FAULTS = {
@@ -64,6 +67,13 @@ def test_the_promises_hold_in_every_world(first: int) -> None:
     """Whatever breaks, drops, doubles, fills up, dies or comes late; see `witness.py` for what is promised."""
     failure = first_failure(range(first, first + CHUNK))
     assert failure is None, str(failure)
+
+
+@pytest.mark.parametrize("seed", REMEMBERED)
+def test_a_world_that_once_broke_a_promise_holds(seed: int) -> None:
+    """Seeds from outside of those ranges, each of which found something."""
+    ended = try_seed(seed)
+    assert isinstance(ended, World), str(ended)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))

@@ -93,6 +93,8 @@ class Scenario:
     """Credit of the coordinator, in chunks."""
     outbox_max: int
     state_frames: int
+    feedback: bool = False
+    """Updates leave a residual (`edge_client.residual`)."""
     sealed: bool = False
     quiet: Weather = field(default_factory=Weather)
 
@@ -113,7 +115,7 @@ class Scenario:
             for name in Weather.__slots__
             if (value := getattr(self.weather, name)) != getattr(self.quiet, name)
         )
-        mode = f"{section.mode}, sealed" if self.sealed else section.mode
+        mode = f"{section.mode}{', sealed' * self.sealed}{', feedback' * self.feedback}"
         return (
             f"{mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
             f"{self.federation.federation.versions} versions, {self._steps}budget {self.budget_chunks} chunks, "
@@ -160,6 +162,7 @@ def scenario(seed: int) -> Scenario:
         budget_chunks=rng.choice((2, 3, 5, 8, 1000)),
         outbox_max=rng.randint(1, 3),
         state_frames=rng.randint(1, 6),
+        feedback=random.Random(f"left out {seed}").random() < 0.5,
     )
 
 

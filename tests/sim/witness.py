@@ -78,6 +78,12 @@ class Witness:
         self.receipts: dict[str, str] = {}
         """Outcome that a site was last told, by update."""
         self._kept: dict[str, set[str]] = {name: set() for name in scenario.names}
+        self._left: dict[str, list[bytes]] = {}
+        """Frames of what each update left out."""
+        self._owing: dict[str, str] = dict.fromkeys(scenario.names, "")
+        """The update whose residual counts at a site."""
+        self._forgiven: set[str] = set()
+        """Sites that may have dropped their residual, or not yet."""
         self._records: list[Record] = []
         self._uncertain: list[Record] = []
         """Handed to the journal; whether they are there is known when it returns, or after the next start."""
@@ -152,6 +158,8 @@ class Witness:
         demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
         demand(record.contributions, f"version {record.version} of nothing")
         self._closed_by_rule(record)
+        order = [(part.site, part.base_version, part.update_id) for part in record.contributions]
+        demand(order == sorted(order), f"version {record.version} is added up in an order of its own")
         for part in record.contributions:
             demand(
                 part.update_id in self._pending,
@@ -297,14 +305,31 @@ class Witness:
 
     # -- sites ---
 
-    def begins_to_seal(self, update_id: str, frames: list[bytes]) -> None:
+    def begins_to_seal(self, update_id: str, frames: list[bytes], left: list[bytes]) -> None:
         """A site has trained."""
         self._payload[update_id] = frames
+        self._left[update_id] = left
 
     def seals(self, site: str, manifest: Manifest) -> None:
-        """An update is sealed: from here on it is never lost."""
+        """An update is sealed: from here on it is never lost, and what it left is owed."""
         self.sealed[manifest.transfer_id] = manifest
         self._kept[site].add(manifest.transfer_id)
+        self._owing[site] = manifest.transfer_id
+
+    def begins_to_settle(self, site: str, receipt: Receipt) -> None:
+        """What is owed goes with an update that is refused, at some moment before its receipt is here."""
+        if receipt.update_id in self.sealed and receipt.outcome in {"rejected", "dropped"}:
+            self._forgiven.add(site)
+
+    def owes(self, site: str, outbox: Outbox) -> None:
+        """A site owes what its last update left, or nothing since one was refused: nothing earlier, nothing later."""
+        counts, stored = outbox.residuals._current, outbox.residuals._found()
+        if stored is None and site in self._forgiven:
+            self._owing[site] = ""
+        self._forgiven.discard(site)
+        due = self._left.get(self._owing[site], [])
+        found = read_whole(stored) if stored else []
+        demand(found == due, f"{site} owes what {counts} left, not what {self._owing[site] or 'nobody'} did")
 
     def reopened(self, site: str, pending: list[Manifest], outbox: Outbox) -> None:
         """A site has started and looked into its outbox."""
@@ -342,6 +367,8 @@ class Witness:
     def settles(self, site: str, receipt: Receipt) -> None:
         """A site has kept a receipt and let the update's bytes go."""
         self._kept[site].discard(receipt.update_id)
+        if receipt.outcome in {"rejected", "dropped"}:
+            self._owing[site] = ""
         demand(receipt.rule or receipt.outcome in {"accepted", "merged"}, f"{receipt.outcome} without a rule")
 
     def sends_chunks(self, site: str, job: sd.SendChunks) -> None:
@@ -371,6 +398,9 @@ class Witness:
         if outbox is not None:
             most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go
             demand(len(outbox) <= most, f"{machine.name} keeps {len(outbox)} updates")
+        residuals = self._changed(machine, "residual") if "residual" in machine.disk.folders else None
+        if residuals is not None:
+            demand(len(residuals) <= 2, f"{machine.name} keeps {len(residuals)} residuals")
 
     # -- the end ---
 

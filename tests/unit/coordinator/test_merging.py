@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.merging import MergePlan, plan_merge
+from coordinator.merging import MergePlan, in_order, plan_merge
 from coordinator.records import Accepted, Contribution
 from shared.config import AggregationSection, StalenessSection
 
@@ -69,14 +72,22 @@ def test_fedasync_mixes_by_alpha_and_lateness() -> None:
     assert plan.alpha == 0.6
 
 
-def test_recorded_contributions_keep_the_order_of_acceptance() -> None:
-    """What the journal stores names each update once, in the order in which it is added."""
+def test_recorded_contributions_keep_the_order_of_addition() -> None:
+    """What the journal stores names each update once, in the order that the plan was given."""
     updates = [accepted("z", base=1, examples=1), accepted("a", base=0, examples=3)]
     section = AggregationSection(mode="fedbuff", staleness=CONSTANT)
     assert plan_merge(2, updates, section, parts).recorded() == (
         Contribution(updates[0].update_id, "z", 1, 0, 0.25),
         Contribution(updates[1].update_id, "a", 0, 1, 0.75),
     )
+
+
+def test_updates_are_added_up_by_site_then_base_version_then_id() -> None:
+    """Whoever came first: all 24 orders of arrival give the same one."""
+    ids = [f"{number:032x}" for number in (4, 3, 2, 1)]
+    named = zip(("anna", "anna", "anna", "bela"), (1, 2, 2, 0), (ids[0], ids[2], ids[1], ids[3]), strict=True)
+    wanted = [replace(accepted(site, base=base, examples=1), update_id=name) for site, base, name in named]
+    assert all(in_order(arrived) == wanted for arrived in itertools.permutations(wanted))
 
 
 @settings(deadline=None)

@@ -29,20 +29,21 @@ def test_a_step_is_the_rounded_difference_and_what_is_left_over_comes_with_the_n
     """QAFeL by hand, with the scale 1 of a block whose largest difference is 127.
 
     Published (0, 0, 0), master (127, 2.25, -3.5): the step says (127, 2, -4), as -3.5 rounds to even. The master then
-    moves by (0, 0, 127), to (127, 2.25, 123.5): the difference to what is published, not to the master before, is
-    (0, 0.25, 127.5), in steps of 127.5 / 127. A quarter is nearer to none, and stays for later.
+    moves by (0, 0, 126.5), to (127, 2.25, 123): the difference to what is published, not to the master before, is
+    (0, 0.25, 127). A quarter of the scale is nearer to none, and stays for later: alone it is the largest, and the step
+    says all of it, to within the half of a 256th by which its scale is rounded.
     """
     run = stepped(tmp_path, {"a": [0, 0, 0]})
     run.merge(run.update("x", {"a": [127, 2.25, -3.5]}))
     assert run.published(1)["a"].tolist() == [127, 2, -4]
-    run.merge(run.update("x", {"a": [0, 0, 127]}, base=1))
-    assert run.master(2)["a"] == [127, 2.25, 123.5]
-    assert run.published(2)["a"].tolist() == [127, 2, 123.5]
+    run.merge(run.update("x", {"a": [0, 0, 126.5]}, base=1))
+    assert run.master(2)["a"] == [127, 2.25, 123]
+    assert run.published(2)["a"].tolist() == [127, 2, 123]
     run.merge(run.update("x", {"a": [0, 0, 0]}, base=2))
-    assert run.published(3)["a"].tolist() == [127, 2.25, 123.5]
+    assert run.published(3)["a"].tolist() == [127, pytest.approx(2.25, abs=0.25 / 256), 123]
 
 
-@pytest.mark.parametrize("down", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("down", ["f32", "bf16", "int8", "int4"])
 def test_rounding_does_not_add_up(tmp_path: Path, down: CodecName) -> None:
     """After thirty versions what is published is off by the rounding of the last difference alone."""
     rng = np.random.default_rng(2)
@@ -51,7 +52,12 @@ def test_rounding_does_not_add_up(tmp_path: Path, down: CodecName) -> None:
         run.merge(run.update("x", {"a": rng.normal(0, 0.01, size=2000)}, base=version))
     off = np.abs(np.asarray(run.master(30)["a"], dtype=np.float32) - run.published(30)["a"]).max()
     last = np.abs(np.asarray(run.master(30)["a"], dtype=np.float32) - run.published(29)["a"]).max()
-    bound = {"f32": 2**-22, "bf16": last * 2**-8 + 2**-22, "int8": 0.502 * last / 127 + 2**-22}[down]
+    bound = {
+        "f32": 2**-22,
+        "bf16": last * 2**-8 + 2**-22,
+        "int8": 0.502 * last / 127 + 2**-22,
+        "int4": 0.502 * last / 7,
+    }[down]
     assert off <= bound
 
 

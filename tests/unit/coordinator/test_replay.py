@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from coordinator.journal import Journal
 from coordinator.masters import TensorFile, master_path
+from coordinator.merging import in_order
+from coordinator.proof import prove
 from coordinator.publishing import publish
 from coordinator.records import Record, VersionCommitted
 from coordinator.replay import Recomputed, replay
@@ -62,6 +64,14 @@ def test_every_version_comes_out_the_same(run: AuditedRun, scratch: Path) -> Non
     ]
     assert [each.updates for each in results[1:]] == [len(record.contributions) for record in run.committed]
     assert contents(run.storage) == before
+
+
+def test_a_run_that_was_added_up_in_order_of_acceptance_comes_out_the_same(tmp_path: Path, scratch: Path) -> None:
+    """Earlier releases did so: the order that is followed is the journal's own."""
+    earlier, now = (AuditedRun(tmp_path / name, "sync", order) for name, order in (("a", list), ("b", in_order)))
+    assert [each.differences for each in made(earlier, scratch)] == [()] * (VERSIONS + 1)
+    assert prove(earlier.storage, earlier.federation, earlier.plan).findings == ()
+    assert earlier.committed[-1].master_sha256 != now.committed[-1].master_sha256
 
 
 def test_the_folder_holds_two_versions_at_most(run: AuditedRun, scratch: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from edge_client.fsck import check
 from edge_client.layout import LAYOUT, LOCK, check_layout
-from edge_client.outbox import Outbox
+from edge_client.outbox import Outbox, read_receipt
+from edge_client.privacy.ledger import LEDGER, Charge, Ledger, Spent
 from shared.errors import ConfigError, CorruptError, RefusedError, UnavailableError
 from shared.lock import FolderLock
 from shared.manifest import Manifest, UpdateFacts
@@ -23,9 +24,9 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "storage" / "site-sche
 ONE, TWO = "1" * 32, "2" * 32
 
 
-def seal(outbox: Outbox, update_id: str) -> Manifest:
+def seal(outbox: Outbox, update_id: str, **metrics: float) -> Manifest:
     """Put an update there."""
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics=metrics)
 
     def build(summary: FileSummary) -> Manifest:
         return manifest_builder(transfer_id=update_id)(summary).model_copy(update={"facts": facts})
@@ -98,6 +99,69 @@ def test_a_damaged_receipt_is_named(site: Path) -> None:
     (site / "receipts" / f"{TWO}.json").write_bytes(b"{")
     (problem,) = check(site, repair=True).problems
     assert (problem.rule, problem.repaired) == ("damaged-receipt", False)
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """A site's folder with two trainings charged: one update waits, one has its receipt."""
+    outbox = Outbox(tmp_path)
+    charge = Charge(sample_rate=0.5, noise_multiplier=1.0, steps=2)
+    ledger = Ledger(tmp_path, known=0)
+    for version, update_id in enumerate((ONE, TWO)):
+        row = ledger.add("ward", "a" * 64, version, Spent(charge=charge, epsilon=1.0, delta=1e-5))
+        manifest = seal(outbox, update_id, epsilon=1.0, delta=1e-5, charges=float(row))
+    receipt = Receipt(update_id=TWO, manifest_sha256=manifest.digest, outcome="accepted")
+    outbox.settle(receipt)
+    outbox.settle(receipt.model_copy(update={"outcome": "merged", "version": 1, "weight": 1.0}))
+    return tmp_path
+
+
+def test_a_sound_ledger(private: Path) -> None:
+    """Its trainings are counted; a receipt keeps the row that its update named, through every later word."""
+    found = check(private)
+    assert (found.charges, found.problems) == (2, ())
+    assert read_receipt(private / "receipts" / f"{TWO}.json")["charges"] == 2
+    assert Outbox(private).charges() == 2
+
+
+def test_a_ledger_that_was_reset_is_named(private: Path) -> None:
+    """Deleted, or put back from before the newest update: by what the updates name, and nothing repairs it."""
+    whole = (private / LEDGER).read_bytes()
+    (private / LEDGER).unlink()
+    for repair in (False, True):
+        (problem,) = check(private, repair=repair).problems
+        assert (problem.kind, problem.rule, problem.where, problem.repaired) == (
+            "damage",
+            "short-ledger",
+            LEDGER,
+            False,
+        )
+        assert problem.what == "has 0 rows, and an update names row 2: what was spent is not all here"
+    (private / LEDGER).write_bytes(whole.splitlines(keepends=True)[0])
+    assert rules(private) == [("short-ledger", False)]
+    (private / "receipts" / f"{TWO}.json").unlink()
+    assert rules(private) == []  # the update that waits names row 1
+
+
+def test_a_damaged_ledger_is_named(private: Path) -> None:
+    """By its line; a line that a crash cut short is litter and goes."""
+    whole = (private / LEDGER).read_bytes()
+    (private / LEDGER).write_bytes(whole.replace(b'"steps": 2', b'"steps": 1', 1))
+    (problem,) = check(private, repair=True).problems
+    assert (problem.rule, problem.what, problem.repaired) == ("damaged-ledger", "line 2: not what was written", False)
+    (private / LEDGER).write_bytes(whole + b'{"at": 17')
+    assert rules(private) == [("litter", False)]
+    assert rules(private, repair=True) == [("litter", True)]
+    assert (private / LEDGER).read_bytes() == whole
+
+
+def test_what_cannot_be_read_does_not_hide_the_ledger(private: Path) -> None:
+    """A damaged receipt and a damaged manifest are told, and so is the ledger that is short."""
+    (private / LEDGER).unlink()
+    (private / "outbox" / f"{ONE}.manifest").write_bytes(b"{")
+    assert {rule for rule, _ in rules(private)} == {"short-ledger", "damaged-update"}
+    (private / "receipts" / f"{TWO}.json").write_bytes(b"{")
+    assert {rule for rule, _ in rules(private)} == {"damaged-receipt", "damaged-update"}
 
 
 def test_a_running_site_and_an_empty_folder_say_so(site: Path, tmp_path: Path) -> None:

@@ -141,6 +141,13 @@ def test_a_roster_is_listed_from_the_start() -> None:
     assert [row.site for row in shown.sites] == ["x", "y"]
 
 
+def test_what_a_site_has_spent_is_shown() -> None:
+    """As it last said itself, whether or not it is here; nothing for one that trains without privacy."""
+    spent = site_status(present=False).model_copy(update={"metrics": {"epsilon": 2.5, "delta": 1e-5, "charges": 3.0}})
+    rows = seen([], live("a", sites={"a": site_status(present=True), "b": spent})).sites
+    assert [(row.site, row.epsilon, row.delta) for row in rows] == [("a", None, None), ("b", 2.5, 1e-5)]
+
+
 def test_the_quarantine_is_counted() -> None:
     """Updates that are kept apart, and not those that were released; they are not among the waiting ones."""
     held: list[Record] = [accepted("a"), Quarantined(digest("a")[:32], "norm-max", "", 6.0)]

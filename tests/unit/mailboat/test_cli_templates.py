@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "site.toml": SiteConfig,
 }
 SETTING = re.compile(r"^(?:# )?([a-z0-9_]+ = .+)$")
+SECTION = re.compile(r"^(?:# )?(\[[a-z.]+\])$")
 
 
 def begin(folder: Path, **options: Any) -> Path:
@@ -32,11 +33,9 @@ def settings_of(text: str) -> dict[str, Any]:
     """All settings of a template, those in comments too, by section and key."""
     lines = []
     for line in text.splitlines():
-        found = SETTING.match(line)
+        found = SETTING.match(line) or SECTION.match(line)
         if found:
             lines.append(found[1])
-        elif line.startswith("["):
-            lines.append(line)
     return tomllib.loads(re.sub(r"@[A-Z]+@", '"x"', "\n".join(lines)))
 
 
@@ -44,9 +43,10 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Every key of a configuration, dotted, with its default."""
     found: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= leaves(kind, f"{prefix}{name}.")
+        kinds = (info.annotation, *get_args(info.annotation))
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is not None:
+            found |= leaves(section, f"{prefix}{name}.")
         else:
             found[prefix + name] = info.get_default()
     return found

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mailboat.demo.defaults import ROUNDS
+from mailboat.demo.defaults import ADAPTER_ALPHA, ADAPTER_LR, ADAPTER_RANK, ROUNDS
 from mailboat.demo.plan import (
     SHIPPED_MODEL,
     DemoOptions,
@@ -76,6 +76,18 @@ def test_versions_that_were_asked_for_are_taken_literally(tmp_path: Path) -> Non
     assert plan_for(tmp_path, mode="fedasync", versions=5).federation.federation.versions == 5
 
 
+@pytest.mark.parametrize(("kind", "optimizer"), [("lora", "momentum"), ("fedex-lora", "sgd")])
+def test_adapters_have_settings_of_their_own(tmp_path: Path, kind: str, optimizer: str) -> None:
+    """The kind asked for, at the rate for adapters; a mean that is made exact is added as it is."""
+    plan = plan_for(tmp_path, adapter=kind)
+    adapter = plan.federation.adapter
+    assert (adapter.kind, adapter.rank, adapter.alpha) == (kind, ADAPTER_RANK, ADAPTER_ALPHA)
+    assert plan.federation.training.lr == ADAPTER_LR
+    assert plan.federation.aggregation.server.optimizer == optimizer
+    assert plan_for(tmp_path, adapter=kind, lr=0.5).federation.training.lr == 0.5
+    assert not plan_for(tmp_path).federation.adapter.used
+
+
 def test_absent_sites_belong_to_the_federation(tmp_path: Path) -> None:
     """Who is never started is on the list all the same, and comes last."""
     plan = plan_for(tmp_path, absent=1)
@@ -89,6 +101,7 @@ def test_absent_sites_belong_to_the_federation(tmp_path: Path) -> None:
         ({"absent": 4}, "--absent 4"),
         ({"broker": "http://x"}, "--broker http://x"),
         ({"sites": 0}, "--sites 0"),
+        ({"adapter": "fedex-lora", "mode": "fedasync"}, "--adapter fedex-lora"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, options: dict[str, object], named: str) -> None:

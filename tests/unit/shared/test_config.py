@@ -139,6 +139,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\noptimizer="adm"',
             "aggregation.server.optimizer: Input should be 'sgd', 'momentum', 'nesterov', 'adam', 'yogi', 'fadas' or",
         ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex"',
+            "adapter.kind: Input should be 'none', 'lora', 'ffa-lora' or 'fedex-lora'",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex-lora"\n[aggregation]\nmode="fedasync"',
+            '[adapter] kind = "fedex-lora" corrects a weighted mean that is added as it is: it needs [aggregation]',
+        ),
         (CoordinatorConfig, 'storage = "s"', "federation is missing"),
         (SiteConfig, SITE.replace('notes = "notes"', ""), "data.notes is missing"),
         (CoordinatorConfig, COORDINATOR + 'credit_mib = "many"', "credit_mib: Input should be a valid integer"),
@@ -164,7 +174,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
-            "codec.up: Input should be 'f32', 'bf16' or 'int8'",
+            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4' or 'topk2'",
         ),
         (
             FederationConfig,
@@ -215,6 +225,8 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
     """A valid value other than the default."""
     if path == ("trust", "mode"):
         return "sealed"
+    if path[0] == "adapter" and path[1] in {"kind", "targets"}:
+        return {"kind": "lora", "targets": ["q_proj"]}[path[1]]
     key = path[-1]
     named = {
         "kind": "constant",
@@ -227,6 +239,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "labels": ["x"],
         "frozen_sha256": "0" * 64,
         "slice_kib": 64,
+        "privacy": {"delta": 1e-5, "noise_multiplier": 1.0},
     }
     if key in named:
         return named[key]

@@ -1,0 +1,144 @@
+"""The gradients of DP-SGD: records drawn by chance, each one's gradient clipped, their sum blurred.
+
+Abadi et al. (arXiv 1607.00133), algorithm 1, with records in the place of examples. In each step
+
+    S     = each record, by itself, with probability q                                      (Poisson sampling)
+    g_r   = gradient of the sum over the windows of r of the task's loss, over all tensors that are trained
+    grad  = (sum over r in S of g_r min(1, C / ||g_r||)  +  N(0, (sigma C)^2 I)) / (q records)
+
+S may be empty; then the step is noise alone. What becomes of `grad` (the optimizer, the codec, the merge) is
+post-processing and costs nothing.
+
+A record's gradient is computed by a backward pass of its own. Opacus' hooks give the gradient of each window instead,
+and keep all of them at once: windows times parameters, 1.4 GB a window for the top six layers of LLaMA-3.2-1B. One
+pass a record needs one gradient, takes any model and adapter as it is, and was the quicker one for notes of the usual
+length (docs/privacy.md has the measurements; a test holds the two to the same numbers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+
+from edge_client.batches import Batch
+from edge_client.data import AnyNote
+from edge_client.model import LoadedModel
+from edge_client.prefix import Forward
+from edge_client.privacy.accounting import charge_of, steps_of
+from edge_client.privacy.chance import Chance
+from edge_client.privacy.ledger import Charge
+from edge_client.privacy.records import Records, make_records
+from edge_client.trainer import Descent
+from shared.config import FederationConfig, PrivacySection
+from shared.errors import RefusedError
+
+ROUNDING = 1e-6
+"""Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
+same."""
+
+
+log = structlog.get_logger("worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """A site's notes by record, how they are protected, and what one update costs them."""
+
+    records: Records
+    section: PrivacySection
+    charge: Charge
+
+    def descent(self, loaded: LoadedModel) -> Descent:
+        """The gradients of one update."""
+        return private_descent(loaded, self.records, self.charge, self.section.clip_norm)
+
+
+def make_private(loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig) -> Private | None:
+    """Return what a federation with `[privacy]` trains on, None for one without; errors as `make_records`."""
+    section = federation.privacy
+    if section is None:
+        return None
+    records = make_records(loaded, notes)
+    count = len(records.spans)
+    if not records.data.prepared.batches:
+        raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")
+    if section.delta * count >= 1:
+        log.warning(
+            "delta-is-large",
+            delta=section.delta,
+            records=count,
+            consequence="a mechanism that gives one record away whole would count as private; lower privacy.delta",
+        )
+    charge = charge_of(section, federation.training, records=count, versions=federation.federation.versions)
+    return Private(records, section, charge)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordGradient:
+    """What one record asks for: a gradient for each trained tensor, and the mean loss of its windows."""
+
+    tensors: tuple[torch.Tensor, ...]
+    loss: float
+
+
+def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_norm: float) -> Descent:
+    """Return the gradients of a training that costs `charge`, with a secret of its own.
+
+    No seed goes in: two trainings with the same arguments give different updates, or noise could be taken off again.
+    """
+    chance, batches = Chance(), records.data.prepared.batches
+    parameters = tuple(loaded.trainable.values())
+    expected = charge.sample_rate * len(records.spans)
+
+    def gradient(forward: Forward, _step: int) -> float:
+        drawn = np.flatnonzero(chance.uniform(len(records.spans)) < charge.sample_rate)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        loss = 0.0
+        for record in drawn:
+            asked = record_gradient(loaded, forward, [batches[place] for place in records.spans[record]])
+            loss += add_clipped(sums, asked, clip_norm)
+        for parameter, total in zip(parameters, sums, strict=True):
+            noise = torch.from_numpy(chance.normal(total.numel())).view_as(total)
+            parameter.grad = ((total + charge.noise_multiplier * clip_norm * noise) / expected).float()
+        return loss / expected
+
+    return Descent(charge.steps, steps_of(charge.sample_rate, epochs=1), gradient)
+
+
+def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Batch]) -> RecordGradient:
+    """Return the gradient of the summed loss of a record's windows, all of which are in `batches`.
+
+    The loss is the task's, window by window, so that what one window asks for does not depend on its neighbours.
+    """
+    parameters = tuple(loaded.trainable.values())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    total, windows = 0.0, 0
+    for batch in batches:
+        logits = forward(batch)
+        rows = zip(torch.split(logits, 1), torch.split(batch.targets, 1), strict=True)
+        loss = torch.stack([loaded.task.loss(*row) for row in rows]).sum()
+        parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        torch._foreach_add_(sums, list(parts))
+        total, windows = total + loss.item(), windows + len(batch.windows)
+    return RecordGradient(tuple(sums), total / max(1, windows))
+
+
+def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: float) -> float:
+    """Add a record's gradient to `sums`, in place, scaled down to at most `clip_norm`; return its loss.
+
+    A gradient that is not finite adds nothing, and its loss is 0: whatever a record holds, it moves the sum by no more
+    than the bound.
+    """
+    squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
+    norm = torch.stack(squares).sum().sqrt().item()
+    if not (math.isfinite(norm) and math.isfinite(asked.loss)):
+        return 0.0
+    factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
+    for total, each in zip(sums, asked.tensors, strict=True):
+        total.add_(each, alpha=factor)
+    return asked.loss

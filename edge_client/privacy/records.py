@@ -1,0 +1,47 @@
+"""Whose windows belong together: the unit that is protected.
+
+A record is everything that a site's notes say of one patient; where the notes do not say whose they are, each note is
+its own patient (`AnyNote.patient`). A note is cut into windows to be trained on, and a bound on what one window can do
+would bound nothing for a patient with forty of them. So the gradients of all windows of a record are summed before they
+are clipped: what is bounded is the patient.
+
+Windows are made record by record, and batches hold windows of one record only, so that no token of one patient can
+stand in another's window, whatever the task does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from edge_client.batches import Batch
+from edge_client.data import AnyNote
+from edge_client.model import LoadedModel
+from edge_client.prefix import LIMIT_BYTES, prepare
+from edge_client.trainer import Dataset, make_window_batches
+
+WINDOWS_AT_ONCE = 16
+"""Windows of one record in one pass. A record of more takes several; memory does not grow with the longest patient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Notes by record, and what they became for one model."""
+
+    data: Dataset
+    """Its batches hold windows of one record each, the records in turn; its examples are the records."""
+    spans: tuple[range, ...]
+    """The places of each record's batches; an empty range for a record without a window, which can be drawn as well."""
+
+
+def make_records(loaded: LoadedModel, notes: Sequence[AnyNote], *, limit_bytes: int = LIMIT_BYTES) -> Records:
+    """Return `notes` by patient, with the frozen prefix computed where it can be; errors as `make_dataset`."""
+    by_patient: dict[str, list[AnyNote]] = {}
+    for note in notes:
+        by_patient.setdefault(note.patient, []).append(note)
+    made = [make_window_batches(loaded, own, size=WINDOWS_AT_ONCE, seed=0) for own in by_patient.values()]
+    batches: list[Batch] = [batch for own in made for batch in own]
+    spans = tuple(range(start, end) for start, end in pairwise(accumulate(map(len, made), initial=0)))
+    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
+    return Records(Dataset(tuple(notes), prepared, len(spans)), spans)
