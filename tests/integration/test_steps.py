@@ -21,11 +21,12 @@ from coordinator.records import Anchored, Finished, VersionCommitted
 from coordinator.replay import replay
 from coordinator.service import Service
 from coordinator.views import load_run
+from edge_client.states import States
 from shared.config import FederationConfig
 from shared.configfile import load_config
 from shared.manifest import Manifest, StateFacts, manifest_from_bytes
 from shared.plan import load_plan
-from shared.states import extract_state
+from shared.states import extract_state, seal_state
 from shared.store import FrameStore
 from tests.helpers import run_async
 from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
@@ -112,7 +113,10 @@ def _nothing_is_wrong(root: Path) -> None:
 def test_sites_that_stay_fetch_one_state_and_then_steps(
     mode: str, sealed: bool, tmp_path: Path, mosquitto_url: str, served: set[str]
 ) -> None:
-    """All train on the published states bit for bit, and none but version 0 has travelled whole."""
+    """All train on the published states bit for bit; in sync mode none but version 0 has travelled whole.
+
+    With fedasync versions may come so fast that a site falls too far behind.
+    """
     write_toy(
         tmp_path, mosquitto_url, sites=2, versions=7, mode=mode, quorum=2, codec="int8", steps=STEPS, sealed=sealed
     )
@@ -127,7 +131,7 @@ def test_sites_that_stay_fetch_one_state_and_then_steps(
     run_async(everybody(), timeout_s=90)
     digests, wholes = _published(tmp_path), _wholes(tmp_path)
     assert sorted(wholes) == [0, 3, 6]
-    assert served & set(wholes.values()) == {wholes[0]}
+    assert mode == "fedasync" or served & set(wholes.values()) == {wholes[0]}
     for name, trainer in trainers.items():
         assert trainer.given.items() <= digests.items()
         assert _held(tmp_path, name).file_sha256 == digests[7]
@@ -168,7 +172,7 @@ def test_a_site_that_was_away_follows_by_steps_and_a_new_one_takes_a_whole_state
 
     run_async(scenario(), timeout_s=90)
     digests, wholes = _published(tmp_path), _wholes(tmp_path)
-    assert len(served & set(wholes.values())) == 1
+    assert served & {wholes[3], wholes[6]}
     assert wholes[0] not in served
     assert away.given.items() <= digests.items()
     assert _held(tmp_path, "site-3").file_sha256 == digests[8]
@@ -200,6 +204,28 @@ def test_a_site_killed_while_it_makes_a_state_makes_it_again(
     assert not served & set(_wholes(tmp_path).values())
     assert _held(tmp_path, "site-1").file_sha256 == digests[3]
     _nothing_is_wrong(tmp_path)
+
+
+def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
+    tmp_path: Path, mosquitto_url: str, served: set[str]
+) -> None:
+    """As one that steps made and that is then announced whole, when a newer one was spoilt: no process ends of it."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=1, codec="int8", steps=STEPS)
+    federation = load_config(tmp_path / "federation.toml", FederationConfig)
+    plan = load_plan(tmp_path / "coordinator" / "plan.json", federation)
+    states = States(tmp_path / "site-1" / "states", federation, plan.fingerprint)
+    states.begin(tmp_path / "coordinator" / "initial.safetensors")  # of another moment than the coordinator's
+    strange = {name: np.zeros(shape, np.float32) for name, shape in plan.tensors.items()}
+    seal_state(states.store, 9, strange, plan.tensors, federation, plan.fingerprint)
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            group.create_task(toy_site(tmp_path / "site-1.toml", trainer=RandomTrainer(1)))
+
+    run_async(everybody(), timeout_s=60)
+    assert served >= {_wholes(tmp_path)[0]}
+    assert _held(tmp_path, "site-1").file_sha256 == _published(tmp_path)[1]
 
 
 def test_damaged_steps_and_anchors_are_made_again(tmp_path: Path, mosquitto_url: str) -> None:

@@ -20,9 +20,6 @@ from tests.sim.world import World, run_world
 SEEDS = 2000
 SEALED_SEEDS = 50
 STEPPED_SEEDS = 300
-REMEMBERED = (
-    20_000_544,  # a state that steps made, announced whole in other frames when the newer one was spoilt
-)
 CHUNK = 25
 ROOT = Path(__file__).parents[2]
 FAULTS = {
@@ -69,13 +66,6 @@ def test_the_promises_hold_in_every_world(first: int) -> None:
     assert failure is None, str(failure)
 
 
-@pytest.mark.parametrize("seed", REMEMBERED)
-def test_a_world_that_once_broke_a_promise_holds(seed: int) -> None:
-    """Seeds from outside of those ranges, each of which found something."""
-    ended = try_seed(seed)
-    assert isinstance(ended, World), str(ended)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
 def test_a_deliberate_bug_is_found(mutation: Mutation) -> None:
     """Within the number of seeds that the list states; and the code as it is holds in the world that found it."""
@@ -116,7 +106,7 @@ def test_a_seed_is_one_world_in_any_process() -> None:
 def test_every_kind_of_fault_and_every_mode_occurs() -> None:
     """A fault that no seed draws would be a promise that nothing tests."""
     stepped = [scenario(seed) for seed in range(STEPPED, STEPPED + 60)]
-    assert {world.federation.codec.down for world in stepped} == {"f32", "bf16", "int8"}
+    assert {world.federation.codec.down for world in stepped} == {"int8", "int4", "topk2", "bf16"}
     assert {world.federation.codec.steps for world in stepped} == {1, 2, 3, 4, 16}
     assert {world.sealed for world in stepped} == {False, True}
     worlds = [scenario(seed) for seed in (*range(200), *range(SEALED, SEALED + 20))]

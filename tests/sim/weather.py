@@ -168,7 +168,7 @@ def scenario(seed: int) -> Scenario:
 
 def _stepped(federation: FederationConfig, rng: random.Random) -> FederationConfig:
     """The same federation with versions that travel as steps, and more of them, so that chains of steps grow."""
-    codec = {"down": rng.choice(("int8", "int8", "bf16", "f32")), "steps": rng.choice((1, 2, 3, 4, 16))}
+    codec = {"down": rng.choice(("int8", "int4", "topk2", "bf16")), "steps": rng.choice((1, 2, 3, 4, 16))}
     section = {"versions": rng.randint(3, 9)}
     return federation.model_copy(
         update={
