@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: fuzz fuzz-guided sbom
+.PHONY: bench-codec bench-codec-f1 fuzz fuzz-guided sbom experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,12 @@ bench-reconnect: setup ## how soon bytes move again after outages of 1 s to 150 
 integration: setup ## the tests with real brokers and processes alone
 	@$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
 
+experiments: setup ## methods compared, from experiments/NAME.toml; goes on where it was stopped: make experiments NAME=main JOBS=2
+	@$(VENV)/mailboat experiment run $(or $(NAME),main) --jobs $(or $(JOBS),1) $(ARGS)
+
+experiments-smoke: setup ## every part of the experiments with next to no notes (minutes; part of `make test`)
+	@$(PYTEST) -n 0 tests/integration/test_experiment.py $(ARGS)
+
 cluster: setup ## a whole run over three NATS servers, one of which is killed
 	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 
@@ -108,6 +114,12 @@ fuzz: setup ## spoilt bytes into every decoder of foreign bytes: make fuzz RUNS=
 fuzz-guided: setup ## one decoder by coverage, with atheris: make fuzz-guided TARGET=manifest RUNS=1000000
 	@$(VENV)/python -c "import atheris" 2>/dev/null || $(VENV)/python -m pip install --quiet --no-deps atheris==3.0.0
 	@$(VENV)/python -m tests.fuzz.guided $(or $(TARGET),none) .make/corpus/$(or $(TARGET),none) -runs=$(RUNS)
+
+bench-codec: setup ## each codec alone: share of float32, error, MB a second and core: make bench-codec ARGS="--turns 9"
+	@$(VENV)/python -m bench.codec --json docs/results/codec.json $(ARGS)
+
+bench-codec-f1: setup ## what each codec costs in F1, in one process, with the real trainer (a quarter of an hour)
+	@$(VENV)/python -m bench.codec_rounds --json docs/results/codec-f1.json $(ARGS)
 
 bench-hostile: setup ## how much slower a round gets when one site floods the federation
 	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json

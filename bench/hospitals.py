@@ -13,7 +13,7 @@ from coordinator import admission
 from coordinator.aggregate import merge
 from coordinator.genesis import open_run
 from coordinator.ledger import Ledger
-from coordinator.merging import in_order, plan_merge, version_records
+from coordinator.merging import committed, in_order, plan_merge
 from coordinator.records import accepted_record
 from edge_client.data import load_notes
 from edge_client.model import LoadedModel, apply_state, load_model, read_trainable, seal
@@ -131,7 +131,7 @@ class _Run:
         sent = sum(path.stat().st_size for path in self._updates.root.glob("*.frames"))
         plan = plan_merge(version + 1, accepted, self._federation.aggregation, ledger.parts)
         result = merge(plan, self._updates, self._states, self._folder / "masters", self._plan, self._federation)
-        for record in version_records(plan, result, 0.0):
+        for record in committed(plan, result, self._federation.aggregation, 0.0):
             ledger.apply(record)
         for update in accepted:
             self._updates.delete(update.update_id)

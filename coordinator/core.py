@@ -11,12 +11,15 @@ An update's life here:
     unknown --Offer--> on its way (uploads) --Verified--> Accepted --merge--> VersionCommitted
                                             --VerifyFailed--> Rejected      --run over--> Dropped
 
+Where updates are weighed by their loss, Validated comes after Verified, and only then the record of acceptance.
+
 An offer of a known id gets the receipt again, whatever else is going on. One merge runs at a time; unsent receipts
 need no list, because a site repeats its offer until it has the receipt.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import assert_never
@@ -26,8 +29,8 @@ from coordinator.decisions import Instant
 from coordinator.downlink import Downlink, announced
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
-from coordinator.merging import in_order, plan_merge, version_records
-from coordinator.offers import OVERTAKEN, REUSED, check_id, check_offer, check_standing, unrecorded
+from coordinator.merging import committed, in_order, plan_merge
+from coordinator.offers import OVERTAKEN, REUSED, check_id, objection, unrecorded
 from coordinator.records import (
     Dropped,
     Finished,
@@ -36,8 +39,7 @@ from coordinator.records import (
     Rejected,
     Released,
     Signed,
-    accepted_record,
-    witness_record,
+    acceptance,
 )
 from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from coordinator.sites import Claim, Sites, stranger
@@ -129,7 +131,7 @@ class Core:
                 self.downlink.reset()
             case d.Received():
                 self._receive(event.site, event.message, now, out)
-            case d.SpoolOpened() | d.ChunksStored() | d.Verified() | d.VerifyFailed() | d.Postponed():
+            case d.SpoolOpened() | d.ChunksStored() | d.Verified() | d.Validated() | d.VerifyFailed() | d.Postponed():
                 self._on_upload(event, now, out)
             case d.Merged():
                 self._merged(event, now, out)
@@ -158,6 +160,8 @@ class Core:
                 self.uploads.stored(event.transfer_id, event.indices, now.mono, out)
             case d.Verified():
                 self._verified(event, now, out)
+            case d.Validated():
+                self._admitted(event.update_id, event.norm, event.loss, now, out)
             case d.VerifyFailed():
                 self._verify_failed(event, now, out)
             case d.Postponed():
@@ -264,7 +268,9 @@ class Core:
             why, retry_s = late
             out.to(name, Wait(transfer_id=manifest.transfer_id, rule=why.rule, detail=why.message, retry_s=retry_s))
             return
-        refusal = self._refusal(name, manifest)
+        refusal = objection(
+            manifest, site=name, plan=self.plan, federation=self.federation, ledger=self.ledger, attest=self._attest
+        )
         in_admission = under_way is not None and under_way.receiver.complete
         if refusal is not None and not in_admission:
             self._reject(name, manifest, refusal, now, out)
@@ -275,15 +281,6 @@ class Core:
             return
         self.uploads.offer(name, manifest, now.mono, out)
 
-    def _refusal(self, name: str, manifest: Manifest) -> RefusedError | None:
-        try:
-            check_offer(manifest, site=name, plan=self.plan, federation=self.federation)
-            self._attest(manifest)
-            check_standing(manifest, self.ledger, limit=self.federation.aggregation.staleness.limit)
-        except RefusedError as refusal:
-            return refusal
-        return None
-
     def _reject(self, name: str, manifest: Manifest, why: RefusedError, now: Instant, out: d.Decision) -> None:
         update_id = manifest.transfer_id
         self._record(out, Rejected(update_id, name, manifest.digest, why.rule, why.message[:500], now.wall))
@@ -292,25 +289,34 @@ class Core:
             self._answered.add(name)
 
     def _verified(self, event: d.Verified, now: Instant, out: d.Decision) -> None:
-        upload = self.uploads.settle(event.update_id, now.mono, out)
-        if upload is None or event.update_id in self.ledger.known:
+        upload = self.uploads.get(event.update_id)
+        if upload is None or self.federation.aggregation.quality == "none" or self.ledger.finished:
+            self._admitted(event.update_id, event.norm, None, now, out)
+            return
+        base = self.ledger.parts(upload.manifest.update.base_version)
+        out.jobs.append(d.Validate(event.update_id, event.norm, base))
+
+    def _admitted(self, update_id: str, norm: float, loss: float | None, now: Instant, out: d.Decision) -> None:
+        upload = self.uploads.settle(update_id, now.mono, out)
+        if upload is None or update_id in self.ledger.known:
             return
         try:
             if self.ledger.finished:
                 raise RefusedError(f"the run was complete at version {self.ledger.version}", rule="run-complete")
-            self._accept(upload, event.norm, now, out)
+            if loss is not None and not math.isfinite(loss):
+                raise RefusedError("on the coordinator's notes its loss is not finite", rule="loss-not-finite")
+            self._accept(upload, norm, loss, now, out)
         except RefusedError as why:
             self._reject(upload.site, upload.manifest, why, now, out)
-            out.jobs.append(d.Discard(event.update_id))
+            out.jobs.append(d.Discard(update_id))
             return
-        out.to(upload.site, self.ledger.receipt(event.update_id))
+        out.to(upload.site, self.ledger.receipt(update_id))
 
-    def _accept(self, upload: Upload, norm: float, now: Instant, out: d.Decision) -> None:
+    def _accept(self, upload: Upload, norm: float, loss: float | None, now: Instant, out: d.Decision) -> None:
         manifest, member = upload.manifest, self._attest(upload.manifest)
         odd = self.intake.objection(manifest.update.examples, norm)
-        self._record(out, accepted_record(manifest, norm, now.wall))
-        if member is not None:
-            self._record(out, witness_record(manifest, member, now.wall))
+        for record in acceptance(manifest, norm, now.wall, member=member, loss=loss):
+            self._record(out, record)
         if odd is not None:
             self._record(out, Quarantined(manifest.transfer_id, odd.rule, odd.message, now.wall))
             if manifest.update.base_version == self.ledger.version:
@@ -361,14 +367,17 @@ class Core:
             self.merging = True
             self.sites.punctual(*punctuality(view, section))
             merged = in_order(self.ledger.pending[:count])
-            out.jobs.append(d.Merge(plan_merge(self.ledger.version + 1, merged, section, self.ledger.parts)))
+            ledger = self.ledger
+            known, losses = ledger.known, ledger.losses
+            plan = plan_merge(ledger.version + 1, merged, section, ledger.parts, known=known, losses=losses)
+            out.jobs.append(d.Merge(plan))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:
         assert self.merging
         self.merging = False
         self._round_opened = now.mono
         self._answered.clear()
-        for record in version_records(event.plan, event.result, now.wall):
+        for record in committed(event.plan, event.result, self.federation.aggregation, now.wall):
             self._record(out, record)
         if self.ledger.version >= self.federation.federation.versions:
             for update in [*self.ledger.pending, *self.ledger.quarantined.values()]:
@@ -376,7 +385,7 @@ class Core:
                 out.to(update.site, self.ledger.receipt(update.update_id))
             self._record(out, Finished(self.ledger.version, now.wall))
         out.sends.append(d.Send(None, self.announcement()))
-        for part in event.plan.contributions:
+        for part in event.result.contributions:
             out.to(part.site, self.ledger.receipt(part.update_id))
 
     def _tick(self, now: Instant, out: d.Decision) -> None:

@@ -74,6 +74,15 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
+class Validated:
+    """The loss of an update that passed admission is measured; it may be infinite, or no number."""
+
+    update_id: str
+    norm: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyFailed:
     """A complete update broke a rule."""
 
@@ -113,7 +122,7 @@ class Tick:
     """Time passed; about four times a second."""
 
 
-UploadEvent = SpoolOpened | ChunksStored | Verified | VerifyFailed | Postponed
+UploadEvent = SpoolOpened | ChunksStored | Verified | Validated | VerifyFailed | Postponed
 Event = LinkUp | LinkDown | Received | UploadEvent | Merged | Ruled | Tick
 
 # -- decisions ---
@@ -149,6 +158,16 @@ class Verify:
 
 
 @dataclass(frozen=True, slots=True)
+class Validate:
+    """Measure the loss of a published state with a sound update added, and answer Validated."""
+
+    update_id: str
+    norm: float
+    base: tuple[str, ...]
+    """Transfers that make up the state."""
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Delete a refused update's bytes."""
 
@@ -176,7 +195,7 @@ class Stop:
     """The run is complete and nobody is left to serve."""
 
 
-Job = OpenSpool | CloseSpool | Verify | Discard | Merge | Serve | Stop
+Job = OpenSpool | CloseSpool | Verify | Validate | Discard | Merge | Serve | Stop
 
 
 @dataclass(slots=True)

@@ -14,7 +14,9 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from coordinator.ledger import Ledger
-from shared.config import CoordinatorConfig
+from coordinator.masters import check_files
+from coordinator.optimizers import SLOTS
+from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, NoRoomError
 from shared.manifest import UpdateFacts
 from shared.messages import LOST
@@ -56,6 +58,12 @@ class Disk:
         if self.held and await asyncio.to_thread(self.room.lacking, self._needed) is None:
             self.held = ""
             log.info("there is room again")
+
+
+def check_newest(masters: Path, ledger: Ledger, federation: FederationConfig) -> None:
+    """Raise CorruptError unless the newest master on disk is the one that the journal speaks of."""
+    files = ledger.files[ledger.version]
+    check_files(masters, ledger.version, SLOTS[federation.aggregation.server.optimizer], files.master, files.optimizer)
 
 
 def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:

@@ -13,7 +13,7 @@ adds the snapshot and its row, names the segment and takes the rows out. Killed 
 the next compaction replaces; killed after it, nothing is left to do.
 
 Schema 1 had the first two tables alone; opening such a journal for writing adds the others. Schema 2 knew no rows of
-kind `signed` and `witnessed`, schema 3 none of kind `anchored`.
+kind `signed` and `witnessed`, schema 3 none of kind `validated`, `substituted` and `anchored`.
 """
 
 from __future__ import annotations

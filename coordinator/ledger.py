@@ -22,6 +22,8 @@ from coordinator.records import (
     Released,
     Signed,
     Snapshot,
+    Substituted,
+    Validated,
     VersionCommitted,
     Witnessed,
 )
@@ -82,6 +84,8 @@ class Ledger:
         self.known: dict[str, Known] = {}
         self.pending: list[Accepted] = []
         """Accepted and not yet merged, in acceptance order."""
+        self.losses: dict[str, float] = {}
+        """Of updates that are not merged yet, where losses are measured."""
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart, by id, in the order in which they were."""
         self.finished = False
@@ -125,6 +129,26 @@ class Ledger:
                 self.known[record.update_id] = Known(
                     record.site, record.manifest_sha256, "rejected", record.rule, record.detail
                 )
+            case Validated() | Quarantined() | Released() | Dropped():
+                self._apply_waiting(record)
+            case VersionCommitted():
+                self._apply_version(record)
+            case Anchored():
+                self.anchor(record.version, manifest_from_bytes(record.state))
+            case Finished():
+                self.finished = True
+            case Signed():
+                self.signed = record
+            case Substituted() | Witnessed() | Snapshot():
+                pass  # said of the next row; evidence for others; what was applied before it
+            case _:
+                assert_never(record)
+
+    def _apply_waiting(self, record: Validated | Quarantined | Released | Dropped) -> None:
+        match record:
+            case Validated():
+                assert record.update_id in self.known, f"update {record.update_id} was never accepted"
+                self.losses[record.update_id] = record.loss
             case Quarantined():
                 held = next(update for update in self.pending if update.update_id == record.update_id)
                 self.pending.remove(held)
@@ -137,18 +161,9 @@ class Ledger:
             case Dropped():
                 self.pending = [update for update in self.pending if update.update_id != record.update_id]
                 self.quarantined.pop(record.update_id, None)
+                self.losses.pop(record.update_id, None)
                 known = self.known[record.update_id]
                 known.outcome, known.rule = "dropped", record.rule
-            case VersionCommitted():
-                self._apply_version(record)
-            case Anchored():
-                self.anchor(record.version, manifest_from_bytes(record.state))
-            case Finished():
-                self.finished = True
-            case Signed():
-                self.signed = record
-            case Witnessed() | Snapshot():
-                pass  # evidence for others; what was applied before it
             case _:
                 assert_never(record)
 
@@ -163,6 +178,7 @@ class Ledger:
             known = self.known[part.update_id]
             assert known.outcome == "accepted", f"update {part.update_id} counted after it was {known.outcome}"
             known.outcome, known.version = "merged", record.version
+            self.losses.pop(part.update_id, None)
             known.staleness, known.weight = part.staleness, part.weight
 
     def publish(self, version: int, manifest: Manifest) -> None:

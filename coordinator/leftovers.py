@@ -30,6 +30,8 @@ from shared.manifest import Manifest, UpdateFacts, manifest_from_bytes
 from shared.messages import LOST
 
 BEHIND = "journal-behind"
+VALIDATION = "validation"
+"""Folder of the model whose loss is being measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ def _litter(storage: Path) -> Iterator[Leftover]:
     for name in ("", "updates", "states", "masters", ARCHIVE):
         for path in sorted((storage / name).glob(f"{durable.TEMPORARY_PREFIX}*")):
             yield Leftover(Finding("litter", _place(path), "a file that was being written"), (path,))
+    for path in sorted((storage / VALIDATION).glob("*")):
+        yield Leftover(Finding("litter", _place(path), "a model that was being measured"), (path,))
     for name in ("updates", "states"):
         for path in sorted((storage / name).glob("*.frames")):
             if not any(path.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest")):

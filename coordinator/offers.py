@@ -5,6 +5,8 @@ Each rule has a name; the name is what the site's operator sees, what the journa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from coordinator.ledger import Ledger
 from shared.config import FederationConfig
 from shared.errors import RefusedError
@@ -86,6 +88,25 @@ def check_standing(manifest: Manifest, ledger: Ledger, *, limit: int) -> None:
         raise RefusedError(f"the run was complete at version {ledger.version}", rule="run-complete")
     if ledger.version - facts.base_version > limit:
         raise RefusedError(f"more than {limit} versions late", rule="too-stale")
+
+
+def objection(
+    manifest: Manifest,
+    *,
+    site: str,
+    plan: SealedPlan,
+    federation: FederationConfig,
+    ledger: Ledger,
+    attest: Callable[[Manifest], bytes | None],
+) -> RefusedError | None:
+    """Return why an offered update is refused for good, None when its bytes may come; `attest` as of `Core`."""
+    try:
+        check_offer(manifest, site=site, plan=plan, federation=federation)
+        attest(manifest)
+        check_standing(manifest, ledger, limit=federation.aggregation.staleness.limit)
+    except RefusedError as refusal:
+        return refusal
+    return None
 
 
 def unrecorded(manifest: Manifest, rule: str, detail: str) -> Receipt:

@@ -10,6 +10,7 @@ is an error, because we wrote these bytes ourselves. A record never changes its 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -25,6 +26,7 @@ SCHEMA_VERSION = 1
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Real = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$", strict=True)]
 Text = Annotated[str, Field(max_length=500, strict=True)]
 RawBytes = Annotated[bytes, Strict()]
@@ -63,6 +65,19 @@ class Accepted:
     file_sha256: Sha256Hex
     norm: Real
     """Global L2 norm of the delta."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """The loss of an update that was just accepted, on the notes that the coordinator's operator holds."""
+
+    kind: ClassVar[str] = "validated"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    update_id: TransferId
+    loss: Finite
+    """Of the state that the update starts from with its delta added: what the site had when it had trained."""
     at: Real
 
 
@@ -150,6 +165,22 @@ class VersionCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Substituted:
+    """The version of the next row has fewer updates than the agreed rule can judge, and is merged by another."""
+
+    kind: ClassVar[str] = "substituted"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    rule: Rule
+    """What stood in."""
+    updates: Count
+    needed: Count
+    """Updates that the agreed rule needs."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
 class Anchored:
     """The state of a version that is published as a step can be had whole, too; steps lead on from it."""
 
@@ -230,10 +261,12 @@ class Snapshot:
 Record = (
     Opened
     | Accepted
+    | Validated
     | Rejected
     | Quarantined
     | Released
     | Dropped
+    | Substituted
     | VersionCommitted
     | Anchored
     | Finished
@@ -305,14 +338,22 @@ def accepted_record(manifest: Manifest, norm: float, at: float) -> Accepted:
     )
 
 
-def witness_record(manifest: Manifest, member: bytes, at: float) -> Witnessed:
-    """Return what an update's own manifest says of what its site had seen; asserts that it was signed."""
-    witness = manifest.witness
-    assert witness is not None, "an update with a membership is signed"
-    bare = bare_sha256(manifest)
-    return Witnessed(
-        manifest.transfer_id, manifest.update.site, bare, witness.seq, witness.head, witness.signature, member, at
-    )
+def acceptance(
+    manifest: Manifest, norm: float, at: float, *, member: bytes | None = None, loss: float | None = None
+) -> Iterator[Record]:
+    """Yield what is written down of the update that this manifest describes when it is accepted.
+
+    `member` is the signed membership of its site, for which the manifest must be signed, and `loss` what was measured.
+    """
+    update_id = manifest.transfer_id
+    yield accepted_record(manifest, norm, at)
+    if member is not None:
+        seen = manifest.witness
+        assert seen is not None, "an update with a membership is signed"
+        bare = bare_sha256(manifest)
+        yield Witnessed(update_id, manifest.update.site, bare, seen.seq, seen.head, seen.signature, member, at)
+    if loss is not None:
+        yield Validated(update_id, loss, at)
 
 
 def recorded_at(record: Record) -> float:
@@ -322,5 +363,5 @@ def recorded_at(record: Record) -> float:
 
 def told(record: Record) -> dict[str, Any]:
     """What the log says of a record."""
-    fields = ("update_id", "site", "base_version", "version", "examples", "rule", "detail")
+    fields = ("update_id", "site", "base_version", "version", "examples", "loss", "rule", "needed", "detail")
     return {name: getattr(record, name) for name in fields if hasattr(record, name)}

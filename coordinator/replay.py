@@ -28,7 +28,7 @@ from coordinator.masters import master_path, open_own
 from coordinator.merging import MergePlan, MergeResult
 from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
-from coordinator.trail import Finding, Trail, row_place
+from coordinator.trail import Finding, Trail, miscounted, row_place
 from coordinator.views import JOURNAL
 from shared import durable
 from shared.config import FederationConfig
@@ -143,7 +143,10 @@ class _Replay:
         except (CorruptError, RefusedError) as error:
             return [Finding("merge", row_place(seq), f"version {record.version} cannot be made: {error.message}")]
         self._tidy(record.version, made)
-        found = [*self._compare_state(seq, recorded, made.state)]
+        found = [
+            Finding(rule, row_place(seq), what) for rule, what in miscounted(made.contributions, record.contributions)
+        ]
+        found += self._compare_state(seq, recorded, made.state)
         for rule in ("master_sha256", "optimizer_sha256"):
             ours, theirs = getattr(made, rule), getattr(record, rule)
             if ours != theirs:

@@ -10,28 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
 
-from coordinator import admission, aggregate
+from coordinator import aggregate
 from coordinator import decisions as d
+from coordinator.arrivals import Arrivals
 from coordinator.core import Core
 from coordinator.decisions import Instant
-from coordinator.disk import Disk, discard_rejected, discard_uncommitted
+from coordinator.disk import Disk, check_newest, discard_rejected, discard_uncommitted
 from coordinator.earshot import Earshot
 from coordinator.genesis import open_run
 from coordinator.journal import Journal
-from coordinator.masters import check_files, prune_masters
-from coordinator.optimizers import SLOTS
+from coordinator.masters import prune_masters
+from coordinator.means import Kept
 from coordinator.quarantine import forget_ruling, rulings
 from coordinator.records import Record, VersionCommitted, told
 from coordinator.renewals import Renewals
 from coordinator.rows import Restored
 from coordinator.status import live_status
+from coordinator.validation import Validation, Validator, check_validator
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import CoordinatorConfig, FederationConfig
@@ -52,9 +53,6 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
-DAMAGED_RETRY_S = 1.0
-"""When a site offers an update again that our disk spoilt."""
-
 COMPACT_ROWS = 10_000
 """Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
@@ -62,13 +60,19 @@ log = structlog.get_logger("coordinator")
 
 
 async def run_coordinator(
-    config: CoordinatorConfig, federation: FederationConfig, plan: SealedPlan, initial: Path
+    config: CoordinatorConfig,
+    federation: FederationConfig,
+    plan: SealedPlan,
+    initial: Path,
+    validator: Validator | None = None,
 ) -> None:
     """Coordinate one federation until the run is complete and nobody is left (`exit_when_done`), or for ever.
 
-    `initial` is the plain float32 safetensors file of version 0, read only when the journal is empty. Cancelling ends
-    it in good order. Raises ConfigError, UnavailableError (another coordinator, disk full, broker) or CorruptError.
+    `initial` is the plain float32 safetensors file of version 0, read only when the journal is empty; `validator`
+    measures losses where the federation weighs by them. Cancelling ends it in good order. Raises ConfigError,
+    UnavailableError (another coordinator, disk full, broker) or CorruptError.
     """
+    check_validator(federation, validator)
     storage = config.storage
     durable.make_folder(storage)
     journal = Journal(storage / "journal.sqlite")
@@ -79,7 +83,7 @@ async def run_coordinator(
         pruned = max((segment.last for segment in journal.pruned()), default=0)
         mark = restored.mark if restored else None
         audit = AuditLog(storage / "audit.jsonl", journal.rows, mark=mark, pruned=pruned)
-        await Service(config, federation, plan, journal, audit).run(restored)
+        await Service(config, federation, plan, journal, audit, validator).run(restored)
     finally:
         journal.close()
 
@@ -94,6 +98,7 @@ class Service:
         plan: SealedPlan,
         journal: Journal,
         audit: AuditLog,
+        validator: Validator | None,
     ) -> None:
         self.config = config
         self.federation = federation
@@ -120,6 +125,8 @@ class Service:
         self.earshot = Earshot(self.link, self.name, self.guard.members, self.core.intake, self._away)
         self.pump = Pump(self._read_state_chunk, self.link.publish, lambda _id, _index: None)
         self.disk = Disk(config, self.updates.root)
+        kept = Kept(self.updates, self.states)
+        self.validation = Validation(validator, kept, plan.tensors, config.storage, self.disk)
         self.spooler = Spooler(
             self.updates,
             open_chunk=self.guard.open_chunk,
@@ -128,8 +135,7 @@ class Service:
             room=self.disk.room,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
-        # One thread, so that many updates which arrive together are verified in the memory of one.
-        self._admission = ThreadPoolExecutor(1, "admission")
+        self.arrivals = Arrivals(self.spooler, self.disk, plan, no_room_s=config.link.backoff_cap_s)
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
 
@@ -143,13 +149,13 @@ class Service:
             self.core.apply(record)
         discard_rejected(self.updates, self.core.ledger)
         discard_uncommitted(self.states, self.core.ledger)
-        await asyncio.to_thread(self._check_masters)
+        await asyncio.to_thread(check_newest, self.masters, self.core.ledger, self.federation)
         if not self.core.ledger.head_is_signed:  # killed between the two
             await self._sign_head()
         await self._compact()
         ledger = self.core.ledger
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
-        with first_error(), self._admission:
+        with first_error(), self.arrivals:
             await self._serve()
         self.guard.save()
         self._save_status()
@@ -162,13 +168,6 @@ class Service:
             await self._decide()
             for helper in helpers:
                 helper.cancel()
-
-    def _check_masters(self) -> None:
-        """Prove that the master on disk is the one that the journal speaks of, before anything is built on it."""
-        ledger = self.core.ledger
-        files = ledger.files[ledger.version]
-        slots = SLOTS[self.federation.aggregation.server.optimizer]
-        check_files(self.masters, ledger.version, slots, files.master, files.optimizer)
 
     async def _compact(self) -> None:
         """Sum up the journal when a restart would have many rows to replay; the ledger stands still meanwhile."""
@@ -302,13 +301,15 @@ class Service:
         work: Coroutine[Any, Any, None]
         match job:
             case d.OpenSpool():
-                work = self._open_spool(job)
+                work = self._answer(self.arrivals.open(job.manifest))
             case d.CloseSpool():
                 work = self.spooler.close(job.transfer_id)
             case d.Discard():
                 work = self.spooler.close(job.update_id, delete=True)
             case d.Verify():
-                work = self._verify(job.update_id)
+                work = self._answer(self.arrivals.verify(job.update_id))
+            case d.Validate():
+                work = self._answer(self.validation.measure(job))
             case d.Merge():
                 work = self._merge(job)
             case d.Serve():
@@ -323,41 +324,8 @@ class Service:
 
     # -- jobs ---
 
-    async def _open_spool(self, job: d.OpenSpool) -> None:
-        update_id = job.manifest.transfer_id
-        try:
-            have = await self.spooler.open(job.manifest)
-        except RefusedError as error:
-            self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
-        except NoRoomError as error:
-            self.disk.hold(error, job.manifest.wire_bytes)
-            self._events.put_nowait(d.Postponed(update_id, "no-room", error.message, self.config.link.backoff_cap_s))
-        except CorruptError as error:
-            await self._begin_anew(update_id, error)
-        else:
-            self._events.put_nowait(d.SpoolOpened(update_id, have))
-
-    async def _verify(self, update_id: str) -> None:
-        stored = await self.spooler.finish(update_id)
-        try:
-            admitted = await asyncio.get_running_loop().run_in_executor(
-                self._admission, admission.verify, stored, self.plan
-            )
-        except RefusedError as error:
-            self._events.put_nowait(d.VerifyFailed(update_id, error.rule, error.message))
-        except CorruptError as error:
-            await self._begin_anew(update_id, error)
-        else:
-            self._events.put_nowait(d.Verified(update_id, admitted.norm))
-
-    async def _begin_anew(self, update_id: str, error: CorruptError) -> None:
-        """The disk spoilt an update before it was accepted: nothing was promised, and its site has it still."""
-        log.error(
-            "an update was damaged on this disk; its site will send it again", update=update_id, why=error.message
-        )
-        await self.spooler.close(update_id, delete=True)
-        detail = "the coordinator's disk damaged what had arrived"
-        self._events.put_nowait(d.Postponed(update_id, "damaged-at-rest", detail, DAMAGED_RETRY_S))
+    async def _answer(self, work: Awaitable[d.UploadEvent]) -> None:
+        self._events.put_nowait(await work)
 
     async def _merge(self, job: d.Merge) -> None:
         started = time.monotonic()
@@ -391,7 +359,7 @@ class Service:
             bytes_up=self.link.counters.bytes_received,
             bytes_down=self.link.counters.bytes_sent,
             at=time.time(),
-            held=self.disk.held,
+            held=self.disk.held or self.validation.held,
             renewals=self.renewals.offers.waiting,
         )
         text = status.model_dump_json(indent=1).encode()

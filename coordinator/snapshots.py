@@ -15,9 +15,10 @@ it sums up, so the hash chain binds it. Reading is strict, because we wrote thes
     finished  whether the run is complete
     signed    record of the newest signed head, or nil
     quarantined  records of acceptance of the updates that are kept apart
+    losses    id and loss of the updates that are not merged yet, where losses are measured
     anchors   manifests of the states that can be had whole besides a step, by version
 
-The last three are absent from what was written with journal schema 2, the last one also with 3.
+The last two are absent from what was written with journal schema 3, the last four from schema 2.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def to_bytes(ledger: Ledger) -> bytes:
         ],
         "pending": [records.to_wire(accepted) for accepted in ledger.pending],
         "quarantined": [records.to_wire(accepted) for accepted in ledger.quarantined.values()],
+        "losses": [[bytes.fromhex(update_id), loss] for update_id, loss in ledger.losses.items()],
         "finished": ledger.finished,
         "signed": None if ledger.signed is None else records.to_wire(ledger.signed),
         "anchors": [
@@ -143,6 +145,7 @@ def _ledger(body: dict[str, Any]) -> Ledger:
     ledger.finished = body["finished"]
     held = [records.from_wire(wire) for wire in body.get("quarantined", ())]
     ledger.quarantined = {record.update_id: record for record in held if isinstance(record, Accepted)}
+    ledger.losses = {update_id.hex(): loss for update_id, loss in body.get("losses", ())}
     signed = body.get("signed") and records.from_wire(body["signed"])
     ledger.signed = signed if isinstance(signed, Signed) else None
     return ledger

@@ -14,7 +14,7 @@ from typing import assert_never
 
 from coordinator.ledger import Known, Ledger
 from coordinator.lineage import Broken, Lineage, RecordedVersion
-from coordinator.merging import MergePlan, in_order, plan_merge
+from coordinator.merging import MergePlan, choosing, in_order, plan_merge
 from coordinator.records import (
     Accepted,
     Anchored,
@@ -28,9 +28,12 @@ from coordinator.records import (
     Released,
     Signed,
     Snapshot,
+    Substituted,
+    Validated,
     VersionCommitted,
     Witnessed,
 )
+from coordinator.robust import KRUMS, chosen
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
 from shared.plan import SealedPlan
@@ -68,8 +71,14 @@ class Trail:
         """Row and record of each accepted update, in order of acceptance."""
         self.pending: dict[str, Accepted] = {}
         """Accepted and not yet merged, in order of acceptance."""
+        self.losses: dict[str, float] = {}
+        """Of updates that are not merged yet."""
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart."""
+        self.answered: set[str] | None = set()
+        """Sites whose update was rejected or kept apart since the newest version; None when that is not known."""
+        self.substituted: Substituted | None = None
+        """What was said of the version of the next row."""
         self.finished = False
 
     @property
@@ -79,10 +88,11 @@ class Trail:
 
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
-        self.version, self.finished = ledger.version, ledger.finished
+        self.version, self.finished, self.answered = ledger.version, ledger.finished, None
         self.lineage.begin(seq, ledger)
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
+        self.losses = dict(ledger.losses)
         self.quarantined = dict(ledger.quarantined)
         waiting = (*ledger.pending, *ledger.quarantined.values())
         self.accepted = {accepted.update_id: (seq, accepted) for accepted in waiting}
@@ -95,10 +105,11 @@ class Trail:
             list(self.known.items()),
             list(self.pending.values()),
             held,
+            self.losses,
             self.finished,
         )
-        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.finished)
-        names = ("versions", "decided updates", "waiting updates", "quarantine", "end of the run")
+        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, ledger.finished)
+        names = ("versions", "decided updates", "waiting updates", "quarantine", "losses", "end of the run")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
     def take(self, seq: int, record: Record) -> list[Finding]:
@@ -116,10 +127,11 @@ class Trail:
             and record.version == self.version + 1 >= 1
             and all(update.base_version in self.versions and update.examples >= 1 for update in merged)
             and (len(merged) == 1 if section.mode == "fedasync" else bool(merged))
+            and (section.quality == "none" or all(update.update_id in self.losses for update in merged))
         )
         if not sound:
             return None
-        return plan_merge(record.version, merged, section, self.lineage.parts)
+        return plan_merge(record.version, merged, section, self.lineage.parts, known=self.known, losses=self.losses)
 
     # -- one record ---
 
@@ -135,12 +147,12 @@ class Trail:
                 yield from self._accepted(seq, record)
             case Rejected():
                 yield from self._rejected(record)
-            case Quarantined() | Released() | Dropped():
-                yield from self._moved(record)
-            case VersionCommitted():
-                yield from self._committed(seq, record)
-            case Anchored():
-                yield from self.lineage.anchor(record, self.version)
+            case Validated() | Quarantined() | Released() | Dropped():
+                yield from self._waiting(record)
+            case Substituted():
+                self.substituted = record
+            case VersionCommitted() | Anchored():
+                yield from self._published(seq, record)
             case Finished():
                 yield from self._finished(record)
             case Signed() | Witnessed():
@@ -169,15 +181,32 @@ class Trail:
         self.accepted[record.update_id] = (seq, record)
         self.pending[record.update_id] = record
 
+    def _published(self, seq: int, record: VersionCommitted | Anchored) -> Iterator[Broken]:
+        if isinstance(record, Anchored):
+            yield from self.lineage.anchor(record, self.version)
+        else:
+            yield from self._committed(seq, record)
+
+    def _validated(self, record: Validated) -> Iterator[Broken]:
+        if self.federation.aggregation.quality == "none" or record.update_id in self.losses:
+            yield "validated-in-vain", f"update {record.update_id} has a loss, and needs none or had one"
+        if record.update_id not in self.pending:
+            yield "not-pending", f"update {record.update_id} is validated, but was not waiting"
+            return
+        self.losses[record.update_id] = record.loss
+
     def _rejected(self, record: Rejected) -> Iterator[Broken]:
         if record.update_id in self.known:
             yield "decided-twice", f"update {record.update_id} was decided before"
             return
         known = Known(record.site, record.manifest_sha256, "rejected", record.rule, record.detail)
         self.known[record.update_id] = known
+        self._answer(record.site)
 
-    def _moved(self, record: Quarantined | Released | Dropped) -> Iterator[Broken]:
+    def _waiting(self, record: Validated | Quarantined | Released | Dropped) -> Iterator[Broken]:
         match record:
+            case Validated():
+                yield from self._validated(record)
             case Quarantined():
                 yield from self._quarantined(record)
             case Released():
@@ -191,6 +220,7 @@ class Trail:
             yield "not-pending", f"update {record.update_id} is kept apart, but was not waiting"
             return
         self.quarantined[record.update_id] = held
+        self._answer(held.site)
         self.known[record.update_id].rule, self.known[record.update_id].detail = record.rule, record.detail
 
     def _released(self, record: Released) -> Iterator[Broken]:
@@ -203,6 +233,7 @@ class Trail:
 
     def _dropped(self, record: Dropped) -> Iterator[Broken]:
         waiting = self.pending.pop(record.update_id, None) or self.quarantined.pop(record.update_id, None)
+        self.losses.pop(record.update_id, None)
         if waiting is None:
             yield "not-pending", f"update {record.update_id} is dropped, but was not waiting"
             return
@@ -236,9 +267,12 @@ class Trail:
                 known = self.known.get(part.update_id)
                 fate = "was never accepted" if known is None else f"is {known.outcome} already"
                 yield "counted-twice" if known else "unknown-update", f"update {part.update_id} {fate}"
+            elif self.federation.aggregation.quality != "none" and part.update_id not in self.losses:
+                yield "not-validated", f"update {part.update_id} counts, and its loss was never measured"
         yield from self._round(record.contributions)
         if planned is not None:
-            yield from _weights(planned.recorded(), record.contributions)
+            yield from self._counted(record, planned)
+        self.substituted, self.answered = None, set()
         self._merge(record)
         yield from self.lineage.anchor_due(self.version)
         digests = record.master_sha256, record.optimizer_sha256
@@ -255,7 +289,8 @@ class Trail:
             yield "merge-order", "its updates are not the oldest ones waiting, by site, base version and id"
         match section.mode:
             case "sync":
-                fits = len({part.site for part in parts}) >= section.quorum
+                sites = {part.site for part in parts}
+                fits = self.answered is None or len(sites | self.answered) >= section.quorum
             case "fedbuff":
                 fits = 1 <= len(parts) <= section.buffer
             case "fedasync":
@@ -265,15 +300,38 @@ class Trail:
         if not fits:
             yield "round-size", f"{len(parts)} updates, which no round of mode {section.mode} closes with here"
 
+    def _counted(self, record: VersionCommitted, planned: MergePlan) -> Iterator[Broken]:
+        """Whether the rule is the one that was agreed, or told, and the weights follow from it."""
+        section, parts, said = self.federation.aggregation, record.contributions, self.substituted
+        stands_in = None if planned.rule == section.rule else (record.version, planned.rule, len(parts))
+        if stands_in != (None if said is None else (said.version, said.rule, said.updates)):
+            told = "nothing" if said is None else f"{said.rule} of {said.updates} for version {said.version}"
+            yield "substituted", f"merged by {planned.rule}, and the row before says of what stood in: {told}"
+        if planned.rule in KRUMS:
+            # Which updates are chosen only their tensors tell; how many, and what each then counts, the rule does.
+            counts = {part.update_id for part in parts if part.weight > 0}
+            wanted = chosen(planned.rule, len(parts), section.byzantine)
+            if len(counts) != wanted:
+                yield "contribution", f"{len(counts)} updates count, {planned.rule} chooses {wanted} of {len(parts)}"
+                return
+            planned = choosing(planned, counts)
+        yield from miscounted(planned.recorded(), parts)
+
+    def _answer(self, site: str) -> None:
+        if self.answered is not None:
+            self.answered.add(site)
+
     def _merge(self, record: VersionCommitted) -> None:
         for part in record.contributions:
+            self.losses.pop(part.update_id, None)
             if self.pending.pop(part.update_id, None) is not None:
                 known = self.known[part.update_id]
                 known.outcome, known.version = "merged", record.version
                 known.staleness, known.weight = part.staleness, part.weight
 
 
-def _weights(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:
+def miscounted(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:
+    """Yield what is recorded of each contribution otherwise than it came out here."""
     for wanted, found in zip(ours, recorded, strict=True):
         for name in ("site", "base_version", "staleness", "weight"):
             given, told = getattr(wanted, name), getattr(found, name)

@@ -23,6 +23,7 @@ from coordinator.records import (
     Record,
     Rejected,
     Released,
+    Validated,
     VersionCommitted,
 )
 from coordinator.rows import Restored
@@ -64,6 +65,8 @@ class UpdateLife:
     norm: float | None = None
     """Global L2 norm of the delta."""
     file_sha256: str | None = None
+    loss: float | None = None
+    """On the coordinator's notes, where updates are weighed by it."""
     rule: str | None = None
     """Why it was rejected, dropped or kept apart."""
     detail: str = ""
@@ -136,10 +139,12 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
         opened, finished_at = since.ledger.opened, since.row.at if since.ledger.finished else None
         versions += _summed_up(since.ledger, since.row.at)
         updates |= {update_id: _settled(update_id, since) for update_id in since.ledger.known}
-        updates |= {each.update_id: _born(each) for each in since.ledger.pending}
+        losses = since.ledger.losses
+        updates |= {each.update_id: _born(each, losses.get(each.update_id)) for each in since.ledger.pending}
         for each in since.ledger.quarantined.values():
             told = updates[each.update_id]
-            held = replace(_born(each), fate="quarantined", rule=told.rule, detail=told.detail, settled_at=since.row.at)
+            born = _born(each, losses.get(each.update_id))
+            held = replace(born, fate="quarantined", rule=told.rule, detail=told.detail, settled_at=since.row.at)
             updates[each.update_id] = held
     for record in records:
         match record:
@@ -150,7 +155,7 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
                 versions.append(VersionView(0, state.created, state, parts, record.master_sha256, ()))
             case Accepted() | Rejected():
                 updates[record.update_id] = _born(record)
-            case Quarantined() | Released() | Dropped():
+            case Validated() | Quarantined() | Released() | Dropped():
                 updates[record.update_id] = _moved(updates[record.update_id], record)
             case VersionCommitted():
                 versions.append(_version(record, versions[-1]))
@@ -202,7 +207,7 @@ def summarise_sites(run: RunView) -> tuple[SiteSummary, ...]:
     return tuple(_summary(site, by_site[site]) for site in sorted(by_site))
 
 
-def _born(record: Accepted | Rejected) -> UpdateLife:
+def _born(record: Accepted | Rejected, loss: float | None = None) -> UpdateLife:
     if isinstance(record, Rejected):
         return UpdateLife(
             update_id=record.update_id,
@@ -223,11 +228,14 @@ def _born(record: Accepted | Rejected) -> UpdateLife:
         examples=record.examples,
         norm=record.norm,
         file_sha256=record.file_sha256,
+        loss=loss,
     )
 
 
-def _moved(life: UpdateLife, record: Quarantined | Released | Dropped) -> UpdateLife:
+def _moved(life: UpdateLife, record: Validated | Quarantined | Released | Dropped) -> UpdateLife:
     match record:
+        case Validated():
+            return replace(life, loss=record.loss)
         case Quarantined():
             return replace(life, fate="quarantined", rule=record.rule, detail=record.detail, settled_at=record.at)
         case Released():

@@ -62,6 +62,13 @@ class Evaluate(_Frame):
     notes: Path | None
 
 
+class Measure(_Frame):
+    """Measure the loss of a state on the notes that were loaded to train on."""
+
+    kind: Literal["measure"] = "measure"
+    state: Path
+
+
 class Export(_Frame):
     """Write the whole model with a state in it to a folder, in Hugging Face's layout."""
 
@@ -70,7 +77,7 @@ class Export(_Frame):
     out: Path
 
 
-Request = Load | Train | Evaluate | Export
+Request = Load | Train | Evaluate | Measure | Export
 
 
 class Loaded(_Frame):
@@ -79,7 +86,8 @@ class Loaded(_Frame):
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
     examples: int
-    """Examples that are trained on, as the task counts them; the weight of this site's updates."""
+    """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
+    updates."""
     notes: int
     """Notes trained on."""
     held_out: int
@@ -125,6 +133,13 @@ class Evaluated(_Frame):
     labels: dict[str, dict[str, float]]
 
 
+class Measured(_Frame):
+    """The mean loss; None where it is infinite or no number."""
+
+    kind: Literal["measured"] = "measured"
+    loss: float | None
+
+
 class Exported(_Frame):
     """The model is in its folder."""
 
@@ -141,7 +156,7 @@ class Failed(_Frame):
     rule: str
 
 
-Answer = Loaded | Progress | Notice | Trained | Evaluated | Exported | Failed
+Answer = Loaded | Progress | Notice | Trained | Evaluated | Measured | Exported | Failed
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

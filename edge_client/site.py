@@ -10,11 +10,9 @@ import structlog
 from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
-from edge_client.privacy.ledger import Ledger
-from edge_client.privacy.metered import Metered, check_privacy
+from edge_client.privacy.metered import check_privacy, metered
 from edge_client.session import Identity
 from edge_client.states import States
-from edge_client.training import Trainer
 from edge_client.worker_client import WorkerClient
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
@@ -42,10 +40,7 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
 async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: Outbox, worker: WorkerClient) -> None:
     # Where versions travel as steps, the first thing to step on from is here already: in the base model.
     initial = config.storage / "work" / "initial.safetensors" if _begins(config, federation) else None
-    trainer: Trainer = worker
-    if federation.privacy is not None:
-        ledger = Ledger(config.storage, known=outbox.charges())
-        trainer = Metered(worker, ledger, config, federation)
+    trainer = metered(worker, outbox, config, federation)
     async with worker:
         loaded = await worker.load(initial=initial)
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))

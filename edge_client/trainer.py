@@ -17,7 +17,7 @@ from edge_client.batches import Batch, make_batches
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel, State, apply_state, read_trainable
 from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
-from edge_client.tasks import Ids, Scores, Window
+from edge_client.tasks import IGNORED, Ids, Scores, Window
 from shared.config import TrainingSection
 from shared.errors import ConfigError, RefusedError
 
@@ -164,6 +164,25 @@ def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
     predictions = np.zeros((task.units(data.notes), *rows.shape[1:]), dtype=rows.dtype)
     predictions[np.concatenate(units)] = rows
     return task.score(data.notes, predictions)
+
+
+@torch.no_grad()
+def mean_loss(loaded: LoadedModel, data: Dataset) -> float:
+    """Return the mean loss of the model as it is over all targets of `data`; it may be infinite, or no number.
+
+    Raises RefusedError(rule='note-missing') when there are none.
+    """
+    loaded.model.eval()
+    total, targets = 0.0, 0
+    with forward_pass(loaded, data.prepared) as forward:
+        for batch in data.prepared.batches:
+            count = int((batch.targets != IGNORED).sum()) if loaded.task.head.per_token else len(batch.windows)
+            if count:
+                total += count * loaded.task.loss(forward(batch), batch.targets).item()
+                targets += count
+    if not targets:
+        raise RefusedError("the notes hold nothing to measure a loss on", rule="note-missing", hint="annotate them")
+    return total / targets
 
 
 def _written(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:

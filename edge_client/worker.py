@@ -7,6 +7,7 @@ does not hold up the link, and so that the kernel, when memory runs out, ends it
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import queue
 import secrets
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, assert_never
 
 import structlog
 import torch
@@ -25,8 +26,6 @@ import torch
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.model import LoadedModel, apply_state, export, load_model, seal, version_zero
-from edge_client.privacy.accounting import spend
-from edge_client.privacy.descent import Private, make_private
 from edge_client.statefile import read_state, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
@@ -34,12 +33,16 @@ from edge_client.trainer import (
     Dataset,
     evaluate,
     make_dataset,
+    mean_loss,
     round_section,
     round_seed,
     train,
 )
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
+
+if TYPE_CHECKING:
+    from edge_client.privacy.descent import Private
 
 PROGRESS_S = 0.2
 """Progress is told at most this often; a tiny model takes a hundred steps a second."""
@@ -76,6 +79,8 @@ class Worker:
                     return self._train(request)
                 case pipe.Evaluate():
                     return self._evaluate(request)
+                case pipe.Measure():
+                    return self._measure(request)
                 case pipe.Export():
                     return self._export(request)
                 case _:
@@ -100,7 +105,7 @@ class Worker:
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         size = job.federation.training.batch_size
-        self._private = make_private(self._loaded, kept, job.federation)
+        self._private = self._by_record(kept)
         self._training = self._private.records.data if self._private else self._dataset(kept, size)
         self._held_out = self._dataset(held_out, EVALUATION_BATCH)
         reason = self._training.prepared.reason
@@ -122,7 +127,7 @@ class Worker:
         if private is not None:
             # Nothing of such a training may follow from what others know, dropout included.
             seed = secrets.randbits(63)
-            spent = spend(private.charge, request.so_far, request.limits, private.section.delta)
+            spent = private.spend(request.so_far, request.limits)
             descent = private.descent(self._loaded)
 
         def progress(share: float, loss: float) -> None:
@@ -153,6 +158,11 @@ class Worker:
         apply_state(self._loaded, read_state(request.state))
         return _scored(evaluate(self._loaded, data))
 
+    def _measure(self, request: pipe.Measure) -> pipe.Measured:
+        apply_state(self._loaded, read_state(request.state))
+        loss = mean_loss(self._loaded, self._training)
+        return pipe.Measured(loss=loss if math.isfinite(loss) else None)
+
     def _export(self, request: pipe.Export) -> pipe.Exported:
         apply_state(self._loaded, read_state(request.state))
         export(self._loaded, request.out)
@@ -165,6 +175,14 @@ class Worker:
 
     def _read(self, notes: Path) -> NoteSet[AnyNote]:
         return load_notes(notes, self._loaded.task, skip_bad=self._job.skip_bad)
+
+    def _by_record(self, notes: Sequence[AnyNote]) -> Private | None:
+        section = self._job.federation.privacy
+        if section is None:
+            return None
+        from edge_client.privacy.descent import make_private  # and Opacus, which takes 1.5 s and 110 MB
+
+        return make_private(self._loaded, notes, self._job.federation, section)
 
     def _dataset(self, notes: Sequence[AnyNote], batch_size: int) -> Dataset:
         return make_dataset(self._loaded, notes, batch_size=batch_size, seed=self._job.federation.federation.seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ LEAVE_S = 5.0
 """A worker whose input has closed leaves at once; after this long it is killed."""
 
 Progress = Callable[[float, float], None]
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Exported)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured, pipe.Exported)
 
 log = structlog.get_logger("worker")
 
@@ -53,6 +54,19 @@ class WorkerDiedError(Exception):
             self.cause = f"it ended with status {returncode}"
             self.hint = "its last words are on the standard error of this process"
         super().__init__(self.cause)
+
+
+def load_request(config: SiteConfig, federation: FederationConfig) -> pipe.Load:
+    """Return what a worker has to load to train for this site."""
+    return pipe.Load(
+        federation=federation,
+        source=str(config.model_dir or federation.model.base),
+        notes=config.data.notes,
+        skip_bad=config.data.skip_bad,
+        holdout=config.data.holdout,
+        threads=config.threads,
+        site=config.name,
+    )
 
 
 class WorkerClient:
@@ -80,15 +94,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = pipe.Load(
-            federation=self._federation,
-            source=str(config.model_dir or self._federation.model.base),
-            notes=config.data.notes,
-            skip_bad=config.data.skip_bad,
-            holdout=config.data.holdout,
-            threads=config.threads,
-            site=config.name,
-        )
+        self._load = load_request(config, self._federation)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 
@@ -110,13 +116,13 @@ class WorkerClient:
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Progress = lambda _share, _loss: None,
         so_far: tuple[Charge, ...] = (),
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
-        """Train from the published state in the file `state` and write the delta to `out`, plain F32 safetensors.
+        """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
         When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
         federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
@@ -125,12 +131,20 @@ class WorkerClient:
         (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
         full.
         """
-        request = pipe.Train(state=state, base_version=base_version, out=out, so_far=so_far, limits=limits)
+        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
         """Score the state in a file on `notes`, or on this site's held-out notes."""
         return await self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    async def loss(self, state: Path) -> float:
+        """Return the mean loss of the state in a file on all notes but the held-out ones; NaN where it is not finite.
+
+        Errors as `evaluate`.
+        """
+        measured = await self._ask(pipe.Measure(state=state), pipe.Measured)
+        return math.nan if measured.loss is None else measured.loss
 
     async def export(self, state: Path, out: Path) -> None:
         """Write the model with the state in a file to the folder `out`, as transformers' `from_pretrained` reads it.
@@ -179,7 +193,7 @@ class WorkerClient:
             if not answered:
                 await self._kill()
         if isinstance(answer, pipe.Failed):
-            raise _raised(answer)
+            raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         self._ready = self._ready or wanted is pipe.Loaded
         return answer
@@ -240,7 +254,8 @@ async def _ended(process: Process) -> int:
         return await process.wait()
 
 
-def _raised(failure: pipe.Failed) -> MailboatError:
+def raised(failure: pipe.Failed) -> MailboatError:
+    """Return the error that a worker met, as it was there."""
     if failure.error == RefusedError.__name__:
         return RefusedError(failure.message, rule=failure.rule, hint=failure.hint)
     return _FAMILIES[failure.error](failure.message, hint=failure.hint)

@@ -19,6 +19,7 @@ from mailboat.commands import (
     data,
     doctor,
     enroll,
+    experiment,
     export,
     init,
     privacy,
@@ -49,6 +50,7 @@ _ORDER = [
     "quarantine",
     "export",
     "evaluate",
+    "experiment",
     "doctor",
 ]
 
@@ -119,6 +121,7 @@ app.add_typer(audit.app, name="audit", short_help="Tell what happened, line by l
 app.add_typer(quarantine.app, name="quarantine", short_help="Decide about updates that are out of line.")
 app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)
 app.command("evaluate", short_help="Measure a model on annotated notes.")(export.evaluate)
+app.add_typer(experiment.app, name="experiment", short_help="Compare methods on synthetic notes, reproducibly.")
 app.command("doctor", short_help="Check this machine, and say what to do.")(doctor.doctor)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.views import VersionView
 from mailboat.console import measure_title
 from shared.config import AdapterSection, FederationConfig
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.states import open_state
 from shared.store import FrameStore
 
@@ -61,7 +63,33 @@ def export_version(
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
     """
-    loaded = _with_state(storage, federation, version)
+    _write(_with_state(storage, federation, version), federation, out, merged=merged)
+
+
+def export_master(
+    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
+) -> None:
+    """Write what `export_version` does, with the coordinator's float32 master of a version, which no site was sent.
+
+    ConfigError when its master is no longer here, CorruptError when it is not what the journal recorded.
+    """
+    path = master_path(storage / "masters", version.version)
+    if not path.exists():
+        raise ConfigError(
+            f"the master of version {version.version} is not here any more",
+            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
+        )
+    if file_sha256(path) != version.master_sha256:
+        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
+    loaded = _load(federation.model.base, federation)
+    from edge_client.model import apply_state
+
+    with TensorFile(path) as tensors:
+        apply_state(loaded, dict(tensors))
+    _write(loaded, federation, out, merged=merged)
+
+
+def _write(loaded: LoadedModel, federation: FederationConfig, out: Path, *, merged: bool) -> None:
     from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 

@@ -128,9 +128,25 @@ def _told(line: Line) -> str:
     if "state" in line:
         return _told_version(line)
     match line["kind"]:
+        case "substituted":
+            too_few = f"{line['updates']} updates, the agreed rule needs {line['needed']}"
+            return f"version {line['version']}  {too_few}: merged by {line['rule']}"
+        case "finished":
+            return f"version {line['version']} is the last"
+        case "signed":
+            return f"version {line['version']}  row {line['seq']} has hash {line['head'][:8]}, signed"
+        case "snapshot":
+            return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
+    return _told_of_update(line)
+
+
+def _told_of_update(line: Line) -> str:
+    match line["kind"]:
         case "accepted":
             start = f"{line['site']}  update {line['update_id'][:8]}  from version {line['base_version']}"
             return f"{start}  examples {line['examples']}  norm {line['norm']:.4g}"
+        case "validated":
+            return f"update {line['update_id'][:8]}  loss {line['loss']:.4g}"
         case "rejected":
             return f"{line['site']}  update {line['update_id'][:8]}  {line['rule']}: {line['detail']}"
         case "quarantined":
@@ -139,15 +155,9 @@ def _told(line: Line) -> str:
             return f"update {line['update_id'][:8]}  out of quarantine"
         case "dropped":
             return f"update {line['update_id'][:8]}  {line['rule']}"
-        case "finished":
-            return f"version {line['version']} is the last"
-        case "signed":
-            return f"version {line['version']}  row {line['seq']} has hash {line['head'][:8]}, signed"
         case "witnessed":
             seen = f"had seen row {line['seq']} with hash {line['head'][:8]}" if line["seq"] else "had seen no head"
             return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
-        case "snapshot":
-            return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return "written by a newer release"
 
 
@@ -182,7 +192,7 @@ class Query:
     update_id: str | None = None
 
 
-_OF_WAITING = {"dropped", "quarantined", "released"}
+_OF_WAITING = {"dropped", "quarantined", "released", "validated"}
 """Kinds of lines that name an update and not its site."""
 
 
@@ -213,7 +223,7 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
 def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
     if line["kind"] == "opened":
         return {0}
-    if line["kind"] in {"committed", "finished"}:
+    if line["kind"] in {"committed", "finished", "substituted"}:
         return {line["version"]}
     return {each.get("base_version") for each in about}
 

@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from coordinator.journal import Journal
+from coordinator.ledger import Ledger
 from coordinator.masters import prune_masters
-from coordinator.merging import in_order, version_records
-from coordinator.records import Accepted, Dropped, Record, Rejected, VersionCommitted, recorded_at, to_bytes
+from coordinator.merging import committed, in_order, plan_merge
+from coordinator.records import (
+    Accepted,
+    Dropped,
+    Record,
+    Rejected,
+    Validated,
+    VersionCommitted,
+    recorded_at,
+    to_bytes,
+)
 from coordinator.views import JOURNAL
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
 from shared.config import AggregationSection, CodecSection, ServerSection
@@ -28,9 +38,14 @@ SECTIONS = {
     "sync": AggregationSection(size_power=0.5, server=MOMENTUM),
     "fedbuff": AggregationSection(mode="fedbuff", buffer=3, clip_norm=4, server=ServerSection(optimizer="fadas")),
     "fedasync": AggregationSection(mode="fedasync", alpha=0.9),
+    "ca2fl": AggregationSection(rule="ca2fl", server=MOMENTUM),
+    "multi-krum": AggregationSection(rule="multi-krum"),
+    "size-exp-loss": AggregationSection(quality="size-exp-loss", temperature=0.5),
 }
 SECTIONS |= {f"{mode}, steps": SECTIONS[mode] for mode in ("sync", "fedasync")}
 STEPS = CodecSection(down="int8", steps=2, slice_kib=4)
+ROUNDS = {"fedasync": (1, 1, 1), "fedasync, steps": (1, 1, 1), "multi-krum": (5, 3, 5)}
+"""Updates of each version, where they are not three; of three Krum cannot judge."""
 SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
 
 Edit = Callable[[Record], Sequence[Record]]
@@ -64,27 +79,18 @@ class AuditedRun:
                 **settings,
             },
         )
+        self._run = run
         self.federation = run.federation
         self.plan = run.plan
         self.records: list[Record] = [run.opened]
-        per_round = 1 if SECTIONS[mode].mode == "fedasync" else 3
-        for version in range(VERSIONS):
-            merged = [
-                run.update(
-                    f"s{site}-{version}",
-                    {
-                        name: rng.normal(0, 0.1, shape)
-                        for name, shape in run.plan.trained.items()
-                        if site or name != "block.0.w"
-                    },
-                    base=int(rng.integers(0, version + 1)),
-                    examples=int(rng.integers(1, 1000)),
-                )
-                for site in (0, 2, 1)[:per_round]
-            ]
-            self.records += merged
-            result = run.planned(order(merged)), run.merge(*order(merged))
-            self.records += version_records(*result, 4.0 + version)
+        self.ledger = Ledger()
+        self.ledger.apply(run.opened)
+        for version, count in enumerate(ROUNDS.get(mode, (3, 3, 3))):
+            merged = [self._accept(rng, site, version) for site in (0, 2, 1, 4, 3)[:count]]
+            ledger, section = self.ledger, run.federation.aggregation
+            known, losses = ledger.known, ledger.losses
+            plan = plan_merge(version + 1, order(merged), section, ledger.parts, known=known, losses=losses)
+            self._write(*committed(plan, run.merge_plan(plan), section, 4.0 + version))
         spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
         self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))
@@ -93,6 +99,29 @@ class AuditedRun:
         journal.append(self.records)
         AuditLog(storage / TRAIL, journal.rows)
         journal.close()
+
+    def _accept(self, rng: np.random.Generator, site: int, version: int) -> Accepted:
+        """A site's random update; of those that send again, from the newest version."""
+        again = self.mode == "ca2fl"
+        update = self._run.update(
+            f"s{site}" if again else f"s{site}-{version}",
+            {
+                name: rng.normal(0, 0.1, shape)
+                for name, shape in self.plan.trained.items()
+                if site or name != "block.0.w"
+            },
+            base=version if again else int(rng.integers(0, version + 1)),
+            examples=int(rng.integers(1, 1000)),
+        )
+        self._write(update)
+        if self.federation.aggregation.quality != "none":
+            self._write(Validated(update.update_id, float(rng.uniform(0, 3)), 3.5))
+        return update
+
+    def _write(self, *records: Record) -> None:
+        for record in records:
+            self.records.append(record)
+            self.ledger.apply(record)
 
     @property
     def accepted(self) -> list[Accepted]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from coordinator import decisions as d
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.ledger import Ledger
-from coordinator.merging import MergeResult
+from coordinator.merging import MergeResult, choosing
 from coordinator.offers import UNRECORDED
 from coordinator.records import Opened, Record
 from shared.config import CoordinatorConfig, FederationConfig
@@ -127,13 +128,15 @@ class CoordinatorBench:
         assert d.Verify(update_id) in stored.jobs
         return self.handle(d.Verified(update_id, 1.0))
 
-    def merged(self, decision: d.Decision) -> d.Decision:
-        """The merge that a decision started is done."""
+    def merged(self, decision: d.Decision, chosen: Collection[str] | None = None) -> d.Decision:
+        """The merge that a decision started is done; of its updates those of the `chosen` sites counted (None: all)."""
         (merge,) = jobs(decision, d.Merge)
-        version, steps = merge.plan.version, self.federation.codec.steps
+        counted = {part.update_id for part in merge.plan.contributions if chosen is None or part.site in chosen}
+        version, parts = merge.plan.version, choosing(merge.plan, counted).recorded()
+        steps = self.federation.codec.steps
         whole, step = make_state(self.plan, version), make_step(self.plan, version)
         anchor = whole if steps and not version % steps else None
-        result = MergeResult(step if steps else whole, digest(f"master {version}"), None, anchor)
+        result = MergeResult(step if steps else whole, digest(f"master {version}"), None, parts, anchor)
         return self.handle(d.Merged(merge.plan, result))
 
 

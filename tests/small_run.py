@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from coordinator import admission
 from coordinator.aggregate import merge
 from coordinator.genesis import open_run
+from coordinator.ledger import Known
 from coordinator.masters import TensorFile, master_path
 from coordinator.merging import MergePlan, MergeResult, plan_merge
 from coordinator.records import Accepted, Opened
@@ -98,6 +99,8 @@ class SmallRun:
         self.opened: Opened = open_run(folder, self.federation, self.plan, initial_path, created=1.0)
         self.state_manifests = [manifest_from_bytes(self.opened.state)]
         self.anchors: dict[int, Manifest] = {}
+        self.known: dict[str, Known] = {}
+        """What became of the updates that were merged."""
 
     def update(self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1) -> Accepted:
         """Seal, verify and accept one update of a site."""
@@ -152,9 +155,10 @@ class SmallRun:
             at=3.0,
         )
 
-    def planned(self, accepted: Iterable[Accepted]) -> MergePlan:
+    def planned(self, accepted: Iterable[Accepted], losses: Mapping[str, float] | None = None) -> MergePlan:
         """The plan of the next version."""
-        return plan_merge(len(self.state_manifests), [*accepted], self.federation.aggregation, self.parts)
+        section, version = self.federation.aggregation, len(self.state_manifests)
+        return plan_merge(version, [*accepted], section, self.parts, known=self.known, losses=losses or {})
 
     def parts(self, version: int) -> tuple[str, ...]:
         """The transfers that make up the published state of a version."""
@@ -165,10 +169,18 @@ class SmallRun:
 
     def merge(self, *accepted: Accepted) -> MergeResult:
         """Make the next version."""
-        result = self.run_plan(self.planned(accepted))
+        return self.merge_plan(self.planned(accepted))
+
+    def merge_plan(self, plan: MergePlan) -> MergeResult:
+        """Make the next version by a plan, and remember what was merged."""
+        result = self.run_plan(plan)
         self.state_manifests.append(result.state)
         if result.anchor is not None:
             self.anchors[result.state.version] = result.anchor
+        for part in result.contributions:
+            self.known[part.update_id] = Known(
+                part.site, "", "merged", version=plan.version, staleness=part.staleness, weight=part.weight
+            )
         return result
 
     def run_plan(self, plan: MergePlan, **options: Any) -> MergeResult:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from coordinator.journal import Journal
 from coordinator.records import Record
 from coordinator.service import run_coordinator
+from coordinator.validation import Validator
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
@@ -67,6 +68,19 @@ class ToyTrainer:
         return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
 
 
+class ToyValidator:
+    """Takes the distance of a state's first value from `ideal` as its loss, after `seconds`."""
+
+    def __init__(self, *, ideal: float, seconds: float = 0.0) -> None:
+        self.ideal = ideal
+        self.seconds = seconds
+
+    async def loss(self, state: Path) -> float:
+        """See Validator."""
+        await asyncio.sleep(self.seconds)
+        return abs(float(load_file(state)["a.weight"][0]) - self.ideal)
+
+
 def toy_plan(federation: FederationConfig, parameters: int) -> SealedPlan:
     """A plan of two tensors that have `parameters` values in all."""
     return SealedPlan(
@@ -94,7 +108,9 @@ def write_toy(
     quorum: int = 1,
     slice_kib: int = 64,
     codec: str = "f32",
+    down: str | None = None,
     steps: int = 0,
+    feedback: float | None = None,
     sealed: bool = False,
     link: str = HASTY,
     urls: Mapping[str, str] = MappingProxyType({}),
@@ -102,7 +118,8 @@ def write_toy(
 ) -> None:
     """Write all configuration files, the sealed plan and version 0 below `root`; with `sealed`, kits as well.
 
-    `urls` holds another broker URL for some, by name; `extra` follows [aggregation].
+    `down` is the codec of states, where it is another; `urls` holds another broker URL for some, by name; `extra`
+    follows [aggregation].
     """
     if sealed:
         kits = Kits(root, "toy")
@@ -110,13 +127,15 @@ def write_toy(
             kits.site(f"site-{number}")
         extra += '[trust]\nmode = "sealed"\n'
 
+    owed = "" if feedback is None else f"feedback = {feedback}\n"
+
     def local(name: str) -> str:
         kit = f'[trust]\nkit = "{name}-kit"\n' if sealed else ""
         return f'[broker]\nurl = "{urls.get(name, url)}"\n[link]\n{link}{kit}'
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{codec}"\nsteps = {steps}\nslice_kib = {slice_kib}\n'
+        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nsteps = {steps}\nslice_kib = {slice_kib}\n{owed}'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
@@ -138,12 +157,12 @@ def write_toy(
     save_file(initial, storage / "initial.safetensors")
 
 
-async def toy_coordinator(path: Path) -> None:
+async def toy_coordinator(path: Path, validator: Validator | None = None) -> None:
     """What `mailboat coordinator run` does after sealing."""
     config = load_config(path, CoordinatorConfig)
     federation = load_config(config.federation, FederationConfig)
     plan = load_plan(config.storage / "plan.json", federation)
-    await run_coordinator(config, federation, plan, config.storage / "initial.safetensors")
+    await run_coordinator(config, federation, plan, config.storage / "initial.safetensors", validator)
 
 
 async def toy_site(

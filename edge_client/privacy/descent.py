@@ -29,9 +29,9 @@ from edge_client.batches import Batch
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel
 from edge_client.prefix import Forward
-from edge_client.privacy.accounting import charge_of, steps_of
+from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
-from edge_client.privacy.ledger import Charge
+from edge_client.privacy.ledger import Charge, Limit, Spent
 from edge_client.privacy.records import Records, make_records
 from edge_client.trainer import Descent
 from shared.config import FederationConfig, PrivacySection
@@ -53,16 +53,22 @@ class Private:
     section: PrivacySection
     charge: Charge
 
+    def spend(self, so_far: Sequence[Charge], limits: Sequence[Limit]) -> Spent:
+        """What all trainings come to with one more; errors as `accounting.spend`."""
+        return spend(self.charge, so_far, limits, self.section.delta)
+
     def descent(self, loaded: LoadedModel) -> Descent:
         """The gradients of one update."""
         return private_descent(loaded, self.records, self.charge, self.section.clip_norm)
 
 
-def make_private(loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig) -> Private | None:
-    """Return what a federation with `[privacy]` trains on, None for one without; errors as `make_records`."""
-    section = federation.privacy
-    if section is None:
-        return None
+def make_private(
+    loaded: LoadedModel, notes: Sequence[AnyNote], federation: FederationConfig, section: PrivacySection
+) -> Private:
+    """Return what a federation with `[privacy]` trains on, and say in the log what one update costs.
+
+    RefusedError(rule='note-missing') when no record has a window; other errors as `make_records` and `charge_of`.
+    """
     records = make_records(loaded, notes)
     count = len(records.spans)
     if not records.data.prepared.batches:
@@ -75,6 +81,7 @@ def make_private(loaded: LoadedModel, notes: Sequence[AnyNote], federation: Fede
             consequence="a mechanism that gives one record away whole would count as private; lower privacy.delta",
         )
     charge = charge_of(section, federation.training, records=count, versions=federation.federation.versions)
+    log.info("private", records=count, **charge.model_dump())
     return Private(records, section, charge)
 
 

@@ -21,9 +21,10 @@ from typing import Never, Protocol
 import structlog
 
 from edge_client.disk import Disk
+from edge_client.outbox import Outbox
 from edge_client.pipe import Trained
 from edge_client.privacy.ledger import BUDGET, CHARGES, Charge, Ledger, Limit, Row, Spent, charges_of
-from edge_client.training import Standing
+from edge_client.training import Standing, Trainer
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
 
@@ -34,19 +35,30 @@ TOLD = frozenset({"steps"})
 
 
 class PrivateTrainer(Protocol):
-    """Whoever trains at a cost; the worker process in a real run."""
+    """Whoever trains, in a private federation at a cost; the worker process in a real run."""
+
+    @property
+    def standing(self) -> Standing:
+        """See Trainer."""
 
     async def train(
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Callable[[float, float], None],
-        so_far: tuple[Charge, ...],
-        limits: tuple[Limit, ...],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> Trained:
         """Train as `Trainer.train` says, and say what it cost; RefusedError(rule='privacy-budget') before it begins."""
+
+
+def metered(worker: PrivateTrainer, outbox: Outbox, config: SiteConfig, federation: FederationConfig) -> Trainer:
+    """Return the trainer of a site: the worker, in a private federation with the ledger of its folder before it."""
+    if federation.privacy is None:
+        return worker
+    return Metered(worker, Ledger(config.storage, known=outbox.charges()), config, federation)
 
 
 class Metered:

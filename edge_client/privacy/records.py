@@ -21,7 +21,7 @@ from edge_client.model import LoadedModel
 from edge_client.prefix import LIMIT_BYTES, prepare
 from edge_client.trainer import Dataset, make_window_batches
 
-WINDOWS_AT_ONCE = 16
+WINDOWS_AT_ONCE = 8
 """Windows of one record in one pass. A record of more takes several; memory does not grow with the longest patient."""
 
 

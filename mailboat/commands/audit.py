@@ -137,6 +137,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "rejected", f"{_time(life.decided_at)}  {life.rule}: {life.detail}"
         return
     yield "accepted", _time(life.decided_at)
+    if life.loss is not None:
+        yield "measured", f"loss {life.loss:.4g} on the coordinator's notes"
     if life.settled_at is None:
         yield "waiting", "for the round to close"
     elif life.fate == "quarantined":
@@ -145,7 +147,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         yield "dropped", f"{_time(life.settled_at)}  {life.rule}"
     else:
         part = f"late by {life.staleness}, weight {life.weight:.4g}"
-        yield "merged", f"{_time(life.settled_at)}  into version {life.version}, {part}"
+        into = f"into version {life.version}" if life.weight else f"with version {life.version}, which left it out"
+        yield "merged", f"{_time(life.settled_at)}  {into}, {part}"
 
 
 def _time(at: float) -> str:

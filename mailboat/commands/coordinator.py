@@ -62,6 +62,7 @@ def run_command(
     from mailboat import foreground
     from mailboat.reach import until_done
     from mailboat.sealing import INITIAL, load_for, seal_elsewhere
+    from mailboat.validating import validator_for
     from shared import logs
 
     coordinator, federation = _load(config)
@@ -72,8 +73,12 @@ def run_command(
         console.say(f"resolving the layer plan against {federation.model.base} (some seconds)")
         plan = seal_elsewhere(config, coordinator.storage, federation)
     _tell_plan(plan, federation)
-    job = run_coordinator(coordinator, federation, plan, coordinator.storage / INITIAL)
-    foreground.run(until_done(job, coordinator.broker, give_up_s=give_up_s))
+
+    async def job() -> None:
+        async with validator_for(coordinator, federation, plan) as validator:
+            await run_coordinator(coordinator, federation, plan, coordinator.storage / INITIAL, validator)
+
+    foreground.run(until_done(job(), coordinator.broker, give_up_s=give_up_s))
 
 
 @app.command()

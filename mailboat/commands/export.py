@@ -24,10 +24,15 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Fold adapters into the weights, and write the whole model.")
     ] = False,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="The coordinator's float32 master, which no site was sent."),
+    ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
 ) -> None:
     """Write a version as a Hugging Face model folder, for from_pretrained of transformers.
 
+    It is the published state, as the sites have it: with codec.down = "int8", say, its trained tensors are rounded.
     Where the federation trains adapters, these alone are written, for PeftModel.from_pretrained.
     """
     from coordinator.views import find_version, load_run
@@ -40,6 +45,10 @@ def export(
     coordinator = load_config(config, CoordinatorConfig)
     federation = _federation(coordinator.federation)
     chosen = find_version(load_run(coordinator.storage), version)
+    if full_precision:
+        modelling.export_master(coordinator.storage, federation, chosen, out, merged=merged)
+        console.say(f"version {chosen.version} in full precision (master {chosen.master_sha256[:12]}) written to {out}")
+        return
     modelling.export_version(coordinator.storage, federation, chosen, out, merged=merged)
     console.say(f"version {chosen.version} (state {chosen.state.leads_to[:12]}) written to {out}")
 

@@ -59,6 +59,22 @@ def _examine_coordinator(path: Path) -> Iterator[Finding]:
     yield ok("clock", f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())}; `mailboat doctor` at a site compares")
     yield from _journal(config.storage)
     yield from _coordinator_plan(config, federation)
+    yield from _validation(config, federation)
+
+
+def _validation(config: CoordinatorConfig, federation: FederationConfig) -> Iterator[Finding]:
+    """The notes on which losses are measured, where updates are weighed by them."""
+    section, quality = config.validation, federation.aggregation.quality
+    if quality == "none":
+        return
+    if section.notes is None:
+        hint = "name a folder of annotated notes in coordinator.toml: [validation] notes = ..."
+        yield fail("notes", ConfigError(f'there are none, and quality = "{quality}" needs some', hint=hint))
+        return
+    try:
+        yield _notes(section.notes, federation, skip_bad=section.skip_bad)
+    except ModuleNotFoundError as error:
+        yield fail("notes", ConfigError(f"{error.name} is not installed here", hint="pip install 'mailboat[edge]'"))
 
 
 def _journal(storage: Path) -> Iterator[Finding]:
@@ -120,7 +136,7 @@ def _examine_site(path: Path) -> Iterator[Finding]:
         return
     yield ok("config", f"{path}: site {config.name} of federation {federation.federation.name}")
     yield from check_disk(config.storage)
-    yield _notes(config, federation)
+    yield _notes(config.data.notes, federation, skip_bad=config.data.skip_bad)
     yield from check_trust(federation, config.trust, config.broker, config.name)
     party = Party(federation.federation.name, config.name, config.broker)
     findings, protocol = asyncio.run(check_broker(party))
@@ -148,17 +164,17 @@ def _examine_site(path: Path) -> Iterator[Finding]:
         yield _clock(party, protocol, found)
 
 
-def _notes(config: SiteConfig, federation: FederationConfig) -> Finding:
+def _notes(folder: Path, federation: FederationConfig, *, skip_bad: bool) -> Finding:
     from edge_client.data.load import load_notes
 
     try:
         from edge_client.tasks.registry import load_task
 
-        found = load_notes(config.data.notes, load_task(federation.task), skip_bad=config.data.skip_bad)
+        found = load_notes(folder, load_task(federation.task), skip_bad=skip_bad)
     except MailboatError as error:
         return fail("notes", error)
     skipped = f", {found.skipped} left out as unreadable" if found.skipped else ""
-    return ok("notes", f"{len(found.notes)} notes in {config.data.notes}{skipped}")
+    return ok("notes", f"{len(found.notes)} notes in {folder}{skipped}")
 
 
 def _announcement(announced: Announce | None, federation: FederationConfig) -> Finding:

@@ -108,11 +108,12 @@ class SiteProfile:
     lines: Mapping[str, Weighted[str]]
 
 
-def make_profiles(*, sites: int, alpha: float, seed: int) -> tuple[SiteProfile, ...]:
+def make_profiles(*, sites: int, alpha: float, seed: int, foreign: float = FOREIGN_WEIGHT) -> tuple[SiteProfile, ...]:
     """Return the profiles of `site-1` to `site-{sites}`.
 
     Sites take the styles in turn. `alpha` is the concentration of the symmetric Dirichlet distribution that each
-    site's label mix is drawn from: small is skewed, large is even.
+    site's label mix is drawn from: small is skewed, large is even. `foreign`, 0 to 1, is how often a site writes one of
+    the concepts dealt to another, against one of its own: with 0 sites share no more than the common ones.
     """
     deal = {label: _deal(concepts, label, sites, seed) for label, concepts in load_concepts().items()}
     profiles = []
@@ -121,7 +122,7 @@ def make_profiles(*, sites: int, alpha: float, seed: int) -> tuple[SiteProfile, 
         rng = random.Random(f"{seed}/{name}")
         style = STYLES[index % len(STYLES)]
         mix = _draw_mix(rng, alpha)
-        concepts = {label: _weigh_concepts(deal[label], index, rng) for label in LABELS}
+        concepts = {label: _weigh_concepts(deal[label], index, rng, foreign) for label in LABELS}
         profiles.append(SiteProfile(name, HABITS[style], mix, concepts, _weigh_lines(style, mix)))
     return tuple(profiles)
 
@@ -139,11 +140,12 @@ def _draw_mix(rng: random.Random, alpha: float) -> Mapping[str, float]:
     return MappingProxyType({label: draw / sum(draws) for label, draw in zip(LABELS, draws, strict=True)})
 
 
-def _weigh_concepts(deal: Sequence[tuple[Concept, int | None]], site: int, rng: random.Random) -> Weighted[Concept]:
+def _weigh_concepts(
+    deal: Sequence[tuple[Concept, int | None]], site: int, rng: random.Random, foreign: float
+) -> Weighted[Concept]:
     ranked = rng.sample(deal, len(deal))
     weights = [
-        (1.0 if owner in {site, None} else FOREIGN_WEIGHT) / (rank + 3) ** ZIPF
-        for rank, (_, owner) in enumerate(ranked)
+        (1.0 if owner in {site, None} else foreign) / (rank + 3) ** ZIPF for rank, (_, owner) in enumerate(ranked)
     ]
     return Weighted(tuple(concept for concept, _ in ranked), tuple(accumulate(weights)))
 

@@ -17,8 +17,8 @@ from edge_client.data.mimic import CODES, NOTES
 from mailboat.synth.lexicon import Concept, load_concepts, load_lists
 from mailboat.synth.mentions import write_concept
 from mailboat.synth.notes import draw_note
-from mailboat.synth.profiles import SiteProfile, Weighted, make_profiles
-from mailboat.synth.write import HELDOUT, FolderReport, SynthReport, check_request
+from mailboat.synth.profiles import FOREIGN_WEIGHT, SiteProfile, Weighted, make_profiles
+from mailboat.synth.write import HELDOUT, FolderReport, SynthReport, check_request, in_turn
 
 CODED = 0.5
 """Share of the problems named in a summary that bear one of the stay's codes; the others have none."""
@@ -48,24 +48,34 @@ class Stay:
     codes: tuple[str, ...]
 
 
-def make_stays(out: Path, *, sites: int, notes: int, alpha: float, seed: int, heldout: int = 100) -> SynthReport:
+def make_stays(
+    out: Path,
+    *,
+    sites: int,
+    notes: int | Sequence[int],
+    alpha: float,
+    seed: int,
+    heldout: int = 100,
+    foreign: float = FOREIGN_WEIGHT,
+    tested: Sequence[int] = (),
+) -> SynthReport:
     """Write `notes` synthetic stays for each of `sites` sites and `heldout` more, drawn from all sites in turn.
 
-    Each site's shares of the codes are drawn from a Dirichlet distribution with concentration `alpha`. The same
-    arguments write the same bytes. Raises ConfigError as `make_notes`.
+    Each site's shares of the codes are drawn from a Dirichlet distribution with concentration `alpha`. The arguments
+    are those of `make_notes`, the same ones write the same bytes, and it raises ConfigError as that does.
     """
-    check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout)
-    profiles = make_profiles(sites=sites, alpha=alpha, seed=seed)
-    shares = [_draw_shares(random.Random(f"{seed}/codes/{profile.name}"), alpha) for profile in profiles]
+    counts = check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout, tested=tested)
+    profiles = make_profiles(sites=sites, alpha=alpha, seed=seed, foreign=foreign)
+    writers = [(profile, _draw_shares(random.Random(f"{seed}/codes/{profile.name}"), alpha)) for profile in profiles]
     folders = {}
-    for place, profile in enumerate(profiles):
+    for place, ((profile, shares), count) in enumerate(zip(writers, counts, strict=True), start=1):
         drawn = (
-            draw_stay(profile, shares[place], random.Random(f"{seed}/{profile.name}/{number}"))
-            for number in range(notes)
+            draw_stay(profile, shares, random.Random(f"{seed}/{profile.name}/{number}")) for number in range(count)
         )
-        folders[profile.name] = write_stays(out / profile.name, drawn, place + 1)
+        folders[profile.name] = write_stays(out / profile.name, drawn, place)
+    chosen = in_turn(writers, tested)
     mixture = (
-        draw_stay(profiles[number % sites], shares[number % sites], random.Random(f"{seed}/{HELDOUT}/{number}"))
+        draw_stay(*chosen[number % len(chosen)], random.Random(f"{seed}/{HELDOUT}/{number}"))
         for number in range(heldout)
     )
     folders[HELDOUT] = write_stays(out / HELDOUT, mixture, sites + 1)

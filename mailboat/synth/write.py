@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from edge_client.data.notes import Note
 from mailboat.synth.lexicon import LABELS
 from mailboat.synth.notes import draw_note
-from mailboat.synth.profiles import make_profiles
+from mailboat.synth.profiles import FOREIGN_WEIGHT, make_profiles
 from shared.errors import ConfigError
 
 HELDOUT = "heldout"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +37,37 @@ class SynthReport:
     folders: Mapping[str, FolderReport]
 
 
-def make_notes(out: Path, *, sites: int, notes: int, alpha: float, seed: int, heldout: int = 100) -> SynthReport:
+def make_notes(
+    out: Path,
+    *,
+    sites: int,
+    notes: int | Sequence[int],
+    alpha: float,
+    seed: int,
+    heldout: int = 100,
+    foreign: float = FOREIGN_WEIGHT,
+    tested: Sequence[int] = (),
+) -> SynthReport:
     """Write `notes` synthetic notes for each of `sites` sites and `heldout` more, drawn from all sites in turn.
+
+    `notes` may give each site a number of its own, 0 for none; `tested` are the numbers of the sites, from 1, that the
+    held-out notes are drawn from, all when empty; `foreign` as in `make_profiles`.
 
     The same arguments write the same bytes. Raises ConfigError for a count below 1, an `alpha` that is not above
     0, or an `out` that already holds something: notes of an earlier call would mix with the new ones.
     """
-    check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout)
-    profiles = make_profiles(sites=sites, alpha=alpha, seed=seed)
+    counts = check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout, tested=tested)
+    profiles = make_profiles(sites=sites, alpha=alpha, seed=seed, foreign=foreign)
     folders = {}
-    for profile in profiles:
-        names = [f"{profile.name}-{number:05d}" for number in range(1, notes + 1)]
+    for profile, count in zip(profiles, counts, strict=True):
+        names = [f"{profile.name}-{number:05d}" for number in range(1, count + 1)]
         drawn = (draw_note(name, profile, random.Random(f"{seed}/{name}")) for name in names)
         folders[profile.name] = write_i2b2(out / profile.name, drawn)
     names = [f"{HELDOUT}-{number:05d}" for number in range(1, heldout + 1)]
+    writers = in_turn(profiles, tested)
     mixture = (
-        draw_note(name, profiles[index % sites], random.Random(f"{seed}/{name}")) for index, name in enumerate(names)
+        draw_note(name, writers[index % len(writers)], random.Random(f"{seed}/{name}"))
+        for index, name in enumerate(names)
     )
     folders[HELDOUT] = write_i2b2(out / HELDOUT, mixture)
     return SynthReport(out, MappingProxyType(folders))
@@ -80,12 +97,32 @@ def _concept_lines(note: Note) -> Iterable[str]:
             yield f'c="{words}" {row}:{entity.start} {row}:{entity.end - 1}||t="{entity.label}"\n'
 
 
-def check_request(out: Path, *, sites: int, notes: int, alpha: float, heldout: int) -> None:
-    """Raise ConfigError for counts below 1, an alpha that is not above 0, and a folder that holds something."""
-    for name, value in (("sites", sites), ("notes", notes), ("held-out notes", heldout)):
+def in_turn(of_sites: Sequence[T], tested: Sequence[int]) -> Sequence[T]:
+    """Return what belongs to the sites numbered `tested`, from 1; to all when it is empty."""
+    return [of_sites[number - 1] for number in tested] or of_sites
+
+
+def check_request(
+    out: Path, *, sites: int, notes: int | Sequence[int], alpha: float, heldout: int, tested: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the number of notes of each site.
+
+    Raise ConfigError for counts below 1, an alpha that is not above 0, sites that there are not, and a folder that
+    holds something.
+    """
+    counts = (notes,) * max(0, sites) if isinstance(notes, int) else tuple(notes)
+    least = min(counts, default=0) if isinstance(notes, int) else max(counts, default=0)
+    for name, value in (("sites", sites), ("notes", least), ("held-out notes", heldout)):
         if value < 1:
             raise ConfigError(f"the number of {name} is {value}", hint="give a whole number of at least 1")
+    if len(counts) != sites:
+        raise ConfigError(f"notes are counted for {len(counts)} of {sites} sites", hint="give each site its number")
+    if min(counts) < 0:
+        raise ConfigError(f"the number of notes is {min(counts)}", hint="give a site without notes a 0")
+    if not set(tested) <= set(range(1, sites + 1)):
+        raise ConfigError(f"held-out notes of a site that there is not: {max(tested)}", hint=f"sites are 1 to {sites}")
     if not alpha > 0:
         raise ConfigError(f"alpha is {alpha:g}", hint="give a number above 0; 0.1 is very skewed, 100 is even")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", hint="name a new folder, or remove the old one first")
+    return counts

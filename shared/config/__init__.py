@@ -25,11 +25,13 @@ from shared.config.machine import (
     LinkSection,
     LocalTrustSection,
     SiteConfig,
+    ValidationSection,
 )
 from shared.config.merging import (
     AggregationSection,
     MergeRule,
     Mode,
+    Quality,
     ServerOptimizerName,
     ServerSection,
     StalenessKind,
@@ -60,6 +62,7 @@ __all__ = [
     "ModelSection",
     "Positive",
     "PrivacySection",
+    "Quality",
     "Section",
     "ServerOptimizerName",
     "ServerSection",
@@ -71,4 +74,5 @@ __all__ = [
     "TaskSection",
     "TrainingSection",
     "TrustSection",
+    "ValidationSection",
 ]

@@ -84,6 +84,18 @@ class AdmissionSection(Section):
         return self
 
 
+class ValidationSection(Section):
+    """Annotated notes of the coordinator's operator, by which updates are weighed ([aggregation] quality)."""
+
+    notes: Path | None = None
+    """They stay on this machine; of an update, its loss on them is told. None: no loss is measured here."""
+    skip_bad: bool = False
+    model_dir: Path | None = None
+    """Where the base model lies here, when not where federation.toml says."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads of the process that measures; 0 leaves the choice to torch."""
+
+
 class CoordinatorConfig(Section):
     """`coordinator.toml`."""
 
@@ -93,6 +105,7 @@ class CoordinatorConfig(Section):
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
     admission: AdmissionSection = AdmissionSection()
+    validation: ValidationSection = ValidationSection()
     credit_mib: int = Field(default=256, ge=1)
     """Upper bound of granted, unacknowledged bytes over all sites: what the broker may have to hold for us."""
     spool_mib: int = Field(default=0, ge=0)

@@ -12,7 +12,8 @@ from shared.config.section import Positive, Section
 
 Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
-MergeRule = Literal["mean", "median", "trimmed-mean"]
+Quality = Literal["none", "exp-loss", "size-exp-loss"]
+MergeRule = Literal["mean", "ca2fl", "median", "trimmed-mean", "krum", "multi-krum"]
 ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
 
 
@@ -82,8 +83,16 @@ class AggregationSection(Section):
     size_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p in weight = examples^p; 1 is FedAvg, 0 counts every update alike."""
     rule: MergeRule = "mean"
-    """What stands for a round's updates, tensor by tensor: their weighted mean, or for each number the median or the
-    mean without the outermost, in which every update counts alike."""
+    """What stands for a round's updates: their weighted mean. Or, every update counting alike, the mean corrected by
+    what each site sent before (ca2fl), for each number the median or the mean without the outermost, the one update
+    that is closest to the others (krum), or the mean without those that are farthest from them (multi-krum)."""
+    quality: Quality = "none"
+    """Whether an update counts by how well its site's model does on the coordinator's own notes (Fed-MedLoRA+), by its
+    loss l there: "exp-loss" weighs by exp(1 - l) and no size, "size-exp-loss" by examples^p exp(-l / temperature)."""
+    temperature: Positive = 1.0
+    """T of size-exp-loss: the smaller, the more the best update counts."""
+    byzantine: int = Field(default=1, ge=1, le=1000)
+    """f of Krum: updates of a round that may be wrong or hostile."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of the updates that the trimmed mean leaves out at each end, rounded down."""
     clip_norm: Positive | None = None
@@ -92,6 +101,27 @@ class AggregationSection(Section):
     """A round that has any update at all closes after this long (sync: only with the quorum)."""
     staleness: StalenessSection = StalenessSection()
     server: ServerSection = ServerSection()
+
+    @property
+    def krum_min(self) -> int:
+        """Fewest updates that Krum can judge: 2 f + 3 (Blanchard et al., NIPS 2017)."""
+        return 2 * self.byzantine + 3
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        krum = self.rule in {"krum", "multi-krum"}
+        if krum and self.mode == "fedbuff" and self.buffer < self.krum_min:
+            msg = (
+                f'rule = "{self.rule}" judges {self.krum_min} updates or more (2 byzantine + 3), '
+                f"and buffer = {self.buffer}"
+            )
+            raise ValueError(msg)
+        if self.rule == "ca2fl" and self.clip_norm is not None:
+            raise ValueError('clip_norm has no meaning with rule = "ca2fl", which takes back what it added before')
+        if self.quality != "none" and (self.rule != "mean" or self.mode == "fedasync"):
+            msg = f'quality = "{self.quality}" weighs a mean: it needs rule = "mean", and mode "sync" or "fedbuff"'
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _fedasync_mixes(self) -> Self:

@@ -8,8 +8,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from coordinator.masters import master_path
 from mailboat import cli, console
 from mailboat.commands.init import init
 from mailboat.synth import make_notes
@@ -135,6 +138,13 @@ def test_a_site_by_hand_from_init_to_the_exported_model(
     assert told == again
     assert told["notes"] == 3
     loads_plainly(folder / "exported")
+    here("export", "--full-precision", "--out", "whole")
+    rounded, whole = (load_file(folder / name / "model.safetensors") for name in ("exported", "whole"))
+    master = load_file(master_path(folder / "coordinator-storage" / "masters", 1))
+    assert all(np.array_equal(whole[name], values) for name, values in master.items())
+    differing = {name for name, values in whole.items() if not np.array_equal(values, rounded[name])}
+    assert differing <= master.keys()
+    assert differing
 
 
 def loads_plainly(folder: Path) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from coordinator import decisions as d
+from coordinator.arrivals import DAMAGED_RETRY_S
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import discard_rejected, discard_uncommitted
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
-from coordinator.merging import MergePlan, MergeResult
+from coordinator.merging import MergePlan, MergeResult, choosing
 from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
 from coordinator.renewals import Offers
-from coordinator.service import DAMAGED_RETRY_S
 from shared import durable
 from shared.config import CoordinatorConfig
 from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
@@ -32,7 +33,16 @@ from tests.sim.broker import Address
 from tests.sim.machine import Machine
 from tests.sim.replicas import demand
 from tests.sim.shells import VirtualPump, VirtualSpooler
-from tests.sim.toys import ToyFrames, admit, manifest_of, merged_master, published_frames, read_whole, tensors_of
+from tests.sim.toys import (
+    ToyFrames,
+    admit,
+    loss_of,
+    manifest_of,
+    merged_master,
+    published_frames,
+    read_whole,
+    tensors_of,
+)
 from tests.sim.trust import coordinator_guard, grants
 from tests.sim.weather import Scenario
 from tests.sim.witness import Witness
@@ -61,7 +71,7 @@ class CoordinatorMachine(Machine):
         self.witness = witness
         self.journal_path = journal_path
         self.journal: Journal | None = None
-        self.journal_fails = 0.0
+        self.journal_fails = self.bad_losses = self.slow_losses = 0.0
         self.config = CoordinatorConfig.model_validate({"federation": "f", "storage": "s"}).model_copy(
             update={"link": scenario.link}
         )
@@ -266,6 +276,9 @@ class CoordinatorMachine(Machine):
                 self.spooler.close(job.update_id, delete=True)
             case d.Verify():
                 self.spooler.soon(self._finish, job.update_id)
+            case d.Validate():
+                slow = self.rng.random() < self.slow_losses
+                self.later(self.rng.uniform(5.0, 15.0) if slow else self.rng.uniform(0.02, 1.0), self._measure, job)
             case d.Merge():
                 self.later(self.rng.uniform(0.02, 1.0), self._merge, job.plan)
             case d.Serve():
@@ -306,6 +319,15 @@ class CoordinatorMachine(Machine):
         else:
             self.decide(d.Verified(update_id, norm))
 
+    def _measure(self, job: d.Validate) -> None:
+        update = self.updates.get(job.update_id)
+        assert update is not None, "a verified update is in the store"
+        here = all(self.states.get(each) is not None for each in job.base)
+        assert here, "the state that it starts from is in the store"
+        broken = self.rng.random() < self.bad_losses
+        self.disk.faults["loss is no number"] += broken
+        self.decide(d.Validated(job.update_id, job.norm, math.nan if broken else loss_of(update.manifest)))
+
     def _begin_anew(self, update_id: str) -> None:
         self.spooler.spooler._close(update_id, delete=True)
         self._postpone(update_id, "damaged-at-rest", "the coordinator's disk damaged it", DAMAGED_RETRY_S)
@@ -321,6 +343,10 @@ class CoordinatorMachine(Machine):
 
     def _merge_given_room(self, plan: MergePlan) -> None:
         before = master_path(self.masters, plan.base_version).read_bytes()
+        self.witness.merges(plan)
+        if plan.rule == "multi-krum":
+            chosen = self.rng.sample(plan.contributions, len(plan.contributions) - 1)
+            plan = choosing(plan, {part.update_id for part in chosen})
         parts = []
         for part in plan.recorded():
             stored = self.updates.get(part.update_id)
@@ -330,7 +356,7 @@ class CoordinatorMachine(Machine):
         durable.replace_atomic(master_path(self.masters, plan.version), master)
         state, anchor = self._publish(plan.version, plan.before, master)
         prune_masters(self.masters, {plan.base_version, plan.version})
-        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, anchor)
+        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, plan.recorded(), anchor)
         self.later(0.01, self.decide, d.Merged(plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:

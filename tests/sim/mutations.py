@@ -6,12 +6,13 @@ A checker that finds nothing is worth nothing: this list is what shows that they
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import coordinator.core
+import coordinator.merging
 import coordinator.publishing
 import edge_client.residual
 import edge_client.session
@@ -145,6 +146,28 @@ def _apply_but_rejections(real: Callable[[Core, Record], None]) -> Callable[[Cor
     return apply
 
 
+# -- rules of merging ---
+
+
+def _unmeasured(self: Core, event: Any, now: Any, out: Any) -> None:
+    self._admitted(event.update_id, event.norm, None, now, out)
+
+
+def _silent(real: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    def committed(*args: Any) -> Iterator[Record]:
+        return (record for record in real(*args) if isinstance(record, VersionCommitted))
+
+    return committed
+
+
+def _first_merged(known: Mapping[str, Known]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for update_id, life in known.items():
+        if life.outcome == "merged":
+            found.setdefault(life.site, update_id)
+    return found
+
+
 # -- credits and windows ---
 
 
@@ -263,6 +286,9 @@ MUTATIONS = (
         ((tests.sim.coordinator, "discard_uncommitted", _nothing),),
         first=2200,  # one world in two thousand dies twice between a merge and its row: 2226 does
     ),
+    Mutation("an update is accepted before its loss is known", 60, ((Core, "_verified", _unmeasured),)),
+    Mutation("what stands in for Krum is not said", 60, (_changed(coordinator.core, "committed", _silent),)),
+    Mutation("CA2FL remembers the first update of a site", 200, ((coordinator.merging, "last_merged", _first_merged),)),
     Mutation("credits of a closed upload are not returned", 60, (_changed(Uploads, "_close", _leaky_close),)),
     Mutation("the budget is not looked at", 60, ((Uploads, "_reserve", _generous),)),
     Mutation("the window does not bound", 60, ((Sender, "take", _take_all),)),

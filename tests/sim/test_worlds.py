@@ -35,6 +35,7 @@ FAULTS = {
     "killed for long",
     "link cut",
     "link dead, unnoticed",
+    "loss is no number",
     "message doubled",
     "message lost",
     "power lost",
@@ -113,12 +114,15 @@ def test_every_kind_of_fault_and_every_mode_occurs() -> None:
     for name in Weather.__slots__:
         assert len({getattr(world.weather, name) for world in worlds}) > 1, name
     assert {world.federation.aggregation.mode for world in worlds} == {"sync", "fedbuff", "fedasync"}
+    merging = [world.federation.aggregation for world in worlds]
+    assert {section.rule for section in merging} == {"mean", "ca2fl", "multi-krum"}
+    assert {section.quality for section in merging} == {"none", "exp-loss", "size-exp-loss"}
     assert any(site.leaves_s is not None for world in worlds for site in world.sites)
     assert any(str(world).endswith("no faults") for world in worlds)
 
 
 def test_every_kind_of_fault_befalls() -> None:
     """What the weather promises happens in some world, and is counted."""
-    ended = [try_seed(seed) for seed in (*range(1, 60), SEALED + 1)]
+    ended = [try_seed(seed) for seed in (*range(1, 100), SEALED + 1)]
     befell = sum((world.faults for world in ended if isinstance(world, World)), Counter[str]())
     assert befell.keys() == FAULTS

@@ -89,6 +89,11 @@ def admit(stored: Stored) -> float:
     return 1.0
 
 
+def loss_of(manifest: Manifest) -> float:
+    """In the place of a model and notes: 0 to 3, by the update's bytes."""
+    return 3 * int(manifest.file_sha256[:8], 16) / 2**32
+
+
 def merged_master(master: bytes, parts: Iterable[tuple[Contribution, Sequence[bytes]]]) -> bytes:
     """The next master: of the one before, and each contribution's weight and payload, in order."""
     told = hashlib.sha256(master)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from shared.config import FederationConfig, LinkSection
+from shared.config import AggregationSection, FederationConfig, LinkSection
 from tests.factories import make_federation
 
 NAMES = ("ash", "bay", "cove", "dale", "elm", "fen")
@@ -73,6 +73,10 @@ class Weather:
     """The broker lets its retained messages go, and goes on."""
     bad_updates: float = 0.0
     """Share of updates that do not pass admission."""
+    bad_losses: float = 0.0
+    """Share of updates whose loss is no number, where losses are measured."""
+    slow_losses: float = 0.0
+    """Share of measurements that take as long as a process that has to be started again."""
     forgeries: float = 0.0
     """Somebody at the broker publishes what it may not; in sealed federations alone."""
     old_retained: bool = False
@@ -116,8 +120,9 @@ class Scenario:
             if (value := getattr(self.weather, name)) != getattr(self.quiet, name)
         )
         mode = f"{section.mode}{', sealed' * self.sealed}{', feedback' * self.feedback}"
+        rule = section.rule if section.quality == "none" else section.quality
         return (
-            f"{mode}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
+            f"{mode}, {rule}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
             f"{self.federation.federation.versions} versions, {self._steps}budget {self.budget_chunks} chunks, "
             f"window {self.link.window}; {faults or 'no faults'}"
         )
@@ -143,8 +148,10 @@ def scenario(seed: int) -> Scenario:
             "staleness": {"limit": rng.choice((1, 3, 1000))},
         },
     )
+    federation = _ruled(federation, random.Random(f"mailboat rule {seed}"))
     link = LinkSection(stall_s=STALL_S, backoff_cap_s=8.0, window=rng.choice((1, 2, 4, 6)))
-    weather = _weather(rng, random.Random(f"mailboat more {seed}")) if seed % 20 else Weather()
+    chances = (random.Random(f"mailboat {name} {seed}") for name in ("more", "losses"))
+    weather = _weather(rng, *chances) if seed % 20 else Weather()
     stepped = seed >= STEPPED
     sealed = seed >= SEALED and (not stepped or seed % 3 == 0)
     if stepped:
@@ -178,6 +185,20 @@ def _stepped(federation: FederationConfig, rng: random.Random) -> FederationConf
     )
 
 
+def _ruled(federation: FederationConfig, rng: random.Random) -> FederationConfig:
+    """The same with another rule of merging, in half of the worlds that merge several updates at a time."""
+    section = federation.aggregation
+    if section.mode == "fedasync" or rng.random() > 1 / 2:
+        return federation
+    key, value = rng.choice(
+        (("quality", "exp-loss"), ("quality", "size-exp-loss"), ("rule", "ca2fl"), ("rule", "multi-krum"))
+    )
+    merging = {**section.model_dump(mode="json"), key: value}
+    if value == "multi-krum" and section.mode == "fedbuff":
+        merging["buffer"] = section.krum_min
+    return federation.model_copy(update={"aggregation": AggregationSection.model_validate(merging)})
+
+
 def _site(rng: random.Random, name: str, *, first: bool) -> SitePlan:
     slow = rng.random() < 0.2
     return SitePlan(
@@ -189,8 +210,8 @@ def _site(rng: random.Random, name: str, *, first: bool) -> SitePlan:
     )
 
 
-def _weather(rng: random.Random, more: random.Random) -> Weather:
-    """`more` draws the faults that came later, so that the others stay what they were."""
+def _weather(rng: random.Random, more: random.Random, losses: random.Random) -> Weather:
+    """`more` and `losses` draw the faults that came later, so that the others stay what they were."""
 
     def some(low: float, high: float, share: float = 0.5, by: random.Random = rng) -> float:
         return by.uniform(low, high) if by.random() < share else 0.0
@@ -202,6 +223,8 @@ def _weather(rng: random.Random, more: random.Random) -> Weather:
         failed_writes=some(0.001, 0.01, 0.15, more),
         failed_reads=some(0.001, 0.01, 0.15, more),
         rot=some(0.02, 0.2, 0.2, more),
+        bad_losses=some(0.1, 0.5, 0.6, losses),
+        slow_losses=some(0.05, 0.3, 0.4, losses),
         forgets_retained=some(0.5, 3.0, 0.3, more),
         drop=some(0.01, 0.15),
         double=some(0.01, 0.2),

@@ -7,6 +7,7 @@ Held at any time:
     the state after replay is the state before the crash
     granted credits stay within the budget, windows within what was granted, disk and memory within their bounds
     what a bitmap has promised is there after any crash; a sealed update stays in the outbox until its receipt
+    a loss is recorded once, beside the acceptance, and the weights of a version follow from the losses
     a site holds, steps on from and trains on what was published, bit for bit, and on nothing else
 After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last
 version.
@@ -17,12 +18,14 @@ There is no privacy ledger yet, and so no check of one.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from coordinator.core import Core
 from coordinator.decisions import Send
 from coordinator.ledger import Ledger
+from coordinator.merging import MergePlan
 from coordinator.records import (
     Accepted,
     Anchored,
@@ -32,6 +35,8 @@ from coordinator.records import (
     Record,
     Rejected,
     Signed,
+    Substituted,
+    Validated,
     VersionCommitted,
 )
 from edge_client import decisions as sd
@@ -42,7 +47,7 @@ from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.factories import SLICE
 from tests.sim.replicas import Replicas, ViolationError, demand
-from tests.sim.toys import merged_master, read_whole
+from tests.sim.toys import loss_of, merged_master, read_whole
 from tests.sim.weather import Scenario
 
 if TYPE_CHECKING:
@@ -101,6 +106,10 @@ class Witness:
         self._before: Ledger | None = None
         self._looked_at: dict[tuple[str, str], int] = {}
         """Changes of a machine's folder when it was looked at last."""
+        self._losses: dict[str, float] = {}
+        self._last_of: dict[str, str] = {}
+        """Each site's update that was merged last."""
+        self._substituted: Substituted | None = None
         self._answered: set[str] = set()
         """Sites with a rejected update since the last version."""
 
@@ -137,6 +146,10 @@ class Witness:
                 demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
                 self.decided[record.update_id] = "accepted"
                 self._pending.add(record.update_id)
+            case Validated():
+                self._validated(record)
+            case Substituted():
+                self._substituted = record
             case Rejected():
                 demand(record.update_id not in self.decided, f"update {record.update_id} was decided before")
                 self.decided[record.update_id] = "rejected"
@@ -158,6 +171,7 @@ class Witness:
         demand(record.version == self.version + 1, f"version {record.version} follows {self.version}")
         demand(record.contributions, f"version {record.version} of nothing")
         self._closed_by_rule(record)
+        self._counted_by_rule(record)
         order = [(part.site, part.base_version, part.update_id) for part in record.contributions]
         demand(order == sorted(order), f"version {record.version} is added up in an order of its own")
         for part in record.contributions:
@@ -183,6 +197,41 @@ class Witness:
         kept = {"fedasync": count == 1, "fedbuff": count <= section.buffer, "sync": len(sites) >= section.quorum}
         demand(kept[section.mode], f"version {record.version} of {count} updates of {sorted(sites)}, {section.mode}")
         self._answered.clear()
+
+    def _validated(self, record: Validated) -> None:
+        section, manifest = self.scenario.federation.aggregation, self.sealed[record.update_id]
+        demand(section.quality != "none", "a loss was measured that nobody asked for")
+        demand(self.decided.get(record.update_id) == "accepted", "a loss of an update that was not accepted")
+        demand(record.update_id not in self._losses, "a loss was recorded twice")
+        demand(record.loss == loss_of(manifest), "the loss of another update")
+        self._losses[record.update_id] = record.loss
+
+    def _counted_by_rule(self, record: VersionCommitted) -> None:
+        """Weights by loss and size, how many Krum leaves out, and what is said of a round that is too small for it."""
+        section, parts, said = self.scenario.federation.aggregation, record.contributions, self._substituted
+        self._substituted = None
+        few = section.rule == "multi-krum" and len(parts) < 5
+        demand(few == (said is not None), f"version {record.version} of {len(parts)} by {section.rule}: {said}")
+        demand(said is None or (said.version, said.updates) == (record.version, len(parts)), f"of another: {said}")
+        if section.rule == "multi-krum" and not few:
+            demand(sum(part.weight == 0 for part in parts) == 1, "multi-krum left out more than one, or none")
+        if section.quality != "none":
+            shares = []
+            for part in parts:
+                demand(part.update_id in self._losses, f"update {part.update_id} counts without a loss")
+                size = self.sealed[part.update_id].update.examples if section.quality == "size-exp-loss" else 1
+                shares.append(size * math.exp(-self._losses[part.update_id]))
+            for part, share in zip(parts, shares, strict=True):
+                wanted = share / sum(shares) / math.sqrt(1 + part.staleness)
+                demand(math.isclose(part.weight, wanted, rel_tol=1e-9), f"{part} counts {part.weight}, not {wanted}")
+        for part in parts:
+            self._last_of[part.site] = part.update_id
+
+    def merges(self, plan: MergePlan) -> None:
+        """A merge begins: what CA2FL takes from before is each site's update that was merged last."""
+        cached = {each.site: each.update_id for each in plan.cached}
+        wanted = self._last_of if plan.rule == "ca2fl" else {}
+        demand(cached == wanted, f"version {plan.version} takes {cached} from before, not {wanted}")
 
     def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
         demand(
@@ -216,7 +265,7 @@ class Witness:
     def _same_ledger(self, now: Ledger, moved_on: bool) -> None:
         before, self._before = self._before, now
         if before is not None and not moved_on and not self.deciding:
-            for name in ("version", "published", "known", "pending", "finished"):
+            for name in ("version", "published", "known", "pending", "losses", "finished"):
                 demand(getattr(before, name) == getattr(now, name), f"after replay the ledger's {name} differ")
         self.deciding = False
 

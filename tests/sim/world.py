@@ -105,6 +105,8 @@ class World:
             self.broker.ancient[Channel.ANNOUNCE, None] = self._announcement_of_old()
             self.broker.retained = dict(self.broker.ancient)
         self.coordinator.journal_fails = plan.weather.journal_errors
+        self.coordinator.bad_losses = plan.weather.bad_losses
+        self.coordinator.slow_losses = plan.weather.slow_losses
         for machine in self.machines:
             machine.disk.sync_fails = plan.weather.failed_syncs
             machine.disk.forgets_on_error = bool(plan.seed % 2)
@@ -152,7 +154,7 @@ class World:
         quiet = Weather()
         self.broker.weather = quiet
         self.broker.up = True
-        self.coordinator.journal_fails = 0.0
+        self.coordinator.journal_fails = self.coordinator.bad_losses = self.coordinator.slow_losses = 0.0
         for machine in self.machines:
             disk = machine.disk
             disk.full = False

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from coordinator import aggregate
-from coordinator.aggregate import blocks
+from coordinator import means
 from coordinator.masters import master_path, slot_path
+from coordinator.means import blocks
 from coordinator.merging import in_order
 from coordinator.optimizers import SLOTS, server_step
 from shared.config import (
@@ -191,7 +191,7 @@ def test_a_replay_gives_the_same_bytes(
     """Recomputed from version 0 elsewhere, in blocks of another size, every file is the same bit for bit."""
     codec = CodecSection(up=up, down="bf16", slice_kib=4)
     first = random_run(tmp_path / "first", section, codec)
-    monkeypatch.setattr(aggregate, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(means, "BLOCK_BYTES", 1)
     again = random_run(tmp_path / "again", section, codec)
     assert files(first) == files(again)
     assert len(files(first)) >= 8
@@ -276,7 +276,7 @@ def test_a_second_attempt_with_other_updates_replaces_the_first(tmp_path: Path) 
 
 def test_progress_rises_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress never falls, moves with each update of each block and ends at 1."""
-    monkeypatch.setattr(aggregate, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(means, "BLOCK_BYTES", 1)
     run = SmallRun(tmp_path, SMALL)
     seen: list[float] = []
     plan = run.planned([run.update(site, {"a": [1, 1]}) for site in ("x", "y", "z")])
@@ -422,8 +422,8 @@ def test_a_robust_mean_in_stretches_is_that_of_the_whole(
     codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut into stretches of one unit, in every codec, the median is numpy's of the decoded updates."""
-    monkeypatch.setattr(aggregate, "BLOCK_BYTES", 1)
-    size, rng = 3 * aggregate.STRETCH_UNIT + 100, np.random.default_rng(3)
+    monkeypatch.setattr(means, "BLOCK_BYTES", 1)
+    size, rng = 3 * means.STRETCH_UNIT + 100, np.random.default_rng(3)
     deltas = [rng.normal(0, 1, size).astype(np.float32) for _ in range(5)]
     section = AggregationSection(rule="median")
     run = SmallRun(tmp_path, {"a": np.zeros(size)}, aggregation=section, codec=CodecSection(up=codec, slice_kib=4))

@@ -137,6 +137,13 @@ def litter(run: AuditedRun) -> str:
     return "litter"
 
 
+def measured(run: AuditedRun) -> str:
+    """A model whose loss was being measured."""
+    (run.storage / "validation").mkdir()
+    (run.storage / "validation" / f"{OTHER}.safetensors").write_bytes(b"half")
+    return "litter"
+
+
 def scratch(run: AuditedRun) -> str:
     """A repair that was killed while it computed versions again."""
     (run.storage / ".tmp-45" / "masters").mkdir(parents=True)
@@ -151,6 +158,7 @@ LEFTOVERS: list[Callable[[AuditedRun], str]] = [
     damaged_upload,
     loose_segment,
     litter,
+    measured,
     scratch,
 ]
 

@@ -10,7 +10,7 @@ from coordinator import decisions as d
 from coordinator import snapshots
 from coordinator.downlink import ANNOUNCEMENT_BYTES, STEPS_BYTES, announced, check_announceable
 from coordinator.ledger import Ledger
-from coordinator.merging import MergePlan, MergeResult, version_records
+from coordinator.merging import MergePlan, MergeResult, committed
 from coordinator.records import Anchored, Opened, VersionCommitted
 from shared.errors import ConfigError
 from shared.manifest import MAX_FRAMES, Manifest
@@ -36,8 +36,9 @@ def run_to(version: int, *, steps: int = 3, frames: int = 2, whole_frames: int =
     ledger.apply(Opened(PLAN.fingerprint, PLAN.config_sha256, PLAN.frozen_sha256, first.to_bytes(), digest("m")))
     for each in range(1, version + 1):
         anchor = None if each % steps else make_state(PLAN, each, frames=whole_frames)
-        result = MergeResult(make_step(PLAN, each, frames=frames), digest("m"), None, anchor)
-        for record in version_records(MergePlan(each, each - 1, (), "fedasync", 0.6, ()), result, 1.0):
+        result = MergeResult(make_step(PLAN, each, frames=frames), digest("m"), None, (), anchor)
+        plan = MergePlan(each, each - 1, (), "fedasync", "mean", 0.6, ())
+        for record in committed(plan, result, FEDERATION.aggregation, 1.0):
             ledger.apply(record)
     return ledger
 

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from coordinator.journal import Journal
-from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import (
+    Accepted,
+    Contribution,
+    Dropped,
+    Finished,
+    Opened,
+    Record,
+    Rejected,
+    Validated,
+    VersionCommitted,
+)
 from coordinator.views import (
     RunView,
     SiteSummary,
@@ -60,6 +70,12 @@ def test_versions_are_numbered_and_carry_their_contributions() -> None:
     assert [part.update_id for part in run.versions[1].contributions] == [A1, B1]
     assert run.current.state == STATES[1]
     assert run.finished_at is None
+
+
+def test_an_update_tells_its_loss() -> None:
+    """From the row beside its acceptance; others have none."""
+    measured = [*RECORDS[:2], Validated(A1, 0.75, 1.0), *RECORDS[2:]]
+    assert [life.loss for life in run_view(measured).updates.values()] == [0.75, None, None, None]
 
 
 def test_a_merged_update_tells_its_whole_life() -> None:

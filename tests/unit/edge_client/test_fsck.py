@@ -164,6 +164,46 @@ def test_what_cannot_be_read_does_not_hide_the_ledger(private: Path) -> None:
     assert {rule for rule, _ in rules(private)} == {"damaged-receipt", "damaged-update"}
 
 
+@pytest.fixture
+def owing(tmp_path: Path) -> Path:
+    """A site's folder with one update that waits, and what it left out."""
+    leave(Outbox(tmp_path), ONE)
+    return tmp_path
+
+
+def leave(outbox: Outbox, update_id: str) -> None:
+    """Seal an update that leaves something out."""
+    outbox.residuals.put(writer_of(tensors_of()), manifest_builder(transfer_id=update_id, version=7))
+    seal(outbox, update_id)
+
+
+def test_what_is_owed_is_no_problem(owing: Path) -> None:
+    """It is there for the next update."""
+    assert rules(owing, repair=True) == []
+    assert FrameStore(owing / "residual").ids() == [ONE]
+
+
+def test_a_residual_that_does_not_count_is_deleted(owing: Path) -> None:
+    """Its update was never sealed: the process died in between."""
+    Outbox(owing).residuals.put(writer_of(tensors_of()), manifest_builder(transfer_id=TWO, version=8))
+    (owing / "residual" / ".tmp-12").write_bytes(b"half")
+    assert rules(owing) == [("stale-residual", False), ("litter", False)]
+    assert rules(owing, repair=True) == [("stale-residual", True), ("litter", True)]
+    assert FrameStore(owing / "residual").ids() == [ONE]
+
+
+@pytest.mark.parametrize("suffix", ["frames", "manifest"])
+def test_a_damaged_residual_can_be_given_up(owing: Path, suffix: str) -> None:
+    """Nothing is owed then, and the update that left it still waits."""
+    spoil(owing / "residual" / f"{ONE}.{suffix}")
+    (problem,) = check(owing).problems
+    assert (problem.rule, problem.where, problem.repaired) == ("damaged-residual", f"residual/{ONE}", False)
+    assert "never sent" in problem.advice
+    assert rules(owing, repair=True) == [("damaged-residual", True)]
+    assert rules(owing) == []
+    assert len(Outbox(owing).pending()) == 1
+
+
 def test_a_running_site_and_an_empty_folder_say_so(site: Path, tmp_path: Path) -> None:
     """One process at a time, and the configuration of a site that has run."""
     with FolderLock(site / LOCK, holder="site"), pytest.raises(UnavailableError, match="another site runs there"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from edge_client.data import Note, Sentence
-from edge_client.model import LoadedModel, load_model, read_trainable
-from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, round_section, round_seed, train
+from edge_client.model import LoadedModel, apply_state, load_model, read_trainable
+from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, mean_loss, round_section, round_seed, train
 from shared.config import TrainingSection
 from shared.errors import RefusedError
 from tests.unit.edge_client import tiny
@@ -149,3 +150,30 @@ def test_the_rate_falls_evenly_from_version_to_version() -> None:
     rates = [round_section(section, version, 5).lr for version in (0, 1, 2, 3, 4, 9)]
     assert rates == pytest.approx([0.4, 0.32, 0.24, 0.16, 0.08, 0.08])
     assert round_section(section, 0, 1).lr == pytest.approx(0.4)
+
+
+def test_the_mean_loss_is_over_all_targets_and_not_over_batches(llama: LoadedModel) -> None:
+    """Whatever the batches, it is the cross-entropy of each labelled token once; no weight moves."""
+    notes = tiny.notes(5)
+    before = read_trainable(llama)
+    losses = [mean_loss(llama, make_dataset(llama, notes, batch_size=size, seed=size)) for size in (1, 3, 100)]
+    (whole,) = make_dataset(llama, notes, batch_size=100, seed=0).prepared.batches
+    with torch.no_grad():
+        logits = llama.model(input_ids=whole.ids, attention_mask=whole.mask).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole.targets.flatten()).item()
+    assert losses == pytest.approx([expected] * 3, rel=1e-5)
+    assert all(np.array_equal(before[name], values) for name, values in read_trainable(llama).items())
+
+
+def test_the_mean_loss_of_a_broken_model_is_told(llama: LoadedModel) -> None:
+    """Weights that overflow give a loss that is no number or infinite, and no error."""
+    state = {name: np.full_like(values, 1e19) for name, values in read_trainable(llama).items()}
+    apply_state(llama, state)
+    assert not math.isfinite(mean_loss(llama, make_dataset(llama, tiny.notes(2), batch_size=4, seed=0)))
+
+
+def test_there_is_no_mean_loss_of_nothing(llama: LoadedModel) -> None:
+    """Notes without anything to predict are refused, by name."""
+    with pytest.raises(RefusedError) as caught:
+        mean_loss(llama, make_dataset(llama, (), batch_size=4, seed=0))
+    assert caught.value.rule == "note-missing"

@@ -359,3 +359,23 @@ def test_the_agents_side_does_not_import_torch() -> None:
     code = "import sys, edge_client.worker_client; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert worker.LESS_MEMORY
+
+
+def test_the_loss_of_a_state_is_that_of_the_notes_it_would_train_on(ground: Path, tmp_path: Path) -> None:
+    """It falls with training, is the same after the worker was killed, and NaN for weights that overflow."""
+
+    async def story() -> None:
+        async with WorkerClient(config(ground, holdout=0.0), tiny.federation(training={"epochs": 8})) as client:
+            before = await client.loss(ground / "v0.safetensors")
+            await client.train(ground / "v0.safetensors", 0, tmp_path / "delta")
+            initial, delta = load_file(ground / "v0.safetensors"), load_file(tmp_path / "delta")
+            save_file({name: values + delta[name] for name, values in initial.items()}, tmp_path / "local")
+            after = await client.loss(tmp_path / "local")
+            assert 0 < after < before
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            assert await client.loss(tmp_path / "local") == after
+            save_file({name: np.full_like(values, 1e19) for name, values in initial.items()}, tmp_path / "broken")
+            assert np.isnan(await client.loss(tmp_path / "broken"))
+
+    run_async(story(), timeout_s=100)

@@ -97,6 +97,33 @@ def test_heldout_mixes_all_sites(tmp_path: Path) -> None:
     assert headers == expected * 2
 
 
+def test_heldout_notes_of_some_sites_alone(tmp_path: Path) -> None:
+    """Asked for sites 2 and 4, the held-out notes are theirs in turn, the same notes that these sites would write."""
+    out = make_notes(tmp_path / "out", sites=4, notes=1, alpha=1.0, seed=0, heldout=4, tested=(2, 4)).out
+    headers = [path.read_text().splitlines()[0] for path in sorted(out.glob("heldout/txt/*"))]
+    expected = [next(iter((out / f"site-{n}" / "txt").iterdir())).read_text().splitlines()[0] for n in (2, 4)]
+    assert headers == expected * 2
+
+
+def test_each_site_may_have_a_number_of_its_own(tmp_path: Path) -> None:
+    """Counts 3, 0 and 1 make so many notes, and those are the first of what more would be."""
+    some = make_notes(tmp_path / "some", sites=3, notes=(3, 0, 1), alpha=1.0, seed=0, heldout=1)
+    more = make_notes(tmp_path / "more", sites=3, notes=4, alpha=1.0, seed=0, heldout=1).out
+    assert [some.folders[f"site-{number}"].notes for number in (1, 2, 3)] == [3, 0, 1]
+    for path in some.out.glob("site-*/*/*"):
+        assert path.read_bytes() == (more / path.relative_to(some.out)).read_bytes()
+
+
+def test_sites_share_as_many_terms_as_asked_for() -> None:
+    """With foreign terms as usual as own ones two sites have more in common than by default; with none, less."""
+
+    def common(**given: float) -> int:
+        first, second = (surfaces(draw(each, 60)) for each in make_profiles(sites=2, alpha=1.0, seed=0, **given))
+        return len(first & second)
+
+    assert common(foreign=0.0) < common() == common(foreign=0.1) < common(foreign=1.0)
+
+
 def test_small_alpha_skews_the_label_mix() -> None:
     """The label shares of the written entities differ more between sites for a small alpha than for a large one."""
 
@@ -151,9 +178,13 @@ def test_prose_is_the_same_for_one_seed() -> None:
         ({"heldout": 0}, "the number of held-out notes is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"alpha": float("nan")}, "alpha is nan"),
+        ({"notes": (1, 2)}, "notes are counted for 2 of 1 sites"),
+        ({"notes": (0,)}, "the number of notes is 0"),
+        ({"sites": 2, "notes": (3, -1)}, "the number of notes is -1"),
+        ({"tested": (2,)}, "a site that there is not: 2"),
     ],
 )
-def test_values_out_of_range(tmp_path: Path, changes: dict[str, float], message: str) -> None:
+def test_values_out_of_range(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     """A value that makes no notes is a usage error that names it, and nothing is written."""
     values = {"sites": 1, "notes": 1, "alpha": 1.0, "seed": 0, "heldout": 1} | changes
     with pytest.raises(ConfigError, match=message):

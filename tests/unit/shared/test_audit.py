@@ -190,6 +190,24 @@ def test_text_for_people(index: int, text: str) -> None:
     assert render(LINES[index]) == f"1970-01-01 00:16:{40 + index}Z  {text}"
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"kind": "validated", "update_id": "a" * 32, "loss": 0.71828},
+            "#7     validated  update aaaaaaaa  loss 0.7183",
+        ),
+        (
+            {"kind": "substituted", "version": 2, "rule": "median", "updates": 3, "needed": 5},
+            "#7     substituted version 2  3 updates, the agreed rule needs 5: merged by median",
+        ),
+    ],
+)
+def test_text_of_what_rules_of_merging_write(fields: dict[str, Any], text: str) -> None:
+    """The loss of an update, and what stood in for a rule that had too few."""
+    assert render({"seq": 7, "at": 1000.0, "hash": "", **fields}) == f"1970-01-01 00:16:40Z  {text}"
+
+
 def test_a_kind_of_tomorrow_still_shows() -> None:
     """An unknown kind is a line that says so, not a failure of the tail."""
     row = linked(GENESIS, 1, 5.0, "pardoned", msgpack.packb({"v": 9, "t": "pardoned", "at": 5.0}))

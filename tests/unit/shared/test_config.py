@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
 COORDINATOR = 'federation = "federation.toml"\nstorage = "data"\n'
+AGGREGATION = '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\n'
 SITE = 'name = "north"\nfederation = "f.toml"\nstorage = "s"\n[data]\nnotes = "notes"\n'
 
 
@@ -136,8 +137,69 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            AGGREGATION + 'rule="kurm"',
+            "aggregation.rule: Input should be 'mean', 'ca2fl', 'median', 'trimmed-mean', 'krum' or 'multi-krum'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="loss"',
+            "aggregation.quality: Input should be 'none', 'exp-loss' or 'size-exp-loss'",
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'mode="fedbuff"\nrule="krum"\nbuffer=4',
+            'aggregation: rule = "krum" judges 5 updates or more (2 byzantine + 3), and buffer = 4',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nclip_norm=1.0',
+            'aggregation: clip_norm has no meaning with rule = "ca2fl"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nrule="median"',
+            'aggregation: quality = "exp-loss" weighs a mean: it needs rule = "mean"',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\nmode="fedasync"',
+            'aggregation: quality = "exp-loss" weighs a mean',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'rule="ca2fl"\nmode="fedasync"',
+            'aggregation: rule = "ca2fl" needs several updates',
+        ),
+        (FederationConfig, AGGREGATION + "temperature=0", "aggregation.temperature: Input should be greater than 0"),
+        (
+            CoordinatorConfig,
+            COORDINATOR + "[validation]\nnote = 'n'",
+            "unknown key validation.note: did you mean notes?",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation.server]\noptimizer="adm"',
             "aggregation.server.optimizer: Input should be 'sgd', 'momentum', 'nesterov', 'adam', 'yogi', 'fadas' or",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ntarget_epsilon=8\ndelta=1e-5',
+            "privacy: needs either noise_multiplier or target_epsilon",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise_multiplier=1\ndelta=0.5',
+            "privacy.delta: Input should be less than or equal to 0.01",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[privacy]\nnoise=1\ndelta=1e-5',
+            "unknown key privacy.noise: did you mean noise_multiplier?",
         ),
         (
             FederationConfig,
@@ -178,6 +240,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\ndown="topk2"',
+            "codec.down: Input should be 'f32', 'bf16', 'int8' or 'int4'",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="f32"\nfeedback=0.9',
+            "codec: f32 leaves nothing out that could be added later: set feedback to 0, or another codec",
+        ),
+        (
+            FederationConfig,
             '[federation]\nname="a"\nsites=["b","coordinator"]\n[model]\nbase="m"',
             "federation.sites.1: no site may be named coordinator",
         ),
@@ -201,6 +273,14 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
         assert problem in error.message
     assert error.message.count(";") == 2
     assert error.hint == "mend these keys"
+
+
+def test_feedback_follows_from_the_codec() -> None:
+    """topk2 keeps 95 % of what it left out, the others nothing, unless the file says otherwise."""
+    decays = {up: _federation(codec={"up": up}).codec.decay for up in ("f32", "bf16", "int8", "int4", "topk2")}
+    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95}
+    assert _federation(codec={"up": "int4", "feedback": 1.0}).codec.decay == 1
+    assert _federation(codec={"up": "topk2", "feedback": 0.0}).codec.decay == 0
 
 
 # -- the fingerprint ---
@@ -235,6 +315,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "mode": "fedasync",
         "optimizer": "momentum",
         "rule": "median",
+        "quality": "exp-loss",
         "sites": ["a"],
         "labels": ["x"],
         "frozen_sha256": "0" * 64,
@@ -263,6 +344,20 @@ def test_every_other_key_must_agree(path: tuple[str, ...]) -> None:
     for part in reversed(path[1:]):
         changed = {part: changed}
     assert _federation(**{path[0]: changed}).config_sha256 != _federation().config_sha256
+
+
+def test_all_of_privacy_must_agree() -> None:
+    """Each of its keys."""
+    noise, target = {"delta": 1e-5, "noise_multiplier": 1.0}, {"delta": 1e-5, "target_epsilon": 1.0}
+    sections = [
+        noise,
+        target,
+        {**noise, "delta": 1e-6},
+        {**noise, "clip_norm": 2.0},
+        {**noise, "noise_multiplier": 2.0},
+    ]
+    found = {_federation(privacy=section).config_sha256 for section in sections}
+    assert len(found | {_federation().config_sha256}) == 1 + len(sections)
 
 
 def test_the_fingerprint_is_of_the_meaning_not_of_the_text(tmp_path: Path) -> None:

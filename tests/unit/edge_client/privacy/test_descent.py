@@ -21,10 +21,12 @@ from edge_client.privacy.descent import RecordGradient, add_clipped, make_privat
 from edge_client.privacy.ledger import Charge
 from edge_client.privacy.records import Records, make_records
 from edge_client.trainer import Descent, evaluate, make_dataset, make_window_batches, train
+from shared.config import PrivacySection
 from shared.errors import RefusedError
 from tests.unit.edge_client import tiny
 
-PRIVATE = tiny.federation(privacy={"delta": 1e-3, "noise_multiplier": 1.0})
+SECTION = PrivacySection(delta=1e-3, noise_multiplier=1.0)
+PRIVATE = tiny.federation(privacy=SECTION.model_dump())
 CHARGE = Charge(sample_rate=0.5, noise_multiplier=1.0, steps=4)
 
 
@@ -223,14 +225,13 @@ def test_a_state_that_is_not_finite_ends_as_diverged(llama: LoadedModel) -> None
 
 
 def test_what_a_federation_trains_on(llama: LoadedModel) -> None:
-    """Nothing without [privacy]; with it, by hand: 4 of 10 records, ten steps for four epochs, the noise as written."""
-    notes = tiny.notes(10)
-    assert make_private(llama, notes, tiny.federation()) is None
-    federation = tiny.federation(
-        privacy={"delta": 1e-3, "noise_multiplier": 2.0, "clip_norm": 0.7}, training={"batch_size": 4, "epochs": 4}
-    )
-    private = make_private(llama, notes, federation)
-    assert private is not None
+    """By hand: 4 of 10 records, ten steps for four epochs, the noise as written; the log says so."""
+    section = PrivacySection(delta=1e-3, noise_multiplier=2.0, clip_norm=0.7)
+    federation = tiny.federation(privacy=section.model_dump(), training={"batch_size": 4, "epochs": 4})
+    with structlog.testing.capture_logs() as logs:
+        private = make_private(llama, tiny.notes(10), federation, section)
+    (line,) = logs
+    assert (line["event"], line["records"], line["noise_multiplier"]) == ("private", 10, 2.0)
     assert private.charge == Charge(sample_rate=0.4, noise_multiplier=2.0, steps=10)
     descent = private.descent(llama)
     assert isinstance(descent, Descent)
@@ -239,16 +240,17 @@ def test_what_a_federation_trains_on(llama: LoadedModel) -> None:
 
 def test_a_delta_that_promises_nothing_is_told(llama: LoadedModel) -> None:
     """One over the number of records, or more: a line in the log."""
-    federation = tiny.federation(privacy={"delta": 0.01, "noise_multiplier": 1.0})
-    with structlog.testing.capture_logs() as logs:
-        make_private(llama, tiny.notes(3, lines=1), federation)
-        assert logs == []
-        make_private(llama, tiny.notes(100, lines=1), federation)
-    assert [entry["event"] for entry in logs] == ["delta-is-large"]
+    section = PrivacySection(delta=0.01, noise_multiplier=1.0)
+    told = []
+    for count in (3, 100):
+        with structlog.testing.capture_logs() as logs:
+            make_private(llama, tiny.notes(count, lines=1), PRIVATE, section)
+        told.append([entry["event"] for entry in logs if entry["log_level"] == "warning"])
+    assert told == [[], ["delta-is-large"]]
 
 
 def test_notes_without_words_cannot_be_trained_on(llama: LoadedModel) -> None:
     """Noise alone is no update."""
     with pytest.raises(RefusedError) as caught:
-        make_private(llama, [Note("empty", (Sentence((), ()),))], PRIVATE)
+        make_private(llama, [Note("empty", (Sentence((), ()),))], PRIVATE, SECTION)
     assert caught.value.rule == "note-missing"

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -16,6 +16,7 @@ from edge_client.pipe import Trained
 from edge_client.privacy.accounting import epsilon_of, spend
 from edge_client.privacy.ledger import LEDGER, Charge, Ledger, Limit, read_ledger
 from edge_client.privacy.metered import Metered, check_privacy, limits_of
+from edge_client.training import Standing
 from shared import durable
 from shared.config import SiteConfig
 from shared.errors import ConfigError, NoRoomError, RefusedError
@@ -47,16 +48,17 @@ class Worker:
 
     error: RefusedError | None = None
     asked: list[tuple[tuple[Charge, ...], tuple[Limit, ...]]] = dataclasses.field(default_factory=list)
+    standing: ClassVar[Standing] = Standing()
 
     async def train(
         self,
         state: Path,
         base_version: int,
-        out: Path,
+        delta: Path,
         *,
         on_progress: Callable[[float, float], None],
-        so_far: tuple[Charge, ...],
-        limits: tuple[Limit, ...],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> Trained:
         """Charge, and tell all that a worker knows."""
         self.asked.append((so_far, limits))

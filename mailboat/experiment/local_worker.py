@@ -1,0 +1,55 @@
+"""The training worker without a process of its own: what `WorkerClient` asks of one, asked of the thing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from edge_client import pipe
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.training import Standing
+from edge_client.worker import Worker
+from edge_client.worker_client import load_request, raised
+from shared.config import FederationConfig, SiteConfig
+
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated)
+
+
+class LocalWorker:
+    """A model and the notes of whichever site it serves; keeps the model as long as the federation stays the same."""
+
+    standing = Standing()
+
+    def __init__(self) -> None:
+        self._worker = Worker(lambda _answer: None)
+
+    def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
+        """Load model and notes of a site; see `WorkerClient.load`."""
+        request = load_request(config, federation).model_copy(update={"initial": initial})
+        return self._ask(request, pipe.Loaded)
+
+    async def train(
+        self,
+        state: Path,
+        base_version: int,
+        delta: Path,
+        *,
+        on_progress: Callable[[float, float], None],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
+    ) -> pipe.Trained:
+        """See `WorkerClient.train`."""
+        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
+        return self._ask(request, pipe.Trained)
+
+    def evaluate(self, state: Path, notes: Path) -> pipe.Evaluated:
+        """See `WorkerClient.evaluate`."""
+        return self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    def _ask(self, request: pipe.Request, wanted: type[_A]) -> _A:
+        answer = self._worker.handle(request)
+        if isinstance(answer, pipe.Failed):
+            raise raised(answer)
+        assert isinstance(answer, wanted), "an answer to another request"
+        return answer

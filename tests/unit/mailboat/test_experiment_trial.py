@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mailboat.experiment.cells import Settings, Stage
+from mailboat.experiment.results import Result, is_current
+from mailboat.experiment.spec import NotesSection
+from mailboat.experiment.trial import Bench, link_notes
+from mailboat.synth import make_notes
+from shared.errors import ConfigError
+from tests.unit.edge_client import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA."""
+    return tiny.save_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+def settings(model: Path, notes: dict[str, Any] | None = None, **changes: Any) -> Settings:
+    """A cell of two sites with two notes each and one version."""
+    given = NotesSection.model_validate({"sites": 2, "notes": 2, "heldout": 2, **(notes or {})})
+    method = changes.get("method", "federated")
+    sites = ("pooled",) if method == "centralized" else ("site-1", "site-2")
+    federation = tiny.federation(
+        federation={"name": "trial", "versions": 1, "sites": sites},
+        model={"base": str(model)},
+        aggregation={"quorum": len(sites)},
+    )
+    return Settings(**{"method": "federated", "seed": 1, "stage": Stage(federation=federation, notes=given), **changes})
+
+
+def carry_out(folder: Path, given: Settings) -> Result:
+    """The cell's result."""
+    folder.mkdir(exist_ok=True)
+    return Bench(folder).carry_out("trial", given, lambda _share, _word: None)
+
+
+def test_a_cell_has_its_result(tmp_path: Path, model: Path) -> None:
+    """Scores of the last version, its settings and sources; what was written on the way is gone but for the notes."""
+    given = settings(model)
+    result = carry_out(tmp_path / "scratch", given)
+    assert result.settings_sha256 == given.digest
+    assert is_current(result)
+    assert result.scores == result.curve[-1].scores
+    assert (result.versions, result.trainings, [*result.metrics]) == (1, 2, ["site-1", "site-2"])
+    assert 0 < result.trained_parameters < result.total_parameters
+    assert [path.name.partition("-")[0] for path in (tmp_path / "scratch").iterdir()] == ["notes"]
+
+
+def test_alone_is_each_site_for_itself(tmp_path: Path, model: Path) -> None:
+    """Every site has its own score, and the best of them is the cell's."""
+    result = carry_out(tmp_path / "scratch", settings(model, method="alone"))
+    assert [*result.sites] == ["site-1", "site-2"]
+    assert result.scores["strict_f1"] == max(scores["strict_f1"] for scores in result.sites.values())
+
+
+def test_centralized_has_the_notes_of_all(tmp_path: Path, model: Path) -> None:
+    """One training on one site, which has as many examples as all sites together."""
+    result = carry_out(tmp_path / "scratch", settings(model, method="centralized"))
+    assert (result.trainings, [*result.metrics]) == (1, ["pooled"])
+    pooled = next((tmp_path / "scratch").glob("notes-*/pooled"))
+    assert len([*pooled.rglob("*.txt")]) == 4
+
+
+def test_a_starting_point_is_trained_once(tmp_path: Path, model: Path) -> None:
+    """The second cell from the same federation finds its state, and scores the same without training."""
+    start = settings(model).stage
+    given = settings(model, start=start, zero_shot=True)
+    first = carry_out(tmp_path / "scratch", given)
+    (kept,) = (tmp_path / "scratch").glob("start-*.safetensors")
+    before = kept.stat().st_mtime_ns
+    again = carry_out(tmp_path / "scratch", given)
+    assert kept.stat().st_mtime_ns == before
+    assert first.scores == again.scores
+    assert again.trainings == 0
+
+
+def test_real_notes_are_read_where_they_are(tmp_path: Path, model: Path) -> None:
+    """A folder of notes gives the same result as the same notes made here; no text of it is copied."""
+    made = make_notes(tmp_path / "notes", sites=2, notes=2, alpha=2.0, seed=7, heldout=2).out
+    given = settings(model, {"folder": made})
+    result = carry_out(tmp_path / "scratch", given)
+    assert result.scores == carry_out(tmp_path / "other", settings(model)).scores
+    files = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+    assert files
+    assert all(path.is_symlink() for path in files)
+
+
+def test_folders_of_notes_that_do_not_fit(tmp_path: Path) -> None:
+    """A missing folder is named, and so is a file name that two sites use: pooled, one would hide the other."""
+    for name in ("site-1", "site-2", "heldout"):
+        (tmp_path / "notes" / name).mkdir(parents=True)
+        (tmp_path / "notes" / name / "a.conll").write_text("")
+    with pytest.raises(ConfigError, match="another site has a file of this name"):
+        link_notes(tmp_path / "notes", ("site-1", "site-2"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="site-3: no such folder"):
+        link_notes(tmp_path / "notes", ("site-3",), tmp_path / "out")
