@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-codec-f1 fuzz fuzz-guided sbom experiments experiments-smoke
+.PHONY: bench-codec fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -118,9 +118,6 @@ fuzz-guided: setup ## one decoder by coverage, with atheris: make fuzz-guided TA
 bench-codec: setup ## each codec alone: share of float32, error, MB a second and core: make bench-codec ARGS="--turns 9"
 	@$(VENV)/python -m bench.codec --json docs/results/codec.json $(ARGS)
 
-bench-codec-f1: setup ## what each codec costs in F1, in one process, with the real trainer (a quarter of an hour)
-	@$(VENV)/python -m bench.codec_rounds --json docs/results/codec-f1.json $(ARGS)
-
 bench-hostile: setup ## how much slower a round gets when one site floods the federation
 	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json
 
@@ -128,6 +125,9 @@ sbom: setup ## what is installed, with versions and licences, as CycloneDX JSON:
 	@mkdir -p build
 	@$(VENV)/python -m tools.sbom > build/sbom.json
 	@echo "[sbom] build/sbom.json"
+
+dependencies: setup ## what is installed against constraints.txt, its own checksums, and licences; without the network
+	@$(VENV)/python -m tools.dependencies
 
 # What may lose or double an update stands in these two packages.
 .PHONY: coverage-gate

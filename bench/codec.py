@@ -51,12 +51,29 @@ PUBLISHED = {
 
 
 def trained_deltas() -> list[Tensors]:
-    """One delta of each site."""
-    from bench.hospitals import Hospitals  # noqa: PLC0415 - loads torch
+    """One delta of each of the demonstration's sites, from version 0."""
+    import torch  # noqa: PLC0415 - the functions below need neither it nor what follows
 
+    from edge_client.data import load_notes  # noqa: PLC0415
+    from edge_client.model import load_model, read_trainable  # noqa: PLC0415
+    from edge_client.trainer import make_dataset, round_seed, train  # noqa: PLC0415
+    from mailboat.demo.plan import DemoOptions, make_plan  # noqa: PLC0415
+
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mailboat-codec-") as name:
-        hospitals = Hospitals(Path(name), versions=10)
-        return [hospitals.train(site, hospitals.initial, 0).delta for site in hospitals.sites]
+        plan = make_plan(DemoOptions(workdir=Path(name) / "demo"), name="bench")
+        options, training = plan.options, plan.federation.training
+        plan.task.make(
+            plan.layout.notes, sites=options.sites, notes=options.notes, alpha=options.alpha, seed=0, heldout=1
+        )
+        loaded = load_model(plan.federation.model.base, plan.federation)
+        initial = read_trainable(loaded)
+        deltas: list[Tensors] = []
+        for site in plan.started:
+            notes = load_notes(plan.layout.notes / site, loaded.task).notes
+            data = make_dataset(loaded, notes, batch_size=training.batch_size, seed=0)
+            deltas.append(train(loaded, initial, data, training, seed=round_seed(0, site, 0)).delta)
+    return deltas
 
 
 def sealed(delta: Tensors, codec: Codec) -> tuple[Manifest, list[bytes]]:

@@ -9,7 +9,9 @@ member that floods its own topics as fast as its link allows, for the whole run:
 
 It speaks MQTT by hand, with QoS 0, so that no acknowledgement slows it down; `--mbit` is the rate of its link, kept at
 the sender. Measured are the times from version to version in the coordinator's journal, and the peak memory of the
-coordinator and of the broker. Runs alone and beside take turns. `make bench-hostile`; times need a quiet machine.
+coordinator and of the broker. A muted member is listened to again after one minute, then after two: the run lasts long
+enough for both, and the rounds of those moments are told by themselves. Runs alone and beside take turns. `make
+bench-hostile`; times need a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import datetime as dt
 import itertools
 import json
+import math
 import os
 import secrets
 import socket
@@ -53,7 +57,10 @@ SEALED = 200
 """Messages of each kind that are sealed beforehand."""
 PIECE_BYTES = 16 * 1024
 """What is sent between two looks at the clock, at least."""
+VERSIONS = 300
+"""Rounds of some 0.8 s: the member is listened to again after one minute, and after two more, and there is a rest."""
 SENT = "hostile-bytes"
+LOG = "coordinator.log"
 KINDS = ("data", "control", "mixed")
 
 
@@ -153,8 +160,10 @@ async def measure(kind: str | None, versions: int, mbit: float) -> dict[str, Any
                 port = broker.url.rpartition(":")[2]
                 hostile = await _start("-m", "bench.hostile", "--flood", str(root), port, kind, str(mbit))
             parties = [
-                await _start("-m", "tests.toys", role, str(root / f"{name}.toml"))
-                for role, name in (("coordinator", "coordinator"), ("site", "site-1"), ("site", "site-2"))
+                await _start(
+                    *("-m", "mailboat", "coordinator", "run", "-c", str(root / "coordinator.toml")), log=root / LOG
+                ),
+                *[await _start("-m", "tests.toys", "site", str(root / f"site-{number}.toml")) for number in (1, 2)],
             ]
             memory: dict[str, float] = {}
             watching = asyncio.create_task(_watch({"coordinator": parties[0].pid, "broker": broker.pid}, memory))
@@ -167,15 +176,40 @@ async def measure(kind: str | None, versions: int, mbit: float) -> dict[str, Any
                 await hostile.wait()
         with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
             times = [record.at for record in journal.replay() if isinstance(record, VersionCommitted)]
+        rounds, again = list(itertools.pairwise(times)), listened_again((root / LOG).read_text())
         return {
-            "rounds": [after - before for before, after in itertools.pairwise(times)],
+            "rounds": [after - before for before, after in rounds],
+            "listened_again": sum(begin < times[-1] for begin, _end in again),
+            "listening": [after - before for before, after in rounds if _meets((before, after), again)],
             "mib": memory,
             "hostile_mb": int.from_bytes((root / SENT).read_bytes(), "little") / 1e6 if kind else 0.0,
         }
 
 
-async def _start(*command: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.DEVNULL)
+def listened_again(log: str) -> list[tuple[float, float]]:
+    """From when to when, in unix seconds, a member that had been muted was listened to, as the coordinator's log tells.
+
+    The end is that of its next muting; the last one may have none.
+    """
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    mutings = [
+        (dt.datetime.fromisoformat(line["timestamp"]).timestamp(), line["seconds"])
+        for line in lines
+        if line["event"].startswith("a site floods")
+    ]
+    ends = [at for at, _seconds in mutings[1:]] + [math.inf]
+    return [(at + seconds, end) for (at, seconds), end in zip(mutings, ends, strict=True)] if mutings else []
+
+
+def _meets(one: tuple[float, float], others: list[tuple[float, float]]) -> bool:
+    return any(one[0] < end and begin < one[1] for begin, end in others)
+
+
+async def _start(*command: str, log: Path | None = None) -> asyncio.subprocess.Process:
+    """A process of this Python; its log goes to a file, or to our own standard error."""
+    quiet = asyncio.subprocess.DEVNULL
+    with log.open("wb") if log else contextlib.nullcontext() as file:
+        return await asyncio.create_subprocess_exec(sys.executable, *command, stdout=quiet, stderr=file)
 
 
 async def _watch(pids: dict[str, int], peaks: dict[str, float]) -> None:
@@ -211,9 +245,22 @@ def _summary(some: list[dict[str, Any]], alone: list[dict[str, Any]]) -> dict[st
         "worst_s": round(max(rounds), 3),
         "growth_of_median": round(statistics.median(rounds) / statistics.median(usual) - 1, 3),
         "growth_of_sum": round(sum(rounds) / sum(usual) - 1, 3),
+        "listened_again": sum(run["listened_again"] for run in some),
+        **_while_listening(list(itertools.chain.from_iterable(run["listening"] for run in some)), usual),
         "coordinator_mib": round(max(run["mib"]["coordinator"] for run in some)),
         "broker_mib": round(max(run["mib"]["broker"] for run in some)),
         "hostile_mb": round(sum(run["hostile_mb"] for run in some)),
+    }
+
+
+def _while_listening(rounds: list[float], usual: list[float]) -> dict[str, float]:
+    """The rounds that had to bear a flood which was listened to again; nothing where there was none."""
+    if not rounds:
+        return {}
+    return {
+        "rounds_then": len(rounds),
+        "worst_then_s": round(max(rounds), 3),
+        "growth_of_median_then": round(statistics.median(rounds) / statistics.median(usual) - 1, 3),
     }
 
 
@@ -225,7 +272,7 @@ def main() -> None:
     """Print the comparison, and write it where told."""
     parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--versions", type=int, default=60)
+    parser.add_argument("--versions", type=int, default=VERSIONS)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--mbit", type=float, default=100.0, help="rate of the hostile site's link")
     parser.add_argument("--json", type=Path)

@@ -189,8 +189,16 @@ def median_s(found: list[Round], run: str, place: str) -> float | None:
     return statistics.median(seconds) if seconds else None
 
 
+def processor_s(found: list[Round], run: str, place: str) -> float:
+    """The median of all roles' processor seconds for a round."""
+    return statistics.median(sum(each.cpu_s.values()) for each in found if (each.run, each.place) == (run, place))
+
+
 def ratios(found: list[Round]) -> dict[str, float]:
-    """Each run's median round, in that of each peer; and on the disk, in what it may take there."""
+    """Each run's median round, in that of each peer and of the same run open; on the disk, in what it may take there.
+
+    What sealing costs is told in processor seconds as well, which a busy machine spoils less than times.
+    """
     told = {}
     for run in ALL_MAILBOAT:
         for place in sorted({each.place for each in found}):
@@ -201,9 +209,12 @@ def ratios(found: list[Round]) -> dict[str, float]:
                 theirs = median_s(found, peer, place)
                 if theirs is not None:
                     told[f"{run} / {peer}, {place}"] = round(mine / theirs, 3)
-            bare = median_s(found, run.removesuffix(SEALED), place)
-            if run.endswith(SEALED) and bare is not None:
-                told[f"{run} / {run.removesuffix(SEALED)}, {place}"] = round(mine / bare, 3)
+            bare = run.removesuffix(SEALED)
+            bare_s = median_s(found, bare, place)
+            if run.endswith(SEALED) and bare_s is not None:
+                told[f"{run} / {bare}, {place}"] = round(mine / bare_s, 3)
+                if (spent := processor_s(found, bare, place)) > 0:  # a tiny round may take less than the kernel counts
+                    told[f"{run} / {bare}, {place}, processor"] = round(processor_s(found, run, place) / spent, 3)
             memory = median_s(found, run, "tmpfs")
             plain = [each.plain_s for each in found if (each.run, each.place) == (run, place) and each.plain_s]
             if place == "disk" and plain:

@@ -3,6 +3,7 @@
     <federation>-v00000007/
         authority.pub                      of a sealed run: the authority's public keys, PEM
         SHA256SUMS                         of every other file; `sha256sum -c SHA256SUMS` reads it
+        endorsements                       where the authority has had other keys: the memberships that those signed
         federation.json                    what all agreed on; its SHA-256 is config_sha256 of row 1
         journal.jsonl                      the rows: seq, at, kind, body (base64), prev and hash (hex)
         masters/v00000000.safetensors      version 0, float32
@@ -26,6 +27,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from coordinator.journal import Journal
@@ -72,11 +74,11 @@ def export_bundle(
     out: Path,
     *,
     upto: int | None = None,
-    authority: bytes | None = None,
+    authority: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Bundle:
     """Write the bundle of a run to the new file `out`, up to version `upto` (None: all that there is).
 
-    `authority` are the public keys (PEM) with which the memberships in a sealed run's journal are signed.
+    `authority` holds, by name, the files by which the memberships in a sealed run's journal are believed.
 
     Evidence is exported as it lies on the disk, also when it is damaged: the script says so. ConfigError when `out`
     exists or there is no such version, CorruptError when the journal's chain is broken or a file is gone,
@@ -149,18 +151,17 @@ def _sources(
     plan: SealedPlan,
     lines: Path,
     contents: _Contents,
-    authority: bytes | None,
+    authority: Mapping[str, bytes],
 ) -> dict[str, Path | bytes]:
     """Return name and origin of each file, SHA256SUMS included, by name."""
     sources: dict[str, Path | bytes] = {
+        **authority,
         "federation.json": _canonical(federation.model_dump(mode="json", exclude={"model": {"base"}})),
         "journal.jsonl": lines,
         "masters/v00000000.safetensors": master_path(storage / "masters", 0),
         "plan.json": _canonical(plan.model_dump(mode="json")),
         "verify.py": SCRIPT,
     }
-    if authority is not None:
-        sources["authority.pub"] = authority
     for update_id in contents.updates:
         for suffix in ("frames", "manifest"):
             sources[f"updates/{update_id}.{suffix}"] = storage / "updates" / f"{update_id}.{suffix}"

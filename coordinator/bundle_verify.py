@@ -15,7 +15,8 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 7. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
    unpacked and put together, the frames are the file whose SHA-256 was accepted
 8. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
-   seen, fits a key whose membership is signed by a key in authority.pub, and that row has that hash now
+   seen, fits a key whose membership is signed by a key in authority.pub, or is listed in endorsements, which such a key
+   has signed, and that row has that hash now
 
 A sound chain shows that no row was changed by itself. That all rows were not written anew is shown by the signatures of
 the sites, if authority.pub has the fingerprint that you know, and else by comparing a hash with one that somebody else
@@ -186,7 +187,9 @@ def check_update(folder: Path, record: dict[str, Any], states: list[str]) -> Ite
 
 def expand(frame: bytes, size: int, group: int) -> bytes:
     """The slice of `size` bytes in a frame; ValueError or ZstdError when it holds no such slice."""
-    if size > SLICE_BYTES_MAX or zstandard.get_frame_parameters(frame).content_size != size:
+    if not 0 < size <= SLICE_BYTES_MAX or group not in {1, 2, 4}:
+        raise ValueError("a slice of a size or grouping that there is none of")
+    if zstandard.get_frame_parameters(frame).content_size != size:
         raise ValueError("a frame does not declare the size that its slice has")
     grouped = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     count = size // group
@@ -201,36 +204,73 @@ def framed(domain: str, *parts: bytes) -> bytes:
     return b"".join(struct.pack(">I", len(part)) + part for part in (domain.encode(), *parts))
 
 
-def check_signatures(folder: Path, lines: list[dict[str, Any]], records: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield each signature that does not fit, and each row that has another hash than the one that was signed."""
+def fits(public: bytes, signature: bytes, *parts: bytes) -> bool:
+    """Whether the holder of this key (32 bytes) signed these parts, of which the first is the domain."""
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - sealed runs alone need it
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415 - sealed runs alone need it
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - sealed runs alone need it
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415 - the same
+
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, framed(parts[0].decode(), *parts[1:]))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def authority_keys(folder: Path) -> list[bytes]:
+    """The keys in authority.pub, 32 bytes each; ValueError for another kind of key."""
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - sealed runs alone need it
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - the same
 
     blocks = (folder / "authority.pub").read_text(encoding="ascii").split("-----BEGIN")[1:]
-    keys: list[Any] = [load_pem_public_key(f"-----BEGIN{block}".encode()) for block in blocks]
-    authorities = [key.public_bytes_raw() for key in keys]
+    try:
+        keys: list[Any] = [load_pem_public_key(f"-----BEGIN{block}".encode()) for block in blocks]
+    except UnsupportedAlgorithm as error:
+        raise ValueError("authority.pub holds a key of another kind") from error
+    return [key.public_bytes_raw() for key in keys]
+
+
+def issued(document: bytes, domain: bytes, authorities: list[bytes]) -> bool:
+    """Whether one of the authority's keys has signed a document."""
+    outer = msgpack.unpackb(document)
+    named = [key for key in authorities if hashlib.sha256(key).hexdigest()[:16] == outer["a"]]
+    return bool(named) and fits(named[0], outer["s"], domain, outer["d"])
+
+
+def endorsed_by(folder: Path, authorities: list[bytes]) -> set[bytes]:
+    """The SHA-256 of each membership that an earlier key signed, as the authority lists them now; ValueError."""
+    path = folder / "endorsements"
+    if not path.exists():
+        return set()
+    document = path.read_bytes()
+    if not issued(document, b"mailboat endorsements v1", authorities):
+        raise ValueError("the endorsements are not signed by a key in authority.pub")
+    return set(msgpack.unpackb(msgpack.unpackb(document)["d"])["sha256"])
+
+
+def check_signatures(folder: Path, lines: list[dict[str, Any]], records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield each signature that does not fit, and each row that has another hash than the one that was signed."""
+    authorities = authority_keys(folder)
+    endorsed = endorsed_by(folder, authorities)
     hashes = {line["seq"]: line["hash"] for line in lines}
     plan = bytes.fromhex(records[0]["fingerprint"])
     signed: set[str] = set()
     for row, record in enumerate(records, start=1):
         if record["t"] not in {"signed", "witnessed"}:
             continue
-        of_site = record["t"] == "witnessed"
-        outer = msgpack.unpackb(record["member"])
-        member = msgpack.unpackb(outer["d"])
+        of_site, document = record["t"] == "witnessed", record["member"]
+        member = msgpack.unpackb(msgpack.unpackb(document)["d"])
         seen = (struct.pack(">Q", record["seq"]), bytes.fromhex(record["head"]))
-        said = framed("mailboat witness v1", bytes.fromhex(record["bare_sha256"]), *seen) if of_site else b""
-        version = struct.pack(">Q", record.get("version", 0))
-        said = said or framed("mailboat head v1", member["federation"].encode(), plan, version, *seen)
-        issuer = [key for key in authorities if hashlib.sha256(key).hexdigest()[:16] == outer["a"]]
+        said: tuple[bytes, ...]
+        if of_site:
+            said = (b"mailboat witness v1", bytes.fromhex(record["bare_sha256"]), *seen)
+        else:
+            version = struct.pack(">Q", record["version"])
+            said = (b"mailboat head v1", member["federation"].encode(), plan, version, *seen)
         place = f"journal.jsonl: row {row}"
-        try:
-            Ed25519PublicKey.from_public_bytes(issuer[0]).verify(
-                outer["s"], framed("mailboat membership v1", outer["d"])
-            )
-            Ed25519PublicKey.from_public_bytes(member["sign_key"]).verify(record["signature"], said)
-        except (InvalidSignature, IndexError):
+        known = hashlib.sha256(document).digest() in endorsed
+        if not (known or issued(document, b"mailboat membership v1", authorities)) or not fits(
+            member["sign_key"], record["signature"], *said
+        ):
             yield f"{place}: its signature, or the membership whose key it names, does not fit"
             continue
         name = record["site"] if of_site else "coordinator"

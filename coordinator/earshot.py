@@ -25,6 +25,8 @@ from shared.topics import subscriptions
 
 BURST_BYTES = 32 * 1024 * 1024
 """Unwanted bytes that an honest site may cause at once: windows in flight when an upload or the process ended."""
+RELAPSE_BYTES = 4 * 1024 * 1024
+"""The same of one that was muted: what it had in flight the broker has thrown away."""
 REFILL_BYTES_S = 256 * 1024
 MESSAGE_COST_BYTES = 16 * 1024
 """What a small message costs besides its bytes: two thousand of them are a flood, too."""
@@ -42,6 +44,7 @@ class _Record:
     allowance: Bucket = field(default_factory=lambda: Bucket(BURST_BYTES, REFILL_BYTES_S))
     until: float = 0.0
     term_s: float = 0.0
+    """Of the last muting; 0 as long as there was none, or after it is forgiven."""
 
 
 class Nuisance:
@@ -55,14 +58,15 @@ class Nuisance:
         record = self._records.setdefault(site, _Record())
         if now < record.until:  # what the broker held when it was muted
             return 0.0
+        if record.term_s and now >= record.until + record.term_s:  # forgiven
+            record = self._records[site] = _Record()
         cost = size + MESSAGE_COST_BYTES
         if record.allowance.wait(cost, now) == 0:
             record.allowance.take(cost, now)
             return 0.0
-        forgiven = now >= record.until + record.term_s
-        record.term_s = MUTE_S if forgiven else min(2 * record.term_s, MUTE_MAX_S)
+        record.term_s = min(2 * record.term_s, MUTE_MAX_S) or MUTE_S
         record.until = now + record.term_s
-        record.allowance = Bucket(BURST_BYTES, REFILL_BYTES_S)
+        record.allowance = Bucket(RELAPSE_BYTES, REFILL_BYTES_S)
         return record.term_s
 
     def muted(self, now: float) -> frozenset[str]:

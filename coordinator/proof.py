@@ -40,6 +40,7 @@ from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import describe_invalid
 from shared.messages import LOST, Receipt
 from shared.plan import SealedPlan
+from shared.trust.membership import Believed
 
 AUDIT = "audit.jsonl"
 UNREADABLE = (CorruptError, UnicodeDecodeError)
@@ -86,17 +87,17 @@ def prove(
     plan: SealedPlan,
     *,
     receipts: Sequence[Path] = (),
-    authorities: tuple[bytes, ...] = (),
+    believed: Believed | None = None,
     progress: Progress = lambda _share: None,
 ) -> Proof:
     """Check a run in a coordinator's storage folder; `receipts` are copies of sites' receipt folders.
 
-    `authorities` are the public keys (32 raw bytes) that memberships in the journal must be signed with; without them
-    a signature is compared with the key that the journal names.
+    `believed` says which memberships in the journal count; without it a signature is compared with the key that the
+    journal names.
 
     Raises ConfigError when there is no journal or a receipts folder is none; all else is a finding.
     """
-    trail, chain = Trail(federation, plan), _Chain(Seals(federation, plan.fingerprint, authorities))
+    trail, chain = Trail(federation, plan), _Chain(Seals(federation, plan.fingerprint, believed))
     findings: list[Finding] = []
     unreadable: set[int] = set()
     try:
@@ -295,7 +296,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
     except ValidationError as error:
         yield Finding("receipt-unreadable", where, describe_invalid("receipt", error))
         return
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         yield Finding("receipt-unreadable", where, "not a receipt as a site writes it")
         return
     if receipt.update_id != path.stem:

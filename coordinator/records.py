@@ -24,12 +24,14 @@ from shared.trust.witness import bare_sha256
 
 SCHEMA_VERSION = 1
 
-Count = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+RowNumber = Annotated[int, Field(ge=1, lt=2**63, strict=True)]
 Real = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$", strict=True)]
 Text = Annotated[str, Field(max_length=500, strict=True)]
 RawBytes = Annotated[bytes, Strict()]
+Signature = Annotated[bytes, Strict(), Field(min_length=64, max_length=64)]
 ManifestBytes = Annotated[bytes, Strict()]
 """`Manifest.to_bytes()`, kept as it was sealed; `shared.manifest.manifest_from_bytes` opens it."""
 
@@ -212,11 +214,11 @@ class Signed:
 
     version: Count
     """The newest version then."""
-    seq: Count
+    seq: RowNumber
     """An earlier row, and its hash."""
     head: Sha256Hex
-    signature: RawBytes
-    """64 bytes; of what, says `shared.trust.witness`."""
+    signature: Signature
+    """Of what, says `shared.trust.witness`."""
     member: RawBytes
     """The membership whose key it is, as the federation's authority signed it."""
     at: Real
@@ -236,7 +238,7 @@ class Witnessed:
     seq: Count
     """An earlier row, and the hash that it had for the site; 0 and zeros when it had seen none."""
     head: Sha256Hex
-    signature: RawBytes
+    signature: Signature
     member: RawBytes
     """As in `Signed`."""
     at: Real

@@ -172,7 +172,7 @@ def read_grants(kit: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
 
 def ending_members(kit: Path, federation: str, now: float) -> list[str]:
     """Names on the roster that have less than a third of their time left; ConfigError as `read_peers`."""
-    peers = read_peers(kit, "coordinator", load_authorities(kit / AUTHORITY), federation)
+    peers = read_peers(kit, "coordinator", federation)
     return sorted(name for name, member in peers.members.items() if member.ends_soon(now) and not peers.revoked(member))
 
 

@@ -29,7 +29,7 @@ from shared.config import FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, Witness
 from shared.messages import Head
-from shared.trust.membership import Membership, stated_membership, verify_membership
+from shared.trust.membership import Believed, Membership, stated_membership
 from shared.trust.witness import HEADS, NOTHING_SEEN, bare_sha256, head_fits, parse_head, witness_fits
 
 MEANWHILE = (Anchored, Dropped, Finished, Snapshot)
@@ -37,17 +37,17 @@ MEANWHILE = (Anchored, Dropped, Finished, Snapshot)
 
 
 class Seals:
-    """What was signed, row by row; `authorities` are the keys (32 raw bytes) that memberships must be signed with.
+    """What was signed, row by row; `believed` says which memberships count.
 
-    Without authorities, memberships are taken as they stand: then the signatures are compared with the keys that the
-    journal itself names, and somebody who writes all of it anew can name keys of his own.
+    Without it they are taken as they stand: then the signatures are compared with the keys that the journal itself
+    names, and somebody who writes all of it anew can name keys of his own.
     """
 
-    def __init__(self, federation: FederationConfig, fingerprint: str, authorities: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, federation: FederationConfig, fingerprint: str, believed: Believed | None = None) -> None:
         self.sealed = federation.trust.mode == "sealed"
         self.name = federation.federation.name
         self.fingerprint = fingerprint
-        self.authorities = authorities
+        self.believed = believed
         self.signatures = 0
         """Signatures that were checked and fit."""
         self.coordinators: list[Membership] = []
@@ -162,8 +162,8 @@ class Seals:
 
     def _member(self, document: bytes, role: str) -> Membership:
         member = (
-            verify_membership(document, self.authorities, federation=self.name)
-            if self.authorities
+            self.believed.membership(document, federation=self.name)
+            if self.believed is not None
             else stated_membership(document)
         )
         if member.role != role:

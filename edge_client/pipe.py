@@ -40,6 +40,8 @@ class Load(_Frame):
     site: str
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
+    trains: bool = True
+    """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
 
 
 class Train(_Frame):

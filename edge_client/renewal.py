@@ -19,6 +19,7 @@ from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.messages import MAX_TEXT, Renewal, Renewed
 from shared.trust import kit as kits
 from shared.trust.grant import check_renewal, holder_of, install, is_here
+from shared.trust.signing import authority_fingerprint
 
 log = structlog.get_logger("site")
 
@@ -55,12 +56,9 @@ class Renewals:
 
     def _take(self, kit: Path, data: bytes) -> None:
         holder = holder_of(kit, self._federation)
-        try:
-            grant = check_renewal(data, holder, time.time())
-        except RefusedError as error:
-            if error.rule == "not-newer" and is_here(kit, data):
-                return
-            raise
+        grant = check_renewal(data, holder, time.time())
+        if is_here(kit, grant):
+            return
         try:
             install(kit, grant)
         except OSError as error:
@@ -68,6 +66,9 @@ class Renewals:
             raise RefusedError(f"the site's kit cannot be written: {reason}", rule="kit-not-writable") from None
         until = holder_of(kit, self._federation).member.not_after
         log.info("renewed", until=time.strftime("%Y-%m-%d", time.gmtime(until)))
+        if grant.authority not in holder.authorities:
+            # Somebody at the site should know, and may ask by telephone whether it is so.
+            log.warning("the authority has another key now", fingerprint=authority_fingerprint(grant.authority))
         if self._shown is not None and self._shown.resolve() != (kit / kits.TLS_CERT).resolve():
             log.warning(
                 "the renewed certificate is not the one that the broker is shown",

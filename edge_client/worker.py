@@ -105,7 +105,7 @@ class Worker:
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
         size = job.federation.training.batch_size
-        self._private = self._by_record(kept)
+        self._private = self._by_record(kept) if job.trains else None
         self._training = self._private.records.data if self._private else self._dataset(kept, size)
         self._held_out = self._dataset(held_out, EVALUATION_BATCH)
         reason = self._training.prepared.reason

@@ -56,8 +56,8 @@ class WorkerDiedError(Exception):
         super().__init__(self.cause)
 
 
-def load_request(config: SiteConfig, federation: FederationConfig) -> pipe.Load:
-    """Return what a worker has to load to train for this site."""
+def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bool = True) -> pipe.Load:
+    """Return what a worker has to load to train for this site, or with `trains` false to measure for it."""
     return pipe.Load(
         federation=federation,
         source=str(config.model_dir or federation.model.base),
@@ -66,19 +66,24 @@ def load_request(config: SiteConfig, federation: FederationConfig) -> pipe.Load:
         holdout=config.data.holdout,
         threads=config.threads,
         site=config.name,
+        trains=trains,
     )
 
 
 class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
-    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy.
+    `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. With `trains`
+    false it measures and scores, and never trains.
     """
 
     standing = Standing()
 
-    def __init__(self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0) -> None:
+    def __init__(
+        self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0, trains: bool = True
+    ) -> None:
         self._federation = federation
+        self._trains = trains
         self.serve(config)
         self._niceness = niceness
         self._process: Process | None = None
@@ -94,7 +99,7 @@ class WorkerClient:
 
     def serve(self, config: SiteConfig) -> None:
         """Train with the notes of `config` from the next request on; a running worker keeps its process and model."""
-        self._load = load_request(config, self._federation)
+        self._load = load_request(config, self._federation, trains=self._trains)
         self._ready = False
         """True when the running worker has loaded model and these notes."""
 

@@ -1,6 +1,7 @@
 """Saying who takes part: an authority is made and opened, sites are admitted and revoked.
 
-`mailboat.issuing` says what lies in its folder, `mailboat.renewing` how what was issued is renewed.
+`mailboat.issuing` says what lies in its folder, `mailboat.renewing` how what was issued is renewed, `mailboat.rolling`
+how another CA or another key takes over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from broker import provision
 from broker.production import production_config
 from mailboat.enrolment import Request
 from mailboat.issuing import (
-    AUTHORITY_DAYS,
     AUTHORITY_KEY,
     BROKER,
     COORDINATOR_KIT,
@@ -27,21 +27,18 @@ from mailboat.issuing import (
     admit,
     admitted,
     commit,
+    key_file,
     load_ca,
     make_ca,
-    membership,
-    new_serial,
     publish,
     renew_end,
 )
 from mailboat.register import Register
 from mailboat.renewing import rotate_end
-from shared.config import COORDINATOR_USER
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.trust import kit as kits
-from shared.trust.membership import public_bytes
 
-NO_SITE = frozenset({BROKER, "ca", "federation-key"})
+NO_SITE = frozenset({BROKER, "authority", "ca", "federation-key"})
 """What `mailboat provision rotate` calls something else."""
 
 
@@ -59,15 +56,11 @@ def create(
     ca = make_ca(folder, federation, 1, now)
     kits.write_private(folder / BROKER / SERVER_KEY, kits.private_pem(server_key))
     kits.write_private(folder / BROKER / "mosquitto.conf", production_config(broker_folder, port).encode())
-    kit = folder / COORDINATOR_KIT
-    kits.generate_keys(kit)
-    kits.make_private_folder(kit / kits.ROSTER)
-    kits.write_private(kit / kits.AUTHORITY, kits.authority_pem([public_bytes(key)]))
+    kits.generate_keys(folder / COORDINATOR_KIT)
     register = Register(
         federation=federation, hosts=tuple(hosts), port=port, listed_at=now - provision.BACKDATED_S, number=1
     )
-    authority = Authority(folder, key, (ca,), register)
-    kits.write_private(kit / kits.MEMBER, _coordinators_membership(authority, now))
+    authority = Authority(folder, (key,), (ca,), register)
     authority = renew_end(authority, "broker", server_key.public_key(), now=now)
     return rotate_end(authority, "coordinator", now=now)
 
@@ -81,8 +74,9 @@ def open_authority(folder: Path) -> Authority:
         register = Register.model_validate_json(kits.read_private(folder / REGISTER))
     except ValidationError:
         raise CorruptError(f"{folder / REGISTER} is not a register", hint="restore it from the backup") from None
-    cas = tuple(load_ca(folder, generation) for generation in register.generations)
-    authority = Authority(folder, kits.load_authority(folder / AUTHORITY_KEY), cas, register)
+    keys = tuple(kits.load_authority(folder / key_file(generation)) for generation in register.keys.trusted)
+    cas = tuple(load_ca(folder, generation) for generation in register.cas.trusted)
+    authority = Authority(folder, keys, cas, register)
     publish(authority)
     return authority
 
@@ -140,16 +134,3 @@ def rotate_federation_key(authority: Authority, *, now: int) -> Authority:
 def unix_now() -> int:
     """The time in whole seconds."""
     return int(time.time())
-
-
-def _coordinators_membership(authority: Authority, now: int) -> bytes:
-    keys = kits.public_keys(authority.folder / COORDINATOR_KIT)
-    return membership(
-        authority,
-        COORDINATOR_USER,
-        "coordinator",
-        (keys.sign, keys.box),
-        serial=new_serial(),
-        now=now,
-        days=AUTHORITY_DAYS,
-    )

@@ -9,7 +9,6 @@ whose it is.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Literal
 
@@ -22,10 +21,9 @@ from shared.errors import RefusedError
 from shared.manifest import WireModel
 from shared.trust.document import Key, Signature, parse_json
 from shared.trust.membership import public_bytes
-from shared.trust.signing import framed, sign, verifies
+from shared.trust.signing import framed, readable, sign, verifies
 
 REQUEST_DOMAIN = "mailboat request v1"
-AUTHORITY_DOMAIN = "mailboat authority v1"
 
 _NOT_HEX = re.compile(r"[^0-9a-f]")
 
@@ -70,17 +68,6 @@ def parse_request(data: bytes) -> Request:
         raise RefusedError(f"the request of {request.name} was altered after it was signed", rule="bad-signature")
     assert request.tls_key is not None
     return request
-
-
-def authority_fingerprint(public: bytes) -> str:
-    """32 hex digits of an authority's public key (32 raw bytes)."""
-    return readable(framed(AUTHORITY_DOMAIN, public))
-
-
-def readable(data: bytes) -> str:
-    """The first 128 bits of the SHA-256 in eight groups of four digits, to be read aloud."""
-    digits = hashlib.sha256(data).hexdigest()[:32]
-    return " ".join(digits[start : start + 4] for start in range(0, 32, 4))
 
 
 def same_fingerprint(given: str, right: str) -> bool:

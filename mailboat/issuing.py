@@ -1,7 +1,8 @@
 """An authority's folder, open: its keys and register, what it signs, and what follows from the register.
 
     authority.key                       the Ed25519 key under which memberships, lists and grants are signed
-    ca.key  ca.crt                      the TLS CA; ca-2.key, ca-2.crt and so on after a roll-over, two during one
+    ca.key  ca.crt                      the TLS CA
+                                        of both, authority-2.key, ca-2.key and so on after a roll-over, two during one
     register.json                       every membership ever issued; all else below follows from it and the keys
     coordinator-kit/                    the coordinator's kit, with roster, revocations and the sites' newest grants
     broker/                             what the broker needs: configuration, rules, certificate, CRL
@@ -40,6 +41,7 @@ from shared.trust.membership import (
     Membership,
     Revocations,
     public_bytes,
+    sign_endorsements,
     sign_membership,
     sign_revocations,
     stated_membership,
@@ -62,7 +64,7 @@ DAY_S = 86_400
 SAME_TIME_S = 60
 """How far renewals that follow each other at once may come to be dated ahead."""
 
-_CA_FILE = re.compile(r"ca(-\d+)?\.(key|crt)")
+_GENERATION_FILE = re.compile(r"(authority|ca)(-\d+)?\.(key|crt)")
 
 Ca = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
 End = Literal["coordinator", "broker"]
@@ -73,10 +75,16 @@ class Authority:
     """The opened folder."""
 
     folder: Path
-    key: Ed25519PrivateKey
+    keys: tuple[Ed25519PrivateKey, ...]
+    """The one that signs, and during a roll-over the one that is believed beside it."""
     cas: tuple[Ca, ...]
     """The one that issues, and during a roll-over the one that is trusted beside it."""
     register: Register
+
+    @property
+    def key(self) -> Ed25519PrivateKey:
+        """The one that signs."""
+        return self.keys[0]
 
     @property
     def public(self) -> bytes:
@@ -93,6 +101,11 @@ def ca_files(generation: int) -> tuple[str, str]:
     """Names of key and certificate of the first, second, ... CA of this authority."""
     stem = "ca" if generation == 1 else f"ca-{generation}"
     return f"{stem}.key", f"{stem}.crt"
+
+
+def key_file(generation: int) -> str:
+    """Name of the first, second, ... key of this authority."""
+    return AUTHORITY_KEY if generation == 1 else f"authority-{generation}.key"
 
 
 def make_ca(folder: Path, federation: str, generation: int, now: int) -> Ca:
@@ -148,17 +161,19 @@ def admit(
         tls_key=keys[2],
         member=member,
         ca=authority.register.ca,
+        key=authority.register.key,
     )
-    authority = commit(authority, [*_superseded(authority, name), entry], now=now)
+    authority = commit(authority, [*superseded(authority, name), entry], now=now)
     grant = make_grant(
         authority.key,
         name=name,
         federation=authority.register.federation,
         member=member,
-        coordinator=kits.read_private(authority.folder / COORDINATOR_KIT / kits.MEMBER),
+        coordinator=coordinators_document(authority, admitted(authority, "coordinator")),
         certificate=provision.certificate_pem(certificate).decode(),
         ca=authority.bundle.decode(),
         authorities=kits.authority_pem([authority.public]).decode(),
+        introductions=authority.register.introductions,
     )
     path = authority.folder / GRANTS / f"{name}{GRANT_SUFFIX}"
     kits.write_private(path, to_json(grant))
@@ -173,7 +188,11 @@ def renew_end(
     *,
     now: int,
 ) -> Authority:
-    """Issue the certificate of the coordinator or of the broker for a key."""
+    """Issue the certificate of the coordinator or of the broker for a key; the coordinator's membership stays."""
+    before = authority.register.current(name)
+    member = b""
+    if name == "coordinator":
+        member = coordinators_document(authority, before) if before else coordinators_membership(authority, now)
     dates = {"serial": new_serial(), "now": now, "days": COORDINATOR_DAYS}
     if name == "coordinator":
         made = provision.issue_client(authority.cas[0], key, name=COORDINATOR_USER, **dates)
@@ -188,11 +207,27 @@ def renew_end(
         state="admitted",
         not_after=now + COORDINATOR_DAYS * DAY_S,
         tls_key=provision.key_bytes(key),
+        member=member,
         ca=authority.register.ca,
+        key=authority.register.key,
     )
-    authority = commit(authority, [*_superseded(authority, name), entry], now=now)
+    authority = commit(authority, [*superseded(authority, name), entry], now=now)
     kits.write_private(path, provision.certificate_pem(made))
     return authority
+
+
+def coordinators_membership(authority: Authority, now: int) -> bytes:
+    """Sign the coordinator's membership; it ends with the federation."""
+    keys = kits.public_keys(authority.folder / COORDINATOR_KIT)
+    both = (keys.sign, keys.box)
+    return membership(
+        authority, COORDINATOR_USER, "coordinator", both, serial=new_serial(), now=now, days=AUTHORITY_DAYS
+    )
+
+
+def coordinators_document(authority: Authority, entry: Entry) -> bytes:
+    """The coordinator's membership as it was signed; an earlier release kept it in the kit alone."""
+    return entry.member or kits.read_private(authority.folder / COORDINATOR_KIT / kits.MEMBER)
 
 
 def membership(
@@ -235,7 +270,8 @@ def new_serial() -> int:
     return secrets.randbelow(2**63 - 1) + 1
 
 
-def _superseded(authority: Authority, name: str) -> list[Entry]:
+def superseded(authority: Authority, name: str) -> list[Entry]:
+    """The register's entries, with the one that counts for this name in the past."""
     return [
         entry.model_copy(update={"state": "superseded"}) if entry.name == name and entry.state == "admitted" else entry
         for entry in authority.register.entries
@@ -261,13 +297,21 @@ def commit(
 
 
 def publish(authority: Authority) -> None:
-    """Write what follows from the register: the lists, access rules, CAs, and the coordinator's roster and grants."""
+    """Write what follows from the register: keys, lists, access rules, CAs, and the coordinator's roster and grants.
+
+    Whom to believe comes first: nothing is published that is signed with a key which is not.
+    """
     register = authority.register
     kit, broker = authority.folder / COORDINATOR_KIT, authority.folder / BROKER
+    _write_new(kit / kits.AUTHORITY, kits.authority_pem(public_bytes(key) for key in authority.keys))
+    if entry := register.current("coordinator"):
+        _write_new(kit / kits.MEMBER, coordinators_document(authority, entry))
     revoked = {entry.serial: entry.revoked_at for entry in register.entries if entry.state == "revoked"}
     listed = Revocations(federation=register.federation, number=register.number, serials=tuple(revoked))
     _publish_crl(authority, broker / CRL, revoked)
     _write_new(kit / kits.REVOCATIONS, sign_revocations(authority.key, listed))
+    if earlier := [entry.member for entry in register.entries if entry.member and entry.key < register.key]:
+        _write_new(kit / kits.ENDORSEMENTS, sign_endorsements(authority.key, register.federation, earlier))
     gone = {entry.name for entry in register.entries if entry.state == "revoked" and not register.current(entry.name)}
     _write_new(broker / ACL, render_acl(register.federation, COORDINATOR_USER, barred=gone).encode())
     for folder in (kit, broker):
@@ -276,11 +320,11 @@ def publish(authority: Authority) -> None:
     roster = {f"{name}{kits.MEMBER_SUFFIX}": entry.member for name, entry in sites.items()}
     _publish_folder(kit / kits.ROSTER, kits.MEMBER_SUFFIX, roster)
     grants = {f"{name}{GRANT_SUFFIX}": grant_of(authority, entry) for name, entry in sites.items()}
-    kits.make_private_folder(kit / GRANTS)
     _publish_folder(kit / GRANTS, GRANT_SUFFIX, {name: data for name, data in grants.items() if data is not None})
-    kept = {name for generation in register.generations for name in ca_files(generation)}
+    kept = {name for generation in register.cas.trusted for name in ca_files(generation)}
+    kept |= {key_file(generation) for generation in register.keys.trusted}
     for path in sorted(authority.folder.iterdir()):
-        if _CA_FILE.fullmatch(path.name) and path.name not in kept:
+        if _GENERATION_FILE.fullmatch(path.name) and path.name not in kept:
             durable.remove(path)
 
 
@@ -298,6 +342,7 @@ def _publish_crl(authority: Authority, path: Path, revoked: dict[int, int]) -> N
 
 
 def _publish_folder(folder: Path, suffix: str, files: dict[str, bytes]) -> None:
+    kits.make_private_folder(folder)
     for path in folder.glob(f"*{suffix}"):
         if path.name not in files:
             durable.remove(path)

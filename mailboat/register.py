@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -10,8 +11,34 @@ from shared.ids import Ident
 from shared.manifest import WireModel
 from shared.trust.document import Base64, Key
 from shared.trust.membership import UnixSeconds
+from shared.trust.succession import Introduction
 
 State = Literal["admitted", "revoked", "superseded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generations:
+    """Which of an authority's CAs, or of its own keys, counts: the first, the second, ..."""
+
+    current: int
+    """The one that issues."""
+    beside: int | None
+    """During a roll-over the one that is trusted beside it: the next, that does not issue yet, or the one before."""
+
+    @property
+    def trusted(self) -> tuple[int, ...]:
+        """Both, the one that issues first."""
+        return (self.current,) if self.beside is None else (self.current, self.beside)
+
+    @property
+    def next(self) -> int | None:
+        """The one that waits to issue."""
+        return self.beside if self.beside is not None and self.beside > self.current else None
+
+    @property
+    def before(self) -> int | None:
+        """The one that issues no more and is trusted yet."""
+        return self.beside if self.beside is not None and self.beside < self.current else None
 
 
 class Entry(WireModel):
@@ -31,7 +58,9 @@ class Entry(WireModel):
     member: Base64 = b""
     """The signed membership; empty for a certificate without one."""
     ca: int = Field(default=1, ge=1)
-    """Which of the authority's CAs issued the certificate: the first, the second, ..."""
+    """Which of the authority's CAs issued the certificate."""
+    key: int = Field(default=1, ge=1)
+    """Which of the authority's keys signed the membership."""
 
 
 class Register(WireModel):
@@ -46,25 +75,22 @@ class Register(WireModel):
     listed_at: UnixSeconds
     """Date of the newest revocation list; rises with each."""
     ca: int = Field(default=1, ge=1)
-    """Which CA issues."""
     ca_beside: int | None = Field(default=None, ge=1)
-    """Which one is trusted beside it, during a roll-over: the next one, that does not issue yet, or the one before."""
+    key: int = Field(default=1, ge=1)
+    key_beside: int | None = Field(default=None, ge=1)
+    introductions: tuple[Introduction, ...] = ()
+    """How each of the authority's keys came after the one before."""
     entries: tuple[Entry, ...] = ()
 
     @property
-    def generations(self) -> tuple[int, ...]:
-        """The CAs that are trusted, the one that issues first."""
-        return (self.ca,) if self.ca_beside is None else (self.ca, self.ca_beside)
+    def cas(self) -> Generations:
+        """The TLS CAs that are trusted."""
+        return Generations(self.ca, self.ca_beside)
 
     @property
-    def next_ca(self) -> int | None:
-        """The CA that waits to issue."""
-        return self.ca_beside if self.ca_beside is not None and self.ca_beside > self.ca else None
-
-    @property
-    def ca_before(self) -> int | None:
-        """The CA that issues no more and is trusted yet."""
-        return self.ca_beside if self.ca_beside is not None and self.ca_beside < self.ca else None
+    def keys(self) -> Generations:
+        """The authority's own keys that are believed."""
+        return Generations(self.key, self.key_beside)
 
     def current(self, name: str) -> Entry | None:
         """The entry that counts for this name."""

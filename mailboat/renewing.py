@@ -1,20 +1,9 @@
-"""Renewing what an authority has issued, and rolling over to another TLS CA.
-
-A roll-over goes in four steps, and none may come before everybody has what the one before it has made:
-
-    begin_ca       a second CA, trusted and not issuing yet               then: the broker's files, and its reload
-    renew, for all it issues: sites and coordinator, and they trust both  then: the sites take their grants
-    rotate_end     the broker's certificate is of the new CA              then: the broker's file, and its reload
-    finish_ca      everybody trusts the new CA alone; the old key goes    then: the broker's files, and its reload
-
-So nobody ever shows a certificate of a CA that the other side does not have, and a timer that renews whoever is due may
-go on meanwhile. `rotate_end` and `finish_ca` refuse to run before the register says that nobody depends on the old CA
-any more. What the register cannot say is which site has taken its grant; the coordinator's `mailboat status` does.
-"""
+"""Renewing what an authority has issued, in time or because another CA or another key has taken over."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from broker import provision
 from mailboat.issuing import (
@@ -28,9 +17,10 @@ from mailboat.issuing import (
     admit,
     admitted,
     commit,
+    coordinators_membership,
     grant_of,
-    make_ca,
     renew_end,
+    superseded,
 )
 from mailboat.register import Entry
 from shared.errors import ConfigError, RefusedError
@@ -38,9 +28,14 @@ from shared.trust import kit as kits
 from shared.trust.membership import ends_soon, stated_membership
 
 
-def rotate_site(authority: Authority, name: str, *, days: int, now: int) -> Authority:
-    """Renew an admitted site's membership and certificate for the keys that it has."""
-    return _renew_site(authority, admitted(authority, name), days=days, now=now)
+def rotate_site(authority: Authority, name: str, *, days: int | None, now: int) -> Authority:
+    """Renew an admitted site's membership and certificate for the keys that it has, for `days` or as long as before."""
+    entry = admitted(authority, name)
+    if entry.role != "site" or entry.sign_key is None or entry.box_key is None:
+        raise ConfigError(f"{entry.name} is not a site", hint="`mailboat provision list` names the sites")
+    keys = (entry.sign_key, entry.box_key, entry.tls_key)
+    renewed, _path = admit(authority, name, keys, days=days or _days_of(entry), now=now)
+    return renewed
 
 
 def rotate_end(authority: Authority, name: End, *, now: int) -> Authority:
@@ -48,7 +43,7 @@ def rotate_end(authority: Authority, name: End, *, now: int) -> Authority:
 
     RefusedError(rule='roll-over') for the broker's as long as a site's certificate is of the CA before.
     """
-    if name == "broker" and (behind := [each for each in _behind(authority) if each != "broker"]):
+    if name == "broker" and (behind := [each for each in of_earlier_ca(authority) if each != "broker"]):
         raise RefusedError(
             f"the broker's certificate would be of a CA that is not in the kits of {', '.join(behind)} yet",
             rule="roll-over",
@@ -63,80 +58,65 @@ def rotate_end(authority: Authority, name: End, *, now: int) -> Authority:
 def renew(
     authority: Authority, *, days: int | None, now: int, everybody: bool = False
 ) -> tuple[Authority, tuple[str, ...]]:
-    """Renew whoever has less than a third of the time left, is of the CA before, or has no grant; returns who too.
+    """Renew whoever has less than a third of the time left, is of an earlier CA or key, or has no grant; and who was.
 
-    A site's new time is `days`, or as long as before. With `everybody`, all sites and the coordinator, and a CA that
-    waits to issue does so from now on. The broker's certificate, which sites have to be able to verify, is left to
+    A site's new time is `days`, or as long as before. With `everybody`, all sites and the coordinator, and a CA or key
+    that waits to take over does so now. The broker's certificate, which sites have to be able to verify, is left to
     `rotate_end` as long as the CA before is trusted.
     """
-    if everybody and authority.register.next_ca is not None:
-        authority = dataclasses.replace(authority, cas=authority.cas[::-1])
-        register = authority.register
-        authority = commit(authority, register.entries, now=now, ca=register.next_ca, ca_beside=register.ca)
-    behind, names = _behind(authority), []
+    if everybody:
+        authority = _taken_over(authority, now=now)
+    behind, names = {*of_earlier_ca(authority), *of_earlier_key(authority)}, []
     for entry in [each for each in authority.register.entries if each.state == "admitted"]:
         if entry.role == "broker":
-            due = authority.register.ca_before is None and _ends_soon(entry, now)
+            due = authority.register.cas.before is None and _ends_soon(entry, now)
         else:
             lost = entry.role == "site" and grant_of(authority, entry) is None
             due = everybody or lost or entry.name in behind or _ends_soon(entry, now)
         if not due:
             continue
         if entry.role == "site":
-            authority = _renew_site(authority, entry, days=days or _days_of(entry), now=now)
+            authority = rotate_site(authority, entry.name, days=days, now=now)
         else:
             authority = rotate_end(authority, entry.role, now=now)
         names.append(entry.name)
     return authority, tuple(names)
 
 
-def begin_ca(authority: Authority, *, now: int) -> Authority:
-    """Make a second CA, which is trusted from now on; RefusedError(rule='roll-over') during another roll-over."""
-    register = authority.register
-    if register.ca_beside is not None:
-        raise RefusedError(
-            "a roll-over to another CA is under way",
-            rule="roll-over",
-            hint="end it: `mailboat provision rotate ca --finish`",
-        )
-    made = make_ca(authority.folder, register.federation, register.ca + 1, now)
-    authority = dataclasses.replace(authority, cas=(*authority.cas, made))
-    return commit(authority, register.entries, now=now, ca_beside=register.ca + 1)
+def _taken_over(authority: Authority, *, now: int) -> Authority:
+    """With the CA and the key that wait, if any, in the place of those that issued and signed so far.
 
-
-def finish_ca(authority: Authority, *, now: int) -> Authority:
-    """Drop the CA before, delete its key, and renew all sites without it.
-
-    ConfigError when there is no roll-over, RefusedError(rule='roll-over') when a certificate of the old CA counts yet.
+    With another key the coordinator's membership is signed anew in the same step, because it is part of each grant.
     """
     register = authority.register
-    if register.ca_beside is None:
-        raise ConfigError("no roll-over is under way", hint="`mailboat provision rotate ca` begins one")
-    behind = ["everybody"] if register.next_ca is not None else _behind(authority)
-    if behind:
-        raise RefusedError(
-            f"the certificates of {', '.join(behind)} are of the CA before",
-            rule="roll-over",
-            hint="`mailboat provision renew --all` for sites and coordinator, then `mailboat provision rotate broker`",
-        )
-    authority = dataclasses.replace(authority, cas=authority.cas[:1])
-    authority = commit(authority, register.entries, now=now, ca_beside=None)
-    for entry in [each for each in register.entries if each.role == "site" and each.state == "admitted"]:
-        authority = _renew_site(authority, entry, days=_days_of(entry), now=now)
-    return authority
+    changes: dict[str, Any] = {}
+    entries = list(register.entries)
+    if register.cas.next is not None:
+        authority = dataclasses.replace(authority, cas=authority.cas[::-1])
+        changes |= {"ca": register.cas.next, "ca_beside": register.ca}
+    if register.keys.next is not None:
+        authority = dataclasses.replace(authority, keys=authority.keys[::-1])
+        changes |= {"key": register.keys.next, "key_beside": register.key}
+        member = {"member": coordinators_membership(authority, now), "key": register.keys.next}
+        signed_anew = admitted(authority, "coordinator").model_copy(update=member)
+        entries = [*superseded(authority, "coordinator"), signed_anew]
+    return commit(authority, entries, now=now, **changes) if changes else authority
 
 
-def _renew_site(authority: Authority, entry: Entry, *, days: int, now: int) -> Authority:
-    if entry.role != "site" or entry.sign_key is None or entry.box_key is None:
-        raise ConfigError(f"{entry.name} is not a site", hint="`mailboat provision list` names the sites")
-    renewed, _path = admit(authority, entry.name, (entry.sign_key, entry.box_key, entry.tls_key), days=days, now=now)
-    return renewed
-
-
-def _behind(authority: Authority) -> list[str]:
+def of_earlier_ca(authority: Authority) -> list[str]:
     """Who counts by a certificate of an earlier CA."""
     register = authority.register
     return [entry.name for entry in register.entries if entry.state == "admitted" and entry.ca != register.ca]
+
+
+def of_earlier_key(authority: Authority) -> list[str]:
+    """Who counts by a membership that an earlier key has signed."""
+    register = authority.register
+    return [
+        entry.name
+        for entry in register.entries
+        if entry.state == "admitted" and entry.role != "broker" and entry.key != register.key
+    ]
 
 
 def _ends_soon(entry: Entry, now: int) -> bool:

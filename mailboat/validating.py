@@ -38,7 +38,7 @@ async def validator_for(
         raise ConfigError("the package torch is not installed here", hint="pip install 'mailboat[edge]'")
     from edge_client.worker_client import WorkerClient
 
-    async with WorkerClient(site, federation) as worker:
+    async with WorkerClient(site, federation, trains=False) as worker:
         loaded = await worker.load()
         if loaded.plan.fingerprint != plan.fingerprint:
             raise ConfigError(

@@ -86,15 +86,18 @@ def _broken(where: str, seq: int, what: str) -> CorruptError:
 
 # -- one line a row ---
 
+_SHOWN_AS = {"seq": "row"}
+
 
 def line_of(row: Row) -> Line:
     """Return a row's line; a manifest inside it is cut down to id, file digest, sizes, and the state that a step makes.
 
-    A membership is left out, and other bytes are in hex.
+    A membership is left out, other bytes are in hex, and the earlier row that a signature speaks of is `row`: `seq` is
+    the line's own number.
     """
     fields: dict[str, Any] = msgpack.unpackb(row.body, raw=False, strict_map_key=True)
     shown = {
-        key: value.hex() if isinstance(value, bytes) else value
+        _SHOWN_AS.get(key, key): value.hex() if isinstance(value, bytes) else value
         for key, value in fields.items()
         if key not in {"v", "t", "at", "state", "member"}
     }
@@ -134,7 +137,7 @@ def _told(line: Line) -> str:
         case "finished":
             return f"version {line['version']} is the last"
         case "signed":
-            return f"version {line['version']}  row {line['seq']} has hash {line['head'][:8]}, signed"
+            return f"version {line['version']}  row {line['row']} has hash {line['head'][:8]}, signed"
         case "snapshot":
             return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return _told_of_update(line)
@@ -156,7 +159,7 @@ def _told_of_update(line: Line) -> str:
         case "dropped":
             return f"update {line['update_id'][:8]}  {line['rule']}"
         case "witnessed":
-            seen = f"had seen row {line['seq']} with hash {line['head'][:8]}" if line["seq"] else "had seen no head"
+            seen = f"had seen row {line['row']} with hash {line['head'][:8]}" if line["row"] else "had seen no head"
             return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
     return "written by a newer release"
 
@@ -190,10 +193,12 @@ class Query:
     site: str | None = None
     """Updates of this site, and the versions that they are part of."""
     update_id: str | None = None
+    rule: str | None = None
+    """What was rejected, dropped or put into quarantine under this rule."""
 
 
-_OF_WAITING = {"dropped", "quarantined", "released", "validated"}
-"""Kinds of lines that name an update and not its site."""
+_OF_WAITING = {"dropped", "quarantined", "released", "validated", "witnessed"}
+"""Kinds of lines about an update that do not say which version it started from."""
 
 
 def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
@@ -216,6 +221,7 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
             (query.version is None or query.version in _versions(line, about))
             and (query.site is None or query.site in {each.get("site") for each in about})
             and (query.update_id is None or query.update_id in {each.get("update_id") for each in about})
+            and (query.rule is None or query.rule == line.get("rule"))
         ):
             yield line
 
@@ -223,7 +229,7 @@ def select(lines: Iterable[Line], query: Query) -> Iterator[Line]:
 def _versions(line: Line, about: Iterable[Line]) -> set[int | None]:
     if line["kind"] == "opened":
         return {0}
-    if line["kind"] in {"committed", "finished", "substituted"}:
+    if line["kind"] in {"committed", "finished", "signed", "substituted"}:
         return {line["version"]}
     return {each.get("base_version") for each in about}
 

@@ -9,6 +9,7 @@ A codec turns one named tensor into one or more *parts*, each an ordinary tensor
            a byte, `w.scale` BF16, one per 128 values
     topk2  `w` F32, empty, `w.index`, `w.value` U8,   |error| <= 1.004 x (largest magnitude of 4096 values);
            `w.scale` BF16, two per 4096 values        of 64 values one is sent, the others become zero
+    topk2x4  the same                                 the same; of 16 values one is sent
 
 The parts' names, types and shapes follow from the tensor's name and shape alone, so a receiver that knows the plan
 knows the one header that it will accept, and a sender can write the header before it has encoded anything. Where values
@@ -41,7 +42,14 @@ SPAN = scheme.SPAN
 """Elements worked on at a time; where one begins, a block of every codec does."""
 
 _SCHEMES: Mapping[Codec, Scheme] = MappingProxyType(
-    {"f32": plain.F32, "bf16": plain.BF16, "int8": blocks.INT8, "int4": blocks.INT4, "topk2": sparse.TOPK2}
+    {
+        "f32": plain.F32,
+        "bf16": plain.BF16,
+        "int8": blocks.INT8,
+        "int4": blocks.INT4,
+        "topk2": sparse.TOPK2,
+        "topk2x4": sparse.TOPK2X4,
+    }
 )
 
 

@@ -12,7 +12,8 @@ from broker import provision
 from shared.trust.document import to_json
 from shared.trust.grant import Grant, make_grant
 from shared.trust.kit import MEMBER, TLS_KEY, authority_pem, load_authority, private_pem, read_private, write_private
-from shared.trust.membership import Membership, public_bytes, sign_membership
+from shared.trust.membership import Membership, public_bytes, sign_membership, stated_membership
+from shared.trust.succession import Introduction, introduce
 from tests.kits import Kits
 
 ISSUED = 1_800_000_000
@@ -28,6 +29,16 @@ class GrantBench:
         self.issued = issued
         self.ca = self.make_ca("ward")
         self.other_ca = self.make_ca("another")
+        self.introductions: tuple[Introduction, ...] = ()
+
+    def roll_over(self) -> Ed25519PrivateKey:
+        """Another key of the authority signs from now on; returns the one before. The sites' kits stay as they are."""
+        before, member = self.kits.authority, self.kits.coordinator / MEMBER
+        key = Ed25519PrivateKey.generate()
+        self.introductions += (introduce(before, public_bytes(key), self.kits.federation),)
+        self.kits.authority = key
+        write_private(member, sign_membership(key, stated_membership(member.read_bytes())))
+        return before
 
     def make_ca(self, name: str) -> tuple[ec.EllipticCurvePrivateKey, Any]:
         """A key and its own certificate."""
@@ -59,6 +70,7 @@ class GrantBench:
             "certificate": self.certificate(name),
             "ca": provision.certificate_pem(self.ca[1]).decode(),
             "authorities": authority_pem([public_bytes(self.kits.authority)]).decode(),
+            "introductions": self.introductions,
             **changes,
         }
 

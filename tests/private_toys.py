@@ -15,8 +15,8 @@ from pathlib import Path
 from edge_client.outbox import Outbox
 from edge_client.pipe import Trained
 from edge_client.privacy.accounting import charge_of, spend
-from edge_client.privacy.ledger import Charge, Ledger, Limit
-from edge_client.privacy.metered import Metered
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.privacy.metered import metered
 from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -66,8 +66,8 @@ async def private_site(path: Path) -> None:
     """What `mailboat site run` does in a private federation after loading the model."""
     config = load_config(path, SiteConfig)
     federation = load_config(config.federation, FederationConfig)
-    ledger = Ledger(config.storage, known=Outbox(config.storage).charges())
-    await toy_site(path, trainer=Metered(PrivateToy(federation), ledger, config, federation))
+    trainer = metered(PrivateToy(federation), Outbox(config.storage), config, federation)
+    await toy_site(path, trainer=trainer)
 
 
 if __name__ == "__main__":

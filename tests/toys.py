@@ -196,7 +196,12 @@ async def toy_site(
 
 def toy_records(root: Path) -> list[Record]:
     """The journal of the run below `root`, from its first record."""
-    with Journal.open_read(root / "coordinator" / "journal.sqlite") as journal:
+    return journal_records(root / "coordinator")
+
+
+def journal_records(storage: Path) -> list[Record]:
+    """The journal in a coordinator's storage folder, from its first record."""
+    with Journal.open_read(storage / "journal.sqlite") as journal:
         return list(journal.replay())
 
 

@@ -41,6 +41,8 @@ ROUNDING = 1e-6
 """Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
 same."""
 
+NORM_MAX = 1e30
+"""Gradients from here on count as not finite: the factor that would clip them is near the end of float32's range."""
 
 log = structlog.get_logger("worker")
 
@@ -99,7 +101,7 @@ def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_
     No seed goes in: two trainings with the same arguments give different updates, or noise could be taken off again.
     """
     chance, batches = Chance(), records.data.prepared.batches
-    parameters = tuple(loaded.trainable.values())
+    parameters = _trained(loaded)
     expected = charge.sample_rate * len(records.spans)
 
     def gradient(forward: Forward, _step: int) -> float:
@@ -122,7 +124,7 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 
     The loss is the task's, window by window, so that what one window asks for does not depend on its neighbours.
     """
-    parameters = tuple(loaded.trainable.values())
+    parameters = _trained(loaded)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     total, windows = 0.0, 0
     for batch in batches:
@@ -138,14 +140,19 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
 def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: float) -> float:
     """Add a record's gradient to `sums`, in place, scaled down to at most `clip_norm`; return its loss.
 
-    A gradient that is not finite adds nothing, and its loss is 0: whatever a record holds, it moves the sum by no more
-    than the bound.
+    A gradient without a norm below NORM_MAX adds nothing, and its loss is 0: whatever a record holds, it moves the sum
+    by no more than the bound.
     """
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
     norm = torch.stack(squares).sum().sqrt().item()
-    if not (math.isfinite(norm) and math.isfinite(asked.loss)):
+    if not (norm < NORM_MAX and math.isfinite(asked.loss)):
         return 0.0
     factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
     for total, each in zip(sums, asked.tensors, strict=True):
         total.add_(each, alpha=factor)
     return asked.loss
+
+
+def _trained(loaded: LoadedModel) -> tuple[torch.nn.Parameter, ...]:
+    """All that a step changes, by name, whether or not it leaves the site: nothing may move that was not blurred."""
+    return tuple(parameter for _, parameter in sorted(loaded.model.named_parameters()) if parameter.requires_grad)

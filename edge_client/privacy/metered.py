@@ -27,6 +27,7 @@ from edge_client.privacy.ledger import BUDGET, CHARGES, Charge, Ledger, Limit, R
 from edge_client.training import Standing, Trainer
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
+from shared.logs import beside
 
 log = structlog.get_logger("site")
 
@@ -101,7 +102,7 @@ class Metered:
         spent = trained.spent
         assert spent is not None, "a worker under [privacy] says what each training cost"
         row = await self._disk.given_room(asyncio.to_thread, self._charge, base_version, spent)
-        log.info("trained", version=base_version, **trained.metrics)
+        log.info("trained", **beside({"version": base_version}, trained.metrics))
         told = {name: value for name, value in trained.metrics.items() if name in TOLD}
         return trained.model_copy(update={"metrics": told | _metrics(spent, row)})
 

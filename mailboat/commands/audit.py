@@ -39,6 +39,9 @@ def tail(
     site: Annotated[
         str | None, typer.Option(help="Only this site's updates, and the versions they are part of.")
     ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Only what was rejected, dropped or put into quarantine under this rule.")
+    ] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Print the audit trail: each update accepted or rejected, each version, one line each, times in UTC."""
@@ -50,7 +53,7 @@ def tail(
         raise ConfigError(f"{path.parent}: no run has begun there", hint="start one with: mailboat coordinator run")
     lines = follow_lines(path, lambda: time.sleep(POLL_S)) if follow else read_lines(path)
     out = console.result()
-    for line in select(lines, Query(version=version, site=site)):
+    for line in select(lines, Query(version=version, site=site, rule=rule)):
         if as_json:
             out.file.write(json.dumps(dict(line), separators=(",", ":"), ensure_ascii=False) + "\n")
             out.file.flush()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mailboat import console
-from shared.errors import ConfigError, CorruptError
+from shared.errors import ConfigError, CorruptError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coordinator.replay import Recomputed
     from shared.config import FederationConfig
     from shared.plan import SealedPlan
+    from shared.trust.membership import Believed
 
     Told = Callable[[str, float], None]
 
@@ -33,7 +34,9 @@ _STORAGE = Annotated[
 ]
 _AUTHORITY = Annotated[
     Path | None,
-    typer.Option(help="The authority's public keys (authority.pub); by default those of the coordinator's kit."),
+    typer.Option(
+        help="The authority's public keys (authority.pub, endorsements beside it); by default the coordinator's kit's."
+    ),
 ]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DEFAULT = Path("coordinator.toml")
@@ -65,14 +68,14 @@ def verify(
     from coordinator.proof import prove
 
     folder, federation, plan = _load(config, storage)
-    authorities = _authorities(_authority_pem(config, storage, authority), authority)
+    believed = _believed(_authority(config, storage, authority), federation.federation.name)
     with _progress() as told:
         proof = prove(
             folder,
             federation,
             plan,
             receipts=receipts or (),
-            authorities=authorities,
+            believed=believed,
             progress=lambda share: told("checking files", share),
         )
     if as_json:
@@ -84,7 +87,7 @@ def verify(
         if receipts:
             out.print(f"receipts  {proof.receipts} held by sites", markup=False)
         if federation.trust.mode == "sealed":
-            whose = "" if authorities else "; whose keys they are was not checked, --authority was not given"
+            whose = "" if believed else "; whose keys they are was not checked, --authority was not given"
             out.print(f"signed    {proof.signatures} signatures fit{whose}", markup=False)
         for missed in proof.pruned:
             out.print(f"pruned    {missed}; checked from the snapshot behind them on", markup=False)
@@ -158,9 +161,8 @@ def export(
     from coordinator.bundle import export_bundle
 
     folder, federation, plan = _load(config, storage)
-    bundle = export_bundle(
-        folder, federation, plan, out, upto=version, authority=_authority_pem(config, storage, authority)
-    )
+    files = _authority_files(_authority(config, storage, authority))
+    bundle = export_bundle(folder, federation, plan, out, upto=version, authority=files)
     console.say(f"{out}: version {bundle.version}, {bundle.rows} rows, {bundle.updates} updates")
     console.result().print(f"sha256    {bundle.sha256}", markup=False)
     console.result().print(f"last row  {bundle.head}", markup=False)
@@ -183,25 +185,50 @@ def _load(config: Path, storage: Path | None) -> tuple[Path, FederationConfig, S
     return folder, federation, load_plan(folder / PLAN, federation)
 
 
-def _authority_pem(config: Path, storage: Path | None, authority: Path | None) -> bytes | None:
-    """The authority's public keys: of the file that was named, else of the coordinator's kit, else none."""
+def _authority(config: Path, storage: Path | None, named: Path | None) -> Path | None:
+    """Where the authority's public keys lie: as named, else in the coordinator's kit; None for neither."""
     from shared.config import CoordinatorConfig
     from shared.configfile import load_config
-    from shared.trust.kit import AUTHORITY, read_private
+    from shared.trust.kit import AUTHORITY
 
-    if authority is not None:
-        try:
-            return authority.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{authority} cannot be read: {error.strerror}", hint="name authority.pub") from None
-    kit = None if storage is not None else load_config(config, CoordinatorConfig).trust.kit
-    return None if kit is None else read_private(kit / AUTHORITY)
+    if named is not None or storage is not None:
+        return named
+    kit = load_config(config, CoordinatorConfig).trust.kit
+    return None if kit is None else kit / AUTHORITY
 
 
-def _authorities(pem: bytes | None, authority: Path | None) -> tuple[bytes, ...]:
-    from shared.trust.kit import AUTHORITY, parse_authorities
+def _authority_files(keys: Path | None) -> dict[str, bytes]:
+    """The keys, and the endorsements beside them if there are any, by their names in a bundle."""
+    from mailboat.files import reading
+    from shared.trust.kit import AUTHORITY, ENDORSEMENTS
+    from shared.trust.membership import MAX_DOCUMENT_BYTES
 
-    return () if pem is None else parse_authorities(pem, authority or Path(AUTHORITY))
+    if keys is None:
+        return {}
+    paths = {AUTHORITY: keys, ENDORSEMENTS: keys.with_name(ENDORSEMENTS)}
+    return {
+        name: reading(path, MAX_DOCUMENT_BYTES) for name, path in paths.items() if name == AUTHORITY or path.exists()
+    }
+
+
+def _believed(keys: Path | None, federation: str) -> Believed | None:
+    """Whom these files tell to believe; ConfigError names the one that is not what it should be."""
+    from shared.trust.kit import AUTHORITY, ENDORSEMENTS, parse_authorities
+    from shared.trust.membership import Believed, verify_endorsements
+
+    if keys is None:
+        return None
+    files = _authority_files(keys)
+    authorities = parse_authorities(files[AUTHORITY], keys)
+    if ENDORSEMENTS not in files:
+        return Believed(authorities)
+    try:
+        endorsed = verify_endorsements(files[ENDORSEMENTS], authorities, federation=federation)
+    except RefusedError as error:
+        raise ConfigError(
+            f"{keys.with_name(ENDORSEMENTS)}: {error.message}", hint="copy it from the authority, with authority.pub"
+        ) from None
+    return Believed(authorities, frozenset(endorsed.sha256))
 
 
 def _tell_version(each: Recomputed) -> None:

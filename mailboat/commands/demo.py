@@ -47,6 +47,7 @@ class Codec(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
     TOPK2 = "topk2"
+    TOPK2X4 = "topk2x4"
 
 
 class Adapter(StrEnum):

@@ -61,23 +61,25 @@ def accept(
     Renewals come over the federation's own channel while the site runs; one that could not come so is accepted here.
     """
     from mailboat.commands.provision import confirm
-    from mailboat.enrolment import authority_fingerprint
     from mailboat.files import reading
     from shared.trust import kit as kits
     from shared.trust.document import MAX_DOCUMENT_BYTES
-    from shared.trust.grant import check_grant, install, parse_grant
+    from shared.trust.grant import check_grant, install, is_known, parse_grant
+    from shared.trust.signing import authority_fingerprint
 
     kits.check_kit_modes(kit)
     granted = parse_grant(reading(grant, MAX_DOCUMENT_BYTES))
     known = kit / kits.AUTHORITY
     if not known.exists():
         confirm(authority_fingerprint(granted.authority), authority, "authority", "the authority")
-    elif granted.authority not in kits.load_authorities(known):
+    elif not is_known(granted, kits.load_authorities(known)):
         raise RefusedError(
             f"{grant} was signed by another authority than this kit's",
             rule="unknown-authority",
             hint="a site that joins another federation takes a new kit",
         )
+    elif granted.authority not in kits.load_authorities(known):
+        console.say(f"the authority has another key now, with fingerprint {authority_fingerprint(granted.authority)}")
     check_grant(granted, kits.public_keys(kit), kits.tls_point(kit))
     install(kit, granted)
     console.say(f"{kit} is the kit of {granted.name} in federation {granted.federation}; in site.toml:")

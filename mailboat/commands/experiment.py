@@ -108,10 +108,9 @@ def run(
     from shared.errors import RefusedError
 
     experiment, cabinet = read_experiment(experiments, name), Cabinet(out)
-    for cell in experiment.cells:
-        if cell.problem and cell.seed == experiment.section.seeds[0]:
-            console.say(f"not known here: {cell.title.rpartition(',')[0]}: {cell.problem}", style="yellow")
     chosen = [cell for cell in experiment.cells if only is None or only in cell.title]
+    for row, problem in {cell.row: cell.problem for cell in chosen if cell.problem}.items():
+        console.say(f"not known here: {': '.join(row)}: {problem}", style="yellow")
     left = waiting(chosen, cabinet, accept_older=accept_older)
     with tempfile.TemporaryDirectory(prefix="mailboat-experiment-") as temporary:
         failures = _run(left, cabinet, (scratch or Path(temporary)).absolute(), jobs)

@@ -40,9 +40,9 @@ def init(
 ) -> None:
     """Make an authority, the coordinator's kit, and all that the broker needs; say what to copy where."""
     from mailboat import authority as bench
-    from mailboat.enrolment import authority_fingerprint
     from shared.config import FederationConfig
     from shared.configfile import load_config
+    from shared.trust.signing import authority_fingerprint
 
     agreed = load_config(federation, FederationConfig)
     if agreed.trust.mode != "sealed":
@@ -90,9 +90,10 @@ def approve(
 ) -> None:
     """Admit a site, once its fingerprint was compared over the telephone; writes NAME.grant for the site."""
     from mailboat import authority as bench
-    from mailboat.enrolment import authority_fingerprint, parse_request
+    from mailboat.enrolment import parse_request
     from mailboat.files import reading
     from shared.trust.document import MAX_DOCUMENT_BYTES
+    from shared.trust.signing import authority_fingerprint
 
     opened = bench.open_authority(folder)
     asked = parse_request(reading(request, MAX_DOCUMENT_BYTES))
@@ -133,7 +134,8 @@ def list_command(
             {
                 "federation": opened.register.federation,
                 "revocations": opened.register.number,
-                "cas": opened.register.generations,
+                "cas": opened.register.cas.trusted,
+                "keys": opened.register.keys.trusted,
                 "members": rows,
             }
         )
@@ -201,4 +203,5 @@ def _row(entry: Entry, now: int) -> dict[str, str | int]:
         "days_left": (entry.not_after - now) // _DAY_S,
         "serial": entry.serial,
         "ca": entry.ca,
+        "key": entry.key,
     }

@@ -36,7 +36,7 @@ def check_trust(
     renewal = f"`mailboat provision rotate {site or 'coordinator'}` at the authority"
     whom = f"; admits {len(peers.members)} sites" if site is None else ""
     yield _dated("kit", f"{kit.folder}: membership", kit.member.not_after, renewal, whom)
-    for reason in peers.unreadable:
+    for reason in peers.unreadable.values():
         yield warn("kit", f"left out: {reason}", "copy that file from the authority again")
     if broker.cert_file is not None:
         try:

@@ -17,7 +17,9 @@ from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.genesis import open_run
 from coordinator.masters import prune_masters
+from coordinator.means import Kept
 from coordinator.records import Rejected, VersionCommitted
+from coordinator.validation import write_model
 from edge_client.outbox import Outbox
 from mailboat.experiment.clock import Clock, Line
 from mailboat.experiment.packets import chunk_bytes, message_bytes
@@ -57,7 +59,11 @@ class Peer(Protocol):
 
 
 class CoordinatorSide:
-    """See the module's docstring; `committed` is called with each version, 0 first."""
+    """See the module's docstring.
+
+    `committed` is called with each version, 0 first; `loss` gives the loss of the state in a file on the coordinator's
+    own notes, where it has any.
+    """
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class CoordinatorSide:
         initial: Path,
         *,
         committed: Callable[[int], None],
+        loss: Callable[[Path], float] | None = None,
     ) -> None:
         self.clock = clock
         self.federation = federation
@@ -82,6 +89,8 @@ class CoordinatorSide:
         self.core = Core(federation, plan, config=config, boot=BOOT)
         self.core.apply(open_run(folder, federation, plan, initial, created=0.0))
         self._committed = committed
+        self._loss = loss
+        self._model = folder / "validated.safetensors"
         self._retained: Announce | None = None
         self._spools: dict[str, Bitmap] = {}
 
@@ -163,7 +172,7 @@ class CoordinatorSide:
             case d.Verify():
                 self._verify(job.update_id)
             case d.Validate():
-                raise ConfigError("experiments measure no loss at the coordinator", hint='use quality = "none"')
+                self._validate(job)
             case d.Merge():
                 self._merge(job)
             case d.Serve():
@@ -191,6 +200,16 @@ class CoordinatorSide:
             self._soon(d.VerifyFailed(update_id, error.rule, error.message))
         else:
             self._soon(d.Verified(update_id, admitted.norm))
+
+    def _validate(self, job: d.Validate) -> None:
+        if self._loss is None:
+            raise ConfigError(
+                f'aggregation.quality = "{self.federation.aggregation.quality}" weighs by a loss on notes of the '
+                "coordinator, and it has none here",
+                hint="give the cell notes.validation, so many notes",
+            )
+        write_model(Kept(self.updates, self.states), job, dict(sorted(self.plan.tensors.items())), self._model)
+        self._soon(d.Validated(job.update_id, job.norm, self._loss(self._model)))
 
     def _merge(self, job: d.Merge) -> None:
         result = aggregate.merge(

@@ -15,8 +15,9 @@ from mailboat.experiment.results import Measures, Point
 from mailboat.experiment.site_side import SiteSide
 from mailboat.experiment.spec import ClockSection, MachineSection, Patch
 from mailboat.experiment.traces import DAY_S, changes
+from mailboat.validating import NAME
 from shared import durable
-from shared.config import FederationConfig, SiteConfig
+from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import RefusedError, UnavailableError
 from shared.plan import SealedPlan
@@ -25,7 +26,8 @@ TICK_S = 1.0
 """Virtual seconds; the real shells tick four times a second."""
 UNCLOCKED_S = 1.0
 """A local training where there is no clock."""
-UNCLOCKED_DAYS = 365.0
+UNCLOCKED_DAYS = 1.0
+"""A run that takes so long without a clock stands still: its versions take seconds."""
 
 Tell = Callable[[float, str], None]
 """Called now and then with the share that is done, 0 to 1, and a word on it."""
@@ -41,6 +43,8 @@ class Job:
     notes: Mapping[str, Path]
     """Of each site."""
     heldout: Path
+    validation: Path | None = None
+    """The coordinator's own notes."""
     site: Patch = field(default_factory=dict)
     """Keys of site.toml, for every site."""
     clock: ClockSection | None = None
@@ -81,7 +85,7 @@ class Workers:
 
     def keep(self, sites: int) -> None:
         """Let go of workers beyond so many: each holds a model."""
-        for name in list(self._workers)[sites:]:
+        for name in [name for name in self._workers if name != NAME][sites:]:
             del self._workers[name]
 
 
@@ -110,7 +114,13 @@ class _Run:
         self.plan = self._load(initial)
         self.lines = {name: self._line(name) for name in self._configs}
         self.coordinator = CoordinatorSide(
-            self.clock, job.folder, job.federation, self.plan, job.start or initial, committed=self._committed
+            self.clock,
+            job.folder,
+            job.federation,
+            self.plan,
+            job.start or initial,
+            committed=self._committed,
+            loss=self._validator(workers),
         )
         self.sites = [self._site(name) for name in self._configs]
 
@@ -134,6 +144,16 @@ class _Run:
         assert len({plan.fingerprint for plan in plans}) == 1, "all sites have one model"
         return plans[0]
 
+    def _validator(self, workers: Workers) -> Callable[[Path], float] | None:
+        """The loss on the coordinator's notes, where it has any and weighs by it; as `mailboat.validating`."""
+        job = self.job
+        if job.validation is None or job.federation.aggregation.quality == "none":
+            return None
+        worker, storage = workers[NAME], job.folder / NAME
+        data = DataSection(notes=job.validation, holdout=0.0)
+        worker.load(SiteConfig(name=NAME, federation=job.folder, storage=storage, data=data), job.federation, None)
+        return worker.loss
+
     def _machine(self, name: str) -> MachineSection:
         return self.job.clock.sites.get(name, MachineSection()) if self.job.clock else MachineSection()
 
@@ -149,7 +169,12 @@ class _Run:
         clock = self.job.clock
         train_s = UNCLOCKED_S if clock is None else clock.train_s / self._machine(name).speed
         config = self._configs[name]
-        return SiteSide(self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s)
+        # As `edge_client.site`: where versions travel as steps, version 0 is at the sites, in the base model.
+        begun = self.job.federation.codec.steps > 0 and self.job.start is None
+        held = self.coordinator.core.ledger.newest.whole if begun else None
+        return SiteSide(
+            self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s, held=held
+        )
 
     # -- the run ---
 
@@ -163,7 +188,7 @@ class _Run:
                 raise UnavailableError(
                     f"version {self.coordinator.core.ledger.version} of {self.job.federation.federation.versions} "
                     f"after {self.clock.now / DAY_S:.1f} virtual days: nobody is left who makes another",
-                    hint="look at the cell's clock, quorum and deadline",
+                    hint=self._why_still(),
                 )
         ledger = self.coordinator.core.ledger
         return Outcome(
@@ -177,6 +202,10 @@ class _Run:
             up=self._up,
             down=self._down,
         )
+
+    def _why_still(self) -> str:
+        held = next((site.trainer.standing.held for site in self.sites if site.trainer.standing.held), "")
+        return held or "look at the cell's clock, quorum and deadline"
 
     def _schedule(self) -> None:
         clock = self.job.clock or ClockSection(days=UNCLOCKED_DAYS)

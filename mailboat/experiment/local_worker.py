@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ from edge_client.worker import Worker
 from edge_client.worker_client import load_request, raised
 from shared.config import FederationConfig, SiteConfig
 
-_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated)
+_A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured)
 
 
 class LocalWorker:
@@ -46,6 +47,11 @@ class LocalWorker:
     def evaluate(self, state: Path, notes: Path) -> pipe.Evaluated:
         """See `WorkerClient.evaluate`."""
         return self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+
+    def loss(self, state: Path) -> float:
+        """See `WorkerClient.loss`."""
+        measured = self._ask(pipe.Measure(state=state), pipe.Measured)
+        return math.nan if measured.loss is None else measured.loss
 
     def _ask(self, request: pipe.Request, wanted: type[_A]) -> _A:
         answer = self._worker.handle(request)

@@ -23,6 +23,8 @@ COLOURS = (
 MARKERS = "osD^vP*X<>hp"
 DASHES = ("-", "--", "-.", ":")
 MEGA, HOUR_S = 1e6, 3600.0
+LEGEND_INSIDE = 5
+"""Lines of a legend that fit into a picture."""
 BAR_HEIGHT, PLOT_HEIGHT, WIDTH = 0.34, 4.6, 6.0
 """Inches."""
 
@@ -49,11 +51,22 @@ def _picture(experiment: Experiment, section: PlotSection, found: Sequence[Row],
     figure = Figure(figsize=(WIDTH * len(bases) + 1, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for base, axes in zip(bases, figure.subplots(1, len(bases), squeeze=False)[0], strict=True):
-        _KINDS[section.kind](axes, [row for row in found if row.base == base], section)
+        own = [row for row in found if row.base == base]
+        _KINDS[section.kind](axes, own, section)
+        _place_legend(axes)
         axes.set_title(experiment.bases[base].title, fontsize=10)
         axes.grid(alpha=0.25)
     figure.suptitle(section.title or experiment.section.title, fontsize=11)
     figure.savefig(path)
+
+
+def _place_legend(axes: Axes) -> None:
+    """Beside the picture where it would cover much of it."""
+    _, labels = axes.get_legend_handles_labels()
+    if len(labels) > LEGEND_INSIDE:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    elif labels:
+        axes.legend(fontsize=8)
 
 
 def _bars(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
@@ -96,7 +109,7 @@ def _bytes(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("MB on the wire, both ways, all sites and versions")
     axes.set_ylabel(_measure(found))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _line(axes: Axes, found: Sequence[Row], section: PlotSection) -> None:
@@ -125,33 +138,47 @@ def _line(axes: Axes, found: Sequence[Row], section: PlotSection) -> None:
         axes.minorticks_off()
     axes.set_xlabel(section.x_label)
     axes.set_ylabel(_measure(found))
-    axes.legend(fontsize=8)
 
 
 def _rounds(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
-    """The main measure by version."""
-    _curves(axes, found, lambda point: float(point.version))
+    """The main measure by version, the mean over the seeds."""
+    from matplotlib.ticker import MaxNLocator
+
+    for place, row in enumerate(_with_curves(found)):
+        by_version: dict[int, list[float]] = {}
+        for _cell, result in row.results:
+            for point in result.curve:
+                by_version.setdefault(point.version, []).append(100 * _main(point))
+        means = [sum(values) / len(values) for values in by_version.values()]
+        axes.plot([*by_version], means, label=row.name, **_curve_style(place))
     axes.set_xlabel("version")
+    axes.set_ylabel(_measure(found))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _clock(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
     """The main measure by virtual hours; each seed has hours of its own, so each has a line."""
-    _curves(axes, found, lambda point: point.at_s / HOUR_S)
+    clocked = (row for row in _with_curves(found) if row.clocked)
+    for place, row in enumerate(clocked):
+        for number, (_cell, result) in enumerate(row.results):
+            hours = [point.at_s / HOUR_S for point in result.curve]
+            values = [100 * _main(point) for point in result.curve]
+            label, alpha = (row.name, 1.0) if number == 0 else (None, 0.45)
+            axes.plot(hours, values, label=label, alpha=alpha, **_curve_style(place))
     axes.set_xlabel("hours since the run began (virtual)")
-
-
-def _curves(axes: Axes, found: Sequence[Row], x: Callable[[Point], float]) -> None:
-    several = [row for row in found if any(len(result.curve) > 2 for _, result in row.results)]
-    for place, row in enumerate(several):
-        style = {**_style(place), "marker": "", "linewidth": 1.4}
-        for number, (_, result) in enumerate(row.results):
-            values = [100 * next(iter(point.scores.values())) for point in result.curve]
-            label = row.name if number == 0 else None
-            axes.plot(
-                [x(point) for point in result.curve], values, label=label, alpha=1 if number == 0 else 0.45, **style
-            )
     axes.set_ylabel(_measure(found))
-    axes.legend(fontsize=7)
+
+
+def _with_curves(found: Sequence[Row]) -> list[Row]:
+    return [row for row in found if any(len(result.curve) > 2 for _, result in row.results)]
+
+
+def _curve_style(place: int) -> dict[str, Any]:
+    return {**_style(place), "marker": "", "linewidth": 1.4}
+
+
+def _main(point: Point) -> float:
+    return next(iter(point.scores.values()))
 
 
 _KINDS: Mapping[str, Callable[[Any, Sequence[Row], PlotSection], None]] = {

@@ -37,7 +37,7 @@ WILL_S = 45.0
 
 
 class SiteSide:
-    """See the module's docstring."""
+    """See the module's docstring; `held` is the state that is here from the start."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class SiteSide:
         worker: LocalWorker,
         *,
         train_s: float,
+        held: Manifest | None = None,
     ) -> None:
         self.clock = clock
         self.coordinator = coordinator
@@ -63,9 +64,9 @@ class SiteSide:
         self.session: Session | None = None
         self._lives = 0
         self._training = 0
-        self._spools: dict[str, Bitmap] = {}
-        self._held: Manifest | None = None
+        self._held = held
         """The newest state that is here whole, as `edge_client.states` would find it."""
+        self._spools = {held.transfer_id: _all_of(held)} if held is not None else {}
         self._scratch = config.storage / "work"
         durable.make_folder(self._scratch)
         coordinator.peers[config.name] = self
@@ -210,7 +211,7 @@ class SiteSide:
 
     def _ready(self, state: Manifest) -> None:
         self._held = state
-        self._spools[state.transfer_id] = Bitmap(state.frames, range(state.frames))
+        self._spools[state.transfer_id] = _all_of(state)
         self._soon(d.StateReady(state))
 
     def _send_chunk(self, update_id: str, index: int) -> None:
@@ -268,6 +269,10 @@ class SiteSide:
             coordinator.plan.fingerprint,
             lambda manifest: manifest,
         )
+
+
+def _all_of(state: Manifest) -> Bitmap:
+    return Bitmap(state.frames, range(state.frames))
 
 
 def _untold(_share: float, _loss: float | None) -> None:

@@ -30,8 +30,8 @@ class NotesSection(Section):
     """The notes: synthetic ones, who has how many and how much sites differ; or a folder of real ones."""
 
     folder: Path | None = None
-    """Notes that are there, in folders `site-1`, `site-2`, ... and `heldout`; of what follows only `sites` counts then.
-    They are read where they are; no text is copied or written."""
+    """Notes that are there, in folders `site-1`, `site-2`, ... and `heldout`, and in `validation` those of the
+    coordinator; of what follows only `sites` counts then. They are read where they are: no text is copied."""
     sites: int = Field(default=4, ge=1, le=64)
     notes: int | tuple[int, ...] = 48
     """Training notes of each site; a list gives each its own number, 0 for none."""
@@ -41,6 +41,8 @@ class NotesSection(Section):
     """How often a site writes a term that is another's, against one of its own."""
     heldout: int = Field(default=100, ge=1)
     """Notes that everything is scored on; nobody trains on them."""
+    validation: int = Field(default=0, ge=0)
+    """Further notes, drawn as the held-out ones, that the coordinator has for itself ([aggregation] quality)."""
     tested: tuple[int, ...] = ()
     """Numbers of the sites that the held-out notes are drawn from; empty: all in turn."""
 

@@ -50,13 +50,14 @@ class Row:
         return len(self.results) == self.seeds
 
     @property
+    def clocked(self) -> bool:
+        """Whether its versions have times that mean something."""
+        return any(cell.settings is not None and cell.settings.clock is not None for cell, _ in self.results)
+
+    @property
     def x(self) -> float | None:
         """Where it stands on a plot."""
         return None if self.section.x is None else float(self.section.x)
-
-    def stat(self, *values: float | None) -> Stat | None:
-        """Over given values, one a seed."""
-        return Stat.of(values)
 
     def score(self, measure: str) -> Stat | None:
         """Of a measure on the held-out notes."""

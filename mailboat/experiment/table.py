@@ -69,15 +69,14 @@ def _columns(found: Sequence[Row]) -> list[Column]:
         Column("versions", lambda row: told(_several(row, row.of("versions")), 1, 0)),
         Column("versions to 98 %", lambda row: told(row.to_nearly, 1, 1)),
         Column("epsilon", lambda row: told(row.metric("epsilon"), 1, 2)),
-        Column(
-            "hours", lambda row: told(row.of("clock_s") if row.section.clock or _clocked(row) else None, 1 / 3600, 1)
-        ),
+        Column("hours", lambda row: told(row.of("clock_s") if row.clocked else None, 1 / 3600, 1)),
         Column("hours to the reference's score", lambda row: _reached(row, goals)),
         Column("MB up a version", lambda row: told(_sent(row, row.a_version("up")), 1 / MEGA, 3)),
         Column("MB down a version", lambda row: told(_sent(row, row.a_version("down")), 1 / MEGA, 3)),
         Column("MB in all", lambda row: told(_sent(row, _both(row)), 1 / MEGA, 2)),
         Column("saved up", lambda row: _saved(row, against, lambda one: one.of("up"))),
         Column("saved both ways", lambda row: _saved(row, against, _both)),
+        Column("saved up, against uncompressed", _saved_plain),
         Column("CPU s a training", lambda row: told(row.of("train_s"), 1, 2)),
         Column("trained", _trained),
         Column("the paper", lambda row: row.section.paper or NOTHING),
@@ -94,7 +93,7 @@ def told(stat: Stat | None, factor: float, digits: int) -> str:
 
 def _state(row: Row) -> str:
     if row.problem:
-        return f" (not known here: {row.problem})"
+        return " (not known here)"
     return "" if row.complete else f" ({len(row.results)} of {row.seeds} seeds)"
 
 
@@ -105,10 +104,6 @@ def _several(row: Row, stat: Stat | None) -> Stat | None:
 def _sent(row: Row, stat: Stat | None) -> Stat | None:
     """Bytes mean nothing where nothing has to travel."""
     return _several(row, stat)
-
-
-def _clocked(row: Row) -> bool:
-    return any(cell.settings is not None and cell.settings.clock is not None for cell, _ in row.results)
 
 
 def _both(row: Row) -> Stat | None:
@@ -123,8 +118,17 @@ def _saved(row: Row, against: Row | None, of: Callable[[Row], Stat | None]) -> s
     return f"{100 * (1 - here.mean / there.mean):.2f} %"
 
 
+def _saved_plain(row: Row) -> str:
+    """Against four bytes for each parameter of the model and each training, as if sent as they are."""
+    here = _sent(row, row.of("up"))
+    plain = Stat.of(4.0 * result.total_parameters * result.trainings for _, result in row.results)
+    if here is None or plain is None or not plain.mean:
+        return NOTHING
+    return f"{100 * (1 - here.mean / plain.mean):.2f} %"
+
+
 def _reached(row: Row, goals: dict[int, float]) -> str:
-    if not _clocked(row) or not goals:
+    if not row.clocked or not goals:
         return NOTHING
     stat = row.hours_to(goals)
     return told(stat, 1, 1) if stat is not None else "not by all seeds"
@@ -154,6 +158,10 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         )
     if note := code_note(found):
         yield from ("", note)
+    problems = {row.name: row.problem for row in found if row.problem}
+    if problems:
+        yield from ("", "Not known here:", "")
+        yield from (f"- {name}: {problem}" for name, problem in problems.items())
 
 
 # -- CSV ---

@@ -13,16 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edge_client.statefile import read_state, write_tensors
-from mailboat.demo.tasks import find_task
 from mailboat.experiment import splitnn
 from mailboat.experiment.cells import POOLED, Settings, Stage, participants
 from mailboat.experiment.federation import Job, Outcome, Tell, Workers, federate
 from mailboat.experiment.inputs import code_digest
+from mailboat.experiment.notes import HELDOUT, VALIDATION, lay_out
 from mailboat.experiment.results import Result
 from shared.config import FederationConfig
-from shared.errors import ConfigError
 
-HELDOUT = "heldout"
 START_SHARE = 0.5
 """Of the progress that is told, where a cell starts from another training."""
 
@@ -86,6 +84,7 @@ class Bench:
                 folder=folder / name,
                 notes={name: whole.notes[name]},
                 heldout=whole.heldout,
+                validation=whole.validation,
                 site=settings.site,
             )
             outcomes[name] = federate(job, self._workers, _part(tell, done / len(names), 1 / len(names), name))
@@ -100,6 +99,7 @@ class Bench:
             folder=folder,
             notes={name: made / name for name in names},
             heldout=made / HELDOUT,
+            validation=made / VALIDATION if (made / VALIDATION).exists() else None,
             site=settings.site,
             clock=settings.clock,
             start=self._start(settings.start, tell) if settings.start and tell else None,
@@ -119,6 +119,7 @@ class Bench:
                 folder=folder,
                 notes={site: made / site for site in participants(stage.notes)},
                 heldout=made / HELDOUT,
+                validation=made / VALIDATION if (made / VALIDATION).exists() else None,
             )
             outcome = federate(job, self._workers, _part(tell, 0.0, START_SHARE, "first"))
             write_tensors(kept, read_state(outcome.state))
@@ -126,21 +127,15 @@ class Bench:
         return kept
 
     def _notes(self, stage: Stage) -> Path:
-        """A folder with the notes of each site, of all together and for scoring; made once.
+        """A folder with the notes of a stage, made once.
 
         Of two processes that make it at a time one is the first.
         """
-        section, kind = stage.notes, stage.federation.task.kind
-        seed = stage.federation.federation.seed
-        folder = self._scratch / f"notes-{_digest([kind, seed, section.model_dump(mode='json')])}"
+        said = [stage.federation.task.kind, stage.federation.federation.seed, stage.notes.model_dump(mode="json")]
+        folder = self._scratch / f"notes-{_digest(said)}"
         if not folder.exists():
             making = self._own(folder.name)
-            if section.folder is None:
-                task = find_task(kind)
-                task.make(making, seed=seed, **section.model_dump(exclude={"folder"}))
-                task.pool([making / name for name in participants(section)], making / POOLED)
-            else:
-                link_notes(section.folder, participants(section), making)
+            lay_out(stage, making)
             try:
                 making.rename(folder)
             except OSError:
@@ -152,31 +147,6 @@ class Bench:
         path = self._scratch / f"{name}-{os.getpid()}"
         shutil.rmtree(path, ignore_errors=True)
         return path
-
-
-def link_notes(folder: Path, sites: Sequence[str], out: Path) -> None:
-    """Lay links to the notes below `folder` into `out`: for each site, for all sites together, and the held-out ones.
-
-    ConfigError names a folder that is missing, and a name that two sites gave to a file.
-    """
-    for name in (*sites, HELDOUT):
-        source = (folder / name).absolute()
-        if not source.is_dir():
-            raise ConfigError(f"{source}: no such folder", hint="notes.folder holds site-1, site-2, ... and heldout")
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                for place in (name, POOLED) if name != HELDOUT else (name,):
-                    _link(path, out / place / path.relative_to(source))
-
-
-def _link(path: Path, link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(path)
-    except FileExistsError:
-        raise ConfigError(
-            f"{path}: another site has a file of this name", hint="give the notes of each site names of their own"
-        ) from None
 
 
 def _of(federation: FederationConfig, site: str) -> FederationConfig:

@@ -7,6 +7,7 @@ and `privacy`); its canonical hash goes into the fingerprint that every manifest
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
 from shared.config.learning import (
+    SPARSE,
     AdapterKind,
     AdapterSection,
     CodecName,
@@ -42,6 +43,7 @@ from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "SPARSE",
     "AdapterKind",
     "AdapterSection",
     "AdmissionSection",

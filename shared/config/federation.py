@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from shared.config.learning import (
+    SPARSE,
     AdapterSection,
     CodecSection,
     LayersSection,
@@ -77,6 +78,15 @@ class FederationConfig(Section):
             raise ValueError(
                 '[adapter] kind = "fedex-lora" corrects a weighted mean that is added as it is: it needs [aggregation] '
                 'mode = "sync" or "fedbuff", rule = "mean", and optimizer = "sgd"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_in_the_middle(self) -> Self:
+        if self.codec.up in SPARSE and self.aggregation.rule in {"median", "trimmed-mean"}:
+            raise ValueError(
+                f'[codec] up = "{self.codec.up}" sends few values of each tensor, and rule = "{self.aggregation.rule}" '
+                "would take the zeros between them: take another rule or another codec"
             )
         return self
 

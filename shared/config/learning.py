@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,10 +11,11 @@ from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
-CodecName = Literal["f32", "bf16", "int8", "int4", "topk2"]
-_FEEDBACK: dict[CodecName, float] = {"topk2": 0.95}
+CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
+SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
+"""Codecs under which an update is zero nearly everywhere."""
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
-"""A model of which one value in 64 is known is none: topk2 is for updates, and for steps."""
+"""A model of which one value in 64 is known is none: the sparse codecs are for updates, and for steps."""
 _STATE_CODECS = ", ".join(get_args(StateCodecName))
 
 
@@ -93,20 +94,22 @@ class CodecSection(Section):
     """0: each version travels whole, rounded by `down`. Else it travels as the step from the version before, rounded by
     `down`, and every so many versions also whole, in float32, for sites that are new or too far behind."""
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for topk2 and
-    0, which keeps nothing, for the others."""
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for the sparse
+    ones and 0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 
     @property
     def whole(self) -> StateCodecName:
         """How a state travels that travels whole; steps are added up in float32, and no bit may be lost."""
-        return "f32" if self.steps or self.down == "topk2" else self.down
+        return "f32" if self.steps else cast("StateCodecName", self.down)
 
     @property
     def decay(self) -> float:
         """The share that `feedback` means."""
-        return self.feedback if self.feedback is not None else _FEEDBACK.get(self.up, 0.0)
+        if self.feedback is not None:
+            return self.feedback
+        return 0.95 if self.up in SPARSE else 0.0
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:

@@ -1,8 +1,8 @@
-"""topk2: of each chunk the values of largest magnitude, each as a sign and one of two levels.
+"""topk2 and topk2x4: of each chunk the values of largest magnitude, each as a sign and one of two levels.
 
 After SparseLoCo (Sarfi et al., arXiv 2508.15706): top-k within chunks, two bits a value, and what is left out is added
 to the next update by the sender (`edge_client.feedback`). A chunk is CHUNK values of the flattened tensor; of m values
-ceil(m / SPARSITY) are kept, so that the short last chunk is as dense as the others.
+ceil(m / sparsity) are kept, so that the short last chunk is as dense as the others.
 
     index   12 bits a value: its place in the chunk, ascending; two in three bytes, lower bits first
     value   2 bits a value: bit 0 is set for the upper level, bit 1 for a negative value; four a byte, lower bits first
@@ -15,6 +15,7 @@ optimal two-level quantiser of these very values: Lloyd, Least squares quantizat
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,11 @@ CHUNK = 4096
 """Values among which the largest are looked for; an index into it has 12 bits."""
 
 SPARSITY = 64
-"""One value of so many is kept."""
+"""One value of so many is kept: 64 of 4096, as in the paper."""
 
-_KEPT = CHUNK // SPARSITY
+SPARSITY_X4 = 16
+"""For runs of few versions: a value that is never sent is never learnt."""
+
 _KEPT_SPAN = SPAN // 2
 """Kept values that are decoded at a time: their places, 8 bytes each, fill 512 KiB."""
 
@@ -51,8 +54,8 @@ _BITS_MAX = MAGNITUDE_MAX.view(np.int32)
 Int64Array = NDArray[np.int64]
 
 
-def _layout(name: str, shape: Shape) -> list[PartSpec]:
-    kept = blocks_of(shape, SPARSITY)
+def _layout(name: str, shape: Shape, *, sparsity: int) -> list[PartSpec]:
+    kept = blocks_of(shape, sparsity)
     return [
         shape_part(name, shape),
         (f"{name}.index", "U8", (blocks_of((3 * kept,), 2),)),
@@ -61,8 +64,8 @@ def _layout(name: str, shape: Shape) -> list[PartSpec]:
     ]
 
 
-def _encode(flat: F32Array) -> list[NDArray[Any]]:
-    kept = blocks_of(flat.shape, SPARSITY)
+def _encode(flat: F32Array, *, sparsity: int) -> list[NDArray[Any]]:
+    kept = blocks_of(flat.shape, sparsity)
     indices = np.empty(kept, dtype=np.uint16)
     codes = np.empty(kept, dtype=np.uint8)
     scales = np.empty(2 * blocks_of(flat.shape, CHUNK), dtype="<u2")
@@ -70,10 +73,10 @@ def _encode(flat: F32Array) -> list[NDArray[Any]]:
     pieces = [*spans(whole), *([slice(whole, flat.size)] if whole < flat.size else [])]
     for piece in pieces:
         rows = flat[piece].reshape(-1, min(CHUNK, piece.stop - piece.start))
-        places = _largest(rows, -(-rows.shape[1] // SPARSITY))
+        places = _largest(rows, -(-rows.shape[1] // sparsity))
         values = np.take_along_axis(rows, places, axis=1)
         levels, upper = _two_levels(np.abs(values))
-        here = slice(piece.start // SPARSITY, -(-piece.stop // SPARSITY))
+        here = slice(piece.start // sparsity, -(-piece.stop // sparsity))
         indices[here] = places.reshape(-1)
         codes[here] = (upper | (values < 0).view(np.uint8) << 1).reshape(-1)
         scales[2 * (piece.start // CHUNK) :][: levels.size] = levels.reshape(-1)
@@ -123,18 +126,18 @@ def _two_levels(magnitudes: F32Array) -> tuple[NDArray[np.uint16], NDArray[np.ui
     return levels, (magnitudes > middle).view(np.uint8)
 
 
-def _add(parts: Arrays, weight: np.float32 | None, out: F32Array) -> None:
+def _add(parts: Arrays, weight: np.float32 | None, out: F32Array, *, sparsity: int) -> None:
     _, index, value, stored = parts
     scales = bf16_to_f32(stored).reshape(-1, 2)
-    _check(index, value, scales, out.size)
+    _check(index, value, scales, out.size, sparsity)
     # In the order of their codes.
     levels = np.concatenate([scales, -scales], axis=1)
     if weight is None:
         out[...] = 0
     else:
         levels *= weight
-    for kept in spans(blocks_of(out.shape, SPARSITY), _KEPT_SPAN):
-        chunk = np.arange(kept.start, kept.stop) // _KEPT
+    for kept in spans(blocks_of(out.shape, sparsity), _KEPT_SPAN):
+        chunk = np.arange(kept.start, kept.stop) // (CHUNK // sparsity)
         places = chunk * CHUNK + _unpack12(index, kept)
         values = levels[chunk, _unpack2(value, kept)]
         if weight is not None:
@@ -142,17 +145,17 @@ def _add(parts: Arrays, weight: np.float32 | None, out: F32Array) -> None:
         out[places] = values
 
 
-def _check(index: NDArray[np.uint8], value: NDArray[np.uint8], scales: F32Array, size: int) -> None:
+def _check(index: NDArray[np.uint8], value: NDArray[np.uint8], scales: F32Array, size: int, sparsity: int) -> None:
     """Raise RefusedError unless each place is named once and inside its chunk, and each level is a sound number."""
     lower, upper = scales.T
     # Written so that a NaN fails it.
     if not ((lower >= 0) & (lower <= upper) & (upper <= MAGNITUDE_MAX)).all():
         raise RefusedError("a level is negative, NaN or out of range, or above the upper one", rule="codec-scale")
-    count = blocks_of((size,), SPARSITY)
+    count, a_chunk = blocks_of((size,), sparsity), CHUNK // sparsity
     for kept in spans(count, _KEPT_SPAN):
         indices = _unpack12(index, kept)
         rising = indices[1:] > indices[:-1]
-        rising[_KEPT - 1 :: _KEPT] = True  # from one chunk to the next
+        rising[a_chunk - 1 :: a_chunk] = True  # from one chunk to the next
         # The last one is the largest of its chunk, which may be short.
         if not rising.all() or (kept.stop == count and size % CHUNK and indices[-1] >= size % CHUNK):
             raise RefusedError("the indices of a chunk do not ascend, or lead out of it", rule="codec-index")
@@ -193,4 +196,14 @@ def _unpack2(packed: NDArray[np.uint8], kept: slice) -> NDArray[np.uint8]:
     return codes.reshape(-1)[: kept.stop - kept.start]
 
 
-TOPK2 = Scheme(group=1, layout=_layout, encode=_encode, add=_add)
+def _scheme(sparsity: int) -> Scheme:
+    return Scheme(
+        group=1,
+        layout=partial(_layout, sparsity=sparsity),
+        encode=partial(_encode, sparsity=sparsity),
+        add=partial(_add, sparsity=sparsity),
+    )
+
+
+TOPK2 = _scheme(SPARSITY)
+TOPK2X4 = _scheme(SPARSITY_X4)

@@ -1,27 +1,29 @@
 """The grant: all that the authority hands to a site, and what a site asks of one before it takes it.
 
-    grant     JSON: memberships of site and coordinator, certificate, CA, the authority's keys; signed by the authority
-    signed    framed("mailboat grant v1", name, federation, member, coordinator, certificate, ca, authorities)
+    grant     JSON: memberships of site and coordinator, certificate, CA, the authority's key; signed by the authority
+    signed    framed("mailboat grant v1", name, federation, member, coordinator, certificate, ca, authorities), and
+              from the authority's second key on, three parts more for each introduction: by, key, signature
 
 It holds no secret and may travel by any road: as a file to a new site, through the coordinator to one that is renewed.
 What comes over the channel is taken without a person, so `check_renewal` wants more of it than `accept` does of a file:
-the authority that the kit knows, its own name and keys, a date that is later than what is there. Pure, but `holder_of`
-and `install`.
+an authority that the kit knows or that was introduced to it, its own name and keys, a date that is later than what is
+there. Pure, but `holder_of`, `is_here` and `install`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
+from pydantic import Field, model_validator
 
 from shared.errors import RefusedError
 from shared.ids import Ident
@@ -31,6 +33,7 @@ from shared.trust.document import Base64, Key, Signature, parse_json
 from shared.trust.kit import PublicKeys
 from shared.trust.membership import Membership, public_bytes, verify_membership
 from shared.trust.signing import SIGNATURE_BYTES, sign, verifies
+from shared.trust.succession import MAX_INTRODUCTIONS, Introduction, introduced
 
 GRANT_DOMAIN = "mailboat grant v1"
 GRANT_SUFFIX = ".grant"
@@ -43,7 +46,8 @@ CLOCKS_S = 300
 class Grant(WireModel):
     """What the authority hands to a site; believed after `parse_grant` and a telephone call, or `check_renewal`."""
 
-    v: Literal[1] = 1
+    v: Literal[1, 2] = 1
+    """2 with introductions, which an authority makes that has had more than one key."""
     name: Ident
     federation: Ident
     member: Base64
@@ -55,9 +59,20 @@ class Grant(WireModel):
     ca: str
     """PEM, one certificate or two."""
     authorities: str
-    """PEM, the public keys of the authority, one or two; the first has signed the grant."""
+    """PEM, what the kit believes from now on: the key that has signed the grant."""
+    introductions: Annotated[tuple[Introduction, ...], Field(max_length=MAX_INTRODUCTIONS)] = Field(
+        default=(), exclude_if=lambda value: not value
+    )
+    """How the authority came to that key, from the earliest on."""
     authority: Key
     signature: Signature
+
+    @model_validator(mode="after")
+    def _of_its_version(self) -> Self:
+        if (self.v == 2) != bool(self.introductions):
+            msg = f"version {self.v} with {len(self.introductions)} introductions"
+            raise ValueError(msg)
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +97,9 @@ class Holder:
 
 
 def make_grant(authority: Ed25519PrivateKey, **fields: Any) -> Grant:
-    """Sign and return a grant of these fields (all but `authority` and `signature`)."""
-    unsigned = Grant(**fields, authority=public_bytes(authority), signature=bytes(SIGNATURE_BYTES))
+    """Sign and return a grant of these fields (all but `v`, `authority` and `signature`)."""
+    version: Literal[1, 2] = 2 if fields.get("introductions") else 1
+    unsigned = Grant(v=version, **fields, authority=public_bytes(authority), signature=bytes(SIGNATURE_BYTES))
     signature = sign(authority, GRANT_DOMAIN, *_granted(unsigned))
     return unsigned.model_copy(update={"signature": signature})
 
@@ -121,17 +137,17 @@ def check_grant(grant: Grant, keys: PublicKeys, tls_key: bytes) -> Granted:
 
 
 def check_renewal(data: bytes, holder: Holder, now: float) -> Grant:
-    """Return a grant that may take the place of what `holder` has; `now` is unix seconds.
+    """Return a grant that may take the place of what `holder` has, or is that already; `now` is unix seconds.
 
-    RefusedError with a rule of `parse_grant` or `check_grant`, or 'unknown-authority' (signed by another one),
-    'other-authorities' (it would change whom the kit believes, which is done by file alone), 'other-federation',
-    'other-site', 'not-valid-now', or 'not-newer'.
+    RefusedError with a rule of `parse_grant` or `check_grant`, or 'unknown-authority' (signed by a key that the kit
+    neither knows nor was introduced to), 'other-authorities' (it would have the kit believe others than who signed it),
+    'other-federation', 'other-site', 'not-valid-now', or 'not-newer'.
     """
     grant = parse_grant(data)
-    if grant.authority not in holder.authorities:
+    if not is_known(grant, holder.authorities):
         raise RefusedError("a grant that another authority than this kit's has signed", rule="unknown-authority")
-    if grant.authorities.encode() != kits.authority_pem(holder.authorities):
-        raise RefusedError("a grant with other keys of the authority than this kit's", rule="other-authorities")
+    if grant.authorities.encode() != kits.authority_pem([grant.authority]):
+        raise RefusedError("a grant that names other keys than the one that signed it", rule="other-authorities")
     if grant.federation != holder.member.federation:
         raise RefusedError(f"a grant of federation {grant.federation}", rule="other-federation")
     if grant.name != holder.member.name:
@@ -144,9 +160,14 @@ def check_renewal(data: bytes, holder: Holder, now: float) -> Grant:
                 f"seconds), it is {now:.0f} now",
                 rule="not-valid-now",
             )
-    if granted.member.not_before <= holder.member.not_before:
+    if granted.member != holder.member and granted.member.not_before <= holder.member.not_before:
         raise RefusedError("a grant that was not made after the one that is here", rule="not-newer")
     return grant
+
+
+def is_known(grant: Grant, authorities: Sequence[bytes]) -> bool:
+    """Whether one of these keys (32 raw bytes each), or one that they introduce, has signed a grant."""
+    return grant.authority in introduced(authorities, grant.introductions, grant.federation)
 
 
 def _check_certificate(certificate: x509.Certificate, cas: list[x509.Certificate], member: Membership) -> None:
@@ -190,6 +211,7 @@ def _granted(grant: Grant) -> tuple[bytes, ...]:
         *(text.encode() for text in (grant.name, grant.federation)),
         *(grant.member, grant.coordinator),
         *(text.encode() for text in texts),
+        *(part for each in grant.introductions for part in (each.by, each.key, each.signature)),
     )
 
 
@@ -203,23 +225,33 @@ def holder_of(folder: Path, federation: str) -> Holder:
     return Holder(member, kits.public_keys(folder), kits.tls_point(folder), authorities)
 
 
-def is_here(folder: Path, grant: bytes) -> bool:
-    """Whether the membership in a grant is the one that this kit has already; errors as `parse_grant`."""
-    return parse_grant(grant).member == kits.read_private(folder / kits.MEMBER)
+def is_here(folder: Path, grant: Grant) -> bool:
+    """Whether a kit holds this grant already, whole."""
+    files = {folder / name: data for name, data in _files(grant).items()}
+    return all(path.exists() and kits.read_private(path) == data for path, data in files.items())
 
 
 def install(folder: Path, grant: Grant) -> None:
     """Put a grant that was checked into a kit, each file whole and 0600; interrupted, it is to be done again.
 
-    In this order every moment leaves a kit that works: the membership, by whose date a renewal is told from what is
-    there already, and the authority's keys, without which a new kit asks its person again, come last.
+    In this order every moment leaves a kit that works: another key of the authority is believed beside those that are
+    there before anything comes that it has signed, and alone when nothing is left of theirs. The authority's keys come
+    last, too, because without them a new kit asks its person again.
     """
-    files = {
+    path = folder / kits.AUTHORITY
+    known = kits.load_authorities(path) if path.exists() else (grant.authority,)
+    if grant.authority not in known:
+        kits.write_private(path, kits.authority_pem([*known, grant.authority][-kits.AUTHORITIES_MAX :]))
+    for name, data in _files(grant).items():
+        kits.write_private(folder / name, data)
+
+
+def _files(grant: Grant) -> dict[str, bytes]:
+    """What a grant is in a kit, in the order in which it is written."""
+    return {
         kits.CA_CERT: grant.ca.encode(),
         kits.TLS_CERT: grant.certificate.encode(),
         kits.COORDINATOR: grant.coordinator,
         kits.MEMBER: grant.member,
         kits.AUTHORITY: grant.authorities.encode(),
     }
-    for name, data in files.items():
-        kits.write_private(folder / name, data)

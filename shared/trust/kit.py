@@ -3,14 +3,16 @@
     sign.key  box.key  tls.key    private: Ed25519, X25519, P-256 (PKCS8 PEM); made here, never leave
     tls.crt   ca.crt              the broker's business (one CA, or two during a roll-over)
     member                        our own membership
-    authority.pub                 the authority's Ed25519 public keys, PEM, one or two during a roll-over
+    authority.pub                 the authority's Ed25519 public key, PEM; two during a roll-over
     coordinator.member            at a site: whom to believe
     roster/<site>.member          at the coordinator: whom to admit
     grants/<site>.grant           at the coordinator: what to hand to that site when it has an older one
     revocations                   which serials no longer count; may be absent as long as none was revoked
+    endorsements                  at the coordinator, for auditors: what earlier keys of the authority have signed
 
 The folder is 0700 and every file 0600; anything wider is refused, because a key that others could read is no key.
-Memberships and the list are read again when they change (`Kit.peers`), keys only at the start.
+The authority's keys, the others' memberships and the list are read again when they change (`Kit.peers`); what is our
+own, keys and membership, only at the start.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -51,11 +53,13 @@ COORDINATOR = "coordinator.member"
 ROSTER = "roster"
 GRANTS = "grants"
 REVOCATIONS = "revocations"
+ENDORSEMENTS = "endorsements"
 MEMBER_SUFFIX = ".member"
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
-AUTHORITIES_MAX = 2
+AUTHORITIES_MAX = 3
+"""Two during a roll-over; a third where the next one finds it interrupted."""
 _RESTORE = "restore it from the kit's backup"
 _PEM_END = "-----END PUBLIC KEY-----"
 
@@ -74,15 +78,25 @@ class PublicKeys:
 class Peers:
     """Whom this machine believes: by site name at the coordinator, the coordinator alone at a site.
 
-    `unreadable` are files that were left out, each with its reason; the others count all the same, so that one broken
-    file does not stop a federation.
+    `unreadable` are files that were left out, by the name of their member, each with its reason; the others count all
+    the same, so that one broken file does not stop a federation.
     """
 
     members: dict[str, Membership]
     revocations: Revocations
-    unreadable: tuple[str, ...] = ()
+    unreadable: dict[str, str] = field(default_factory=dict)
     documents: dict[str, bytes] = field(default_factory=dict)
     """The memberships as the authority signed them."""
+
+    def keeping(self, before: Peers) -> Peers:
+        """The same with the memberships from before for files that are there and cannot be read now.
+
+        A file that is being copied is torn for a moment, and nobody loses a membership by that.
+        """
+        kept = [name for name in self.unreadable if name in before.members]
+        members = {name: before.members[name] for name in kept}
+        documents = {name: before.documents[name] for name in kept}
+        return replace(self, members=self.members | members, documents=self.documents | documents)
 
     def revoked(self, membership: Membership) -> bool:
         """Whether the list names this membership's serial."""
@@ -98,8 +112,8 @@ class Kit:
     sign_key: Ed25519PrivateKey
     box_key: X25519PrivateKey
     member: Membership
-    authorities: tuple[bytes, ...]
-    """32 raw bytes each."""
+    document: bytes
+    """The membership as the authority signed it."""
 
     @property
     def federation(self) -> str:
@@ -109,19 +123,17 @@ class Kit:
     def peers(self) -> Peers:
         """Read the memberships of the others and the revocation list.
 
-        ConfigError when there is no readable coordinator.member (at a site), or when the list is there and not what
-        the authority signed: who believes a broken list believes those whom it names.
+        ConfigError when the authority's keys cannot be read, when there is no readable coordinator.member (at a site),
+        or when the list is there and not what the authority signed: who believes a broken list believes those whom it
+        names.
         """
-        return read_peers(self.folder, self.role, self.authorities, self.federation)
-
-    def document(self) -> bytes:
-        """Our own membership as the authority signed it; ConfigError when it cannot be read."""
-        return read_private(self.folder / MEMBER)
+        return read_peers(self.folder, self.role, self.federation)
 
     def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
         """Name, inode, time and size of all that `peers` reads: another value means that something changed."""
         found = []
-        for path in [self.folder / REVOCATIONS, *_member_files(self.folder, self.role)]:
+        shared = (self.folder / AUTHORITY, self.folder / REVOCATIONS)
+        for path in [*shared, *_member_files(self.folder, self.role)]:
             try:
                 seen = path.stat()
             except FileNotFoundError:
@@ -197,7 +209,8 @@ def load_kit(folder: Path, *, role: Role, federation: str, now: float) -> Kit:
     publics, authorities = public_keys(folder), load_authorities(folder / AUTHORITY)
     path = folder / MEMBER
     try:
-        member = verify_membership(read_private(path), authorities, federation=federation)
+        document = read_private(path)
+        member = verify_membership(document, authorities, federation=federation)
     except RefusedError as error:
         raise ConfigError(
             f"{path}: {error.message}", hint="ask the federation's authority for this kit's file"
@@ -212,16 +225,17 @@ def load_kit(folder: Path, *, role: Role, federation: str, now: float) -> Kit:
             hint="renew the membership, or set this machine's clock",
         )
     sign_key, box_key = _load_sign_key(folder / SIGN_KEY), _load_box_key(folder / BOX_KEY)
-    return Kit(folder, role, sign_key, box_key, member, authorities)
+    return Kit(folder, role, sign_key, box_key, member, document)
 
 
-def read_peers(folder: Path, role: Role, authorities: tuple[bytes, ...], federation: str) -> Peers:
+def read_peers(folder: Path, role: Role, federation: str) -> Peers:
     """See `Kit.peers`; for whoever has no kit loaded."""
+    authorities = load_authorities(folder / AUTHORITY)
     revocations = _load_revocations(folder / REVOCATIONS, authorities, federation)
     wanted: Role = "site" if role == "coordinator" else "coordinator"
     members: dict[str, Membership] = {}
     documents: dict[str, bytes] = {}
-    unreadable = []
+    unreadable: dict[str, str] = {}
     for path in _member_files(folder, role):
         try:
             document = read_private(path)
@@ -231,17 +245,17 @@ def read_peers(folder: Path, role: Role, authorities: tuple[bytes, ...], federat
             if role == "coordinator" and f"{member.name}{MEMBER_SUFFIX}" != path.name:
                 raise RefusedError(f"the membership of {member.name}", rule="other-name")
         except RefusedError as error:
-            unreadable.append(f"{path}: {error.message} (rule {error.rule})")
+            unreadable[path.stem] = f"{path}: {error.message} (rule {error.rule})"
         except ConfigError as error:
-            unreadable.append(error.message)
+            unreadable[path.stem] = error.message
         else:
             members[member.name], documents[member.name] = member, document
     if role == "site" and not members:
         raise ConfigError(
-            unreadable[0] if unreadable else f"{folder / COORDINATOR}: no such file",
+            next(iter(unreadable.values()), f"{folder / COORDINATOR}: no such file"),
             hint="the authority's kit for this site holds it",
         )
-    return Peers(members, revocations, tuple(unreadable), documents)
+    return Peers(members, revocations, unreadable, documents)
 
 
 def load_authority(path: Path) -> Ed25519PrivateKey:
@@ -255,8 +269,8 @@ def load_authorities(path: Path) -> tuple[bytes, ...]:
 
 
 def parse_authorities(data: bytes, path: Path) -> tuple[bytes, ...]:
-    """The one or two public keys (32 raw bytes each) in PEM; ConfigError, naming `path`, for anything else."""
-    hint = "it holds one Ed25519 public key as PEM, or two during a roll-over"
+    """The public keys (32 raw bytes each) in PEM; ConfigError, naming `path`, for anything else."""
+    hint = "it holds the authority's Ed25519 public key as PEM, or two during a roll-over"
     try:
         text = data.decode("ascii")
         blocks = [block + _PEM_END for block in text.split(_PEM_END) if block.strip()]
@@ -265,7 +279,7 @@ def parse_authorities(data: bytes, path: Path) -> tuple[bytes, ...]:
         raise ConfigError(f"{path} is not a file of public keys", hint=hint) from None
     raw = tuple(key.public_bytes_raw() for key in keys if isinstance(key, Ed25519PublicKey))
     if len(raw) != len(keys) or not 1 <= len(raw) <= AUTHORITIES_MAX:
-        raise ConfigError(f"{path} does not hold one or two Ed25519 keys", hint=hint)
+        raise ConfigError(f"{path} does not hold one to {AUTHORITIES_MAX} Ed25519 keys", hint=hint)
     return raw
 
 

@@ -1,17 +1,21 @@
-"""Memberships and revocations: small documents that the federation's authority signs.
+"""Memberships, revocations and endorsements: small documents that the federation's authority signs.
 
 A membership says: these two public keys belong to this name, in this role, in this federation, from then to then. A
 revocation list says which serials no longer count; its number only rises, so an older list cannot replace a newer one.
+Endorsements say which memberships the authority has signed with keys that it has given up; for auditors.
 
     document     msgpack map {"a": authority's key id, "d": msgpack of the fields, "s": Ed25519 signature}
-    signed       framed("mailboat membership v1", d)  or  framed("mailboat revocations v1", d)
+    signed       framed("mailboat membership v1", d), framed("mailboat revocations v1", d) or
+                 framed("mailboat endorsements v1", d)
 
 Everything here is pure: bytes in, values out. Files are kit.py's.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -27,10 +31,14 @@ from shared.trust.signing import KEY_BYTES, key_id, sign, verifies
 
 MEMBERSHIP_DOMAIN = "mailboat membership v1"
 REVOCATIONS_DOMAIN = "mailboat revocations v1"
+ENDORSEMENTS_DOMAIN = "mailboat endorsements v1"
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_REVOKED = 50_000
+MAX_ENDORSED = 25_000
+"""A hundred sites, renewed each month for twenty years; 34 bytes each."""
 
 PublicKey = Annotated[bytes, Field(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+Sha256 = Annotated[bytes, Field(min_length=32, max_length=32)]
 Serial = Annotated[int, Field(ge=1, lt=2**63)]
 UnixSeconds = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -95,6 +103,34 @@ class Revocations(WireModel):
         return frozenset(self.serials)
 
 
+class Endorsements(WireModel):
+    """Memberships that were signed with earlier keys of this authority: all that there are, revoked ones too.
+
+    Each is named by the SHA-256 of its document. So whoever holds an earlier key, which may have been stolen, can add
+    none, whatever date it bears.
+    """
+
+    v: Literal[1] = 1
+    federation: Ident
+    sha256: Annotated[tuple[Sha256, ...], Field(max_length=MAX_ENDORSED)]
+
+
+@dataclass(frozen=True, slots=True)
+class Believed:
+    """Whom a verifier believes about memberships."""
+
+    authorities: tuple[bytes, ...]
+    """The authority's keys, 32 raw bytes each."""
+    endorsed: frozenset[bytes] = frozenset()
+    """SHA-256 of documents that one of them has endorsed."""
+
+    def membership(self, data: bytes, *, federation: str) -> Membership:
+        """Return what a document says that was signed or endorsed; RefusedError as `verify_membership`."""
+        if hashlib.sha256(data).digest() in self.endorsed:
+            return _federations_own(stated_membership(data), federation)
+        return verify_membership(data, self.authorities, federation=federation)
+
+
 _W = TypeVar("_W", bound=WireModel)
 
 
@@ -107,6 +143,12 @@ def sign_revocations(authority: Ed25519PrivateKey, revocations: Revocations) -> 
     """Return the signed document; the serials are sorted, so equal lists give equal bytes."""
     ordered = revocations.model_copy(update={"serials": tuple(sorted(set(revocations.serials)))})
     return _signed(authority, REVOCATIONS_DOMAIN, ordered)
+
+
+def sign_endorsements(authority: Ed25519PrivateKey, federation: str, documents: Iterable[bytes]) -> bytes:
+    """Return the signed list of these memberships, which are documents as they were signed; sorted, each once."""
+    digests = sorted({hashlib.sha256(document).digest() for document in documents})
+    return _signed(authority, ENDORSEMENTS_DOMAIN, Endorsements(federation=federation, sha256=tuple(digests)))
 
 
 def verify_membership(data: bytes, authorities: Iterable[bytes], *, federation: str) -> Membership:
@@ -126,6 +168,11 @@ def stated_membership(data: bytes) -> Membership:
 def verify_revocations(data: bytes, authorities: Iterable[bytes], *, federation: str) -> Revocations:
     """Return the list when one of the authority's keys has signed it; RefusedError as `verify_membership`."""
     return _federations_own(_verified(data, authorities, REVOCATIONS_DOMAIN, Revocations), federation)
+
+
+def verify_endorsements(data: bytes, authorities: Iterable[bytes], *, federation: str) -> Endorsements:
+    """Return the list when one of the authority's keys has signed it; RefusedError as `verify_membership`."""
+    return _federations_own(_verified(data, authorities, ENDORSEMENTS_DOMAIN, Endorsements), federation)
 
 
 def public_bytes(key: Ed25519PrivateKey) -> bytes:

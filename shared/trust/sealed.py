@@ -178,7 +178,7 @@ class SealedGuard:
         if stamp != self._stamp:
             self._stamp = stamp
             try:
-                self.peers = self._fresh_peers()
+                self.peers = self._fresh_peers().keeping(self.peers)
             except ConfigError as error:
                 log.warning("kept the memberships as they were", reason=error.message, hint=error.hint)
         return Changes()
@@ -196,7 +196,7 @@ class SealedGuard:
                 hint="copy the authority's newest list here; an older one would admit who was revoked",
             )
         self._heard.take(_LIST_TOPIC, "", number)
-        for reason in peers.unreadable:
+        for reason in peers.unreadable.values():
             log.warning("left out a membership", reason=reason)
         return peers
 
@@ -249,7 +249,7 @@ class CoordinatorGuard(SealedGuard):
     def sign_head(self, version: int, seq: int, head: str) -> tuple[Head, bytes]:
         """See Guard."""
         at = (version, seq, head)
-        return signed_head(self.kit.sign_key, self.kit.federation, self._fingerprint.hex(), at), self.kit.document()
+        return signed_head(self.kit.sign_key, self.kit.federation, self._fingerprint.hex(), at), self.kit.document
 
     def attest(self, manifest: Manifest) -> bytes:
         """See Guard."""

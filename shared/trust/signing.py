@@ -13,6 +13,7 @@ import struct
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+AUTHORITY_DOMAIN = "mailboat authority v1"
 SIGNATURE_BYTES = 64
 KEY_BYTES = 32
 
@@ -39,3 +40,14 @@ def verifies(public: bytes, signature: bytes, domain: str, *parts: bytes) -> boo
 def key_id(public: bytes) -> str:
     """First 16 hex digits of a key's SHA-256: names a key, proves nothing."""
     return hashlib.sha256(public).hexdigest()[:16]
+
+
+def authority_fingerprint(public: bytes) -> str:
+    """32 hex digits of an authority's public key (32 raw bytes), to be compared over the telephone."""
+    return readable(framed(AUTHORITY_DOMAIN, public))
+
+
+def readable(data: bytes) -> str:
+    """The first 128 bits of the SHA-256 in eight groups of four digits, to be read aloud."""
+    digits = hashlib.sha256(data).hexdigest()[:32]
+    return " ".join(digits[start : start + 4] for start in range(0, 32, 4))

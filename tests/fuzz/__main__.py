@@ -23,7 +23,8 @@ from types import FrameType
 from typing import Any
 
 from shared.errors import MailboatError
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.target import Target
+from tests.fuzz.targets import TARGETS
 
 HANG_S = 2.0
 MEMORY_MIB = 512
@@ -53,6 +54,7 @@ def input_of(target: Target, seed: int, number: int) -> bytes:
 
 def execute(target: Target, data: bytes) -> str | None:
     """Run one input; the finding, or None."""
+    signal.signal(signal.SIGVTALRM, _hang)
     signal.setitimer(signal.ITIMER_VIRTUAL, HANG_S)
     try:
         target.run(data)
@@ -99,7 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the number of one execution, to do it again")
     parser.add_argument("--json", type=Path, help="add a line with what was executed to this file")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGVTALRM, _hang)
     names = given.target or list(TARGETS)
     began, found = time.monotonic(), 0
     if given.only is not None:

@@ -17,7 +17,8 @@ import atheris
 
 with atheris.instrument_imports(include=["shared", "coordinator", "broker", "mailboat"]):
     from shared.errors import MailboatError
-    from tests.fuzz.targets import TARGETS, Target
+    from tests.fuzz.target import Target
+    from tests.fuzz.targets import TARGETS
 
 HANG_S = 10
 MEMORY_MIB = 2048

@@ -5,16 +5,14 @@ A target returns or raises an error of the project's own; anything else is a cra
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
-import json
 import random
 import ssl
 import struct
+import tempfile
 import tomllib
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker import provision
 from broker.provision import key_bytes
 from broker.provision import make_request as make_csr
-from coordinator import bundle_verify, records, snapshots
+from coordinator import records, snapshots
 from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
 from mailboat.enrolment import make_request, parse_request
@@ -37,11 +35,13 @@ from shared.codec import Codec, decode_add, encode, part_specs
 from shared.config import AdmissionSection, CodecName, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
+from shared.link.packets import MalformedPublishError, parse_publish
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.reader import TensorReader
 from shared.slices import compress_slice
 from shared.states import State
 from shared.tensorfile import NUMPY_DTYPES, build_header, header_size, parse_header, tensor_bytes
+from shared.topics import Channel
 from shared.transfer import Bitmap, Sender
 from shared.trust import envelope, payload
 from shared.trust.document import to_json
@@ -52,13 +52,17 @@ from shared.trust.membership import (
     public_bytes,
     sign_membership,
     stated_membership,
+    verify_endorsements,
     verify_membership,
     verify_revocations,
 )
-from shared.trust.witness import parse_head
+from shared.trust.succession import Introduction, introduce
 from tests.factories import make_federation, make_plan, make_state, make_step, make_update
+from tests.fuzz.auditors import AUDITORS
 from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_msgpack, mutated_value, packed
+from tests.fuzz.target import Target
 from tests.unit.shared.transfers import SLICE_BYTES, transfer_of
+from tests.unit.shared.trust.sealed_world import OFFER, World, hello
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FEDERATION = make_federation()
@@ -68,20 +72,6 @@ STEP = make_step(PLAN, 1)
 UPDATE = make_update(PLAN, "north", STATE)
 AUTHORITY = bytes(range(32))
 TOPIC = "mb/v1/ward/site/north/up/ctl"
-
-Mutation = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One decoder."""
-
-    name: str
-    samples: Sequence[bytes]
-    mutate: Mutation
-    run: Callable[[bytes], object]
-    share: int = 10
-    """Executions of a hundred that it gets, roughly."""
 
 
 def _golden(folder: str, pattern: str = "*.msgpack") -> list[bytes]:
@@ -128,7 +118,7 @@ _CIPHER = payload.cipher(bytes(32), payload.UPDATE_DOMAIN, UPDATE.transfer_id)
 
 
 def _document(data: bytes) -> None:
-    for read in (stated_membership, _verified, _listed):
+    for read in (stated_membership, _verified, _listed, _endorsed):
         try:
             read(data)
         except RefusedError:
@@ -141,6 +131,10 @@ def _verified(data: bytes) -> object:
 
 def _listed(data: bytes) -> object:
     return verify_revocations(data, [AUTHORITY], federation="north")
+
+
+def _endorsed(data: bytes) -> object:
+    return verify_endorsements(data, [AUTHORITY], federation="north")
 
 
 def _header(data: bytes) -> None:
@@ -166,6 +160,50 @@ def _config(kind: type[Any]) -> Callable[[bytes], object]:
         return parse_config(tree, kind, "fuzz")
 
     return run
+
+
+def _packet(data: bytes) -> None:
+    try:
+        found = parse_publish(data[0] if data else 0, data[1:], modern=bool(len(data) % 2))
+    except MalformedPublishError:
+        return
+    assert len(found.topic) + len(found.payload) <= len(data)
+
+
+def _packet_sample(qos: int, properties: bytes) -> bytes:
+    topic = TOPIC.encode()
+    packet_id = b"\0\7" if qos else b""
+    return bytes([0x30 | qos << 1]) + struct.pack(">H", len(topic)) + topic + packet_id + properties + b"payload"
+
+
+_PLACE = tempfile.TemporaryDirectory(prefix="mailboat-fuzz-")
+
+
+@functools.cache
+def _world() -> World:
+    return World(Path(_PLACE.name))
+
+
+def _member(data: bytes) -> None:
+    """What a member may put into an envelope that is its own in all else: signed, encrypted, next in order."""
+    world = _world()
+    kit = world.north.kit
+    world.now += 1e-3
+    header = envelope.Header(
+        TOPIC, kit.member.key_id, int(world.now * 1e9), int(world.now) + 600, bytes.fromhex(PLAN.fingerprint), "pair"
+    )
+    body = envelope.encrypt_for(world.coordinator.kit.member.box_key, header, data)
+    message = world.coordinator.open(envelope.pack(header, body, kit.sign_key), Channel.UP_CTL, "north", world.now)
+    if isinstance(message, messages.Offer):
+        _offer(message.manifest)
+
+
+def _member_sample(message: messages.Message) -> bytes:
+    return envelope.Content(messages.encode_body(message), bytes(32)).to_bytes()
+
+
+def _content_mutated(data: bytes, rng: random.Random) -> bytes:
+    return _inner(data, rng) if rng.random() < 0.7 else mutated_msgpack(data, rng)
 
 
 # -- transfers: a manifest that fits, and frames that hold something else ---
@@ -264,44 +302,20 @@ def _parts(data: bytes, codec: Codec) -> None:
 # -- files ---
 
 
-def _bundle(data: bytes) -> None:
-    lines = [json.loads(line) for line in data.splitlines()]
-    list(bundle_verify.check_chain(lines))
-    told = [bundle_verify.record_of(line) for line in lines]
-    list(bundle_verify.check_counting(told))
-    list(bundle_verify.check_states(told, []))
-
-
-def _bundle_script(data: bytes) -> None:
-    """As `main` runs it: what it says it catches is caught."""
-    with redirect_stdout(io.StringIO()):
-        try:
-            _bundle(data)
-        except bundle_verify.UNREADABLE:
-            return
-
-
 _TOML = {
     FederationConfig: b'[federation]\nname = "ward"\nversions = 3\n[model]\nbase = "b"\n[codec]\nup = "bf16"\n'
     b'[aggregation]\nmode = "fedbuff"\n[aggregation.staleness]\nkind = "hinge"\n[trust]\nmode = "sealed"\n',
     CoordinatorConfig: b'federation = "f"\nstorage = "s"\n[broker]\nurl = "mqtts://h:1"\n[admission]\nnorm_max = 1.5\n',
     SiteConfig: b'name = "north"\nfederation = "f"\nstorage = "s"\n[data]\nnotes = "n"\n[link]\nwindow = 4\n',
 }
-_HEAD = b'{"version": 3, "seq": 27, "head": "' + b"5b" * 32 + b'", "signature": "' + b"00" * 64 + b'"}'
 _KEY = ec.generate_private_key(ec.SECP256R1())
 _REQUEST = to_json(make_request("north", Ed25519PrivateKey.generate(), bytes(32), make_csr(_KEY, name="north")))
-_LINE = (
-    b'{"seq":1,"at":1.0,"kind":"dropped","body":"hKF2AaF0p2Ryb3BwZWSpdXBkYXRlX2lkoWGkcnVsZaFi","prev":"'
-    + b"00" * 32
-    + b'","hash":"'
-    + b"00" * 32
-    + b'"}'
-)
-
 
 # -- renewals: signed by the right authority around certificates that are not what they should be ---
 
+_BEFORE = Ed25519PrivateKey.generate()
 _AUTHORITY = Ed25519PrivateKey.generate()
+_INTRODUCTION = introduce(_BEFORE, public_bytes(_AUTHORITY), "ward")
 _ISSUED = 1_800_000_000
 _CA = (_KEY, provision.make_ca(_KEY, name="ward", serial=1, now=_ISSUED, days=45))
 _CERTIFICATE = provision.issue_client(_CA, _KEY.public_key(), name="north", serial=2, now=_ISSUED, days=45)
@@ -320,10 +334,11 @@ _HOLDER = Holder(
     _MEMBER.model_copy(update={"not_before": 0}),
     PublicKeys(bytes(32), bytes(32)),
     key_bytes(_KEY.public_key()),
-    (public_bytes(_AUTHORITY),),
+    (public_bytes(_BEFORE),),
 )
 _RENEWAL: bytes = msgpack.packb(
     [
+        [_INTRODUCTION.by, _INTRODUCTION.key, _INTRODUCTION.signature],
         sign_membership(_AUTHORITY, _MEMBER),
         *(each.public_bytes(Encoding.DER) for each in (_CERTIFICATE, _CA[1], _CA[1])),
     ]
@@ -332,7 +347,8 @@ _RENEWAL: bytes = msgpack.packb(
 
 def _renewal(data: bytes) -> None:
     try:
-        member, certificate, *cas = msgpack.unpackb(data)
+        word, member, certificate, *cas = msgpack.unpackb(data)
+        introduction = Introduction(by=word[0], key=word[1], signature=word[2])
         pems = [ssl.DER_cert_to_PEM_cert(each) for each in (certificate, *cas)]
         grant = make_grant(
             _AUTHORITY,
@@ -342,9 +358,10 @@ def _renewal(data: bytes) -> None:
             coordinator=sign_membership(_AUTHORITY, _COORDINATOR),
             certificate=pems[0],
             ca="".join(pems[1:]),
-            authorities=authority_pem(_HOLDER.authorities).decode(),
+            authorities=authority_pem([public_bytes(_AUTHORITY)]).decode(),
+            introductions=(introduction,),
         )
-    except (ValueError, TypeError):  # not four strings of bytes: this target is about those
+    except (ValueError, TypeError, LookupError):  # not those strings of bytes: this target is about them
         return
     check_renewal(to_json(grant), _HOLDER, _ISSUED)
 
@@ -366,7 +383,7 @@ def _header_mutated(data: bytes, rng: random.Random) -> bytes:
 
 ENVELOPES = _golden("trust", "*.envelope")
 CONTENT = [envelope.Content(b"body", bytes(32)).to_bytes()]
-DOCUMENTS = [*_golden("trust", "*.member"), *_golden("trust", "revocations")]
+DOCUMENTS = [*_golden("trust", "*.member"), *_golden("trust", "revocations"), *_golden("trust", "endorsements")]
 
 
 def _envelope(data: bytes) -> None:
@@ -381,6 +398,14 @@ TARGETS: dict[str, Target] = {
         Target(
             "envelope", _golden("trust", "*.envelope"), mutated_msgpack, lambda data: envelope.parse(data, TOPIC), 10
         ),
+        Target(
+            "packet",
+            [_packet_sample(1, b"\0"), _packet_sample(0, b""), _packet_sample(1, b"\x80\1" + bytes(128))],
+            mutated_bytes,
+            _packet,
+            5,
+        ),
+        Target("member", [_member_sample(OFFER), _member_sample(hello())], _content_mutated, _member, 3),
         Target("content", CONTENT, mutated_msgpack, envelope.parse_content, 5),
         Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes(), STEP.to_bytes()], mutated_msgpack, _manifest, 10),
         Target("chunk", _golden("trust", "*.chunk"), mutated_bytes, _chunk, 10),
@@ -392,14 +417,13 @@ TARGETS: dict[str, Target] = {
             for what, run in (("transfer", _transfer), ("step", _step))
             for codec in get_args(CodecName)
         ),
-        *(_parts_target(codec) for codec in ("int8", "int4", "topk2")),
+        *(_parts_target(codec) for codec in ("int8", "int4", "topk2", "topk2x4")),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
-        Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
         Target("request", [_REQUEST], mutated_json, parse_request, 1),
         Target("grant", _golden("trust", "*.grant"), mutated_json, parse_grant, 1),
         Target("renewal", [_RENEWAL], mutated_msgpack, _renewal, 2),
-        Target("bundle", [_LINE], mutated_json, _bundle_script, 2),
+        *AUDITORS,
         *(Target(kind.__name__, [text], mutated_bytes, _config(kind), 1) for kind, text in _TOML.items()),
     )
 }

@@ -21,18 +21,21 @@ pytestmark = [
 
 @pytest.mark.timeout(300)
 def test_a_small_round_is_measured(tmp_path: Path) -> None:
-    """Two sites, one round: time, bytes and memory are there, and every update went into the model once."""
+    """Two sites, one round, open and sealed: time, bytes and memory are there, and every update went in once."""
     found = tmp_path / "round.json"
-    words = ["--runs", "mailboat bf16", "--parameters", "0.12", "--sites", "2", "--rounds", "1"]
+    words = ["--runs", "mailboat bf16", "mailboat bf16 sealed", "--parameters", "0.12", "--sites", "2", "--rounds", "1"]
     words += ["--tmpfs", str(tmp_path), "--json", str(found)]
     done = subprocess.run(
         [sys.executable, "-m", "bench.round", *words], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
-    (run,) = json.loads(found.read_text())["runs"]
-    assert len(run["seconds"]) == 1
-    assert run["seconds"][0] > 0
-    assert 0.15 < run["wire_mb"]["update"] < 0.24  # bfloat16 of 0.12 M values, compressed
-    assert run["loopback_mb"] > 0
-    assert run["server_mb"] > 0
+    told = json.loads(found.read_text())
+    assert [run["run"] for run in told["runs"]] == ["mailboat bf16", "mailboat bf16 sealed"]
+    assert told["ratios"]["mailboat bf16 sealed / mailboat bf16, tmpfs"] > 0
+    for run in told["runs"]:
+        assert len(run["seconds"]) == 1
+        assert run["seconds"][0] > 0
+        assert 0.15 < run["wire_mb"]["update"] < 0.24  # bfloat16 of 0.12 M values, compressed
+        assert run["loopback_mb"] > 0
+        assert run["server_mb"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["round.json"]

@@ -1,4 +1,4 @@
-"""Renewal over the federation's own channel, over a real Mosquitto with TLS: new certificates, and another CA."""
+"""Renewal over the federation's own channel, over a real Mosquitto with TLS: certificates, another CA, another key."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import asyncio
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import tarfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +18,7 @@ from cryptography import x509
 
 from broker import provision
 from broker.launcher import find_mosquitto
-from coordinator.records import Finished, VersionCommitted
+from coordinator.records import Finished, Signed, VersionCommitted, Witnessed
 from mailboat import authority as bench
 from mailboat.commands.rotate import renew, rotate
 from mailboat.register import Entry
@@ -23,6 +26,10 @@ from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError
 from shared.link import Connected, Link, LinkOptions
 from shared.trust import kit as kits
+from shared.trust.membership import verify_membership
+from shared.trust.signing import authority_fingerprint
+from tests.commands import call
+from tests.commands import refused as refused_by
 from tests.helpers import run_async
 from tests.integration.test_tls import SITES, Federation, federation
 from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site
@@ -41,17 +48,19 @@ pytestmark = [
 
 
 class Gated(ToyTrainer):
-    """Trains when the test says so: until then the run stands still and its processes stay."""
+    """Trains when the test says so: until then the run stands still at version `upto` and its processes stay."""
 
-    def __init__(self, gate: asyncio.Event) -> None:
+    def __init__(self, gate: asyncio.Event, upto: int) -> None:
         super().__init__(step=1.0, seconds=0.0, examples=10)
         self.gate = gate
+        self.upto = upto
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
     ) -> ToyTrained:
         """As the toy, after the gate."""
-        await self.gate.wait()
+        if base_version >= self.upto:
+            await self.gate.wait()
         return await super().train(state, base_version, delta, on_progress=on_progress)
 
 
@@ -102,7 +111,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def running(federation: Federation) -> AsyncIterator[tuple[Mosquitto, asyncio.Event]]:
+async def running(federation: Federation, *, upto: int = 0) -> AsyncIterator[tuple[Mosquitto, asyncio.Event]]:
     """Broker, coordinator and both sites, connected; leaving opens the gate and waits for the end of the run."""
     gate, broker, root = asyncio.Event(), Mosquitto(federation), federation.root
     try:
@@ -110,7 +119,7 @@ async def running(federation: Federation) -> AsyncIterator[tuple[Mosquitto, asyn
         async with asyncio.TaskGroup() as group:
             group.create_task(toy_coordinator(root / "coordinator.toml"))
             for name in SITES:
-                group.create_task(toy_site(root / f"{name}.toml", trainer=Gated(gate)))
+                group.create_task(toy_site(root / f"{name}.toml", trainer=Gated(gate, upto)))
             await until(lambda: connections(root).keys() == set(SITES))
             yield broker, gate
             gate.set()
@@ -234,3 +243,59 @@ def test_another_ca_takes_the_place_of_the_first_and_nobody_is_lost(federation: 
     for name in SITES:
         certificate(root, name).verify_directly_issued_by(ca)
     assert before.issuer != ca.subject
+
+
+def test_another_key_of_the_authority_takes_the_place_of_the_first_in_mid_run(
+    federation: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The three steps while everybody runs; whoever knows the new key alone believes rows from before and after.
+
+    Nobody is told of a lost membership, no site is touched or restarted, and the key before is nowhere any more.
+    """
+    root, folder = federation.root, federation.root / "authority"
+    first = bench.open_authority(folder).public
+
+    async def run() -> None:
+        async with running(federation, upto=1):
+            await until(lambda: live(root).get("version") == 1)
+            rotate("authority", folder=folder)
+            renew(folder=folder, everybody=True)
+            await until(lambda: taken(root))
+            rotate("authority", folder=folder, finish=True)
+
+    run_async(run(), timeout_s=PATIENCE_S)
+    check_run(root)
+    told = capsys.readouterr()
+    assert "lost its membership" not in told.out + told.err
+    assert "the authority has another key now" in told.out + told.err
+    second = bench.open_authority(folder).public
+    assert not (folder / "authority.key").exists()
+    for holder in (folder / "coordinator-kit", *(root / f"{name}-kit" for name in SITES)):
+        assert kits.load_authorities(holder / kits.AUTHORITY) == (second,)
+    signers = [each.member for each in toy_records(root) if isinstance(each, Signed | Witnessed)]
+    assert {first, second} == {issuer for each in signers for issuer in (first, second) if issued(each, issuer)}
+
+    receipts = [word for name in SITES for word in ("--receipts", str(root / name / "receipts"))]
+    checked = call(root, "audit", "verify", *receipts)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    (tmp_path / "alone").mkdir()
+    shutil.copy(folder / "coordinator-kit" / kits.AUTHORITY, tmp_path / "alone")
+    alone = refused_by(root, "audit", "verify", "--authority", str(tmp_path / "alone" / kits.AUTHORITY), status=3)
+    assert "signer" in alone  # what the first key signed is believed through the endorsements, and not without
+    exported = call(root, "audit", "export", "--out", str(tmp_path / "run.tar"))
+    assert exported.returncode == 0, exported.stderr
+    with tarfile.open(tmp_path / "run.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    script = tmp_path / "toy-v00000003" / "verify.py"
+    outside = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True, check=False, cwd="/")
+    assert outside.returncode == 0, outside.stdout
+    assert authority_fingerprint(second).replace(" ", "") in outside.stdout
+
+
+def issued(document: bytes, authority: bytes) -> bool:
+    """Whether this key has signed a membership."""
+    try:
+        verify_membership(document, [authority], federation="toy")
+    except RefusedError:
+        return False
+    return True

@@ -21,11 +21,12 @@ from mailboat import authority as bench
 from mailboat.commands.enroll import accept, enroll
 from mailboat.commands.provision import approve, init, revoke
 from mailboat.doctor.network import Party, check_broker
-from mailboat.enrolment import authority_fingerprint, parse_request
+from mailboat.enrolment import parse_request
 from shared.config import BrokerSection, LinkSection
 from shared.errors import RefusedError
 from shared.link import Connected, Event, Link, LinkOptions, Packet
 from shared.topics import Channel, topic
+from shared.trust.signing import authority_fingerprint
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
 
@@ -53,8 +54,13 @@ class Federation:
 @pytest.fixture
 def federation(tmp_path: Path, free_port: int) -> Federation:
     """Two toy sites and a coordinator, provisioned by the commands that people type."""
+    return provisioned(tmp_path, free_port)
+
+
+def provisioned(tmp_path: Path, free_port: int, *, quorum: int = 2, extra: str = "") -> Federation:
+    """The same with another quorum, and other settings of the federation behind [aggregation]."""
     url = f"mqtts://127.0.0.1:{free_port}"
-    write_toy(tmp_path, url, sites=2, versions=3, quorum=2, sealed=True)
+    write_toy(tmp_path, url, sites=2, versions=3, quorum=quorum, sealed=True, extra=extra)
     for who in ("coordinator", *SITES):  # kits without certificates; the commands make better ones
         shutil.rmtree(tmp_path / f"{who}-kit")
         path = tmp_path / f"{who}.toml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -29,8 +30,10 @@ from shared.configfile import load_config
 from shared.errors import RefusedError
 from shared.messages import Head
 from shared.trust.kit import AUTHORITY, SIGN_KEY, load_authorities, load_authority
+from shared.trust.membership import Believed
 from shared.trust.witness import HEADS, head_line, parse_head, signed_head
 from tests.audited import flipped, restored
+from tests.commands import call, running
 from tests.helpers import run_async
 from tests.toys import toy_coordinator, toy_plan, toy_site, write_toy
 
@@ -74,7 +77,7 @@ def proof_of(root: Path, *, sites: tuple[str, ...] = ()) -> Proof:
         federation,
         toy_plan(federation, 100_000),
         receipts=[root / site / "receipts" for site in sites],
-        authorities=load_authorities(root / "coordinator-kit" / AUTHORITY),
+        believed=Believed(load_authorities(root / "coordinator-kit" / AUTHORITY)),
     )
 
 
@@ -238,7 +241,11 @@ def test_the_bundle_s_script_checks_the_signatures(run: Path, tmp_path: Path) ->
     def script(name: str) -> subprocess.CompletedProcess[str]:
         out = tmp_path / name
         export_bundle(
-            storage(run), federation, toy_plan(federation, 100_000), out / "run.tar", authority=authority.read_bytes()
+            storage(run),
+            federation,
+            toy_plan(federation, 100_000),
+            out / "run.tar",
+            authority={AUTHORITY: authority.read_bytes()},
         )
         with tarfile.open(out / "run.tar") as tar:
             tar.extractall(out, filter="data")
@@ -268,3 +275,16 @@ def test_a_site_keeps_what_it_saw(run: Path, tmp_path: Path) -> None:
         assert caught.value.rule == rule
     heads.keep(last)
     assert Heads(tmp_path).last == last
+
+
+def test_the_trail_of_a_sealed_run_is_tailed(run: Path) -> None:
+    """Each row once and in order, signatures among them, once and while following; filters by version, site, rule."""
+    rows = [row.seq for row in rows_of(run)]
+    told = call(run, "audit", "tail", "--json")
+    assert [json.loads(line)["seq"] for line in told.stdout.splitlines()] == rows, told.stderr
+    with running(run, "audit", "tail", "-f") as tail:
+        said = tail.wait_for(f"#{rows[-1]} ")
+    assert [int(line.split("#")[1].split()[0]) for line in said.splitlines()] == rows
+    some = call(run, "audit", "tail", "--site", "site-1", "--version", "1", "--json").stdout.splitlines()
+    assert {json.loads(line)["kind"] for line in some} == {"committed", "accepted", "witnessed"}
+    assert call(run, "audit", "tail", "--rule", "run-ended").stdout == ""

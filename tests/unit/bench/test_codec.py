@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from bench.codec import CODECS, Rates, large_tensors, reader_of, sealed, sizes_and_errors, zstd_alone
-from bench.codec_rounds import parse_codec
-from shared.errors import CorruptError, RefusedError
+from shared.errors import CorruptError
 
 DELTAS = [{"w": np.random.default_rng(seed).standard_normal((64, 64)).astype(np.float32)} for seed in (0, 1)]
 
@@ -37,11 +36,3 @@ def test_large_tensors_hold_the_same_values() -> None:
     values = {float(each) for delta in DELTAS for each in delta["w"].reshape(-1)}
     assert {float(each) for each in np.unique(large["layer.3"])} == values
     assert large["layer.0"].shape == (2048, 2048)
-
-
-def test_a_codec_may_name_its_feedback_and_momentum() -> None:
-    """What is left out is the codec's own, and the demonstration's."""
-    assert [parse_codec(text)[0].decay for text in ("topk2", "topk2:0.5", "int4", "int4:0.9:0")] == [0.95, 0.5, 0, 0.9]
-    assert parse_codec("topk2::0.25")[1] == 0.25
-    with pytest.raises(RefusedError):
-        parse_codec("int3")

@@ -14,6 +14,7 @@ from coordinator.earshot import (
     MUTE_MAX_S,
     MUTE_S,
     REFILL_BYTES_S,
+    RELAPSE_BYTES,
     Earshot,
     Nuisance,
     topics_heard,
@@ -69,14 +70,16 @@ def test_what_the_broker_still_held_does_not_count() -> None:
 
 
 def test_who_goes_on_is_muted_for_longer_up_to_a_bound_and_forgiven_in_time() -> None:
-    """Each time twice as long; after as long without a flood as it was muted, the first term again."""
-    nuisance, now, terms = Nuisance(), 0.0, []
+    """Each time sooner than the first and for twice as long; after as long without a flood, all as the first time."""
+    nuisance, now, terms, counts = Nuisance(), 0.0, [], []
     for _ in range(8):
-        _count, seconds = _flood(nuisance, "north", now)
+        count, seconds = _flood(nuisance, "north", now)
+        counts.append(count)
         terms.append(seconds)
         now += seconds
     assert terms == [min(MUTE_S * 2**power, MUTE_MAX_S) for power in range(8)]
-    assert _flood(nuisance, "north", now + terms[-1])[1] == MUTE_S
+    assert counts[1:] == [RELAPSE_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1] * 7
+    assert _flood(nuisance, "north", now + terms[-1]) == (counts[0], MUTE_S)
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,9 @@ def test_a_receipted_update_that_the_journal_forgot_is_a_finding(run: AuditedRun
         assert found(run, receipts=[receipts]) == [expected]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"base_version": 0, "base_sha256": "", "weight": -1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"base_version": 0, "base_sha256": "", "weight": -1}', "[" * 100_000, '{"a": ' * 5000]
+)
 def test_a_receipt_that_cannot_be_read_is_a_finding(run: AuditedRun, tmp_path: Path, text: str) -> None:
     """A file that is no receipt is named."""
     (tmp_path / f"{'ab' * 16}.json").write_text(text)

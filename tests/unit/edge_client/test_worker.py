@@ -379,3 +379,22 @@ def test_the_loss_of_a_state_is_that_of_the_notes_it_would_train_on(ground: Path
             assert np.isnan(await client.loss(tmp_path / "broken"))
 
     run_async(story(), timeout_s=100)
+
+
+def test_who_only_measures_spends_nobodys_privacy(ground: Path) -> None:
+    """In a private federation the loss of a state is the plain one, over all notes, and no records are drawn."""
+    private = tiny.federation(privacy={"delta": 1e-5, "noise_multiplier": 1.0})
+    told: list[float] = []
+
+    async def story() -> None:
+        for federation, trains in ((FEDERATION, True), (private, False)):
+            async with WorkerClient(config(ground, holdout=0.0), federation, trains=trains) as client:
+                told.append(await client.loss(ground / "v0.safetensors"))
+
+    run_async(story(), timeout_s=100)
+    assert told[0] == told[1]
+    worker = Worker(lambda _answer: None)
+    site = config(ground, holdout=0.0)
+    source = {"source": str(ground / "model"), "notes": site.data.notes, "skip_bad": False, "holdout": 0.0}
+    worker.handle(pipe.Load(federation=private, **source, threads=1, site="north", trains=False))  # type: ignore[arg-type]
+    assert worker._private is None

@@ -124,6 +124,18 @@ def test_a_lossy_codec_sends_less(tmp_path: Path, model: Path, notes: Path) -> N
     assert lossy.state.read_bytes() != exact.state.read_bytes()
 
 
+def test_versions_as_steps_send_less(tmp_path: Path, model: Path, notes: Path) -> None:
+    """Sites pull nothing but steps, as version 0 is theirs; when a run starts elsewhere they pull that first."""
+    whole, stepped = (
+        run(job(tmp_path / f"{steps}", model, notes, codec={"down": "int8", "steps": steps})) for steps in (0, 4)
+    )
+    assert stepped.versions == 2
+    assert stepped.down < 0.9 * whole.down
+    begun = run(job(tmp_path / "on", model, notes, codec={"down": "int8", "steps": 4}, start=stepped.state))
+    assert begun.down > stepped.down
+    assert begun.curve[0].scores == stepped.curve[-1].scores
+
+
 def test_a_version_is_scored_as_published(tmp_path: Path, model: Path, notes: Path) -> None:
     """Version 0 and each later one has its score, the same that a worker gives the published state."""
     given = job(tmp_path, model, notes)
@@ -195,6 +207,44 @@ def test_a_run_that_stands_still_says_so(tmp_path: Path, model: Path, notes: Pat
     clock = CLOCK.model_validate({**CLOCK.model_dump(), "days": 0.1, "sites": {"site-1": {"hours": (1, 2)}}})
     with pytest.raises(UnavailableError, match="version 0 of 2"):
         run(job(tmp_path, model, notes, clock=clock))
+
+
+def test_error_feedback_lives_at_the_site(tmp_path: Path, model: Path, notes: Path) -> None:
+    """topk2 sends a small part and owes the rest, as in a real run: without feedback it is another model."""
+    exact = run(job(tmp_path / "exact", model, notes))
+    owed, forgotten = (
+        run(job(tmp_path / f"{feedback}", model, notes, codec={"up": "topk2", "feedback": feedback}))
+        for feedback in (0.95, 0.0)
+    )
+    assert owed.up < 0.6 * exact.up
+    assert owed.state.read_bytes() != forgotten.state.read_bytes()
+    assert list((tmp_path / "0.95" / "run" / "site-1" / "residual").glob("*.frames"))
+
+
+def test_adapters_are_trained_and_sent(tmp_path: Path, model: Path, notes: Path) -> None:
+    """A federation of adapters runs as it is, and what travels is what the plan says."""
+    outcome = run(job(tmp_path, model, notes, adapter={"kind": "lora", "rank": 2}, layers={"plan": "all"}))
+    assert any("lora" in name for name in outcome.plan.tensors)
+    assert outcome.plan.trained_parameters < 0.5 * outcome.plan.total_parameters
+    assert load_file(outcome.state).keys() == outcome.plan.tensors.keys()
+
+
+def test_a_private_federation_tells_its_epsilon(tmp_path: Path, model: Path, notes: Path) -> None:
+    """Each site charges its ledger, and its last update says what was spent; losses are not told."""
+    outcome = run(job(tmp_path, model, notes, privacy={"delta": 1e-3, "noise_multiplier": 1.0}))
+    for said in outcome.metrics.values():
+        assert said["epsilon"] > 0
+        assert "loss" not in said
+    assert (tmp_path / "run" / "site-1" / "privacy.jsonl").read_text().count("\n") == 2
+
+
+def test_a_spent_budget_ends_a_cell_with_its_reason(tmp_path: Path, model: Path, notes: Path) -> None:
+    """Sites that may not train any further hold still; the run says why instead of waiting for ever."""
+    site = {"privacy": {"budget_epsilon": 0.01}}
+    given = job(tmp_path, model, notes, site=site, privacy={"delta": 1e-3, "noise_multiplier": 1.0})
+    with pytest.raises(UnavailableError, match="version 0 of 2") as caught:
+        run(given)
+    assert "budget_epsilon" in caught.value.hint
 
 
 def test_what_a_worker_refuses_is_raised(tmp_path: Path, model: Path, notes: Path) -> None:

@@ -155,7 +155,8 @@ def test_the_table_says_what_was_found(experiment: Experiment, found: list[Row])
     assert "| 90.00 % | 90.00 % |" in top
     assert "25.0 %" in top
     assert "| top 4 (1 of 2 seeds) |" in other
-    assert "not yet (not known here: federation: unknown key adapter" in page
+    assert "| not yet (not known here) |" in page
+    assert "- not yet: federation: unknown key adapter" in page
     assert "all sites alone have 30.0 on average" in page
     assert "were made by other sources" in page
     central = next(line for line in small.splitlines() if line.startswith("| centralized"))

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from mailboat.experiment.cells import Settings, Stage
+from mailboat.experiment.notes import lay_out, link_notes
 from mailboat.experiment.results import Result, is_current
 from mailboat.experiment.spec import NotesSection
-from mailboat.experiment.trial import Bench, link_notes
+from mailboat.experiment.trial import Bench
 from mailboat.synth import make_notes
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
@@ -88,6 +89,40 @@ def test_real_notes_are_read_where_they_are(tmp_path: Path, model: Path) -> None
     files = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
     assert files
     assert all(path.is_symlink() for path in files)
+
+
+def test_the_coordinators_own_notes_are_set_apart(tmp_path: Path, model: Path) -> None:
+    """None of them is scored on; those that are scored on are the same as without them, and all sites are there."""
+    few, more = settings(model), settings(model, {"validation": 4})
+    lay_out(few.stage, tmp_path / "few")
+    lay_out(more.stage, tmp_path / "more")
+    without, scored, own = (
+        {path.name: path.read_text() for path in (tmp_path / place).rglob("*.txt")}
+        for place in ("few/heldout", "more/heldout", "more/validation")
+    )
+    assert without == scored
+    assert len(own) == 4
+    assert not set(own.values()) & set(scored.values())
+    first_lines = {text.splitlines()[0] for text in own.values()}
+    assert len(first_lines) == 2, "two sites, two styles"
+    assert {path.stem for path in (tmp_path / "more" / "validation").rglob("*.con")} == {
+        Path(name).stem for name in own
+    }
+
+
+def test_updates_are_weighed_by_their_loss(tmp_path: Path, model: Path) -> None:
+    """With quality the coordinator measures each update on its own notes: another model; without notes an error."""
+    plain = settings(model, {"validation": 4})
+    section = plain.stage.federation
+    weighed = section.model_copy(
+        update={"aggregation": section.aggregation.model_copy(update={"quality": "size-exp-loss", "temperature": 0.01})}
+    )
+    by_loss = plain.model_copy(update={"stage": Stage(federation=weighed, notes=plain.stage.notes)})
+    assert carry_out(tmp_path / "a", by_loss).scores != carry_out(tmp_path / "b", plain).scores
+    without = by_loss.model_copy(update={"stage": Stage(federation=weighed, notes=settings(model).stage.notes)})
+    with pytest.raises(ConfigError, match="weighs by a loss on notes of the coordinator") as caught:
+        carry_out(tmp_path / "c", without)
+    assert "notes.validation" in caught.value.hint
 
 
 def test_folders_of_notes_that_do_not_fit(tmp_path: Path) -> None:

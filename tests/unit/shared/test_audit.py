@@ -69,6 +69,9 @@ HISTORY: list[dict[str, Any]] = [
     },
     {"t": "finished", "version": 2},
     {"t": "dropped", "update_id": "d" * 32, "rule": "run-ended"},
+    {"t": "signed", "version": 2, "seq": 9, "head": "ab" * 32, "signature": b"s", "member": b"m"},
+    {"t": "accepted", "update_id": "f" * 32, "site": "st-mary", "base_version": 1, "examples": 7, "norm": 1.0},
+    {"t": "witnessed", "update_id": "f" * 32, "site": "st-mary", "seq": 9, "head": "ab" * 32, "signature": b"s"},
 ]
 
 
@@ -149,6 +152,12 @@ def test_a_line_holds_the_record_and_its_hash() -> None:
     }
 
 
+def test_a_line_is_numbered_by_its_own_row() -> None:
+    """Also where the record speaks of another row: whoever tails the file counts the lines."""
+    assert [line["seq"] for line in LINES] == list(range(1, len(ROWS) + 1))
+    assert [line["row"] for line in LINES if "row" in line] == [9, 9]
+
+
 def test_a_manifest_is_cut_down() -> None:
     """A state of many frames still makes a short line, with the digest of its file."""
     assert LINES[0]["state"] == {
@@ -183,6 +192,8 @@ def test_line_bytes_are_one_json_line() -> None:
         ),
         (8, "#9     finished   version 2 is the last"),
         (9, "#10    dropped    update dddddddd  run-ended"),
+        (10, "#11    signed     version 2  row 9 has hash abababab, signed"),
+        (12, "#13    witnessed  st-mary  update ffffffff  signed; had seen row 9 with hash abababab"),
     ],
 )
 def test_text_for_people(index: int, text: str) -> None:
@@ -220,20 +231,25 @@ def test_a_kind_of_tomorrow_still_shows() -> None:
 @pytest.mark.parametrize(
     ("query", "seqs"),
     [
-        (Query(), list(range(1, 11))),
+        (Query(), list(range(1, 14))),
         (Query(version=0), [1, 2, 3, 7]),
-        (Query(version=1), [4, 6, 10]),
-        (Query(version=2), [8, 9]),
-        (Query(site="st-mary"), [2, 4, 6, 10]),
+        (Query(version=1), [4, 6, 10, 12, 13]),
+        (Query(version=2), [8, 9, 11]),
+        (Query(site="st-mary"), [2, 4, 6, 10, 12, 13]),
         (Query(site="st-john"), [3, 4, 5, 7, 8]),
         (Query(version=1, site="st-john"), [4]),
         (Query(update_id="d" * 32), [6, 10]),
         (Query(update_id="b" * 32), [3, 4]),
         (Query(site="nowhere"), []),
+        (Query(rule="bad-digest"), [5]),
+        (Query(rule="run-ended"), [10]),
+        (Query(rule="run-ended", site="st-mary"), [10]),
+        (Query(rule="run-ended", site="st-john"), []),
+        (Query(rule="frame 3"), []),
     ],
 )
 def test_filters(query: Query, seqs: list[int]) -> None:
-    """A version shows its making and the updates from it; a site its updates, their versions and their drops."""
+    """A version shows its making and the updates from it; a site its updates, versions and drops; a rule its prey."""
     assert [line["seq"] for line in select(LINES, query)] == seqs
 
 
@@ -269,7 +285,7 @@ def test_the_file_follows_the_rows(tmp_path: Path) -> None:
     assert log.follow() == 2
     assert path.read_bytes() == b"".join(map(line_bytes, ROWS[:6]))
     assert log.follow() == 0
-    journal.length = 10
+    journal.length = len(ROWS)
     log.follow()
     assert path.read_bytes() == WHOLE
 
@@ -295,14 +311,14 @@ def test_whatever_happened_to_the_file_the_journal_wins(tmp_path: Path, damage: 
     journal = Journal(9)
     log = AuditLog(path, journal.rows)
     assert (log.mended == 0) == (damage in {"sound", "too long"})
-    journal.length = 10
+    journal.length = len(ROWS)
     log.follow()
     assert path.read_bytes() == WHOLE
 
 
 def test_a_missing_file_is_written_anew(tmp_path: Path) -> None:
     """Losing the file loses nothing."""
-    assert AuditLog(tmp_path / "audit.jsonl", Journal(10).rows).mended == 10
+    assert AuditLog(tmp_path / "audit.jsonl", Journal(len(ROWS)).rows).mended == len(ROWS)
     assert (tmp_path / "audit.jsonl").read_bytes() == WHOLE
 
 

@@ -57,6 +57,7 @@ def errors_allowed(values: F32Array, codec: Codec) -> NDArray[np.float64]:
         "int8": (INT8_BLOCK, 0.502 / 127),
         "int4": (INT4_BLOCK, 0.502 / 7),
         "topk2": (CHUNK, 1.004),
+        "topk2x4": (CHUNK, 1.004),
     }[codec]
     padded = np.pad(exact, (0, -exact.size % block)).reshape(-1, block)
     top = np.repeat(padded.max(axis=1, initial=0), block)[: exact.size]
@@ -138,6 +139,7 @@ def test_codec_names() -> None:
         "int8": 1,
         "int4": 1,
         "topk2": 1,
+        "topk2x4": 1,
     }
     with pytest.raises(RefusedError) as caught:
         codec_named("int3")

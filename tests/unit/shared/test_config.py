@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from shared.config import CoordinatorConfig, FederationConfig, Section, SiteConfig
+from shared.config import CodecName, CoordinatorConfig, FederationConfig, Section, SiteConfig
 from shared.configfile import load_config, parse_config
 from shared.errors import ConfigError
 
@@ -236,17 +236,22 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
-            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4' or 'topk2'",
+            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4', 'topk2' or 'topk2x4'",
         ),
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\ndown="topk2"',
-            "codec.down: Input should be 'f32', 'bf16', 'int8' or 'int4'",
+            'codec: down = "topk2" is no codec for whole states: set steps, or one of f32, bf16, int8, int4',
         ),
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="f32"\nfeedback=0.9',
             "codec: f32 leaves nothing out that could be added later: set feedback to 0, or another codec",
+        ),
+        (
+            FederationConfig,
+            '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="topk2"\n[aggregation]\nrule="median"',
+            '[codec] up = "topk2" sends few values of each tensor, and rule = "median" would take the zeros between',
         ),
         (
             FederationConfig,
@@ -276,9 +281,9 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_feedback_follows_from_the_codec() -> None:
-    """topk2 keeps 95 % of what it left out, the others nothing, unless the file says otherwise."""
-    decays = {up: _federation(codec={"up": up}).codec.decay for up in ("f32", "bf16", "int8", "int4", "topk2")}
-    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95}
+    """The sparse codecs keep 95 % of what they left out, the others nothing, unless the file says otherwise."""
+    decays = {up: _federation(codec={"up": up}).codec.decay for up in get_args(CodecName)}
+    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95, "topk2x4": 0.95}
     assert _federation(codec={"up": "int4", "feedback": 1.0}).codec.decay == 1
     assert _federation(codec={"up": "topk2", "feedback": 0.0}).codec.decay == 0
 

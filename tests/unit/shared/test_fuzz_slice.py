@@ -8,7 +8,8 @@ import pytest
 
 from shared.errors import MailboatError
 from tests.fuzz.__main__ import execute, input_of
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.target import Target
+from tests.fuzz.targets import TARGETS
 
 RUNS = 4000
 """Over all targets, by their shares: some seconds."""

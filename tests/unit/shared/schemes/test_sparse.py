@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from shared.codec import decode_add, decode_tensor
+from shared.codec import Codec, decode_add, decode_tensor
 from shared.errors import RefusedError
-from shared.schemes.sparse import CHUNK, SPARSITY
+from shared.schemes.sparse import CHUNK
 from shared.tensorfile import F32Array, bf16_to_f32, f32_to_bf16
 from tests.unit.shared.encoded import LARGEST, arrays_of, relative_error, round_trip, weights
 
@@ -43,14 +43,15 @@ def test_by_hand() -> None:
     assert np.count_nonzero(decoded) == 3
 
 
+@pytest.mark.parametrize(("codec", "sparsity"), [("topk2", 64), ("topk2x4", 16)])
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 4095, 4096, 4097, 5000, 200_001])
-def test_the_largest_of_each_chunk_are_kept(size: int) -> None:
-    """ceil(m / 64) of each chunk of m values, those of largest magnitude, with their signs."""
+def test_the_largest_of_each_chunk_are_kept(size: int, codec: Codec, sparsity: int) -> None:
+    """ceil(m / 64), or ceil(m / 16), of each chunk of m values, those of largest magnitude, with their signs."""
     values = weights(size)
-    decoded = round_trip(values, "topk2")
+    decoded = round_trip(values, codec)
     for start in range(0, size, CHUNK):
         chunk, found = values[start : start + CHUNK], decoded[start : start + CHUNK]
-        largest = np.sort(np.argsort(-np.abs(chunk), kind="stable")[: -(-chunk.size // SPARSITY)])
+        largest = np.sort(np.argsort(-np.abs(chunk), kind="stable")[: -(-chunk.size // sparsity)])
         np.testing.assert_array_equal(np.flatnonzero(found), largest)
         np.testing.assert_array_equal(np.sign(found[largest]), np.sign(chunk[largest]))
 
@@ -75,9 +76,10 @@ def test_the_levels_are_the_best_two() -> None:
     np.testing.assert_allclose(bf16_to_f32(scale)[0], [kept[:best].mean(), kept[best:].mean()], rtol=2**-8)
 
 
-def test_error_on_normally_distributed_values() -> None:
-    """One value in 64 holds an eighth of the sum of squares: the relative error is 0.94."""
-    assert relative_error(weights(512, 512), "topk2") == pytest.approx(0.94, abs=0.01)
+@pytest.mark.parametrize(("codec", "error"), [("topk2", 0.94), ("topk2x4", 0.82)])
+def test_error_on_normally_distributed_values(codec: Codec, error: float) -> None:
+    """One value in 64 holds an eighth of the sum of squares, one in 16 a third."""
+    assert relative_error(weights(512, 512), codec) == pytest.approx(error, abs=0.01)
 
 
 @given(values=hnp.arrays(np.float32, st.integers(0, 300), elements=st.floats(-(2.0**60), 2.0**60, width=32)))
@@ -154,10 +156,10 @@ def test_the_sound_parts_are_taken() -> None:
 
 
 def test_many_chunks_are_decoded_in_spans() -> None:
-    """Beyond 65,536 kept values decoding goes on with the next span: 4.3 million values, added twice."""
-    values = weights(CHUNK * 1030 + 77)
+    """Beyond 65,536 kept values decoding goes on with the next span: 1.1 million values, added twice."""
+    values = weights(CHUNK * 270 + 77)
     accumulator = np.ones_like(values)
-    parts = arrays_of(values, "topk2")
-    decode_add(parts, "topk2", 0.5, accumulator)
-    decode_add(parts, "topk2", 0.5, accumulator)
-    np.testing.assert_allclose(accumulator, 1 + round_trip(values, "topk2"), rtol=1e-6)
+    parts = arrays_of(values, "topk2x4")
+    decode_add(parts, "topk2x4", 0.5, accumulator)
+    decode_add(parts, "topk2x4", 0.5, accumulator)
+    np.testing.assert_allclose(accumulator, 1 + round_trip(values, "topk2x4"), rtol=1e-6)

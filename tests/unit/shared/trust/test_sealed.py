@@ -13,11 +13,13 @@ from shared.errors import ConfigError, RefusedError
 from shared.messages import Message, Offer, Presence, Probe, Refused, Status, encode
 from shared.topics import Channel, topic
 from shared.trust.envelope import Header, encrypt_for, pack
+from shared.trust.grant import check_renewal, holder_of, install
 from shared.trust.guard import Changes, StaleKeyError, TurnedAwayError
-from shared.trust.kit import REVOCATIONS, ROSTER, write_private
-from shared.trust.membership import sign_membership
+from shared.trust.kit import AUTHORITY, REVOCATIONS, ROSTER, authority_pem, load_authorities, write_private
+from shared.trust.membership import public_bytes, sign_membership
 from shared.trust.replay import RepeatedError
 from tests.factories import digest
+from tests.grants import GrantBench
 from tests.unit.shared.trust.sealed_world import (
     ANNOUNCE,
     OFFER,
@@ -310,6 +312,41 @@ def test_a_member_taken_off_the_roster_is_out_and_a_new_one_is_in(world: World) 
     east = world.site("east")
     data = east.seal(hello("east"), Channel.UP_CTL, "east", world.now)
     assert world.taken(data, "east") == hello("east")
+
+
+def test_a_membership_that_is_being_copied_is_kept(world: World) -> None:
+    """A file that is torn for a moment puts nobody out; it is told in the log, and a revocation counts all the same."""
+    path = world.kits.coordinator / ROSTER / "north.member"
+    whole = path.read_bytes()
+    for torn in (b"", whole[:100]):
+        write_private(path, torn)
+        assert world.coordinator.refresh(world.now) == Changes()
+        assert world.taken(world.up(hello())) == hello()
+    world.kits.revoke("north")
+    assert [name for name, _why in world.coordinator.refresh(world.now).lost] == ["north"]
+
+
+def test_running_ends_follow_another_key_of_the_authority(world: World) -> None:
+    """Files that it has signed take the place of the others' one by one: nobody is lost, and no key is drawn."""
+    bench = GrantBench(world.kits, issued=int(world.now))
+    first = public_bytes(world.kits.authority)
+    bench.roll_over()
+    second, kit = public_bytes(world.kits.authority), world.kits.folder("north")
+    write_private(world.kits.coordinator / AUTHORITY, authority_pem([first, second]))
+    assert world.coordinator.refresh(world.now) == Changes()
+    install(kit, check_renewal(bench.grant("north"), holder_of(kit, "ward"), world.now))
+    for name in ("north", "south"):
+        member = sign_membership(world.kits.authority, bench.member(name))
+        write_private(world.kits.coordinator / ROSTER / f"{name}.member", member)
+        assert world.coordinator.refresh(world.now) == Changes()
+    write_private(world.kits.coordinator / AUTHORITY, authority_pem([second]))
+    assert world.coordinator.refresh(world.now) == Changes()
+    assert world.north.refresh(world.now) == Changes()
+    assert world.taken(world.up(hello())) == hello()
+    world.welcomed()
+    assert load_authorities(kit / AUTHORITY) == (second,)
+    world.kits.revoke()  # signed with the new key alone
+    assert world.coordinator.refresh(world.now).rekeyed
 
 
 def test_a_membership_that_runs_out_is_out(tmp_path: Path) -> None:

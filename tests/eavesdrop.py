@@ -1,0 +1,122 @@
+"""What somebody learns who holds the broker: a subscriber to everything, and a search for all that was secret."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from safetensors.numpy import load_file
+
+from coordinator.journal import Journal
+from shared.config import BrokerSection, FederationConfig, LinkSection
+from shared.configfile import load_config
+from shared.link import Connected, Link, LinkOptions, Packet
+from shared.store import FrameStore
+
+FIELDS = (
+    *("loss", "seconds", "examples", "frame_hashes", "frame_lengths", "base_sha256", "file_sha256", "metrics"),
+    *("outcome", "phase", "config_sha256", "software", "problem", "treatment"),
+)
+"""Names in manifests, receipts, status and hello."""
+WINDOW = 16
+"""Bytes that are looked for in one piece; chance does not repeat as many."""
+STRIDE = 997
+"""From one window to the next: a thousand for each megabyte, some in every frame."""
+
+
+class Spy:
+    """A subscriber to everything, with the broker's own rights."""
+
+    def __init__(self, broker: BrokerSection) -> None:
+        self.packets: list[Packet] = []
+        self.link = Link(LinkOptions(broker=broker, link=LinkSection(), client_id="spy", subscriptions=("#",)))
+        self.listening = asyncio.Event()
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        async with self.link:
+            async for event in self.link.events():
+                match event:
+                    case Connected():
+                        self.listening.set()
+                    case Packet():
+                        self.packets.append(event)
+                    case _:
+                        pass
+
+    async def until(self, pattern: str) -> Packet:
+        """The first packet whose topic fits."""
+        while True:
+            for packet in self.packets:
+                if re.fullmatch(pattern, packet.topic):
+                    return packet
+            await asyncio.sleep(0.02)
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """What was said, in order."""
+        return [packet.payload for packet in self.packets if packet.payload]
+
+
+def learnt(root: Path, payloads: list[bytes]) -> set[str]:
+    """Which of the secrets of the run below `root` stand in these payloads, as they are or inside a zstd frame."""
+    clear = b"\0".join(payloads)
+    found = {name for name in FIELDS if name.encode() in clear}
+    found |= {what for what, secret in _secrets(root) if secret in clear}
+    for payload in payloads:
+        for match in re.finditer(rb"\x28\xb5\x2f\xfd", payload):
+            grouped = _expanded(payload[match.start() :])
+            if grouped is not None:
+                found.add("zstd frame")
+                bytes_of = np.frombuffer(grouped[: len(grouped) // 4 * 4], np.uint8)
+                raw = bytes_of.reshape(4, -1).T.tobytes()
+                found |= {name for name in ("a.weight", "b.weight", "mailboat") if name.encode() in raw}
+                found |= {"tensor value" for secret in _tensors(root) if secret in raw}
+    return found
+
+
+def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
+    """What each secret is, and its bytes: labels, metrics, digests, the history, and pieces of all tensors."""
+    storage = root / "coordinator"
+    for label in load_config(root / "federation.toml", FederationConfig).task.labels:
+        yield "label", label.encode()
+    for folder in ("updates", "states"):
+        for name in FrameStore(storage / folder).ids():
+            stored = FrameStore(storage / folder).get(name)
+            assert stored is not None
+            yield "digest", bytes.fromhex(stored.manifest.file_sha256)
+            yield "digest", stored.manifest.file_sha256.encode()
+            yield from (("frame", piece) for piece in _pieces((storage / folder / f"{name}.frames").read_bytes()))
+            if folder == "updates":
+                for metric, value in stored.manifest.update.metrics.items():
+                    yield "metric", metric.encode()
+                    yield "metric", struct.pack(">d", value)
+                    yield "metric", repr(value).encode()
+    with Journal.open_read(storage / "journal.sqlite") as journal:
+        for row in journal.rows():
+            yield "history", row.hash
+            yield "history", row.hash.hex().encode()
+    yield from (("tensor value", piece) for piece in _tensors(root))
+
+
+def _tensors(root: Path) -> list[bytes]:
+    """Pieces of the masters, as floats lie in memory."""
+    paths = sorted((root / "coordinator" / "masters").glob("v*.safetensors"))
+    return [piece for path in paths for values in load_file(path).values() for piece in _pieces(values.tobytes())]
+
+
+def _pieces(data: bytes) -> Iterable[bytes]:
+    pieces = [data[at : at + WINDOW] for at in range(0, len(data) - WINDOW + 1, STRIDE)]
+    return [piece for piece in pieces if len(set(piece)) > WINDOW // 4]
+
+
+def _expanded(data: bytes) -> bytes | None:
+    try:
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    except zstandard.ZstdError:
+        return None

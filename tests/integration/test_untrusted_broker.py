@@ -1,0 +1,225 @@
+"""The broker is somebody else's: what its owner learns of a sealed run, and what a revoked site still has there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from safetensors.numpy import load_file, save_file
+
+from broker import provision
+from broker.launcher import find_mosquitto
+from coordinator.records import Finished, VersionCommitted
+from mailboat import authority as bench
+from mailboat.commands.provision import revoke
+from mailboat.issuing import new_serial
+from shared.config import BrokerSection
+from shared.errors import RefusedError
+from shared.trust import kit as kits
+from tests.eavesdrop import Spy, learnt
+from tests.helpers import run_async
+from tests.integration.test_renewal import Mosquitto, until
+from tests.integration.test_tls import SITES, Federation, provisioned
+from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(200),
+    pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed: apt-get install mosquitto"),
+]
+LABELS = '[task]\nlabels = ["zebrafinding", "okapidrug"]\n'
+METRICS = {"loss": 0.7310585786300049, "f1/zebrafinding": 0.8807970779778823}
+SECRETS = {"label", "metric", "tensor value", "frame", "digest", "loss", "frame_hashes"}
+CUT_S = 10.0
+
+
+class Noisy(ToyTrainer):
+    """Its deltas are noise, and its metrics name a label: each is recognised wherever it appears."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(step=0.0, seconds=0.1, examples=10)
+        self.rng = np.random.default_rng(seed)
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """Noise on all tensors, zeros of no kind."""
+        await asyncio.sleep(self.seconds)
+        on_progress(1.0, 0.0)
+        shapes = {name: values.shape for name, values in load_file(state).items()}
+        save_file({name: self.rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
+        return ToyTrained(self.examples, dict(METRICS))
+
+
+async def everybody(root: Path, spy: Spy) -> None:
+    """A run to its end with a spy at the broker."""
+    spying = asyncio.create_task(spy.run())
+    await spy.listening.wait()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(toy_coordinator(root / "coordinator.toml"))
+        for number, name in enumerate(SITES):
+            group.create_task(toy_site(root / f"{name}.toml", trainer=Noisy(number)))
+    spying.cancel()
+
+
+def let_in(federation: Federation) -> BrokerSection:
+    """What the owner of the broker can always do: a client of his own that may read everything."""
+    folder, kit = federation.root / "authority", federation.root / "spy-kit"
+    opened = bench.open_authority(folder)
+    kits.generate_keys(kit)
+    key = provision.load_p256(kits.read_private(kit / kits.TLS_KEY), where="the test").public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    made = provision.issue_client(opened.cas[0], key, name="spy", serial=new_serial(), now=bench.unix_now(), days=1)
+    (kit / kits.TLS_CERT).write_bytes(provision.certificate_pem(made))
+    (kit / kits.CA_CERT).write_bytes(opened.bundle)
+    rules = folder / "broker" / "acl"
+    rules.write_text(rules.read_text() + "\nuser spy\ntopic read #\n")
+    return federation.broker("spy")
+
+
+def test_the_broker_s_owner_learns_no_tensor_value_metric_or_label(tmp_path: Path, free_port: int) -> None:
+    """A subscriber to `#` at the production broker, with TLS and a rule of its own, hears all and understands nothing.
+
+    The same search finds every kind of secret in what an open federation says, so the search is worth something.
+    """
+    federation = provisioned(tmp_path, free_port, extra=LABELS)
+    broker, spy = Mosquitto(federation), Spy(let_in(federation))
+
+    async def run() -> None:
+        await broker.start()
+        try:
+            await everybody(tmp_path, spy)
+        finally:
+            await broker.stop()
+
+    run_async(run(), timeout_s=120)
+    said = {packet.topic.removeprefix("mb/v1/toy/") for packet in spy.packets}
+    assert said >= {"announce", *(f"site/{name}/{way}" for name in SITES for way in ("up/ctl", "up/data", "down/ctl"))}
+    assert sum(map(len, spy.payloads)) > 6 * 300_000  # six noisy updates of 400 kB, and states
+    assert learnt(tmp_path, spy.payloads) == set()
+
+
+def test_the_search_for_secrets_finds_them_where_nothing_is_sealed(tmp_path: Path, mosquitto_url: str) -> None:
+    """Labels (in the names of metrics), metrics, tensor values, frames, digests and field names, all in clear."""
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=3, quorum=2, extra=LABELS)
+    spy = Spy(BrokerSection(url=mosquitto_url))
+    run_async(everybody(tmp_path, spy), timeout_s=120)
+    assert learnt(tmp_path, spy.payloads) >= SECRETS
+
+
+# -- a revoked site ---
+
+
+class Session:
+    """A connection of somebody who holds a site's kit, speaks MQTT by hand, and obeys nobody."""
+
+    def __init__(self, federation: Federation, name: str) -> None:
+        section = federation.broker(name)
+        context = ssl.create_default_context(cafile=str(section.ca_file))
+        assert section.cert_file is not None
+        context.load_cert_chain(section.cert_file, section.key_file)
+        with contextlib.ExitStack() as stack:
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", federation.port), timeout=20))
+            self.link = stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+            self._enter(name)
+            self.close = stack.pop_all().close
+
+    def _enter(self, name: str) -> None:
+        client = name.encode()
+        body = b"\x00\x04MQTT\x04\x02\x00\x00" + len(client).to_bytes(2, "big") + client  # clean, no keepalive
+        self.link.sendall(bytes([0x10, len(body)]) + body)
+        if self.link.recv(4)[:2] != b"\x20\x02":
+            raise ConnectionError("not let in")
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether the broker ends it in that time."""
+        self.link.settimeout(seconds)
+        try:
+            return self.link.recv(1) == b""
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+
+def let_in_again(federation: Federation, name: str) -> bool:
+    """Whether the broker takes another such connection."""
+    try:
+        Session(federation, name).close()
+    except OSError:  # an alert of TLS, or a connection that ends before it is read
+        return False
+    return True
+
+
+def test_revoking_ends_a_site_that_is_connected_within_ten_seconds(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies of the lists and a reload: the site's process ends, the coordinator has struck it, the other goes on."""
+    federation = provisioned(tmp_path, free_port, quorum=1)
+    broker, took = Mosquitto(federation), []
+
+    async def run() -> None:
+        await broker.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+                doomed = asyncio.create_task(toy_site(tmp_path / "site-1.toml", seconds=150.0))
+                await until(lambda: "pulled" in capsys.readouterr().out)
+                began = time.monotonic()
+                await asyncio.to_thread(revoke, "site-1", folder=tmp_path / "authority")
+                await broker.reload()
+                with pytest.raises(RefusedError):
+                    await doomed
+                took.append(time.monotonic() - began)
+                with pytest.raises(RefusedError) as again:
+                    await toy_site(tmp_path / "site-1.toml")
+                assert "certificate" in again.value.rule
+                group.create_task(toy_site(tmp_path / "site-2.toml"))
+        finally:
+            await broker.stop()
+
+    run_async(run(), timeout_s=150)
+    assert took[0] < CUT_S
+    records = toy_records(tmp_path)
+    assert any(isinstance(record, Finished) for record in records)
+    sites = {part.site for each in records if isinstance(each, VersionCommitted) for part in each.contributions}
+    assert sites == {"site-2"}
+
+
+def test_a_restart_of_the_broker_ends_a_session_that_obeys_nobody(tmp_path: Path, free_port: int) -> None:
+    """A reload leaves it, deaf and dumb; a restart ends it within ten seconds and lets it in no more.
+
+    Coordinator and the other site are back by themselves, and the run comes to its end.
+    """
+    federation = provisioned(tmp_path, free_port, quorum=1)
+    broker = Mosquitto(federation)
+
+    async def run() -> None:
+        await broker.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+                group.create_task(toy_site(tmp_path / "site-2.toml", seconds=3.0))
+                hostile = await asyncio.to_thread(Session, federation, "site-1")
+                await asyncio.to_thread(revoke, "site-1", folder=tmp_path / "authority")
+                await broker.reload()
+                assert not await asyncio.to_thread(hostile.ended_within, 1.0)
+                await broker.stop()
+                await broker.start()
+                assert await asyncio.to_thread(hostile.ended_within, CUT_S)
+                hostile.close()
+                assert not await asyncio.to_thread(let_in_again, federation, "site-1")
+        finally:
+            await broker.stop()
+
+    run_async(run(), timeout_s=150)
+    assert any(isinstance(record, Finished) for record in toy_records(tmp_path))

@@ -1,0 +1,44 @@
+"""What a site asks of its disk before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_client.disk import Disk
+from shared.config import CodecSection, DataSection, SiteConfig
+from shared.room import Room
+from tests.factories import make_federation, make_plan, make_state
+from tests.helpers import run_async
+
+STATE = make_state(make_plan(make_federation()), 0)
+"""20,480 bytes: 5,120 values as float32."""
+
+
+@pytest.mark.parametrize(
+    ("codec", "sealed", "residual"),
+    [
+        ({"up": "f32"}, 20_480, 0),
+        ({"up": "int8"}, 5_120, 0),
+        ({"up": "int4"}, 2_560, 0),
+        ({"up": "int4", "feedback": 0.9}, 2_560, 10_240),
+        ({"up": "topk2"}, 640, 10_240),
+        ({"up": "topk2", "feedback": 0.0}, 640, 0),
+    ],
+)
+def test_room_for_everything_that_training_makes(
+    codec: dict[str, Any], sealed: int, residual: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state's file, a float32 delta, the sealed update, and with feedback the next residual beside the last one."""
+    asked: list[tuple[int, int | None]] = []
+
+    def lacking(_self: Room, needed: int, *, kept: int | None = None) -> None:
+        asked.append((needed, kept))
+
+    monkeypatch.setattr(Room, "lacking", lacking)
+    config = SiteConfig(name="north", federation=tmp_path, storage=tmp_path, data=DataSection(notes=tmp_path))
+    section = CodecSection.model_validate({"down": "f32", **codec})
+    run_async(Disk(config, tmp_path).until_room(STATE, section))
+    assert asked == [(20_480 + 20_480 + sealed + residual, sealed)]
