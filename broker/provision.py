@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -49,7 +50,7 @@ def request_key(pem: bytes, *, name: str) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(pem)
         key = request.public_key()
         sound = request.is_signature_valid
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise RefusedError(f"the signing request of {name} is not one", rule="bad-request") from None
     if not sound or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise RefusedError(f"the signing request of {name} is not signed by a P-256 key of its own", rule="bad-request")
@@ -129,7 +130,7 @@ def crl_numbers(pem: bytes) -> list[tuple[x509.Name, int]]:
         return [
             (each.issuer, each.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number) for each in lists
         ]
-    except (ValueError, x509.ExtensionNotFound):
+    except (ValueError, x509.InvalidVersion, x509.ExtensionNotFound):
         return []
 
 
@@ -142,7 +143,7 @@ def load_certificate(pem: bytes, *, where: str) -> x509.Certificate:
     """Read one PEM certificate; ConfigError names `where`."""
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ConfigError(f"{where} is not a certificate in PEM", hint="restore it from the backup") from None
 
 

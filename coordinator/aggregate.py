@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from coordinator.masters import TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
+from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
 from coordinator.means import Kept, Progress, means, settled
 from coordinator.merging import MergePlan, MergeResult, coefficients
 from coordinator.optimizers import SLOTS, server_step
 from coordinator.publishing import publish
 from coordinator.residual import correct
+from coordinator.selection import next_blocks
 from shared.config import FederationConfig
-from shared.plan import SealedPlan
-from shared.states import file_metadata, open_part
+from shared.plan import Blocks, SealedPlan, blocks_from
+from shared.states import Imprint, open_part, stored_part
 from shared.store import FrameStore
 from shared.tensorfile import F32Array
 
@@ -48,9 +48,10 @@ def merge(
     """
     shapes = dict(sorted(sealed.tensors.items()))
     slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
-    metadata = partial(file_metadata, plan.version, sealed.fingerprint, federation)
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
+        blocks = _next_blocks(plan, updates, old_master, sealed, federation)
+        imprint = Imprint(federation, sealed.fingerprint, plan.version, blocks)
         # Without slot files, as at version 0, the slots are zero.
         begun = plan.base_version > 0
         old_slots = [
@@ -58,10 +59,12 @@ def merge(
             for slot in slots
         ]
         writers: list[TensorWriter] = [
-            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, metadata(slot)))
+            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, imprint.metadata(slot)))
             for slot in slots
         ]
-        new_master = files.enter_context(writing(master_path(masters, plan.version), shapes, metadata("master")))
+        new_master = files.enter_context(
+            writing(master_path(masters, plan.version), shapes, imprint.metadata("master"))
+        )
         kept, section = Kept(updates, states), federation.aggregation
         plan = settled(plan, kept, section, shapes, lambda share: progress(0.45 * share))
         for name, mean in means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share)):
@@ -75,10 +78,24 @@ def merge(
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
     with open_own(master_path(masters, plan.version), shapes) as tensors:
-        state, anchor = publish(states, plan.version, plan.before, tensors, sealed, federation, created=created)
+        state, anchor = publish(states, imprint, plan.before, tensors, shapes, created=created)
     progress(1.0)
     optimizer_sha256 = slots_sha256([writer.sha256 for writer in writers])
     return MergeResult(state, new_master.sha256, optimizer_sha256, plan.recorded(), anchor)
+
+
+def _next_blocks(
+    plan: MergePlan, updates: FrameStore, old_master: TensorFile, sealed: SealedPlan, federation: FederationConfig
+) -> Blocks | None:
+    kept = ((part.denominator, stored_part(updates, part.update_id)) for part in plan.contributions)
+    votes = ((weight, stored.manifest.update.metrics) for weight, stored in kept)
+    return next_blocks(
+        blocks_from(old_master.metadata),
+        votes,
+        base_version=plan.base_version,
+        rechoose=federation.layers.rechoose,
+        sealed=sealed,
+    )
 
 
 def _step(

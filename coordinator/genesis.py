@@ -13,7 +13,7 @@ from shared.codec import data_bytes
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError
 from shared.plan import SealedPlan
-from shared.states import file_metadata
+from shared.states import Imprint
 from shared.store import FrameStore
 
 HEADER_BYTES = 1 << 20
@@ -34,12 +34,12 @@ def open_run(
     masters, states = folder / "masters", folder / "states"
     durable.make_folder(masters)
     with _checked(initial, plan) as tensors:
-        metadata = file_metadata(0, plan.fingerprint, federation, "master")
-        with writing(master_path(masters, 0), plan.tensors, metadata) as writer:
+        imprint = Imprint(federation, plan.fingerprint, 0)
+        with writing(master_path(masters, 0), plan.tensors, imprint.metadata("master")) as writer:
             for name in sorted(tensors):
                 writer.write(name, tensors[name])
         try:
-            state, _ = publish(FrameStore(states), 0, (), tensors, plan, federation, created=created)
+            state, _ = publish(FrameStore(states), imprint, (), tensors, plan.tensors, created=created)
         except RefusedError as error:
             raise ConfigError(f"{initial}: {error.message}", hint=_HINT) from None
     section = federation.codec

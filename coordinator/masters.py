@@ -57,6 +57,8 @@ class TensorFile(Mapping[str, F32Array]):
             head = header_size(self._file.read(8), size)
             header = parse_header(os.pread(self._file.fileno(), head, 0), size)
             self._begin = header.size
+            self.metadata = header.metadata
+            """What the file says of itself."""
             self._specs = {spec.name: spec for spec in header.specs}
             self._check_types()
             on_error.pop_all()

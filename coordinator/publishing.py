@@ -12,49 +12,46 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from shared.codec import Part, decode_add, encode, write_file
-from shared.config import CodecName, FederationConfig
+from shared.config import CodecName
 from shared.manifest import Manifest, StepFacts
-from shared.plan import SealedPlan
-from shared.states import State, file_metadata, open_state, seal_part, seal_state
+from shared.states import Imprint, State, open_state, seal_part, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape, build_header
 
 
 def publish(
     states: FrameStore,
-    version: int,
+    imprint: Imprint,
     before: Sequence[str],
     master: Mapping[str, F32Array],
-    sealed: SealedPlan,
-    federation: FederationConfig,
+    shapes: Mapping[str, Shape],
     *,
     created: float | None = None,
 ) -> tuple[Manifest, Manifest | None]:
     """Seal how a version is published: its state, or the step to it and, when its turn has come, its state as well.
 
     `before` are the transfers that make up the state of the version before; at version 0 there are none, and the state
-    is sealed. May be repeated, with the same result. RefusedError(rule='non-finite') when the master has overflowed;
-    else errors as `open_state` and `seal_state`.
+    is sealed. `shapes` are those of all tensors. May be repeated, with the same result. RefusedError(rule='non-finite')
+    when the master has overflowed; else errors as `open_state` and `seal_state`.
     """
-    shapes, fingerprint = dict(sorted(sealed.tensors.items())), sealed.fingerprint
+    section, shapes = imprint.federation.codec, dict(sorted(shapes.items()))
     created = time.time() if created is None else created
-    if not (before and federation.codec.steps):
-        return seal_state(states, version, master, shapes, federation, fingerprint, created=created), None
-    codec, published = federation.codec.down, open_state(states, before)
-    stepping = Stepping(published, master, codec, file_metadata(version, fingerprint, federation, "state"))
+    if not (before and section.steps):
+        return seal_state(states, imprint, master, shapes, created=created), None
+    published = open_state(states, before)
+    stepping = Stepping(published, master, section.down, imprint.metadata("state"))
     step = seal_part(
         states,
-        stepping.chunks(file_metadata(version, fingerprint, federation, "step")),
-        codec,
-        lambda _summary: StepFacts(version=version, base_sha256=published.sha256, state_sha256=stepping.sha256),
-        federation,
-        fingerprint,
+        imprint,
+        stepping.chunks(imprint.metadata("step")),
+        section.down,
+        lambda _summary: StepFacts(version=imprint.version, base_sha256=published.sha256, state_sha256=stepping.sha256),
         created=created,
     )
-    if version % federation.codec.steps:
+    if imprint.version % section.steps:
         return step, None
-    state, digest = open_state(states, [*before, step.transfer_id]), stepping.sha256
-    return step, seal_state(states, version, state, shapes, federation, fingerprint, expected=digest, created=created)
+    state = open_state(states, [*before, step.transfer_id])
+    return step, seal_state(states, imprint, state, shapes, expected=stepping.sha256, created=created)
 
 
 class Stepping:

@@ -35,6 +35,7 @@ from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.plan import SealedPlan
+from shared.states import Imprint
 from shared.store import FrameStore, Stored, frame_offsets
 
 FRAMES_ONLY = {"created", "frame_lengths", "frame_hashes"}
@@ -117,8 +118,9 @@ class _Replay:
         if copied != opened.master_sha256:
             return [Finding("master", f"masters/{source.name}", "not the bytes that row 1 recorded")]
         recorded = manifest_from_bytes(opened.state)
+        imprint = Imprint(self.federation, self.plan.fingerprint, 0)
         with open_own(master_path(self.masters, 0), dict(sorted(self.plan.tensors.items()))) as tensors:
-            ours, _ = publish(self.states, 0, (), tensors, self.plan, self.federation, created=recorded.created)
+            ours, _ = publish(self.states, imprint, (), tensors, self.plan.tensors, created=recorded.created)
         self.held.add(ours.transfer_id)
         return [*self._compare_state(1, recorded, ours)]
 

@@ -26,7 +26,7 @@ from edge_client.renewal import Renewals
 from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
 from edge_client.states import States
-from edge_client.training import Trainer
+from edge_client.training import TrainedUpdate, Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import CorruptError, RefusedError
@@ -329,10 +329,10 @@ class Agent:
             passing("train.after")
             self._metrics = trained.metrics
             self._sealing = True
-            manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained.examples, delta_file)
+            manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained, delta_file)
         finally:
-            durable.remove(state_file)
-            durable.remove(delta_file)
+            for left in self.scratch.glob(f"{base.transfer_id}.*"):
+                durable.remove(left)
         told = {"update": manifest.transfer_id, "version": number, "bytes": manifest.wire_bytes}
         log.info("sealed", **beside(told, self._metrics))
         self._events.put_nowait(d.Trained(manifest))
@@ -342,7 +342,7 @@ class Agent:
         if loss is not None:
             self._metrics = {**self._metrics, "loss": loss}
 
-    def _seal(self, base: Manifest, examples: int, delta_file: Path) -> Manifest:
+    def _seal(self, base: Manifest, trained: TrainedUpdate, delta_file: Path) -> Manifest:
         return seal_delta(
             self.outbox,
             load_file(delta_file),
@@ -350,12 +350,13 @@ class Agent:
                 site=self.config.name,
                 base_version=base.state.version,
                 base_sha256=base.file_sha256,
-                examples=examples,
+                examples=trained.examples,
                 metrics=self._metrics,
             ),
             self.federation,
             self.identity.fingerprint,
             lambda manifest: self.guard.witnessed(manifest, self.heads.last),
+            trained.own,
         )
 
     async def _settle(self, receipt: Receipt) -> None:

@@ -1,16 +1,18 @@
-"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states, the residual.
+"""Checking a site's folder while nobody writes it: the updates that wait, the receipts, the states, and what stays.
 
     settled-update    an update whose receipt is here; the crash came before its bytes were deleted
+    stale-own         what was to stay here with an update that was never sealed, or that is long past
     stale-residual    what an update left out that was never sealed, or an earlier one than the last
     litter            files under temporary names, frames that no manifest speaks of
     damaged-state     a state that is not what was sent; it can be pulled again
     damaged-residual  what updates left out is not what was kept; without it nothing is owed, and the run goes on
+    damaged-own       what stays here is not what was written; there is no other copy
     damaged-update    an update without receipt that is not what was sealed; there is no other copy
     damaged-receipt   a receipt that cannot be read; the coordinator's journal says the same
     damaged-ledger    a privacy ledger with a line that is not what was written
     short-ledger      a privacy ledger without a row that an update names: deleted, cut, or put back from a backup
 
-With `repair` the first five are deleted. The others are left for people to look at.
+With `repair` the first six are deleted. The others are left for people to look at.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from edge_client import residual
 from edge_client.layout import LOCK, check_layout
-from edge_client.outbox import named_charges, read_receipt, receipt_paths
+from edge_client.outbox import is_sealed, named_charges, read_receipt, receipt_paths
+from edge_client.own import OTHERWISE, OWN, entries, leftovers
 from edge_client.privacy.ledger import LEDGER, check_known, cut_torn, read_ledger
 from shared import durable
 from shared.errors import ConfigError, CorruptError, RefusedError
@@ -63,6 +67,7 @@ def check(storage: Path, *, repair: bool = False) -> Checked:
             *_receipts(receipts),
             *ledger_problems,
             *_outbox(storage, {path.stem for path in receipts}, repair=repair),
+            *_own(storage, repair=repair),
             *_states(storage, repair=repair),
             *_residual(storage, {path.stem for path in receipts}, repair=repair),
             *_litter(storage, repair=repair),
@@ -127,6 +132,17 @@ def _outbox(storage: Path, settled: set[str], *, repair: bool) -> Iterator[Probl
             yield Problem("damage", "damaged-update", where, broken, False, _TRAIN_AGAIN)
 
 
+def _own(storage: Path, *, repair: bool) -> Iterator[Problem]:
+    stale = set(leftovers(storage / OWN, partial(is_sealed, storage)))
+    for entry in entries(storage / OWN):
+        if entry in stale:
+            if repair:
+                entry.path.unlink()
+            yield _leftover("stale-own", _place(entry.path), "it belongs to no update that counts", repair=repair)
+        elif not entry.intact:
+            yield Problem("damage", "damaged-own", _place(entry.path), "not what was written", False, OTHERWISE)
+
+
 def _states(storage: Path, *, repair: bool) -> Iterator[Problem]:
     if not (storage / "states").is_dir():
         return
@@ -173,7 +189,7 @@ def _broken(store: FrameStore, transfer_id: str) -> str:
 
 
 def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
-    for name in ("outbox", "receipts", "states", residual.FOLDER):
+    for name in ("outbox", OWN, "receipts", "states", residual.FOLDER):
         folder = storage / name
         loose = [
             path

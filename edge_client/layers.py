@@ -6,16 +6,25 @@ Only names and numbers, no model: everything here can be tried without torch. Bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
+from shared.config import IMPORTANCE_PLAN
 from shared.errors import ConfigError
+
+CANDIDATES_MAX = 48
+"""Each has a metric in an update, which has 64."""
 
 ALL = "all"
 """The plan under which every parameter is trained, embeddings too: full-model federated averaging."""
 
-_FORMS = "a count such as 6 or top:6, a share of the depth such as 0.375, a list such as 10,11,15, or all"
+_FORMS = (
+    "top:6 (or 6), bottom:6, middle:6, random:6, each also with a share of the depth such as top:0.375 (or 0.375), "
+    "a list such as 10,11,15, importance:6, or all"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +144,49 @@ def depth_of(names: Iterable[str], family: Family) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
-def resolve_plan(text: str, depth: int) -> tuple[int, ...]:
+def resolve_plan(text: str, depth: int, *, seed: int = 0, among: str = "1.0") -> tuple[int, ...]:
     """Return the trained blocks, ascending, that the plan `text` means in a model of `depth` blocks.
 
-    `6` and `top:6` are the top six; `0.375` is that share of the depth from the top, rounded, at least one block;
-    `10,11,15` is that list; `all` is every block (and, see `trainable_names`, the rest of the model).
-    Raises ConfigError that names the key, what was asked and the depth.
+    `top:6`, or `6`, are the top six, `bottom:6` the lowest, `middle:6` those around the middle (the lower ones when
+    they cannot be centred), `random:6` six that follow from `seed`; `0.375` in the place of a count is that share of
+    the depth, rounded, at least one block. `10,11,15` is that list; `all` is every block (and, see `trainable_names`,
+    the rest of the model). `importance:6` are the blocks of the plan `among`, of which six at a time are trained, see
+    `trained_at_once`. Raises ConfigError that names the key, what was asked and the depth.
     """
     asked = text.strip().lower()
+    if asked.startswith(IMPORTANCE_PLAN):
+        return _candidates(among, depth, seed)
     if asked == ALL:
         return tuple(range(depth))
     if "," in asked:
         return _listed(asked, depth)
-    if "." in asked:
-        return _top(_share(asked, depth), asked, depth)
-    return _top(_whole(asked.removeprefix("top:"), asked, depth), asked, depth)
+    where, colon, amount = asked.rpartition(":")
+    choose = _CHOICES.get(where if colon else "top")
+    if choose is None:
+        raise _unreadable(asked, depth)
+    return tuple(choose(_count(amount, asked, depth), depth, seed))
+
+
+def trained_at_once(text: str, depth: int, planned: Sequence[int]) -> int | None:
+    """Return how many of the `planned` blocks are trained at a time where importance chooses; None in other plans.
+
+    ConfigError when there are not so many, or more than updates can tell scores of.
+    """
+    asked = text.strip().lower()
+    if not asked.startswith(IMPORTANCE_PLAN):
+        return None
+    count = _count(asked.removeprefix(IMPORTANCE_PLAN), asked, depth)
+    if count > len(planned):
+        raise ConfigError(
+            f"layers.plan = {asked!r} asks for {count} blocks of the {len(planned)} in layers.among",
+            hint=f"ask for at most {len(planned)}, or name more in layers.among",
+        )
+    if len(planned) > CANDIDATES_MAX:
+        raise ConfigError(
+            f"layers.plan = {asked!r} would choose among {len(planned)} blocks, at most {CANDIDATES_MAX} are possible",
+            hint='name fewer, such as layers.among = "top:32"',
+        )
+    return count
 
 
 def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int], *, full: bool) -> tuple[str, ...]:
@@ -169,12 +206,83 @@ def trainable_names(names: Iterable[str], family: Family, layers: Iterable[int],
     return tuple(name for name in known if name.startswith(tuple(prefixes)))
 
 
+def block_of(name: str, family: Family) -> int | None:
+    """Return the block that the tensor `name` is in; None for one that is in none."""
+    prefix = f"{family.blocks}."
+    return int(name[len(prefix) :].partition(".")[0]) if name.startswith(prefix) else None
+
+
+def names_within(
+    names: Iterable[str], family: Family, planned: Iterable[int], here: Iterable[int], *, full: bool
+) -> tuple[str, ...]:
+    """Return those of the plan's tensors `names` that a site trains which trains `here` alone of the `planned` blocks.
+
+    Head and final norm are always among them; the rest of a model that is trained whole (`full`) only with all blocks.
+    """
+    left_out = tuple(family.block_prefix(index) for index in sorted(set(planned) - set(here)))
+    if not left_out:
+        return tuple(names)
+    kept = [name for name in names if not name.startswith(left_out)]
+    if not full:
+        return tuple(kept)
+    above = (f"{family.blocks}.", *(f"{part}." for part in (*family.head_parts, family.final_norm) if part))
+    return tuple(name for name in kept if name.startswith(above))
+
+
+def personal_names(trained: Sequence[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the `trained` tensors that stay at their site: whose name one of the `patterns` matches.
+
+    ConfigError when a pattern matches none of them, and when nothing is left to exchange.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in trained if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(
+                f"layers.personal = {pattern!r} matches none of the {len(trained)} tensors that are trained",
+                hint=f"their names begin with {trained[0]} and end with {trained[-1]}; * stands for any characters",
+            )
+        chosen |= matched
+    if len(chosen) == len(trained):
+        raise ConfigError(
+            "layers.personal keeps every trained tensor at its site, and nothing is left to exchange",
+            hint="name fewer tensors",
+        )
+    return tuple(name for name in trained if name in chosen)
+
+
 def is_full(text: str) -> bool:
     """True when the plan `text` trains the whole model."""
     return text.strip().lower() == ALL
 
 
-def _top(count: int, asked: str, depth: int) -> tuple[int, ...]:
+def _candidates(among: str, depth: int, seed: int) -> tuple[int, ...]:
+    if among.strip().lower() == ALL or among.strip().lower().startswith(IMPORTANCE_PLAN):
+        raise ConfigError(
+            f"layers.among = {among!r} names no blocks to choose among", hint='name them, such as "top:12", or "1.0"'
+        )
+    return resolve_plan(among, depth, seed=seed)
+
+
+def _random(count: int, depth: int, seed: int) -> list[int]:
+    """Drawn without replacement, by rank of a hash: the same on any machine and under any version of Python."""
+    ranked = sorted(range(depth), key=lambda index: hashlib.sha256(f"{seed}\nlayers\n{index}".encode()).digest())
+    return sorted(ranked[:count])
+
+
+_CHOICES: Mapping[str, Callable[[int, int, int], Iterable[int]]] = MappingProxyType(
+    {
+        "top": lambda count, depth, _seed: range(depth - count, depth),
+        "bottom": lambda count, _depth, _seed: range(count),
+        "middle": lambda count, depth, _seed: range((depth - count) // 2, (depth + count) // 2),
+        "random": _random,
+    }
+)
+"""By name: which blocks a plan of so many takes."""
+
+
+def _count(amount: str, asked: str, depth: int) -> int:
+    count = _share(amount, asked, depth) if "." in amount else _whole(amount, asked, depth)
     if count > depth:
         raise ConfigError(
             f"layers.plan = {asked!r} asks for {count} blocks, the model has {depth}",
@@ -182,7 +290,7 @@ def _top(count: int, asked: str, depth: int) -> tuple[int, ...]:
         )
     if count < 1:
         raise ConfigError(f"layers.plan = {asked!r} trains no block of the model's {depth}", hint="ask for at least 1")
-    return tuple(range(depth - count, depth))
+    return count
 
 
 def _listed(asked: str, depth: int) -> tuple[int, ...]:
@@ -197,9 +305,9 @@ def _listed(asked: str, depth: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _share(asked: str, depth: int) -> int:
+def _share(amount: str, asked: str, depth: int) -> int:
     try:
-        share = float(asked)
+        share = float(amount)
     except ValueError:
         raise _unreadable(asked, depth) from None
     if not 0 < share <= 1:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from edge_client import adapters, layers
 from edge_client.adapters import Residual
 from edge_client.layers import Family
+from edge_client.pretrained import load_tokenizer, load_weights, quiet
 from edge_client.source import local_folder, read_config
 from edge_client.tasks import Task
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.registry import load_task
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError, UnavailableError
-from shared.plan import SealedPlan
+from shared.plan import Blocks, SealedPlan
 
 State = dict[str, npt.NDArray[np.float32]]
-"""Trainable tensors by name, float32, in the shapes of the model."""
+"""Tensors by name, float32, in the shapes of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +36,23 @@ class LoadedModel:
     """A model with its head, ready to train the layers that the federation agreed on."""
 
     model: Any
-    """The class of transformers that the task's head names, float32, in eval mode; only `trainable` has gradients."""
+    """The class of transformers that the task's head names, float32, in eval mode; only `trained` has gradients."""
     tokenizer: Any
     task: Task[Any]
     encoder: TextEncoder
     family: Family
     depth: int
-    layers: tuple[int, ...]
+    layers: Blocks
+    """Blocks that the federation trains."""
+    here: Blocks
+    """Those that are trained here; the others are frozen here, and change from version to version."""
     full: bool
     """True when embeddings are trained too, which the plan `all` means."""
     trainable: dict[str, nn.Parameter]
-    """Sorted by name: that of the model's parameter, or with adapters the one in adapter files."""
+    """What is trained and travels, sorted by name: that of the model's parameter, or with adapters the one in adapter
+    files."""
+    personal: dict[str, nn.Parameter]
+    """What is trained and stays at its site, likewise."""
     residuals: dict[str, Residual]
     """What a version holds besides, sorted by name: corrections of frozen weights, see `adapters`."""
     frozen_sha256: str
@@ -61,6 +64,12 @@ class LoadedModel:
     def architecture(self) -> str:
         """Name of the model's class."""
         return type(self.model).__name__
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that is trained here, whether it travels or stays."""
+        known = self.trainable | self.personal
+        return {name: parameter for name, parameter in known.items() if parameter.requires_grad}
 
     @property
     def total_parameters(self) -> int:
@@ -93,16 +102,20 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     task = load_task(federation.task)
     family = _for_head(family, task, federation, folder)
     # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, family, task, federation.federation.seed)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        tokenizer = load_tokenizer(folder)
+        model = load_weights(folder, family, task, federation.federation.seed)
     if not task.head.per_token:
         # Decoders of this class read what a sequence amounts to at its last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     depth = layers.depth_of(dict(model.named_parameters()), family)
-    chosen = layers.resolve_plan(federation.layers.plan, depth)
+    section, seed = federation.layers, federation.federation.seed
+    chosen = layers.resolve_plan(section.plan, depth, seed=seed, among=section.among)
     with torch.random.fork_rng(devices=[]):
-        trainable = _choose(model, family, chosen, federation)
+        trained = _choose(model, family, chosen, federation)
+    residuals = adapters.residuals(model, federation.adapter)
+    personal = layers.personal_names(tuple(trained), federation.layers.personal)
+    _check_factors(residuals, personal)
     _check_length(federation.task.max_length, model.config, folder)
     loaded = LoadedModel(
         model=model.eval(),
@@ -112,15 +125,31 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         family=family,
         depth=depth,
         layers=chosen,
+        here=chosen,
         full=layers.is_full(federation.layers.plan) and not federation.adapter.used,
-        trainable=trainable,
-        residuals=adapters.residuals(model, federation.adapter),
+        trainable={name: parameter for name, parameter in trained.items() if name not in personal},
+        personal={name: trained[name] for name in personal},
+        residuals=residuals,
         frozen_sha256=frozen_sha256(model, family),
         pad_id=tokenizer.pad_token_id,
         max_length=federation.task.max_length,
     )
     _check_frozen(loaded, federation, folder)
     return loaded
+
+
+def train_only(loaded: LoadedModel, blocks: Blocks) -> LoadedModel:
+    """Return the same model with gradients in `blocks` alone of those that the federation trains, and above them."""
+    known = loaded.trainable | loaded.personal
+    names = _within(loaded, known, blocks)
+    for name, parameter in known.items():
+        parameter.requires_grad_(name in names)
+    return replace(loaded, here=blocks)
+
+
+def shapes_within(loaded: LoadedModel, blocks: Blocks) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each tensor in an update of a site that trains `blocks` alone of the federation's."""
+    return {name: tuple(loaded.trainable[name].shape) for name in _within(loaded, loaded.trainable, blocks)}
 
 
 def frozen_sha256(model: nn.Module, family: Family) -> str:
@@ -148,8 +177,10 @@ def seal(loaded: LoadedModel, federation: FederationConfig) -> SealedPlan:
         architecture=loaded.architecture,
         depth=loaded.depth,
         layers=loaded.layers,
+        at_once=layers.trained_at_once(federation.layers.plan, loaded.depth, loaded.layers),
         tensors=loaded.shapes,
         residuals={name: residual.factors for name, residual in loaded.residuals.items()},
+        personal={name: tuple(parameter.shape) for name, parameter in loaded.personal.items()},
         trained_parameters=loaded.trained_parameters,
         total_parameters=loaded.total_parameters,
         config_sha256=federation.config_sha256,
@@ -182,13 +213,22 @@ def version_zero(loaded: LoadedModel) -> State:
 
 
 def read_trainable(loaded: LoadedModel) -> State:
-    """Return a copy of the trainable tensors, sorted by name."""
+    """Return a copy of the tensors that are trained and travel, sorted by name."""
     return {name: parameter.detach().numpy().copy() for name, parameter in loaded.trainable.items()}
 
 
+def read_personal(loaded: LoadedModel) -> State:
+    """Return a copy of the tensors that are trained and stay, sorted by name."""
+    return {name: parameter.detach().numpy().copy() for name, parameter in loaded.personal.items()}
+
+
 def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Put `state` into the model; RefusedError(rule='state-shape') unless it holds exactly a version's tensors."""
-    shapes = loaded.shapes
+    """Put `state`, the personal tensors with it, into the model.
+
+    RefusedError(rule='state-shape') unless it holds exactly a version's tensors and those that stay.
+    """
+    stay = {name: tuple(parameter.shape) for name, parameter in loaded.personal.items()}
+    shapes = loaded.shapes | stay
     strange = sorted(set(state) ^ set(shapes))
     if strange:
         side = "lacks" if strange[0] in shapes else "has, and this model does not train,"
@@ -201,12 +241,13 @@ def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]
                 hint=_OTHER_PLAN,
             )
     with torch.no_grad():
+        parameters = loaded.trainable | loaded.personal
         for name in shapes:
             values = torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32))
             if name in loaded.residuals:
                 loaded.residuals[name].apply(values)
             else:
-                loaded.trainable[name].copy_(values)
+                parameters[name].copy_(values)
 
 
 def export(loaded: LoadedModel, out: Path) -> None:
@@ -216,7 +257,7 @@ def export(loaded: LoadedModel, out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _quiet(), adapters.folded(loaded.model):
+        with quiet(), adapters.folded(loaded.model):
             loaded.model.save_pretrained(out)
             loaded.tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as error:
@@ -244,6 +285,23 @@ def _choose(
     return trainable
 
 
+def _within(loaded: LoadedModel, names: Iterable[str], blocks: Blocks) -> set[str]:
+    """Those of the federation's tensors `names` that are trained where `blocks` alone of its blocks are."""
+    bare = {name.removeprefix(adapters.PREFIX): name for name in names}
+    found = layers.names_within(bare, loaded.family, loaded.layers, blocks, full=loaded.full)
+    return {bare[name] for name in found}
+
+
+def _check_factors(residuals: Mapping[str, Residual], personal: Sequence[str]) -> None:
+    for residual in residuals.values():
+        kept = set(residual.factors).intersection(personal)
+        if kept:
+            raise ConfigError(
+                f"layers.personal keeps {min(kept)}, which adapter.kind = 'fedex-lora' needs from every site",
+                hint="choose another kind of adapter, or other tensors",
+            )
+
+
 def _for_head(family: Family, task: Task[Any], federation: FederationConfig, folder: Path) -> Family:
     if task.head.writes:
         if not family.causal:
@@ -253,73 +311,6 @@ def _for_head(family: Family, task: Task[Any], federation: FederationConfig, fol
             )
         return family.for_text()
     return family if task.head.per_token else family.for_whole()
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer that can be loaded ({type(error).__name__})",
-            hint="copy tokenizer.json and tokenizer_config.json along with the weights",
-        ) from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{folder} has only a slow tokenizer", hint="a tokenizer.json is needed to align words")
-    if tokenizer.pad_token_id is None:
-        # Padding is masked or never seen, so any known token serves; a new one would need a new row of the embeddings.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer has no pad, eos or unk token", hint="give it one of them")
-    return tokenizer
-
-
-def _load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> Any:
-    classes, auto_class = task.classes, getattr(transformers, task.head.auto_class)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    had = tuple(config.id2label.values()) if config.id2label else ()
-    if not task.head.writes:
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {name: index for index, name in enumerate(classes)}
-    if task.head.problem_type is not None:
-        config.problem_type = task.head.problem_type
-    try:
-        model, report = auto_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder}: the weights cannot be read", hint="copy the model again") from error
-    missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
-    lacking = [name for name in missing if not family.is_head(name)]
-    if lacking:
-        raise ConfigError(
-            f"{folder}: {len(lacking)} tensors of the model are missing or of another shape, {lacking[0]} first",
-            hint="weights and config.json belong to different models, or the copy is incomplete",
-        )
-    # A head for other classes is drawn anew; a pooler knows no classes, and stays where the checkpoint has it.
-    lost = [part for part in family.head_parts if any(name.startswith(f"{part}.") for name in missing)]
-    if family.head and had != classes and family.head not in lost:
-        lost.insert(0, family.head)
-    _seed_parts(model, lost, model.config.initializer_range, seed)
-    return model
-
-
-def _seed_parts(model: nn.Module, parts: Sequence[str], spread: float, seed: int) -> None:
-    """Draw the linear layers in `parts` as the library would, but from a generator of their own; biases are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    linears = (module for part in parts for module in model.get_submodule(part).modules())
-    with torch.no_grad():
-        for linear in linears:
-            if isinstance(linear, nn.Linear):
-                linear.weight.normal_(0.0, spread, generator=generator)
-                if linear.bias is not None:
-                    linear.bias.zero_()
 
 
 def _check_length(max_length: int, config: Any, folder: Path) -> None:
@@ -339,17 +330,3 @@ def _check_frozen(loaded: LoadedModel, federation: FederationConfig, folder: Pat
             rule="frozen-weights",
             hint="copy the base model that the federation uses, or mend model.frozen_sha256",
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from announcing a fresh head and from drawing progress bars; restores both."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
     outbox/<update_id>.{frames,manifest}   sealed, no receipt yet
     receipts/<update_id>.json              what became of it; kept for ever, it is the site's proof
+    own/                                   what stays here and belongs to the newest of them; see `edge_client.own`
     residual/                              what error feedback owes (`edge_client.residual`)
 
 A receipt is durable before the update's bytes go. A crash between the two leaves both; the next start sees the receipt
@@ -14,11 +15,13 @@ import json
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from edge_client.layout import open_layout
+from edge_client.own import OWN, Own, newest
 from edge_client.privacy.ledger import CHARGES, row_named
 from edge_client.residual import Build, Residuals
 from shared import durable
@@ -26,7 +29,7 @@ from shared.errors import CorruptError
 from shared.faultpoint import passing
 from shared.manifest import Manifest
 from shared.messages import LOST, Receipt
-from shared.slices import FrameWriter
+from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore
 
 _RECEIPTS = "receipts"
@@ -51,6 +54,7 @@ class Outbox:
         for update_id in answered:
             self.store.delete(update_id)
         self.residuals = Residuals(storage, answered.union(self.store.ids()))
+        self.own = Own(storage, partial(is_sealed, storage))
 
     def pending(self) -> list[Manifest]:
         """Manifests of the updates without receipt, in the order in which they were trained."""
@@ -72,16 +76,30 @@ class Outbox:
         """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
         return named_charges(self.pending(), map(read_receipt, receipt_paths(self._storage)))
 
-    def seal(self, frames: FrameWriter, build: Build, left: tuple[FrameWriter, Build] | None = None) -> Manifest:
+    def seal(
+        self,
+        frames: FrameWriter,
+        build: Build,
+        left: tuple[FrameWriter, Build] | None = None,
+        own: Path | None = None,
+    ) -> Manifest:
         """Store an update durably; from here on it is never thrown away without a receipt.
 
         `left` is the residual that it leaves, if it does: from the same moment on that is owed, and nothing before it.
-        Errors as FrameStore.seal.
+        A file `own`, of what stays here, counts from the same moment on. Errors as FrameStore.seal.
         """
         if left is not None:
             self.residuals.put(*left)
-        manifest = self.store.seal(frames, build).manifest
+
+        def build_beside(summary: FileSummary) -> Manifest:
+            manifest = build(summary)
+            if own is not None:
+                self.own.keep(own, manifest.transfer_id)
+            return manifest
+
+        manifest = self.store.seal(frames, build_beside).manifest
         self.residuals.sealed(manifest.transfer_id)
+        self.own.prune()
         return manifest
 
     def read_frame(self, update_id: str, index: int) -> tuple[Manifest, bytes] | None:
@@ -125,6 +143,17 @@ class Outbox:
         self.store.delete(receipt.update_id)
         passing("settle.after")
         return str(origin["base_sha256"])
+
+
+def is_sealed(storage: Path, update_id: str) -> bool:
+    """True when an update of that id waits in a site's folder, or has its receipt there."""
+    waits = storage / "outbox" / f"{update_id}.manifest"
+    return waits.exists() or (storage / _RECEIPTS / f"{update_id}.json").exists()
+
+
+def newest_own(storage: Path) -> Path | None:
+    """The file of what stays at a site, as of its newest update; for readers, while the site may run."""
+    return newest(storage / OWN, partial(is_sealed, storage))
 
 
 def receipt_paths(storage: Path) -> list[Path]:

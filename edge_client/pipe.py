@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import FederationConfig
+from shared.config import FederationConfig, LocalLayersSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -38,6 +38,9 @@ class Load(_Frame):
     holdout: float
     threads: int
     site: str
+    limits: LocalLayersSection = LocalLayersSection()
+    depth: int | None = None
+    """How many blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
     trains: bool = True
@@ -51,6 +54,8 @@ class Train(_Frame):
     state: Path
     base_version: int
     out: Path
+    own: Path | None = None
+    """What stayed here after the update before."""
     so_far: tuple[Charge, ...] = ()
     """What trainings have cost this site's records; of a private federation, as are the limits."""
     limits: tuple[Limit, ...] = ()
@@ -87,6 +92,10 @@ class Loaded(_Frame):
 
     kind: Literal["loaded"] = "loaded"
     plan: SealedPlan
+    depth: int
+    """How many blocks are trained here at a time."""
+    limit: str
+    """The site's limit that allows no more; empty when none does."""
     examples: int
     """Examples that are trained on, as the task counts them; in a private federation records. The weight of this site's
     updates."""
@@ -123,6 +132,8 @@ class Trained(_Frame):
     kind: Literal["trained"] = "trained"
     examples: int
     metrics: dict[str, float]
+    own: Path | None = None
+    """Beside the delta: what stays here; None where nothing does."""
     spent: Spent | None = None
     """What it cost; None without privacy."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from edge_client.feedback import accumulated, left_out
 from edge_client.outbox import Outbox
@@ -30,12 +31,14 @@ def seal_delta(
     federation: FederationConfig,
     fingerprint: str,
     finish: Callable[[Manifest], Manifest],
+    own: Path | None = None,
 ) -> Manifest:
     """Seal a float32 `delta` as an update under an id of its own, and return the manifest, which `finish` completes.
 
-    With `[codec] feedback` what earlier updates owe is added first, and what the codec leaves out is kept. A failed
-    attempt changes nothing and may be repeated. In memory: the delta, with feedback a second time, one encoded tensor.
-    RefusedError(rule='non-finite') names a tensor with NaN or infinity; other errors as FrameStore.seal.
+    With `[codec] feedback` what earlier updates owe is added first, and what the codec leaves out is kept; a file
+    `own`, of what stays here, is kept beside it. A failed attempt changes nothing and may be repeated. In memory: the
+    delta, with feedback a second time, one encoded tensor. RefusedError(rule='non-finite') names a tensor with NaN or
+    infinity; other errors as FrameStore.seal.
     """
     section = federation.codec
     update_id = new_update_id(facts.site)
@@ -67,7 +70,7 @@ def seal_delta(
                 lambda summary: build(RESIDUAL_CODEC, facts_left, summary),
             )
         frames = make_transfer_frames(delta, section.up, metadata, section.slice_kib * 1024)
-        return outbox.seal(frames, build_update, left)
+        return outbox.seal(frames, build_update, left, own)
 
 
 def _with_owed(delta: Tensors, owed: Stored | None, decay: float) -> dict[str, F32Array]:

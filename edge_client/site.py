@@ -31,9 +31,9 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
     """
     check_privacy(config, federation)
     durable.make_folder(config.storage)
-    worker = WorkerClient(config, federation)
     with FolderLock(config.storage / LOCK, holder="site"):
         outbox = Outbox(config.storage)
+        worker = WorkerClient(config, federation, own=outbox.own.newest)
         await _take_part(config, federation, outbox, worker)
 
 
@@ -44,6 +44,8 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
     async with worker:
         loaded = await worker.load(initial=initial)
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
+        if loaded.limit:
+            log.info("trains fewer blocks than planned", blocks=loaded.depth, limit=f"layers.{loaded.limit}")
         identity = Identity(
             site=config.name,
             session=new_session_id(),

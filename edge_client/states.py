@@ -19,7 +19,8 @@ from edge_client import decisions as d
 from shared.config import FederationConfig
 from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.manifest import Manifest, StateFacts
-from shared.states import State, extract_state, open_state, seal_state
+from shared.plan import blocks_from
+from shared.states import Imprint, State, extract_state, open_state, seal_state
 from shared.store import FrameStore
 
 log = structlog.get_logger("site")
@@ -55,7 +56,7 @@ class States:
         tensors = load_file(initial)
         shapes = {name: values.shape for name, values in tensors.items()}
         try:
-            seal_state(self.store, 0, tensors, shapes, self._federation, self._fingerprint)
+            seal_state(self.store, Imprint(self._federation, self._fingerprint, 0), tensors, shapes)
         except NoRoomError as error:
             log.warning("version 0 will be pulled", reason=error.message)
 
@@ -79,10 +80,8 @@ class States:
 
     def _made(self, state: State) -> Manifest:
         """Seal it under the digest that was published, or raise RefusedError."""
-        version, expected = state.version, state.sha256
-        return seal_state(
-            self.store, version, state, state.shapes, self._federation, self._fingerprint, expected=expected
-        )
+        imprint = Imprint(self._federation, self._fingerprint, state.version, blocks_from(state.metadata))
+        return seal_state(self.store, imprint, state, state.shapes, expected=state.sha256)
 
     def _sound(self, transfer_id: str) -> bool:
         try:

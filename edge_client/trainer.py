@@ -15,7 +15,7 @@ import torch
 
 from edge_client.batches import Batch, make_batches
 from edge_client.data import AnyNote
-from edge_client.model import LoadedModel, State, apply_state, read_trainable
+from edge_client.model import LoadedModel, State, apply_state, read_personal, read_trainable
 from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
 from edge_client.tasks import IGNORED, Ids, Scores, Window
 from shared.config import TrainingSection
@@ -45,7 +45,9 @@ class TrainResult:
     """One update before it is sealed."""
 
     delta: State = field(repr=False)
-    """Local minus published, float32."""
+    """Local minus published, float32, of what travels and is trained here."""
+    personal: State = field(repr=False)
+    """What stays, as it was trained."""
     examples: int
     metrics: dict[str, float]
     """`loss` (mean of the last epoch), `steps`, `seconds`."""
@@ -111,12 +113,13 @@ def train(
     descent: Descent | None = None,
     progress: Progress = lambda _share, _loss: None,
 ) -> TrainResult:
-    """Train the model's trainable tensors from `state` on `data`, and return what changed.
+    """Train from `state`, which holds the personal tensors too, on `data`, and return what changed.
 
     A fresh AdamW (Loshchilov and Hutter, 2019) for each update: its moments belong to a trajectory that the merge has
-    left. Without a `descent` of its own it takes the batches of `data` in turn, and the same arguments give the same
-    bits. Afterwards the model holds the local weights. Raises RefusedError(rule='diverged') when loss or weights are
-    not finite, and that of `apply_state`.
+    left. With `section.proximal` what travels is held to where it started, see `pull_back`; the loss that is told is
+    that of the notes alone. Without a `descent` of its own it takes the batches of `data` in turn, and the same
+    arguments give the same bits. Afterwards the model holds the local weights. Raises RefusedError(rule='diverged')
+    when loss or weights are not finite, and that of `apply_state`.
     """
     started = time.perf_counter()
     apply_state(loaded, state)
@@ -127,24 +130,28 @@ def train(
     optimizer = _optimizer(loaded, section)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
     losses: list[float] = []
+    trained = loaded.trained
+    held = [parameter for name, parameter in trained.items() if name in loaded.trainable]
+    start = [parameter.detach().clone() for parameter in held] if section.proximal else []
     # Dropout draws from torch's own generator: seeded for this run, and given back as it was.
     with torch.random.fork_rng(devices=[]), forward_pass(loaded, data.prepared) as forward:
         torch.manual_seed(seed)
         _training_mode(loaded)
         for step in range(steps):
             losses.append(descent.gradient(forward, step))
+            pull_back(held, start, section.proximal)
             optimizer.step()
             schedule.step()
             progress(len(losses) / steps, losses[-1])
     loaded.model.eval()
-    trained = read_trainable(loaded)
-    if not all(np.isfinite(values).all() for values in trained.values()):
+    local, personal = read_trainable(loaded), read_personal(loaded)
+    if not all(np.isfinite(values).all() for values in (local | personal).values()):
         raise _diverged("a weight")
-    delta = {name: values - state[name] for name, values in trained.items()}
+    delta = {name: values - state[name] for name, values in local.items() if name in trained}
     last = losses[-descent.epoch :]
     seconds = round(time.perf_counter() - started, 3)
     metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": seconds}
-    return TrainResult(delta, data.examples, metrics)
+    return TrainResult(delta, personal, data.examples, metrics)
 
 
 @torch.no_grad()
@@ -229,18 +236,32 @@ def _check_ids(loaded: LoadedModel, windows: Sequence[Window]) -> None:
         )
 
 
+def pull_back(parameters: Sequence[torch.Tensor], start: Sequence[torch.Tensor], mu: float) -> None:
+    """Add mu (w - w_t) to each gradient: that of (mu / 2) ||w - w_t||^2, w_t being where this update started.
+
+    FedProx (Li et al., arXiv 1812.06127, algorithm 2); FedAsync has the same with the name rho (Xie et al., arXiv
+    1903.03934, algorithm 1). It comes after clipping, and after any noise: both are for what notes say, and this says
+    nothing of them. Nothing happens when mu is 0.
+    """
+    if mu:
+        moved = [(each.grad, each.detach(), at) for each, at in zip(parameters, start, strict=True)]
+        gradients, now, then = zip(*moved, strict=True)
+        # One call for all tensors, as in the fused optimizer; torch has it under no public name.
+        torch._foreach_add_(gradients, torch._foreach_sub(now, then), alpha=mu)  # noqa: SLF001 - see above
+
+
 def _batch_by_batch(loaded: LoadedModel, data: Dataset, section: TrainingSection, seed: int) -> Descent:
     """The mean loss of each batch, every batch once an epoch in an order drawn from `seed`."""
-    batches, chance = data.prepared.batches, np.random.default_rng(seed)
+    batches, chance, trained = data.prepared.batches, np.random.default_rng(seed), loaded.trained.values()
     order = np.concatenate([chance.permutation(len(batches)) for _ in range(section.epochs)])
 
     def gradient(forward: Forward, step: int) -> float:
         batch = batches[order[step]]
-        for parameter in loaded.trainable.values():
+        for parameter in trained:
             parameter.grad = None
         loss = loaded.task.loss(forward(batch), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(loaded.trainable.values(), section.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
             raise _diverged("the loss or its gradient")
@@ -259,8 +280,8 @@ def _diverged(what: str) -> RefusedError:
 
 def _optimizer(loaded: LoadedModel, section: TrainingSection) -> torch.optim.AdamW:
     """AdamW; norms and biases are left out of the weight decay, as usual for transformers."""
-    matrices = [parameter for parameter in loaded.trainable.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in loaded.trainable.values() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in loaded.trained.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in loaded.trained.values() if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -280,12 +301,12 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 def _training_mode(loaded: LoadedModel) -> None:
     """Dropout on in what is trained and above the blocks, off in what is frozen."""
     model = loaded.model
-    if loaded.full:
+    if loaded.full and loaded.here == loaded.layers:
         model.train()
         return
     model.eval()
     blocks = model.get_submodule(loaded.family.blocks)
-    for index in loaded.layers:
+    for index in loaded.here:
         blocks[index].train()
     for name, part in model.named_children():
         if name != loaded.family.backbone:

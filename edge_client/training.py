@@ -29,6 +29,10 @@ class TrainedUpdate(Protocol):
     def metrics(self) -> dict[str, float]:
         """Numbers only, and only such as may leave the site."""
 
+    @property
+    def own(self) -> Path | None:
+        """File of what stays at this site and is to be kept with the update, see `edge_client.own`; or None."""
+
 
 class Trainer(Protocol):
     """Whoever turns a state into a delta; the worker process in a real run."""

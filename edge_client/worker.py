@@ -25,8 +25,20 @@ import torch
 
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
-from edge_client.model import LoadedModel, apply_state, export, load_model, seal, version_zero
-from edge_client.statefile import read_state, write_tensors
+from edge_client.depth import Depth, choose_depth, measures
+from edge_client.importance import measure
+from edge_client.model import (
+    LoadedModel,
+    State,
+    apply_state,
+    export,
+    load_model,
+    read_personal,
+    seal,
+    train_only,
+    version_zero,
+)
+from edge_client.statefile import read_blocks, read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
     EVALUATION_BATCH,
@@ -40,6 +52,9 @@ from edge_client.trainer import (
 )
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
+from shared.manifest import BLOCKS
+from shared.plan import Blocks, SealedPlan
+from shared.selection import best, score_name
 
 if TYPE_CHECKING:
     from edge_client.privacy.descent import Private
@@ -60,8 +75,12 @@ class Worker:
         self._send = send
         self._job: pipe.Load
         self._loaded: LoadedModel
+        self._plan: SealedPlan
+        self._seeded: State
+        """The personal tensors as everybody has them before the first update."""
         self._loaded_for: tuple[str, FederationConfig] | None = None
         """Source and federation of the model: other notes under the same two need no other model."""
+        self._depth: Depth
         self._training: Dataset
         self._private: Private | None
         """The same by record, with what an update of it costs; None without `[privacy]`."""
@@ -99,6 +118,8 @@ class Worker:
             self._other = None
             self._loaded = load_model(job.source, job.federation)
             self._loaded_for = (job.source, job.federation)
+            self._plan = seal(self._loaded, job.federation)
+            self._seeded = read_personal(self._loaded)
         if job.initial is not None:
             write_tensors(job.initial, version_zero(self._loaded))
         self._job = job
@@ -108,11 +129,14 @@ class Worker:
         self._private = self._by_record(kept) if job.trains else None
         self._training = self._private.records.data if self._private else self._dataset(kept, size)
         self._held_out = self._dataset(held_out, EVALUATION_BATCH)
+        self._depth = self._limited(job)
         reason = self._training.prepared.reason
         if reason:
             log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
-            plan=seal(self._loaded, job.federation),
+            plan=self._plan,
+            depth=self._depth.blocks,
+            limit=self._depth.limit,
             examples=self._training.examples,
             notes=len(kept),
             held_out=len(held_out),
@@ -120,10 +144,43 @@ class Worker:
             uncached=reason,
         )
 
+    def _limited(self, job: pipe.Load) -> Depth:
+        """Decided before, or by this site's limits; without anything to train on there is nothing to measure.
+
+        Where importance chooses, the lowest candidates are measured: training any others takes no more.
+        """
+        plan, section = self._plan, job.federation
+        planned = plan.layers[: plan.at_once]
+        if job.depth is not None or not self._training.prepared.batches:
+            return Depth(job.depth or len(planned), "")
+        how = measures(self._loaded, self._training, section.training, section.codec.up)
+        return choose_depth(planned, job.limits, how)
+
+    def _choose(self, state: State, chosen: Blocks | None, base_version: int, seed: int) -> dict[str, float]:
+        """Say which blocks are trained from a state, whose header names the `chosen`; return what was measured for it.
+
+        Where importance chooses, that is this site's own choice until there is one of all; it measures for the next.
+        """
+        plan, section, scores = self._plan, self._job.federation.layers, dict[str, float]()
+        planned = plan.layers
+        if plan.at_once is not None:
+            if not set(chosen or ()) <= set(planned):
+                raise RefusedError("the state names blocks that are not in the plan", rule="state-shape")
+            if chosen is None or (section.rechoose and base_version % section.rechoose == 0):
+                apply_state(self._loaded, state)
+                found = measure(self._loaded, self._training.prepared, section.by, seed=seed)
+                scores = {score_name(block): score for block, score in found.items()}
+            planned = chosen or best([(1.0, scores)], planned, plan.at_once)
+        self._loaded = train_only(self._loaded, planned[-self._depth.blocks :])
+        if plan.at_once is not None:
+            log.info("trains", version=base_version, blocks=", ".join(map(str, self._loaded.here)))
+        return scores
+
     def _train(self, request: pipe.Train) -> pipe.Trained:
         federation, private, told = self._job.federation, self._private, 0.0
         seed = round_seed(federation.federation.seed, self._job.site, request.base_version)
-        spent = descent = None
+        state, spent, descent = self._complete(request.state, request.own), None, None
+        scores = self._choose(state, read_blocks(request.state), request.base_version, seed)
         if private is not None:
             # Nothing of such a training may follow from what others know, dropout included.
             seed = secrets.randbits(63)
@@ -139,34 +196,42 @@ class Worker:
 
         result = train(
             self._loaded,
-            read_state(request.state),
+            state,
             self._training,
             round_section(federation.training, request.base_version, federation.federation.versions),
             seed=seed,
             descent=descent,
             progress=progress,
         )
-        metrics = dict(result.metrics)
+        metrics = result.metrics | scores
         if self._held_out.notes:
-            scores = evaluate(self._loaded, self._held_out)
-            metrics |= scores.overall
+            metrics |= evaluate(self._loaded, self._held_out).overall
+        if self._depth.limit:
+            metrics[BLOCKS] = float(self._depth.blocks)
         write_tensors(request.out, result.delta)
-        return pipe.Trained(examples=result.examples, metrics=metrics, spent=spent)
+        own = request.out.with_suffix(".own") if result.personal else None
+        if own is not None:
+            write_own(own, result.personal, self._plan.fingerprint)
+        return pipe.Trained(examples=result.examples, metrics=metrics, own=own, spent=spent)
 
     def _evaluate(self, request: pipe.Evaluate) -> pipe.Evaluated:
         data = self._held_out if request.notes is None else self._others(request.notes)
-        apply_state(self._loaded, read_state(request.state))
+        apply_state(self._loaded, self._complete(request.state))
         return _scored(evaluate(self._loaded, data))
 
     def _measure(self, request: pipe.Measure) -> pipe.Measured:
-        apply_state(self._loaded, read_state(request.state))
+        apply_state(self._loaded, self._complete(request.state))
         loss = mean_loss(self._loaded, self._training)
         return pipe.Measured(loss=loss if math.isfinite(loss) else None)
 
     def _export(self, request: pipe.Export) -> pipe.Exported:
-        apply_state(self._loaded, read_state(request.state))
+        apply_state(self._loaded, self._complete(request.state))
         export(self._loaded, request.out)
         return pipe.Exported()
+
+    def _complete(self, state: Path, own: Path | None = None) -> State:
+        """A published state with the personal tensors: this site's own, or those that everybody begins with."""
+        return read_state(state) | (self._seeded if own is None else read_own(own, self._plan.fingerprint))
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:

@@ -66,6 +66,7 @@ def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bo
         holdout=config.data.holdout,
         threads=config.threads,
         site=config.name,
+        limits=config.layers,
         trains=trains,
     )
 
@@ -74,16 +75,24 @@ class WorkerClient:
     """The training worker of one site. Use as `async with`; one request at a time, others wait for their turn.
 
     `niceness` (0 to 19): how far the worker stands back from other processes when the processor is busy. With `trains`
-    false it measures and scores, and never trains.
+    false it measures and scores, and never trains. `own` gives the file of what stayed at the site after its newest
+    update, or None.
     """
 
     standing = Standing()
 
     def __init__(
-        self, config: SiteConfig, federation: FederationConfig, *, niceness: int = 0, trains: bool = True
+        self,
+        config: SiteConfig,
+        federation: FederationConfig,
+        *,
+        niceness: int = 0,
+        trains: bool = True,
+        own: Callable[[], Path | None] = lambda: None,
     ) -> None:
         self._federation = federation
         self._trains = trains
+        self._own = own
         self.serve(config)
         self._niceness = niceness
         self._process: Process | None = None
@@ -129,14 +138,17 @@ class WorkerClient:
     ) -> pipe.Trained:
         """Train from the published state in the file `state` and write the delta to `delta`, plain F32 safetensors.
 
-        When the worker dies, training begins anew: from the same seed, so that the delta is the same, and in a private
-        federation with noise of its own. There `so_far` is what trainings have cost and `limits` what they may come to;
-        of a worker that died nothing has come out, so it has cost nothing. Cancelling ends the worker; the next request
-        starts another. Raises RefusedError when training diverged, the state does not fit, or a limit would be passed
-        (rule 'privacy-budget', before it begins), UnavailableError when the worker dies again and again or the disk is
-        full.
+        What stays here goes to a file beside it. When the worker dies, training begins anew: from the same seed, so
+        that the delta is the same, and in a private federation with noise of its own. There `so_far` is what trainings
+        have cost and `limits` what they may come to; of a worker that died nothing has come out, so it has cost
+        nothing. Cancelling ends the worker; the next request starts another. Raises RefusedError when training
+        diverged, the state does not fit, or a limit would be passed (rule 'privacy-budget', before it begins),
+        CorruptError when what stayed here is spoilt, UnavailableError when the worker dies again and again or the disk
+        is full.
         """
-        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
+        request = pipe.Train(
+            state=state, base_version=base_version, out=delta, own=self._own(), so_far=so_far, limits=limits
+        )
         return await self._ask(request, pipe.Trained, on_progress)
 
     async def evaluate(self, state: Path, notes: Path | None = None) -> pipe.Evaluated:
@@ -200,7 +212,10 @@ class WorkerClient:
         if isinstance(answer, pipe.Failed):
             raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
-        self._ready = self._ready or wanted is pipe.Loaded
+        if isinstance(answer, pipe.Loaded):
+            # One that is started again trains as deep, so that an update can be trained anew bit for bit.
+            self._load = self._load.model_copy(update={"depth": answer.depth})
+            self._ready = True
         return answer
 
     async def _running(self) -> Process:

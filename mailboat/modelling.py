@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
-from coordinator.views import VersionView
 from mailboat.console import measure_title
-from shared.config import AdapterSection, FederationConfig
+from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
+from shared.manifest import StateFacts
 from shared.states import open_state
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
-    from coordinator.views import VersionView
-    from edge_client.model import LoadedModel
+    from edge_client.model import LoadedModel, State
     from edge_client.tasks import Scores
 
 
@@ -56,54 +56,91 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
 
 
-def export_version(
-    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
-) -> None:
-    """Write the base model with the published tensors of a version to the folder `out`, in Hugging Face's layout.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A published state and where it lies: in a coordinator's folder, or in a site's with what is that site's own."""
+
+    storage: Path
+    federation: FederationConfig
+    version: int
+    sha256: str
+    """Digest of the state, in hex."""
+    parts: tuple[str, ...]
+    """Transfers that make it up."""
+    source: str | Path
+    """The base model."""
+    master_sha256: str | None = None
+    """Of the coordinator's float32 master."""
+    site: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        at = f" at {self.site}" if self.site else ""
+        return f"version {self.version}{at}"
+
+    def detail(self, *, full_precision: bool) -> str:
+        """Which file of it is meant, for people."""
+        if full_precision and self.master_sha256:
+            return f" in full precision (master {self.master_sha256[:12]})"
+        return f" (state {self.sha256[:12]})"
+
+
+def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
+    """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
+    from coordinator.views import find_version, load_run
+
+    federation = load_config(config.federation, FederationConfig)
+    found = find_version(load_run(config.storage), version)
+    return Subject(
+        config.storage,
+        federation,
+        found.version,
+        found.state.leads_to,
+        found.parts,
+        federation.model.base,
+        found.master_sha256,
+    )
+
+
+def of_site(config: SiteConfig) -> Subject:
+    """Return the newest state that a site holds; ConfigError when it holds none."""
+    folder = config.storage / "states"
+    store = FrameStore(folder) if folder.is_dir() else None
+    stored = [store.get(state_id) for state_id in store.ids()] if store else []
+    states = [each.manifest for each in stored if each and isinstance(each.manifest.facts, StateFacts)]
+    newest = max(states, key=lambda state: state.version, default=None)
+    if newest is None:
+        raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
+    federation = load_config(config.federation, FederationConfig)
+    source = config.model_dir or federation.model.base
+    parts = (newest.transfer_id,)
+    return Subject(config.storage, federation, newest.version, newest.file_sha256, parts, source, site=config.name)
+
+
+def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:
+    """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
+    With `full_precision` they are those of the coordinator's float32 master, which no site was sent: ConfigError when
+    that is no longer here, CorruptError when it is not what the journal recorded. Return the names of the tensors that
+    stay at their sites: those in `out` are the site's own, or, when the subject is a coordinator's, as everybody begins
+    with them.
     """
-    _write(_with_state(storage, federation, version), federation, out, merged=merged)
-
-
-def export_master(
-    storage: Path, federation: FederationConfig, version: VersionView, out: Path, *, merged: bool = False
-) -> None:
-    """Write what `export_version` does, with the coordinator's float32 master of a version, which no site was sent.
-
-    ConfigError when its master is no longer here, CorruptError when it is not what the journal recorded.
-    """
-    path = master_path(storage / "masters", version.version)
-    if not path.exists():
-        raise ConfigError(
-            f"the master of version {version.version} is not here any more",
-            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
-        )
-    if file_sha256(path) != version.master_sha256:
-        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
-    loaded = _load(federation.model.base, federation)
-    from edge_client.model import apply_state
-
-    with TensorFile(path) as tensors:
-        apply_state(loaded, dict(tensors))
-    _write(loaded, federation, out, merged=merged)
-
-
-def _write(loaded: LoadedModel, federation: FederationConfig, out: Path, *, merged: bool) -> None:
+    loaded = _with_state(subject, full_precision=full_precision)
     from edge_client.adapter_folder import write_adapters
     from edge_client.model import export
 
-    if federation.adapter.used and not merged:
-        write_adapters(loaded, federation.model, out)
+    if subject.federation.adapter.used and not merged:
+        write_adapters(loaded, subject.federation.model, out)
     else:
         export(loaded, out)
+    return tuple(loaded.personal)
 
 
-def score_version(
-    storage: Path, federation: FederationConfig, version: VersionView, notes: Path, *, skip_bad: bool
-) -> Measured:
-    """Score a published version on the notes under `notes`."""
-    return _score(_with_state(storage, federation, version), federation, notes, skip_bad=skip_bad)
+def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
+    """Score a state on the notes under `notes`."""
+    return _score(_with_state(subject), subject.federation, notes, skip_bad=skip_bad)
 
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
@@ -122,7 +159,7 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
 
 
 def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """What `export_version` wrote, in either form."""
+    """What `export_state` wrote, in either form."""
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
@@ -136,12 +173,34 @@ def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
     return loaded
 
 
-def _with_state(storage: Path, federation: FederationConfig, version: VersionView) -> LoadedModel:
-    loaded = _load(federation.model.base, federation)
-    from edge_client.model import apply_state
+def _with_state(subject: Subject, *, full_precision: bool = False) -> LoadedModel:
+    loaded = _load(subject.source, subject.federation)
+    from edge_client.model import apply_state, read_personal, seal
+    from edge_client.outbox import newest_own
+    from edge_client.statefile import read_own
 
-    apply_state(loaded, dict(open_state(FrameStore(storage / "states"), version.parts)))
+    own = newest_own(subject.storage) if subject.site else None
+    personal = read_personal(loaded) if own is None else read_own(own, seal(loaded, subject.federation).fingerprint)
+    apply_state(loaded, (_master(subject) if full_precision else _state(subject)) | personal)
     return loaded
+
+
+def _state(subject: Subject) -> State:
+    return dict(open_state(FrameStore(subject.storage / "states"), subject.parts))
+
+
+def _master(subject: Subject) -> State:
+    version = subject.version
+    path = master_path(subject.storage / "masters", version)
+    if not path.exists():
+        raise ConfigError(
+            f"the master of version {version} is not here any more",
+            hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
+        )
+    if file_sha256(path) != subject.master_sha256:
+        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
+    with TensorFile(path) as tensors:
+        return dict(tensors)
 
 
 def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:

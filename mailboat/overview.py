@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,6 +10,9 @@ from pydantic import ValidationError
 from coordinator.status import LiveStatus, SiteStatus
 from coordinator.views import RunView, SiteSummary, load_run, summarise_sites
 from shared.config import FederationConfig
+from shared.manifest import BLOCKS, Manifest
+from shared.plan import blocks_from
+from shared.store import FrameStore
 
 ALIVE_S = 10.0
 """A coordinator writes its live view about twice a second; one that has not for this long is not running."""
@@ -31,6 +34,8 @@ class SiteRow:
     waiting: int
     rejected: int
     dropped: int
+    blocks: int | None = None
+    """Blocks that it trains, where these are not all of the plan's."""
     epsilon: float | None = None
     """What its trainings have cost each of its records by now, by its own ledger; None without privacy."""
     delta: float | None = None
@@ -62,12 +67,15 @@ class Overview:
     """Updates that are kept apart until somebody has looked."""
     renewals: tuple[str, ...] = ()
     """Sites that have not said yet that they hold their newest grant."""
+    chosen: tuple[int, ...] | None = None
+    """The blocks that importance chose for the newest version; None before it did, and in other plans."""
 
 
 def load_overview(storage: Path, federation: FederationConfig, *, now: float) -> Overview:
     """Read journal and live view; errors as `load_run`. A live view that is missing or torn is left out."""
     run = load_run(storage)
-    return overview(run, _live(storage / "status.json"), federation, now=now)
+    found = overview(run, _live(storage / "status.json"), federation, now=now)
+    return replace(found, chosen=_chosen(storage, run.current.state) if federation.layers.by_importance else None)
 
 
 def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig, *, now: float) -> Overview:
@@ -102,6 +110,14 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
     )
 
 
+def _chosen(storage: Path, state: Manifest) -> tuple[int, ...] | None:
+    stored = FrameStore(storage / "states").get(state.transfer_id)
+    if stored is None:
+        return None
+    with stored.open_tensors() as tensors:
+        return blocks_from(tensors.header.metadata)
+
+
 def _live(path: Path) -> LiveStatus | None:
     try:
         return LiveStatus.model_validate_json(path.read_bytes())
@@ -131,6 +147,7 @@ def _row(name: str, summary: SiteSummary | None, live: SiteStatus | None, *, run
         waiting=summary.waiting if summary else 0,
         rejected=summary.rejected if summary else 0,
         dropped=summary.dropped if summary else 0,
+        blocks=int(live.metrics[BLOCKS]) if live and BLOCKS in live.metrics else None,
         epsilon=live.metrics.get("epsilon") if live else None,
         delta=live.metrics.get("delta") if live else None,
     )

@@ -6,9 +6,11 @@ that a plan that is there has its tensors beside it.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 PLAN = "plan.json"
 INITIAL = "initial.safetensors"
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+"""A block's number in the names of its tensors."""
 
 NO_TORCH = (
     "pip install 'mailboat[edge]', or seal on a machine that has it and copy plan.json and initial.safetensors here"
@@ -95,12 +100,38 @@ def describe(plan: SealedPlan, federation: FederationConfig) -> Iterator[str]:
         f"parameters  {plan.trained_parameters:,} trained of {plan.total_parameters:,}: "
         f"{plan.saving:.1%} of the model never travels"
     )
+    if plan.at_once is not None:
+        largest = update_parameters(plan)
+        yield (
+            f"importance  an update holds {plan.at_once} of these blocks, at most {largest:,} parameters: "
+            f"{1 - largest / plan.total_parameters:.1%} never travels up; a state holds them all"
+        )
+    if plan.personal:
+        count = sum(prod(shape) for shape in plan.personal.values())
+        yield f"personal    {count:,} more parameters in {len(plan.personal)} tensors are trained and stay at each site"
     if plan.residuals:
         yield (
             f"residuals   {plan.residual_parameters:,} numbers more go to the sites with each version, not back: what "
             "averaging the factors loses"
         )
+    lowest = plan.layers[0]
+    if lowest:
+        yield f"prefix      below block {lowest} all is frozen: a site computes it once for its notes"
+    else:
+        yield "prefix      block 0 is trained: a site runs the whole model in each epoch"
     yield f"identity    fingerprint {plan.fingerprint[:16]}, frozen weights {plan.frozen_sha256}"
+
+
+def update_parameters(plan: SealedPlan) -> int:
+    """Return the most parameters that a site's update holds: of the blocks only so many as are trained at a time."""
+    of_block, other = dict.fromkeys(plan.layers, 0), 0
+    for name, shape in plan.tensors.items():
+        number = _BLOCK.search(name)
+        if number and int(number[1]) in of_block:
+            of_block[int(number[1])] += prod(shape)
+        elif name not in plan.residuals:
+            other += prod(shape)
+    return other + sum(sorted(of_block.values(), reverse=True)[: plan.at_once])
 
 
 def load_for(config: CoordinatorConfig, federation: FederationConfig) -> SealedPlan | None:

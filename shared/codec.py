@@ -127,10 +127,10 @@ def decode_tensor(parts: Sequence[NDArray[Any]], codec: Codec, shape: Shape) -> 
 def decode_add(parts: Sequence[NDArray[Any]], codec: Codec, weight: float, accumulator: F32Array) -> None:
     """Add weight x the decoded tensor to a contiguous float32 accumulator of the tensor's shape, in place.
 
-    The weight is rounded to float32 first. No temporary is larger than 512 KiB. RefusedError with rule 'codec-parts'
-    when the parts do not fit the shape, 'codec-scale' when a scale is not a finite number from 0 to what 2^127 asks
-    for, 'codec-index' when indices do not ascend within their chunk, 'codec-padding' when bits that hold no value are
-    not zero; the accumulator is then as it was.
+    The weight is rounded to float32 first. Temporaries: the scales, and 512 KiB a piece. RefusedError with rule
+    'codec-parts' when the parts do not fit the shape, 'codec-scale' when a scale is not a finite number from 0 to what
+    2^127 asks for, 'codec-index' when indices do not ascend within their chunk, 'codec-padding' when bits that hold no
+    value are not zero; the accumulator is then as it was.
     """
     assert accumulator.flags.c_contiguous, "reshape would copy, and the sum be lost"
     checked = _checked(parts, codec, accumulator.shape)

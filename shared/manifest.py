@@ -30,6 +30,10 @@ DEFAULT_SLICE_BYTES = 512 * 1024
 MIN_SLICE_BYTES = 4 * 1024
 MAX_SLICE_BYTES = 768 * 1024
 MAX_METRICS = 64
+IMPORTANCE = "importance/"
+"""How metrics begin that say how much a block matters to a site's notes; its number follows."""
+BLOCKS = "blocks"
+"""The metric that says how many blocks a site trains, where these are not all of the plan's."""
 
 Metrics = dict[
     Annotated[str, Field(pattern=r"^[a-z0-9_/]{1,64}$")],

@@ -10,15 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.config import FederationConfig
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RefusedError
 from shared.ids import Sha256Hex
 from shared.manifest import describe_invalid
+
+Blocks = tuple[int, ...]
+"""Blocks of a model, ascending, counted from 0 at the bottom."""
+
+BLOCKS_KEY = "mailboat.blocks"
+"""Where the header of a master or state says which blocks are trained from it, as `3,7,9`; absent where all are."""
+
+_BLOCKS = re.compile(r"\d{1,6}(,\d{1,6})*")
 
 
 class SealedPlan(BaseModel):
@@ -33,12 +43,17 @@ class SealedPlan(BaseModel):
     """Blocks of the model."""
     layers: tuple[int, ...]
     """Blocks that are trained, ascending, counted from 0 at the bottom."""
+    at_once: int | None = None
+    """How many of them are trained at a time, where importance chooses; None where all are."""
     tensors: dict[str, tuple[int, ...]]
-    """What a version consists of: the trainable tensors, and `residuals`; names and shapes, sorted by name."""
+    """What a version consists of: what is trained and travels, and `residuals`; names and shapes, sorted by name."""
     residuals: dict[str, tuple[str, str]] = {}
     """Tensors that no site trains: the coordinator makes them from the updates of these two, the factors A and B of an
     adapter, whose averages they correct (`coordinator.residual`)."""
+    personal: dict[str, tuple[int, ...]] = {}
+    """Tensors that each site trains for itself and keeps, and their shapes, sorted by name."""
     trained_parameters: int = Field(ge=1)
+    """Parameters that are trained and travel."""
     total_parameters: int = Field(ge=1)
     """Of the whole model with its head, adapters not counted: what full-model averaging would send."""
     config_sha256: Sha256Hex
@@ -67,6 +82,19 @@ class SealedPlan(BaseModel):
     def residual_parameters(self) -> int:
         """Numbers that travel to the sites with a version, and not back."""
         return sum(math.prod(self.tensors[name]) for name in self.residuals)
+
+
+def blocks_from(metadata: Mapping[str, str]) -> Blocks | None:
+    """Return the blocks that a master's or state's header names, None when it names none.
+
+    RefusedError(rule='header-metadata') when what it says is not an ascending list.
+    """
+    text = metadata.get(BLOCKS_KEY)
+    if text is None:
+        return None
+    if not _BLOCKS.fullmatch(text) or list(blocks := tuple(map(int, text.split(",")))) != sorted(set(blocks)):
+        raise RefusedError("a state's header names blocks that are not an ascending list", rule="header-metadata")
+    return blocks
 
 
 def load_plan(path: Path, federation: FederationConfig) -> SealedPlan:

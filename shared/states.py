@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared import durable
@@ -25,6 +26,7 @@ from shared.codec import decode_add, encode_each, group_size
 from shared.config import CodecName, FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts, StepFacts
+from shared.plan import BLOCKS_KEY, Blocks
 from shared.reader import TensorReader
 from shared.slices import FileSummary, FrameWriter
 from shared.store import FrameStore, Stored
@@ -45,7 +47,7 @@ class State(Mapping[str, F32Array]):
         self.version = last.version
         self.sha256 = last.leads_to
         """Digest that the state must have, in hex."""
-        self.metadata = {**whole.header.metadata, "mailboat.version": str(self.version)}
+        self.metadata = {**(whole, *steps)[-1].header.metadata, "mailboat.kind": "state"}
         """What the state's plain file says of itself in its header."""
         self.shapes: Mapping[str, Shape] = whole.shapes
         if any(step.shapes != self.shapes for step in steps):
@@ -98,23 +100,32 @@ def stored_part(store: FrameStore, transfer_id: str) -> Stored:
     return found
 
 
-def file_metadata(version: int, fingerprint: str, federation: FederationConfig, kind: str) -> dict[str, str]:
-    """What a file of a version says of itself in its header; `kind` is state, step, master, or the name of a slot."""
-    return {
-        "mailboat.federation": federation.federation.name,
-        "mailboat.fingerprint": fingerprint,
-        "mailboat.kind": kind,
-        "mailboat.version": str(version),
-    }
+@dataclass(frozen=True, slots=True)
+class Imprint:
+    """What the files of a version say of themselves."""
+
+    federation: FederationConfig
+    fingerprint: str
+    version: int
+    blocks: Blocks | None = None
+    """Those to be trained from it, where importance chooses."""
+
+    def metadata(self, kind: str) -> dict[str, str]:
+        """For the header of a file; `kind` is state, step, master, or the name of a slot."""
+        chosen = {} if self.blocks is None else {BLOCKS_KEY: ",".join(map(str, self.blocks))}
+        return chosen | {
+            "mailboat.federation": self.federation.federation.name,
+            "mailboat.fingerprint": self.fingerprint,
+            "mailboat.kind": kind,
+            "mailboat.version": str(self.version),
+        }
 
 
 def seal_state(
     store: FrameStore,
-    version: int,
+    imprint: Imprint,
     tensors: Mapping[str, F32Array],
     shapes: Mapping[str, Shape],
-    federation: FederationConfig,
-    fingerprint: str,
     *,
     expected: str | None = None,
     created: float | None = None,
@@ -125,35 +136,34 @@ def seal_state(
     by default now. RefusedError(rule='state-digest'), and nothing is left, when the digest is not the `expected` one;
     else as `encode` and `FrameStore.seal`.
     """
-    codec = federation.codec.whole
-    metadata = file_metadata(version, fingerprint, federation, "state")
+    version, codec = imprint.version, imprint.federation.codec.whole
 
     def stated(summary: FileSummary) -> StateFacts:
         if expected is not None:
             _check_digest(version, summary.file_sha256, expected)
         return StateFacts(version=version)
 
-    chunks = encode_each(shapes, tensors.__getitem__, codec, metadata)
-    return seal_part(store, chunks, codec, stated, federation, fingerprint, created=created)
+    chunks = encode_each(shapes, tensors.__getitem__, codec, imprint.metadata("state"))
+    return seal_part(store, imprint, chunks, codec, stated, created=created)
 
 
 def seal_part(
     store: FrameStore,
+    imprint: Imprint,
     chunks: Iterator[memoryview],
     codec: CodecName,
     stated: Callable[[FileSummary], StateFacts | StepFacts],
-    federation: FederationConfig,
-    fingerprint: str,
     *,
     created: float | None = None,
 ) -> Manifest:
     """Seal the bytes of a state's or a step's file; `stated` gives the facts when all bytes were taken."""
+    federation = imprint.federation
 
     def build(summary: FileSummary) -> Manifest:
         return Manifest(
             transfer_id=summary.file_sha256[:32],
             federation=federation.federation.name,
-            fingerprint=fingerprint,
+            fingerprint=imprint.fingerprint,
             codec=codec,
             group=summary.group,
             slice_size=summary.slice_size,

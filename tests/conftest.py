@@ -20,6 +20,11 @@ hypothesis.settings.load_profile("mailboat")
 @pytest.fixture
 def free_port() -> int:
     """A TCP port on 127.0.0.1 that nobody listened on a moment ago."""
+    return any_free_port()
+
+
+def any_free_port() -> int:
+    """The same for what outlives a test."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,10 @@ def other_authority(root: Path) -> Ed25519PrivateKey:
     path = root / "other-authority.key"
     write_private(path, private_pem(Ed25519PrivateKey.generate()))
     return load_authority(path)
+
+
+def of_strange_version(pem: str) -> str:
+    """The same certificate, said to be of version 7: the library knows three, and raises no ValueError for others."""
+    der = ssl.PEM_cert_to_DER_cert(pem)
+    assert der.count(b"\xa0\x03\x02\x01\x02") == 1
+    return ssl.DER_cert_to_PEM_cert(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x06"))

@@ -45,6 +45,7 @@ class ToyTrained:
 
     examples: int
     metrics: dict[str, float]
+    own: Path | None = None
 
 
 class ToyTrainer:

@@ -33,6 +33,7 @@ class Trained:
 
     examples: int
     metrics: dict[str, float]
+    own: None = None
 
 
 class KnownNoise:

@@ -28,10 +28,11 @@ from edge_client.training import Standing, Trainer
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
 from shared.logs import beside
+from shared.manifest import BLOCKS
 
 log = structlog.get_logger("site")
 
-TOLD = frozenset({"steps"})
+TOLD = frozenset({"steps", BLOCKS})
 """Metrics of the worker that follow from configuration and the number of records alone."""
 
 
@@ -137,7 +138,16 @@ def limits_of(rows: Sequence[Row], config: SiteConfig, federation: FederationCon
 
 
 def check_privacy(config: SiteConfig, federation: FederationConfig) -> None:
-    """Raise ConfigError when a site that has a privacy budget would train without privacy."""
+    """Raise ConfigError when a site that has a privacy budget would train without privacy, or notes would say too much.
+
+    How deep a site trains shows in its updates; what is measured on its notes must not decide that.
+    """
+    measured = [key for key in ("memory_mib", "seconds") if getattr(config.layers, key) is not None]
+    if federation.privacy is not None and measured:
+        raise ConfigError(
+            f"site.toml: layers.{measured[0]} is measured on the notes, and federation.toml has [privacy]",
+            hint="set layers.at_most or layers.upload_mib",
+        )
     if federation.privacy is None and config.privacy.budget_epsilon is not None:
         raise ConfigError(
             "site.toml sets privacy.budget_epsilon, and federation.toml has no [privacy]",

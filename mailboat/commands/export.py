@@ -11,10 +11,12 @@ from mailboat import console
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mailboat.modelling import Subject
     from shared.config import FederationConfig
 
 _CONFIG = typer.Option("--config", "-c", help="The coordinator's configuration file.")
 _DEFAULT = Path("coordinator.toml")
+_SITE = typer.Option("--site", help="A site's configuration file instead: its newest state, and what stays there.")
 
 
 def export(
@@ -29,28 +31,25 @@ def export(
         typer.Option("--full-precision", help="The coordinator's float32 master, which no site was sent."),
     ] = False,
     config: Annotated[Path, _CONFIG] = _DEFAULT,
+    site: Annotated[Path | None, _SITE] = None,
 ) -> None:
     """Write a version as a Hugging Face model folder, for from_pretrained of transformers.
 
     It is the published state, as the sites have it: with codec.down = "int8", say, its trained tensors are rounded.
     Where the federation trains adapters, these alone are written, for PeftModel.from_pretrained.
     """
-    from coordinator.views import find_version, load_run
     from mailboat import modelling
-    from shared.config import CoordinatorConfig
-    from shared.configfile import load_config
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
-    coordinator = load_config(config, CoordinatorConfig)
-    federation = _federation(coordinator.federation)
-    chosen = find_version(load_run(coordinator.storage), version)
-    if full_precision:
-        modelling.export_master(coordinator.storage, federation, chosen, out, merged=merged)
-        console.say(f"version {chosen.version} in full precision (master {chosen.master_sha256[:12]}) written to {out}")
-        return
-    modelling.export_version(coordinator.storage, federation, chosen, out, merged=merged)
-    console.say(f"version {chosen.version} (state {chosen.state.leads_to[:12]}) written to {out}")
+    subject = _subject(config, site, version)
+    if full_precision and subject.master_sha256 is None:
+        raise ConfigError("--full-precision and --site were both given", hint="only a coordinator has the master")
+    personal = modelling.export_state(subject, out, merged=merged, full_precision=full_precision)
+    console.say(f"{subject.title}{subject.detail(full_precision=full_precision)} written to {out}")
+    if personal:
+        whose = f"{subject.site}'s own" if subject.site else "as every site began with them: each site keeps its own"
+        console.say(f"{len(personal)} tensors of layers.personal, {personal[0]} first, are {whose}")
 
 
 def evaluate(
@@ -67,6 +66,7 @@ def evaluate(
         Path | None,
         typer.Option("--federation", help="With --model: federation.toml, when there is no coordinator.toml."),
     ] = None,
+    site: Annotated[Path | None, _SITE] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out notes that cannot be read, and count them.")
     ] = (False),
@@ -77,29 +77,36 @@ def evaluate(
     For ner these are strict F1 (exact spans) and lenient F1 (overlapping spans), for labels of whole notes micro and
     macro F1.
     """
-    from coordinator.views import find_version, load_run
     from mailboat import modelling
     from shared.config import CoordinatorConfig
     from shared.configfile import load_config
 
-    if model is not None and version is not None:
-        raise ConfigError("--version and --model were both given", hint="give one of them")
+    if model is not None and (version is not None or site is not None):
+        raise ConfigError(f"--model and --{'site' if site else 'version'} were both given", hint="give one of them")
     if model is not None:
         path = federation_file or load_config(config, CoordinatorConfig).federation
         measured = modelling.score_model(model, _federation(path), notes, skip_bad=skip_bad)
         subject = str(model)
     else:
-        coordinator = load_config(config, CoordinatorConfig)
-        chosen = find_version(load_run(coordinator.storage), version)
-        measured = modelling.score_version(
-            coordinator.storage, _federation(coordinator.federation), chosen, notes, skip_bad=skip_bad
-        )
-        subject = f"version {chosen.version}"
+        chosen = _subject(config, site, version)
+        measured, subject = modelling.score_state(chosen, notes, skip_bad=skip_bad), chosen.title
     if as_json:
         console.print_json({"model": subject, **measured.plain()})
         return
     for line in measured.lines(subject):
         console.result().print(line, markup=False)
+
+
+def _subject(config: Path, site: Path | None, version: int | None) -> Subject:
+    from mailboat import modelling
+    from shared.config import CoordinatorConfig, SiteConfig
+    from shared.configfile import load_config
+
+    if site is None:
+        return modelling.of_coordinator(load_config(config, CoordinatorConfig), version)
+    if version is not None:
+        raise ConfigError("--version and --site were both given", hint="a site holds its newest state alone")
+    return modelling.of_site(load_config(site, SiteConfig))
 
 
 def _federation(path: Path) -> FederationConfig:

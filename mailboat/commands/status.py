@@ -43,6 +43,8 @@ def status(
     out.print(f"version     {overview.version} of {overview.target}, {overview.mode}", markup=False)
     out.print(f"coordinator {overview.coordinator}", markup=False)
     out.print(f"waiting for {overview.waiting_for}", markup=False)
+    if overview.chosen is not None:
+        out.print(f"blocks      {', '.join(map(str, overview.chosen))}, chosen by importance", markup=False)
     if overview.held:
         out.print(f"held        no update is taken: {overview.held}", markup=False, style="bold red")
     out.print(f"pending     {overview.pending} updates accepted and not yet merged", markup=False)
@@ -65,8 +67,10 @@ def _table(overview: Overview) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("site", "here", "doing"):
         table.add_column(name, no_wrap=True)
+    shallow = any(site.blocks is not None for site in overview.sites)
     private = any(site.epsilon is not None for site in overview.sites)
-    for name in ("version", "merged", "waiting", "refused", "outbox", "up MB", "down MB", *["epsilon"] * private):
+    counts = ("merged", "waiting", "refused", "outbox", "up MB", "down MB")
+    for name in ("version", *["blocks"] * shallow, *counts, *["epsilon"] * private):
         table.add_column(name, justify="right", no_wrap=True)
     for site in overview.sites:
         doing = site.phase or "-"
@@ -77,6 +81,7 @@ def _table(overview: Overview) -> Table:
             "yes" if site.present else "no",
             doing,
             "-" if site.version is None else str(site.version),
+            *(["all" if site.blocks is None else str(site.blocks)] if shallow else []),
             *(str(count) for count in (site.merged, site.waiting, site.rejected + site.dropped, site.outbox)),
             f"{site.bytes_up / 1e6:.1f}",
             f"{site.bytes_down / 1e6:.1f}",

@@ -24,6 +24,8 @@ class LocalWorker:
 
     def __init__(self) -> None:
         self._worker = Worker(lambda _answer: None)
+        self.own: Callable[[], Path | None] = lambda: None
+        """The file of what stayed at the site after its newest update."""
 
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
@@ -41,7 +43,9 @@ class LocalWorker:
         limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
         """See `WorkerClient.train`."""
-        request = pipe.Train(state=state, base_version=base_version, out=delta, so_far=so_far, limits=limits)
+        request = pipe.Train(
+            state=state, base_version=base_version, out=delta, own=self.own(), so_far=so_far, limits=limits
+        )
         return self._ask(request, pipe.Trained)
 
     def evaluate(self, state: Path, notes: Path) -> pipe.Evaluated:

@@ -56,6 +56,7 @@ class SiteSide:
         self.config = config
         self.train_s = train_s
         self.outbox = Outbox(config.storage)
+        worker.own = self.outbox.own.newest
         self.trainer = metered(worker, self.outbox, config, coordinator.federation)
         self.train_cpu_s: list[float] = []
         self.left = False
@@ -268,6 +269,7 @@ class SiteSide:
             coordinator.federation,
             coordinator.plan.fingerprint,
             lambda manifest: manifest,
+            trained.own,
         )
 
 

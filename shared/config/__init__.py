@@ -7,11 +7,13 @@ and `privacy`); its canonical hash goes into the fingerprint that every manifest
 
 from shared.config.federation import COORDINATOR_USER, FederationConfig, FederationSection, SiteName, TrustSection
 from shared.config.learning import (
+    IMPORTANCE_PLAN,
     SPARSE,
     AdapterKind,
     AdapterSection,
     CodecName,
     CodecSection,
+    ImportanceName,
     LayersSection,
     ModelSection,
     StateCodecName,
@@ -24,6 +26,7 @@ from shared.config.machine import (
     CoordinatorConfig,
     DataSection,
     LinkSection,
+    LocalLayersSection,
     LocalTrustSection,
     SiteConfig,
     ValidationSection,
@@ -43,6 +46,7 @@ from shared.config.section import Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "IMPORTANCE_PLAN",
     "SPARSE",
     "AdapterKind",
     "AdapterSection",
@@ -55,8 +59,10 @@ __all__ = [
     "DataSection",
     "FederationConfig",
     "FederationSection",
+    "ImportanceName",
     "LayersSection",
     "LinkSection",
+    "LocalLayersSection",
     "LocalPrivacySection",
     "LocalTrustSection",
     "MergeRule",

@@ -82,6 +82,14 @@ class FederationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _scores_are_private(self) -> Self:
+        if self.privacy is not None and self.layers.by_importance:
+            raise ValueError(
+                '[layers] plan = "importance:N" tells gradients of notes without noise, which [privacy] forbids'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_in_the_middle(self) -> Self:
         if self.codec.up in SPARSE and self.aggregation.rule in {"median", "trimmed-mean"}:
             raise ValueError(

@@ -17,6 +17,10 @@ SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
 """A model of which one value in 64 is known is none: the sparse codecs are for updates, and for steps."""
 _STATE_CODECS = ", ".join(get_args(StateCodecName))
+IMPORTANCE_PLAN = "importance:"
+"""How plans begin under which sites measure which blocks to train."""
+ImportanceName = Literal["gradient-norm", "relative-gradient-norm", "snr"]
+TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,256}$")]
 
 
 class ModelSection(Section):
@@ -51,7 +55,21 @@ class LayersSection(Section):
     """Which layers are trained and exchanged."""
 
     plan: str = "top:6"
-    """`6` or `top:6`; a share of the depth such as `0.375`; a list such as `10,11,15`; `all`."""
+    """`top:6` or `6`, `bottom:6`, `middle:6`, `random:6`; a share of the depth such as `0.375` in the place of a count;
+    a list such as `10,11,15`; `importance:6`, the six that matter most to the sites' notes; `all`."""
+    among: str = "1.0"
+    """importance: a plan of the blocks to choose from; a state holds all of them."""
+    by: ImportanceName = "gradient-norm"
+    """importance: what sites measure, see `edge_client.importance`."""
+    rechoose: int = Field(default=0, ge=0, le=1_000_000)
+    """importance: the choice is made anew on each so many-th version; 0: once."""
+    personal: tuple[TensorPattern, ...] = ()
+    """Trained tensors that stay at their site, such as `score.*`; `*` stands for any run of characters, `?` for one."""
+
+    @property
+    def by_importance(self) -> bool:
+        """True when sites measure which blocks to train."""
+        return self.plan.strip().lower().startswith(IMPORTANCE_PLAN)
 
 
 class AdapterSection(Section):
@@ -140,3 +158,5 @@ class TrainingSection(Section):
     """Share of the steps of one update over which the rate rises."""
     max_grad_norm: Positive = 1.0
     """L2 norm that a step's gradient is scaled down to; [privacy] clips by record in its place."""
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """mu of FedProx, which FedAsync calls rho: how strongly training is held to the state that it started from."""

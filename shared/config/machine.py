@@ -124,6 +124,19 @@ class DataSection(Section):
     """Share of the notes kept back to report a local F1; never trained on."""
 
 
+class LocalLayersSection(Section):
+    """How deep this site trains, where the federation's plan is more than it can bear: the plan's topmost blocks."""
+
+    at_most: int | None = Field(default=None, ge=1)
+    """Blocks."""
+    upload_mib: Positive | None = None
+    """Size of an update, before it is compressed."""
+    memory_mib: Positive | None = None
+    """Memory of the worker while it trains, as estimated from what it holds and from one forward pass."""
+    seconds: Positive | None = None
+    """Time for one update, as estimated from single steps."""
+
+
 class SiteConfig(Section):
     """`site.toml`."""
 
@@ -134,6 +147,7 @@ class SiteConfig(Section):
     broker: BrokerSection = BrokerSection()
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
+    layers: LocalLayersSection = LocalLayersSection()
     privacy: LocalPrivacySection = LocalPrivacySection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""

@@ -201,7 +201,8 @@ def _issued(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
 def _certificates(name: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # no PEM, or what this library does not know
+    # No PEM, or what this library does not know; a strange version is no ValueError to it.
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise RefusedError(f"the grant for {name} holds no certificates in PEM", rule="bad-certificate") from None
 
 

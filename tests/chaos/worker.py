@@ -59,7 +59,16 @@ def main() -> None:
             case pipe.Load() as load:
                 folder, site, federation = Path(load.source), load.site, load.federation
                 plan = load_plan(folder / "plan.json", federation)
-                answer: pipe.Answer = pipe.Loaded(plan=plan, examples=10, notes=1, held_out=0, skipped=0, uncached="")
+                answer: pipe.Answer = pipe.Loaded(
+                    plan=plan,
+                    depth=len(plan.layers),
+                    limit="",
+                    examples=10,
+                    notes=1,
+                    held_out=0,
+                    skipped=0,
+                    uncached="",
+                )
             case pipe.Train() as train:
                 answer = _train(train, site, federation, folder)
             case pipe.Evaluate():

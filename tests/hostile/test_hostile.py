@@ -18,7 +18,7 @@ from shared.errors import RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import decode, parse_chunk
 from shared.slices import expand_into
-from shared.states import open_state, seal_state
+from shared.states import Imprint, open_state, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import header_size, parse_header
 from tests.factories import make_federation, make_plan
@@ -63,7 +63,7 @@ def _step(data: bytes, folder: Path) -> None:
             partial.finish()
     state = open_state(store, ["ab" * 16, "cd" * 16])
     with np.errstate(invalid="ignore"):
-        seal_state(store, 1, state, state.shapes, FEDERATION, "0f" * 32, expected=state.sha256)
+        seal_state(store, Imprint(FEDERATION, "0f" * 32, 1), state, state.shapes, expected=state.sha256)
 
 
 DECODERS: dict[str, Callable[[bytes, Path], object]] = {

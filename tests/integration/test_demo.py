@@ -19,7 +19,8 @@ from mailboat.demo.report import Result, to_json
 from mailboat.demo.run import run_demo
 from mailboat.modelling import score_model
 from shared.errors import UnavailableError
-from tests.commands import Running, running
+from tests.audited import spoilt
+from tests.commands import Running, call, running
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
 
@@ -119,12 +120,28 @@ def test_adapters_are_trained_when_asked_for(tmp_path: Path, model: Path) -> Non
 
 
 def test_cut_links_and_a_killed_site_change_nothing_but_the_time(tmp_path: Path, model: Path) -> None:
-    """With --flaky the run ends, the site was killed, and each update is counted once."""
-    result, lines = run(small(tmp_path, model, mode="fedbuff", flaky=True, versions=6, baselines=False))
+    """With --flaky the run ends, the site was killed, and each update is counted once.
+
+    A fresh process computes the same versions again, bit for bit, and a bit that is turned over is found and located.
+    """
+    plan = small(tmp_path, model, mode="fedbuff", flaky=True, versions=6, baselines=False)
+    result, lines = run(plan)
     assert "killed with SIGKILL" in lines
     parts = [part.update_id for version in result.facts.versions for part in version.contributions]
     assert result.facts.version == 6
     assert len(parts) == len(set(parts))
+    replayed = call(plan.layout.root, "audit", "replay", "--all", timeout_s=300)
+    assert replayed.returncode == 0, replayed.stderr
+    assert [line.partition("  ")[0] for line in replayed.stdout.splitlines()] == [f"version {v} of 6" for v in range(7)]
+    assert replayed.stdout.count("the same, bit for bit") == 7
+    assert call(plan.layout.root, "audit", "verify").returncode == 0
+    merged = result.facts.versions[3].contributions[0].update_id
+    for name, where in ((f"updates/{merged}.frames", "frame 0"), (f"updates/{merged}.manifest", "manifest")):
+        with spoilt(plan.layout.storage / name, 8 * 40):
+            verified = call(plan.layout.root, "audit", "verify")
+            assert verified.returncode == 3
+            assert name in verified.stdout
+            assert where in verified.stdout
 
 
 def test_a_run_that_takes_too_long_is_given_up_and_says_where_it_stood(tmp_path: Path, model: Path) -> None:

@@ -115,10 +115,16 @@ class SlowOutbox(Outbox):
 
     may = threading.Event()
 
-    def seal(self, frames: FrameWriter, build: Build, left: tuple[FrameWriter, Build] | None = None) -> Manifest:
+    def seal(
+        self,
+        frames: FrameWriter,
+        build: Build,
+        left: tuple[FrameWriter, Build] | None = None,
+        own: Path | None = None,
+    ) -> Manifest:
         """As ever, but later."""
         assert self.may.wait(30)
-        return super().seal(frames, build, left)
+        return super().seal(frames, build, left, own)
 
 
 def test_an_update_being_sealed_when_the_run_ends_gets_its_answer(tmp_path: Path, mosquitto_url: str) -> None:

@@ -26,7 +26,7 @@ from shared.config import FederationConfig
 from shared.configfile import load_config
 from shared.manifest import Manifest, StateFacts, manifest_from_bytes
 from shared.plan import load_plan
-from shared.states import extract_state, seal_state
+from shared.states import Imprint, extract_state, seal_state
 from shared.store import FrameStore
 from tests.helpers import run_async
 from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
@@ -216,7 +216,7 @@ def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
     states = States(tmp_path / "site-1" / "states", federation, plan.fingerprint)
     states.begin(tmp_path / "coordinator" / "initial.safetensors")  # of another moment than the coordinator's
     strange = {name: np.zeros(shape, np.float32) for name, shape in plan.tensors.items()}
-    seal_state(states.store, 9, strange, plan.tensors, federation, plan.fingerprint)
+    seal_state(states.store, Imprint(federation, plan.fingerprint, 9), strange, plan.tensors)
 
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:

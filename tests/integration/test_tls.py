@@ -57,10 +57,10 @@ def federation(tmp_path: Path, free_port: int) -> Federation:
     return provisioned(tmp_path, free_port)
 
 
-def provisioned(tmp_path: Path, free_port: int, *, quorum: int = 2, extra: str = "") -> Federation:
-    """The same with another quorum, and other settings of the federation behind [aggregation]."""
+def provisioned(tmp_path: Path, free_port: int, *, quorum: int = 2, slice_kib: int = 64, extra: str = "") -> Federation:
+    """The same with another quorum or size of chunks, and other settings of the federation behind [aggregation]."""
     url = f"mqtts://127.0.0.1:{free_port}"
-    write_toy(tmp_path, url, sites=2, versions=3, quorum=quorum, sealed=True, extra=extra)
+    write_toy(tmp_path, url, sites=2, versions=3, quorum=quorum, slice_kib=slice_kib, sealed=True, extra=extra)
     for who in ("coordinator", *SITES):  # kits without certificates; the commands make better ones
         shutil.rmtree(tmp_path / f"{who}-kit")
         path = tmp_path / f"{who}.toml"

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ from mailboat.commands.provision import revoke
 from mailboat.issuing import new_serial
 from shared.config import BrokerSection
 from shared.errors import RefusedError
+from shared.tensorfile import F32Array
 from shared.trust import kit as kits
 from tests.eavesdrop import Spy, learnt
 from tests.helpers import run_async
 from tests.integration.test_renewal import Mosquitto, until
 from tests.integration.test_tls import SITES, Federation, provisioned
-from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import INITIAL, ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
+from tests.unit.shared.trust.sealed_world import altered
 
 pytestmark = [
     pytest.mark.integration,
@@ -48,6 +51,8 @@ class Noisy(ToyTrainer):
     def __init__(self, seed: int) -> None:
         super().__init__(step=0.0, seconds=0.1, examples=10)
         self.rng = np.random.default_rng(seed)
+        self.made: list[dict[str, F32Array]] = []
+        """Its deltas, in order."""
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
@@ -56,7 +61,8 @@ class Noisy(ToyTrainer):
         await asyncio.sleep(self.seconds)
         on_progress(1.0, 0.0)
         shapes = {name: values.shape for name, values in load_file(state).items()}
-        save_file({name: self.rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
+        self.made.append({name: self.rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()})
+        save_file(self.made[-1], delta)
         return ToyTrained(self.examples, dict(METRICS))
 
 
@@ -71,8 +77,8 @@ async def everybody(root: Path, spy: Spy) -> None:
     spying.cancel()
 
 
-def let_in(federation: Federation) -> BrokerSection:
-    """What the owner of the broker can always do: a client of his own that may read everything."""
+def let_in(federation: Federation, may: str = "read") -> BrokerSection:
+    """What the owner of the broker can always do: a client of his own that may `read`, or `readwrite`, everything."""
     folder, kit = federation.root / "authority", federation.root / "spy-kit"
     opened = bench.open_authority(folder)
     kits.generate_keys(kit)
@@ -82,7 +88,7 @@ def let_in(federation: Federation) -> BrokerSection:
     (kit / kits.TLS_CERT).write_bytes(provision.certificate_pem(made))
     (kit / kits.CA_CERT).write_bytes(opened.bundle)
     rules = folder / "broker" / "acl"
-    rules.write_text(rules.read_text() + "\nuser spy\ntopic read #\n")
+    rules.write_text(rules.read_text() + f"\nuser spy\ntopic {may} #\n")
     return federation.broker("spy")
 
 
@@ -114,6 +120,79 @@ def test_the_search_for_secrets_finds_them_where_nothing_is_sealed(tmp_path: Pat
     spy = Spy(BrokerSection(url=mosquitto_url))
     run_async(everybody(tmp_path, spy), timeout_s=120)
     assert learnt(tmp_path, spy.payloads) >= SECRETS
+
+
+INDEX_AT = 20
+"""Where the index of a chunk stands in its header."""
+_INDEX = struct.Struct(">I")
+
+
+class Meddler(Spy):
+    """The broker's owner, who says everything once more: altered, as another chunk, on others' topics."""
+
+    def __init__(self, broker: BrokerSection) -> None:
+        super().__init__(broker)
+        self._mine: set[bytes] = set()
+
+    async def meddle(self) -> None:
+        """Until cancelled; chunks first, because their transfers do not wait."""
+        done = 0
+        while True:
+            await asyncio.sleep(0.005)
+            heard, done = self.packets[done:], len(self.packets)
+            new = [packet for packet in heard if packet.payload and packet.payload not in self._mine]
+            copies = [copy for packet in new for copy in _copies(packet.topic, packet.payload)]
+            self._mine |= {what for _topic, what in copies}
+            copies.sort(key=lambda copy: not copy[1].startswith(b"MB"))
+            await asyncio.gather(*(self.link.publish(there, what) for there, what in copies))
+
+
+def _copies(topic: str, payload: bytes) -> Iterator[tuple[str, bytes]]:
+    other = topic.replace("site-1", "site-x").replace("site-2", "site-1").replace("site-x", "site-2")
+    yield topic, altered(payload, 8 * (len(payload) // 2) + 3)
+    yield other, payload
+    if not topic.endswith("presence"):  # which may be repeated: whoever holds the broker tells who is there
+        yield topic, payload
+    if payload.startswith(b"MB"):  # as the chunk of a place where nothing is yet
+        (index,) = _INDEX.unpack_from(payload, INDEX_AT)
+        yield topic, payload[:INDEX_AT] + _INDEX.pack(index + 9) + payload[INDEX_AT + _INDEX.size :]
+
+
+def test_a_broker_that_repeats_alters_and_misdirects_everything_changes_nothing(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control messages, manifests, chunks of updates and of states: each copy is refused under its rule.
+
+    The run comes to its end with the very numbers that it has undisturbed, and each update counted once.
+    """
+    federation = provisioned(tmp_path, free_port, slice_kib=4)  # a hundred chunks: copies come while more are awaited
+    broker, owner = Mosquitto(federation), Meddler(let_in(federation, "readwrite"))
+    trainers = [Noisy(number) for number in range(len(SITES))]
+
+    async def run() -> None:
+        await broker.start()
+        meddling = asyncio.create_task(owner.run())
+        try:
+            await owner.listening.wait()
+            again = asyncio.create_task(owner.meddle())
+            async with asyncio.TaskGroup() as group:
+                group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+                for name, trainer in zip(SITES, trainers, strict=True):
+                    group.create_task(toy_site(tmp_path / f"{name}.toml", trainer=trainer))
+            again.cancel()
+        finally:
+            meddling.cancel()
+            await broker.stop()
+
+    run_async(run(), timeout_s=150)
+    versions = [record for record in toy_records(tmp_path) if isinstance(record, VersionCommitted)]
+    assert [{part.site for part in version.contributions} for version in versions] == [set(SITES)] * 3
+    for name, values in load_file(tmp_path / "coordinator" / "masters" / "v00000003.safetensors").items():
+        steps = [sum(trainer.made[version][name] for trainer in trainers) / len(trainers) for version in range(3)]
+        np.testing.assert_allclose(values, INITIAL + sum(steps), atol=1e-5)
+    told = capsys.readouterr().out
+    for rule in ("bad-signature", "replayed", "unknown-key", "bad-seal"):
+        assert rule in told, rule
 
 
 # -- a revoked site ---

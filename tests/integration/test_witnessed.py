@@ -1,4 +1,4 @@
-"""The signed history of a sealed run over a real Mosquitto: what an auditor finds when somebody rewrites it."""
+"""The signed history of a run over a real Mosquitto with TLS: what an auditor finds when somebody rewrites it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.launcher import find_mosquitto, run_broker
+from broker.launcher import find_mosquitto
 from coordinator.bundle import export_bundle
 from coordinator.journal import Journal
 from coordinator.proof import Proof, prove
@@ -34,8 +34,11 @@ from shared.trust.membership import Believed
 from shared.trust.witness import HEADS, head_line, parse_head, signed_head
 from tests.audited import flipped, restored
 from tests.commands import call, running
+from tests.conftest import any_free_port as free_port
 from tests.helpers import run_async
-from tests.toys import toy_coordinator, toy_plan, toy_site, write_toy
+from tests.integration.test_renewal import Mosquitto
+from tests.integration.test_tls import SITES, provisioned
+from tests.toys import toy_coordinator, toy_plan, toy_site
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,18 +52,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished sealed run of two sites and three versions; each test leaves it as it was."""
     root = tmp_path_factory.mktemp("witnessed")
 
+    federation = provisioned(root, free_port())
+
     async def everybody() -> None:
-        async with run_broker("mosquitto", root / "broker") as broker:
-            write_toy(root, broker.url, sites=2, versions=3, quorum=2, sealed=True)
-            await parties()
+        broker = Mosquitto(federation)
+        await broker.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(toy_coordinator(root / "coordinator.toml"))
+                for name in SITES:
+                    group.create_task(toy_site(root / f"{name}.toml"))
+        finally:
+            await broker.stop()
 
-    async def parties() -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(toy_coordinator(root / "coordinator.toml"))
-            for number in (1, 2):
-                group.create_task(toy_site(root / f"site-{number}.toml"))
-
-    run_async(everybody(), timeout_s=60)
+    run_async(everybody(), timeout_s=100)
     return root
 
 

@@ -26,6 +26,7 @@ from shared.manifest import Manifest, StateFacts
 from shared.messages import Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
+from shared.states import Imprint
 from shared.store import FrameStore
 from shared.topics import Channel
 from shared.trust.guard import CoordinatorsGuard, TurnedAwayError
@@ -142,7 +143,8 @@ class CoordinatorMachine(Machine):
         federation = self.scenario.federation
         if federation.codec.steps:
             tensors = tensors_of(master, self.scenario)
-            return publish(self.states, version, before, tensors, self.plan, federation, created=self.wall)
+            imprint = Imprint(federation, self.plan.fingerprint, version)
+            return publish(self.states, imprint, before, tensors, self.plan.tensors, created=self.wall)
         frames = ToyFrames(published_frames(master, self.scenario.state_frames))
         facts, wall = StateFacts(version=version), self.wall
         sealing: Any = frames

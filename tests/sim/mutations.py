@@ -247,10 +247,10 @@ def _without_the_last(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _a_little_off(real: Callable[..., Any]) -> Callable[..., Any]:
-    def seal(states: Any, version: int, tensors: Any, *rest: Any, expected: str | None = None, **options: Any) -> Any:
+    def seal(states: Any, imprint: Any, tensors: Any, *rest: Any, expected: str | None = None, **options: Any) -> Any:
         if expected is not None:
             tensors = {name: tensor * 1.0001 for name, tensor in tensors.items()}
-        return real(states, version, tensors, *rest, **options)
+        return real(states, imprint, tensors, *rest, **options)
 
     return seal
 

@@ -14,7 +14,7 @@ import numpy as np
 from coordinator.ledger import Ledger
 from shared.codec import decode_add, encode, encode_file
 from shared.manifest import Manifest, StepFacts, manifest_from_bytes
-from shared.states import file_metadata, open_state
+from shared.states import Imprint, open_state
 from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array
 from tests.sim.toys import published_frames, read_whole, tensors_of
@@ -85,7 +85,7 @@ class Replicas:
         return self._file(version, self._state)
 
     def _file(self, version: int, tensors: Mapping[str, F32Array]) -> bytes:
-        metadata = file_metadata(version, self.fingerprint, self.scenario.federation, "state")
+        metadata = Imprint(self.scenario.federation, self.fingerprint, version).metadata("state")
         return b"".join(encode_file(tensors, "f32", metadata))
 
     def recovered(self, ledger: Ledger, states: FrameStore) -> None:

@@ -14,6 +14,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from broker import provision
 from broker.production import production_config, production_settings
 from shared.errors import ConfigError, RefusedError
+from tests.grants import of_strange_version
 
 NOW = 1_800_000_000
 CaPair = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
@@ -97,7 +98,7 @@ def test_a_list_names_what_was_revoked(ca: CaPair) -> None:
     assert crl.next_update_utc.timestamp() == NOW + 50 * 86_400
 
 
-def test_keys_and_certificates_that_are_none_are_named() -> None:
+def test_keys_and_certificates_that_are_none_are_named(ca: CaPair) -> None:
     """A wrong file is a configuration error that names it."""
     other = ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     for data in (b"x", other):
@@ -105,6 +106,9 @@ def test_keys_and_certificates_that_are_none_are_named() -> None:
             provision.load_p256(data, where="here")
     with pytest.raises(ConfigError, match="here"):
         provision.load_certificate(b"x", where="here")
+    strange = of_strange_version(provision.certificate_pem(ca[1]).decode())
+    with pytest.raises(ConfigError, match="here"):
+        provision.load_certificate(strange.encode(), where="here")
 
 
 def test_the_production_configuration_admits_certificates_alone() -> None:

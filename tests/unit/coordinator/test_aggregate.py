@@ -422,7 +422,7 @@ def test_a_robust_rule_takes_each_tensor_from_those_who_hold_it(tmp_path: Path) 
 def test_a_robust_mean_in_stretches_is_that_of_the_whole(
     codec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut into stretches of one unit, in every codec but sparse ones, the median is numpy's of decoded updates."""
+    """Cut into stretches of one unit, in every codec that is not sparse, the median is numpy's of decoded updates."""
     monkeypatch.setattr(means, "BLOCK_BYTES", 1)
     size, rng = 3 * means.STRETCH_UNIT + 100, np.random.default_rng(3)
     deltas = [rng.normal(0, 1, size).astype(np.float32) for _ in range(5)]

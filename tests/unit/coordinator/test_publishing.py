@@ -10,11 +10,12 @@ import pytest
 
 from coordinator.masters import TensorFile, master_path
 from coordinator.publishing import publish
+from edge_client.statefile import read_blocks
 from shared.codec import decode_add, encode
 from shared.config import AggregationSection, CodecName, CodecSection
 from shared.errors import RefusedError
 from shared.manifest import StateFacts, StepFacts
-from shared.states import extract_state
+from shared.states import Imprint, extract_state
 from tests.small_run import SmallRun
 
 ASYNC = AggregationSection(mode="fedasync", alpha=1.0)
@@ -125,12 +126,29 @@ def test_fedasync_mixes_what_a_late_site_started_from(tmp_path: Path) -> None:
     assert run.master(2)["a"] == [127, 2, -3]
 
 
+def test_the_blocks_to_train_are_said_by_step_and_state_alike(tmp_path: Path) -> None:
+    """Where importance chooses: with each version anew, however the state came, and part of its digest."""
+    run = stepped(tmp_path, {"a": np.zeros(9)})
+    parts = run.parts(0)
+    for version, blocks in ((1, (1, 3)), (2, (0, 3))):
+        imprint = Imprint(run.federation, run.plan.fingerprint, version, blocks)
+        step, whole = publish(run.states, imprint, parts, {"a": np.full(9, version, np.float32)}, run.plan.tensors)
+        parts = (*parts, step.transfer_id)
+        extract_state(run.states, parts, tmp_path / f"{version}")
+        assert hashlib.sha256((tmp_path / f"{version}").read_bytes()).hexdigest() == step.leads_to
+        assert read_blocks(tmp_path / f"{version}") == blocks
+    assert whole is not None
+    extract_state(run.states, (whole.transfer_id,), tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "2").read_bytes()
+
+
 def test_a_master_that_has_overflowed_is_not_published(tmp_path: Path) -> None:
     """Whether the difference is no number any more, or the state that it would make."""
     run = stepped(tmp_path, {"a": [1.6e38, 1.0]})
+    imprint = Imprint(run.federation, run.plan.fingerprint, 1)
     for too_much in (2e38, -2e38, np.inf, np.nan):
         master = {"a": np.array([too_much, 0], dtype=np.float32)}
         with pytest.raises(RefusedError) as refused:
-            publish(run.states, 1, run.parts(0), master, run.plan, run.federation)
+            publish(run.states, imprint, run.parts(0), master, run.plan.tensors)
         assert refused.value.rule == "non-finite"
     assert run.states.ids() == [run.state_manifests[0].transfer_id]

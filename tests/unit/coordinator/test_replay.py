@@ -21,6 +21,7 @@ from coordinator.replay import Recomputed, replay
 from coordinator.views import JOURNAL, load_run
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import manifest_from_bytes
+from shared.states import Imprint
 from shared.store import FrameStore
 from tests.audited import SECTIONS, VERSIONS, AuditedRun, restored, spoilt
 
@@ -186,7 +187,8 @@ def test_another_published_state_is_found_down_to_the_value(run: AuditedRun, scr
     values["block.1.w"] = values["block.1.w"].copy()
     values["block.1.w"][17] += np.float32(0.01 if run.federation.codec.steps else 1)
     before = load_run(run.storage).versions[version - 1].parts
-    false, _ = publish(states, version, before, values, run.plan, run.federation, created=4.0)
+    imprint = Imprint(run.federation, run.plan.fingerprint, version)
+    false, _ = publish(states, imprint, before, values, run.plan.tensors, created=4.0)
     try:
         with forge(run, version, state=false.to_bytes()):
             found = made(run, scratch)[-1].differences

@@ -101,6 +101,22 @@ def test_a_damaged_receipt_is_named(site: Path) -> None:
     assert (problem.rule, problem.repaired) == ("damaged-receipt", False)
 
 
+def test_what_stays_here_is_looked_at(site: Path) -> None:
+    """A spoilt file is damage and is never deleted; one whose update was never sealed is a leftover."""
+    outbox = Outbox(site)
+    (site / "head").write_bytes(b"head")
+    for update_id in (ONE, "3" * 32):
+        outbox.own.keep(site / "head", update_id)
+    assert rules(site) == [("stale-own", False)]
+    assert rules(site, repair=True) == [("stale-own", True)]
+    (kept,) = (site / "own").iterdir()
+    spoil(kept)
+    (problem,) = check(site, repair=True).problems
+    assert (problem.rule, problem.where, problem.repaired) == ("damaged-own", f"own/{kept.name}", False)
+    assert "move it away" in problem.advice
+    assert kept.exists()
+
+
 @pytest.fixture
 def private(tmp_path: Path) -> Path:
     """A site's folder with two trainings charged: one update waits, one has its receipt."""

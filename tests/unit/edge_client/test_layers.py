@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from edge_client.layers import FAMILIES, depth_of, family_of, is_full, resolve_plan, trainable_names
+from edge_client.layers import (
+    FAMILIES,
+    depth_of,
+    family_of,
+    is_full,
+    personal_names,
+    resolve_plan,
+    trainable_names,
+    trained_at_once,
+)
 from shared.errors import ConfigError
 
 LLAMA = [
@@ -29,6 +38,14 @@ BERT = [
         ("0.375", 16, (10, 11, 12, 13, 14, 15)),
         ("0.01", 16, (15,)),
         ("1.0", 3, (0, 1, 2)),
+        ("top:0.375", 16, (10, 11, 12, 13, 14, 15)),
+        ("bottom:3", 16, (0, 1, 2)),
+        ("bottom:0.25", 4, (0,)),
+        ("middle:4", 16, (6, 7, 8, 9)),
+        ("middle:3", 16, (6, 7, 8)),
+        ("middle:4", 5, (0, 1, 2, 3)),
+        ("middle:1", 1, (0,)),
+        ("random:16", 16, tuple(range(16))),
         ("15,10,11", 16, (10, 11, 15)),
         ("3,", 4, (3,)),
         ("0, 2", 4, (0, 2)),
@@ -43,6 +60,11 @@ def test_a_plan_means_blocks(text: str, depth: int, layers: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("bottom:17", "asks for 17 blocks, the model has 16"),
+        ("middle:0", "trains no block of the model's 16"),
+        ("random:1.5", "no share of the model's 16 blocks"),
+        ("lowest:3", "not a layer plan"),
+        (":3", "not a layer plan"),
         ("17", "asks for 17 blocks, the model has 16"),
         ("top:17", "asks for 17 blocks, the model has 16"),
         ("10,16", "names block 16, the model has 16"),
@@ -66,6 +88,51 @@ def test_a_plan_that_does_not_fit_is_refused(text: str, says: str) -> None:
         resolve_plan(text, 16)
     assert says in caught.value.message
     assert f"layers.plan = {text.strip()!r}" in caught.value.message
+
+
+def test_random_blocks_follow_from_the_seed() -> None:
+    """One seed gives one choice for all, of as many blocks as asked; among all seeds every block has its turn."""
+    drawn = [resolve_plan("random:4", 16, seed=seed) for seed in range(40)]
+    assert drawn == [resolve_plan("random:4", 16, seed=seed) for seed in range(40)]
+    assert all(len(set(blocks)) == 4 and list(blocks) == sorted(blocks) for blocks in drawn)
+    assert {block for blocks in drawn for block in blocks} == set(range(16))
+    assert set(resolve_plan("random:4", 16, seed=3)) < set(resolve_plan("random:5", 16, seed=3))
+
+
+def test_importance_chooses_among_the_blocks_of_a_plan() -> None:
+    """The federation's blocks are the candidates, all where no plan narrows them; so many are trained at a time."""
+    assert resolve_plan("importance:2", 16) == tuple(range(16))
+    assert resolve_plan(" Importance:2", 16, among="top:4") == (12, 13, 14, 15)
+    assert resolve_plan("importance:1", 16, among="1,5") == (1, 5)
+    assert trained_at_once("importance:2", 16, (1, 5)) == 2
+    assert trained_at_once("importance:0.25", 16, tuple(range(16))) == 4
+    assert trained_at_once("top:2", 16, (14, 15)) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "among", "depth", "says"),
+    [
+        ("importance:5", "top:4", 16, "asks for 5 blocks of the 4 in layers.among"),
+        ("importance:0", "1.0", 16, "trains no block"),
+        ("importance:", "1.0", 16, "not a layer plan"),
+        ("importance:4", "all", 16, "layers.among = 'all' names no blocks to choose among"),
+        ("importance:4", "importance:8", 16, "layers.among = 'importance:8' names no blocks"),
+        ("importance:4", "1.0", 64, "would choose among 64 blocks, at most 48 are possible"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(plan: str, among: str, depth: int, says: str) -> None:
+    """More than there are, or than the metrics of an update can tell of."""
+    with pytest.raises(ConfigError) as caught:
+        trained_at_once(plan, depth, resolve_plan(plan, depth, among=among))
+    assert says in caught.value.message
+
+
+def test_an_unknown_plan_lists_the_known_ones() -> None:
+    """Whoever misspells one sees what there is."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_plan("lowest:3", 16)
+    for form in ("top:6", "bottom:6", "middle:6", "random:6", "0.375", "10,11,15", "importance:6", "all"):
+        assert form in caught.value.hint
 
 
 def test_block_1_is_not_block_11() -> None:
@@ -123,3 +190,32 @@ def test_an_unknown_type_is_named() -> None:
     assert "models/t5" in caught.value.message
     assert "'t5'" in caught.value.message
     assert "bert, gpt2, llama, mistral, qwen2, qwen3" in caught.value.hint
+
+
+def test_patterns_say_what_stays() -> None:
+    """A star stands for any characters, also dots; the order is that of the trained tensors."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    assert personal_names(trained, ()) == ()
+    assert personal_names(trained, ("score.*",)) == ("score.bias", "score.weight")
+    assert personal_names(trained, ("score.weight", "*.norm.weight", "score.?eight")) == (
+        "model.norm.weight",
+        "score.weight",
+    )
+    assert personal_names(trained, ("*.11.*",)) == ("model.layers.11.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (("classifier.*",), "layers.personal = 'classifier.*' matches none of the 5 tensors"),
+        (("score.*", "model.layers.1.*"), "layers.personal = 'model.layers.1.*' matches none"),
+        (("Score.*",), "matches none"),
+        (("*",), "nothing is left to exchange"),
+    ],
+)
+def test_what_cannot_stay_is_refused(patterns: tuple[str, ...], says: str) -> None:
+    """A pattern that matches nothing that is trained is a mistake, and so is keeping everything."""
+    trained = trainable_names(LLAMA, FAMILIES["llama"], (10, 11), full=False)
+    with pytest.raises(ConfigError) as caught:
+        personal_names(trained, patterns)
+    assert says in caught.value.message

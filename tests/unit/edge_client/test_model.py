@@ -15,6 +15,7 @@ from edge_client.model import (
     apply_state,
     export,
     load_model,
+    read_personal,
     read_trainable,
     seal,
     seal_plan,
@@ -75,6 +76,39 @@ def test_the_top_block_is_what_is_trained(
     assert plan.trained_parameters == sum(array.size for array in state.values())
     assert plan.total_parameters == sum(parameter.numel() for parameter in parameters.values())
     assert 0 < plan.saving < 1
+
+
+def test_personal_tensors_are_trained_and_not_in_the_state(folders: dict[str, Path]) -> None:
+    """They have gradients, and neither the plan's tensors nor version 0 nor its size know them; a state brings them."""
+    federation = tiny.federation(layers={"personal": ["score.*"]})
+    loaded = load_model(folders["llama"], federation)
+    plan, state = seal_plan(federation, folders["llama"])
+    whole, _ = seal_plan(FEDERATION, folders["llama"])
+    assert set(plan.personal) == {"score.bias", "score.weight"} == set(read_personal(loaded))
+    assert plan.personal | plan.tensors == whole.tensors
+    assert set(state) == set(plan.tensors) == set(loaded.trainable)
+    assert all(parameter.requires_grad for parameter in loaded.trained.values())
+    assert set(loaded.trained) == set(whole.tensors)
+    head = sum(np.prod(shape) for shape in plan.personal.values())
+    assert plan.trained_parameters == whole.trained_parameters - head
+    assert (plan.frozen_sha256, plan.fingerprint == whole.fingerprint) == (whole.frozen_sha256, False)
+    with pytest.raises(RefusedError, match=r"lacks tensor score\.bias"):
+        apply_state(loaded, state)
+    apply_state(loaded, {**state, "score.bias": np.ones(7, np.float32), "score.weight": np.ones((7, 16), np.float32)})
+    assert np.all(read_personal(loaded)["score.bias"] == 1)
+
+
+def test_the_b_s_of_adapters_can_stay(folders: dict[str, Path]) -> None:
+    """With them personal only A's and the head travel (FedSA-LoRA); where all need both, that is an error."""
+    adapter = {"kind": "lora", "rank": 2}
+    plan, state = seal_plan(tiny.federation(layers={"personal": ["*.lora_B.*"]}, adapter=adapter), folders["llama"])
+    assert {name.rsplit(".", 2)[1] for name in plan.personal} == {"lora_B"}
+    assert {name.rsplit(".", 2)[1] for name in state} == {"lora_A", "score"}
+    with pytest.raises(ConfigError, match="fedex-lora"):
+        seal_plan(
+            tiny.federation(layers={"personal": ["*.lora_B.*"]}, adapter={**adapter, "kind": "fedex-lora"}),
+            folders["llama"],
+        )
 
 
 def test_the_full_plan_trains_the_embeddings_too(folders: dict[str, Path]) -> None:

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from edge_client.data import Note, Sentence
-from edge_client.model import LoadedModel, apply_state, load_model, read_trainable
-from edge_client.trainer import FINAL_RATE, _rate, evaluate, make_dataset, mean_loss, round_section, round_seed, train
+from edge_client.model import LoadedModel, apply_state, load_model, read_personal, read_trainable
+from edge_client.trainer import (
+    FINAL_RATE,
+    _rate,
+    evaluate,
+    make_dataset,
+    mean_loss,
+    pull_back,
+    round_section,
+    round_seed,
+    train,
+)
 from shared.config import TrainingSection
 from shared.errors import RefusedError
 from tests.unit.edge_client import tiny
@@ -57,6 +67,23 @@ def test_the_same_arguments_give_the_same_bits(llama: LoadedModel) -> None:
     again = train(llama, state, data, FEDERATION.training, seed=1)
     assert all(np.array_equal(delta, again.delta[name]) for name, delta in first.delta.items())
     assert any(not np.array_equal(delta, other.delta[name]) for name, delta in first.delta.items())
+
+
+def test_personal_tensors_are_trained_and_returned_whole(folders: dict[str, Path]) -> None:
+    """The same training as without them, bit for bit; only that they come out as values and not in the delta."""
+    plain = load_model(folders["llama"], FEDERATION)
+    loaded = load_model(folders["llama"], tiny.federation(layers={"personal": ["score.*", "*.norm.weight"]}))
+    begin = read_trainable(plain)
+    results = [
+        train(model, begin, make_dataset(model, tiny.notes(4), batch_size=4, seed=0), FEDERATION.training, seed=1)
+        for model in (plain, loaded)
+    ]
+    assert results[0].personal == {}
+    assert set(results[1].personal) == {"score.bias", "score.weight", "model.norm.weight"}
+    for name, delta in results[0].delta.items():
+        own = results[1].personal
+        assert np.array_equal(own[name] - begin[name] if name in own else results[1].delta[name], delta), name
+    assert set(results[1].delta) == set(begin) - set(results[1].personal)
 
 
 def test_training_leaves_the_global_generator_alone(llama: LoadedModel) -> None:
@@ -150,6 +177,48 @@ def test_the_rate_falls_evenly_from_version_to_version() -> None:
     rates = [round_section(section, version, 5).lr for version in (0, 1, 2, 3, 4, 9)]
     assert rates == pytest.approx([0.4, 0.32, 0.24, 0.16, 0.08, 0.08])
     assert round_section(section, 0, 1).lr == pytest.approx(0.4)
+
+
+def test_the_proximal_term_s_gradient() -> None:
+    """By hand, mu 0.5: w 3 and -1 that started at 1 and 1, gradients 0.25 and 2, become 0.25 + 0.5 x 2 and 2 - 0.5 x 2.
+
+    So it is the gradient of mu / 2 ||w - w_t||^2 as torch derives it.
+    """
+    weights, start = torch.nn.Parameter(torch.tensor([3.0, -1.0])), torch.tensor([1.0, 1.0])
+    weights.grad = torch.tensor([0.25, 2.0])
+    pull_back([weights], [start], 0.5)
+    assert weights.grad.tolist() == [1.25, 1.0]
+    weights.grad = torch.tensor([0.25, 2.0])
+    (0.25 * (weights - start).square().sum()).backward()  # type: ignore[no-untyped-call]
+    assert weights.grad.tolist() == [1.25, 1.0]
+    pull_back([weights], [], 0.0)
+    assert weights.grad.tolist() == [1.25, 1.0]
+
+
+def test_a_proximal_term_keeps_an_update_near_its_start(folders: dict[str, Path]) -> None:
+    """The first step does not know it; the more it weighs, the shorter the delta; what stays at the site is free."""
+    loaded = load_model(folders["llama"], tiny.federation(layers={"personal": ["score.*"]}))
+    state, data = start_of(loaded), make_dataset(loaded, tiny.notes(8), batch_size=4, seed=0)
+    results = [
+        train(loaded, state, data, FEDERATION.training.model_copy(update={"epochs": 4, "proximal": mu}), seed=1)
+        for mu in (0.0, 0.3, 30.0)
+    ]
+    lengths = [sum(float(np.square(delta).sum()) for delta in result.delta.values()) ** 0.5 for result in results]
+    assert lengths[0] > lengths[1] > lengths[2]
+    heads = [np.abs(result.personal["score.weight"] - state["score.weight"]).max() for result in results]
+    assert heads[2] > 0.3 * heads[0]
+    one = make_dataset(loaded, tiny.notes(1), batch_size=64, seed=0)
+    free, bound = (
+        train(loaded, state, one, FEDERATION.training.model_copy(update={"proximal": mu}), seed=1).delta
+        for mu in (0.0, 30.0)
+    )
+    assert len(one.prepared.batches) == 1
+    assert all(np.array_equal(free[name], bound[name]) for name in free)
+
+
+def start_of(loaded: LoadedModel) -> dict[str, np.ndarray]:
+    """Version 0 with what stays."""
+    return read_trainable(loaded) | read_personal(loaded)
 
 
 def test_the_mean_loss_is_over_all_targets_and_not_over_batches(llama: LoadedModel) -> None:

@@ -117,6 +117,28 @@ def test_it_gives_the_initial_tensors_and_the_whole_model_with_a_state(ground: P
         assert np.array_equal(exported[name].numpy(), array), name
 
 
+def test_what_stays_is_trained_on_from_update_to_update(ground: Path, tmp_path: Path) -> None:
+    """The head comes in a file of its own, beside a delta without it; the next update goes on from there."""
+    federation = tiny.federation(layers={"personal": ["score.*"]})
+    _, state = seal_plan(federation, ground / "model")
+    save_file(state, tmp_path / "v0")
+    kept: list[Path | None] = [None]
+
+    async def story() -> list[pipe.Trained]:
+        async with WorkerClient(config(ground), federation, own=lambda: kept[0]) as client:
+            first = await client.train(tmp_path / "v0", 0, tmp_path / "first")
+            again = await client.train(tmp_path / "v0", 0, tmp_path / "again")
+            kept[0] = first.own
+            return [first, again, await client.train(tmp_path / "v0", 0, tmp_path / "second")]
+
+    trained = run_async(story(), timeout_s=100)
+    heads = [load_file(each.own)["score.weight"] for each in trained if each.own is not None]
+    assert set(load_file(tmp_path / "first")) == set(state)
+    assert np.array_equal(heads[0], heads[1])
+    assert not np.array_equal(heads[0], heads[2])
+    assert trained[2].metrics["loss"] < trained[0].metrics["loss"]
+
+
 def test_a_worker_can_stand_back(ground: Path) -> None:
     """With a niceness the process runs at that priority, and a worker without one at that of its agent."""
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mailboat.experiment.cells import Cell, merged, model_digest, participants, read_experiment
+from mailboat.experiment.cells import Cell, merged, participants, read_experiment
+from mailboat.experiment.digests import model_digest
 from mailboat.experiment.spec import NotesSection
 from shared.errors import ConfigError
 

@@ -323,6 +323,8 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "quality": "exp-loss",
         "sites": ["a"],
         "labels": ["x"],
+        "personal": ["score.*"],
+        "by": "snr",
         "frozen_sha256": "0" * 64,
         "slice_kib": 64,
         "privacy": {"delta": 1e-5, "noise_multiplier": 1.0},

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from shared.errors import ConfigError
-from shared.plan import SealedPlan, load_plan
+from shared.errors import ConfigError, RefusedError
+from shared.plan import BLOCKS_KEY, SealedPlan, blocks_from, load_plan
 from tests.factories import digest, make_federation, make_plan
 
 FEDERATION = make_federation()
@@ -36,6 +36,8 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         {"layers": (2, 3)},
         {"tensors": {"w": (100, 1000)}},
         {"tensors": {"v": (100_000,)}},
+        {"personal": {"head": (3,)}},
+        {"at_once": 1},
         {"trained_parameters": 99_999},
         {"total_parameters": 400_001},
         {"config_sha256": digest("c")},
@@ -92,3 +94,14 @@ def test_a_plan_of_another_federation_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was sealed from another federation"):
         load_plan(path, other)
     assert isinstance(load_plan(path, FEDERATION), SealedPlan)
+
+
+def test_a_header_names_blocks() -> None:
+    """As an ascending list, or not at all."""
+    assert blocks_from({}) is None
+    assert blocks_from({BLOCKS_KEY: "3"}) == (3,)
+    assert blocks_from({BLOCKS_KEY: "3,7,11"}) == (3, 7, 11)
+    for text in ("", "7,3", "3,3", "3,", "a", "-1", "3, 7", "9" * 7):
+        with pytest.raises(RefusedError) as caught:
+            blocks_from({BLOCKS_KEY: text})
+        assert caught.value.rule == "header-metadata"

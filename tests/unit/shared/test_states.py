@@ -14,7 +14,7 @@ from shared.codec import encode_file
 from shared.config import CodecSection, FederationConfig, FederationSection, ModelSection
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts, StepFacts
-from shared.states import extract_state, file_metadata, open_part, open_state, seal_part, seal_state
+from shared.states import Imprint, extract_state, open_part, open_state, seal_part, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import F32Array
 
@@ -33,22 +33,27 @@ def values() -> dict[str, F32Array]:
     return {name: np.asarray(RNG.normal(size=shape), dtype=np.float32) for name, shape in SHAPES.items()}
 
 
+def imprint(version: int) -> Imprint:
+    """What the files of a version say of themselves here."""
+    return Imprint(FEDERATION, FINGERPRINT, version)
+
+
 def seal(store: FrameStore, version: int, tensors: Mapping[str, F32Array], **options: str) -> Manifest:
     """A state that travels whole."""
-    return seal_state(store, version, tensors, SHAPES, FEDERATION, FINGERPRINT, created=1.0, **options)
+    return seal_state(store, imprint(version), tensors, SHAPES, created=1.0, **options)
 
 
 def seal_step(store: FrameStore, version: int, difference: Mapping[str, F32Array], base: str, made: str) -> Manifest:
     """A step that says so of itself, whatever it makes."""
-    metadata = file_metadata(version, FINGERPRINT, FEDERATION, "step")
+    metadata = imprint(version).metadata("step")
     facts = StepFacts(version=version, base_sha256=base, state_sha256=made)
     chunks = encode_file(difference, "int8", metadata)
-    return seal_part(store, chunks, "int8", lambda _summary: facts, FEDERATION, FINGERPRINT, created=1.0)
+    return seal_part(store, imprint(version), chunks, "int8", lambda _summary: facts, created=1.0)
 
 
 def plain(version: int, tensors: Mapping[str, F32Array]) -> bytes:
     """The plain file of a state."""
-    return b"".join(encode_file(tensors, "f32", file_metadata(version, FINGERPRINT, FEDERATION, "state")))
+    return b"".join(encode_file(tensors, "f32", imprint(version).metadata("state")))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from edge_client.privacy.ledger import LEDGER, Charge, Ledger, Limit, read_ledge
 from edge_client.privacy.metered import Metered, check_privacy, limits_of
 from edge_client.training import Standing
 from shared import durable
-from shared.config import SiteConfig
+from shared.config import LocalLayersSection, SiteConfig
 from shared.errors import ConfigError, NoRoomError, RefusedError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
@@ -196,3 +196,12 @@ def test_a_budget_asks_for_privacy(tmp_path: Path) -> None:
         check_privacy(config(tmp_path, 8.0), tiny.federation())
     for budget, federation in ((None, tiny.federation()), (None, PRIVATE), (8.0, PRIVATE)):
         check_privacy(config(tmp_path, budget), federation)
+
+
+@pytest.mark.parametrize("key", ["memory_mib", "seconds"])
+def test_notes_must_not_decide_how_deep_a_private_site_trains(tmp_path: Path, key: str) -> None:
+    """What an update holds leaves the site, so a limit that is measured on notes is refused under [privacy]."""
+    measured = config(tmp_path).model_copy(update={"layers": LocalLayersSection.model_validate({key: 100.0})})
+    check_privacy(measured, tiny.federation())
+    with pytest.raises(ConfigError, match=rf"layers\.{key} is measured on the notes"):
+        check_privacy(measured, PRIVATE)

@@ -18,7 +18,7 @@ from shared.trust.grant import Holder, check_grant, check_renewal, holder_of, in
 from shared.trust.kit import authority_pem, check_kit_modes, load_kit
 from shared.trust.membership import public_bytes
 from shared.trust.succession import introduce
-from tests.grants import DAYS, ISSUED, GrantBench, other_authority
+from tests.grants import DAYS, ISSUED, GrantBench, of_strange_version, other_authority
 from tests.kits import Kits
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "trust"
@@ -122,6 +122,11 @@ def with_three_cas(bench: GrantBench, _root: Path) -> bytes:
     return bench.grant("north", ca=pem * 3)
 
 
+def with_strange_version(bench: GrantBench, _root: Path) -> bytes:
+    """Found by fuzzing."""
+    return bench.grant("north", certificate=of_strange_version(bench.certificate("north")))
+
+
 @pytest.mark.parametrize(
     ("spoil", "broken"),
     [
@@ -143,6 +148,7 @@ def with_three_cas(bench: GrantBench, _root: Path) -> bytes:
         (for_souths_key, "other-keys"),
         (made(certificate="x"), "bad-certificate"),
         (made(ca=""), "bad-certificate"),
+        (with_strange_version, "bad-certificate"),
         (certified(serial=4712), "bad-certificate"),
         (of_another_ca, "bad-certificate"),
         (with_three_cas, "bad-certificate"),
