@@ -154,13 +154,21 @@ def train(
     return TrainResult(delta, personal, data.examples, metrics)
 
 
-@torch.no_grad()
 def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
-    """Score the model as it is on `data`; a unit in no window (a word without tokens, say) is predicted as zero."""
+    """Score the model as it is on `data`."""
+    return loaded.task.score(data.notes, predict(loaded, data))
+
+
+@torch.no_grad()
+def predict(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
+    """Return what the model as it is says of each unit of `data`, one row a unit, as the task's `decide` gives them.
+
+    A unit in no window (a word without tokens, say) is predicted as zero.
+    """
     loaded.model.eval()
     task = loaded.task
     if task.head.writes:
-        return task.score(data.notes, _written(loaded, data))
+        return _written(loaded, data)
     found = [task.decide(torch.empty((0, len(task.classes))))]
     units: list[Ids] = [np.empty(0, dtype=np.int64)]
     with forward_pass(loaded, data.prepared) as forward:
@@ -170,7 +178,7 @@ def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:
     rows = np.concatenate(found)
     predictions = np.zeros((task.units(data.notes), *rows.shape[1:]), dtype=rows.dtype)
     predictions[np.concatenate(units)] = rows
-    return task.score(data.notes, predictions)
+    return predictions
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from mailboat.commands import (
     experiment,
     export,
     init,
+    predict,
     privacy,
     provision,
     quarantine,
@@ -50,6 +51,7 @@ _ORDER = [
     "quarantine",
     "export",
     "evaluate",
+    "predict",
     "experiment",
     "doctor",
 ]
@@ -122,6 +124,7 @@ app.add_typer(quarantine.app, name="quarantine", short_help="Decide about update
 app.command("export", short_help="Write a version as a Hugging Face model.")(export.export)
 app.command("evaluate", short_help="Measure a model on annotated notes.")(export.evaluate)
 app.add_typer(experiment.app, name="experiment", short_help="Compare methods on synthetic notes, reproducibly.")
+app.command("predict", short_help="Write what a model finds in notes.")(predict.predict)
 app.command("doctor", short_help="Check this machine, and say what to do.")(doctor.doctor)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.views import RunView, find_version, load_run
+from mailboat.about import provenance, write_about
 from mailboat.console import measure_title
 from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
-from shared.manifest import StateFacts
+from shared.manifest import Manifest, StateFacts
 from shared.states import open_state
 from shared.store import FrameStore
 
@@ -62,45 +64,38 @@ class Subject:
 
     storage: Path
     federation: FederationConfig
-    version: int
-    sha256: str
-    """Digest of the state, in hex."""
+    state: Manifest
+    """Or of the step that makes it."""
     parts: tuple[str, ...]
     """Transfers that make it up."""
     source: str | Path
     """The base model."""
     master_sha256: str | None = None
     """Of the coordinator's float32 master."""
+    run: RunView | None = None
+    """What the coordinator's journal tells."""
     site: str | None = None
 
     @property
     def title(self) -> str:
         """What it is, for people."""
         at = f" at {self.site}" if self.site else ""
-        return f"version {self.version}{at}"
+        return f"version {self.state.version}{at}"
 
     def detail(self, *, full_precision: bool) -> str:
         """Which file of it is meant, for people."""
         if full_precision and self.master_sha256:
             return f" in full precision (master {self.master_sha256[:12]})"
-        return f" (state {self.sha256[:12]})"
+        return f" (state {self.state.leads_to[:12]})"
 
 
 def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
     """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
-    from coordinator.views import find_version, load_run
-
     federation = load_config(config.federation, FederationConfig)
-    found = find_version(load_run(config.storage), version)
-    return Subject(
-        config.storage,
-        federation,
-        found.version,
-        found.state.leads_to,
-        found.parts,
-        federation.model.base,
-        found.master_sha256,
-    )
+    run = load_run(config.storage)
+    found = find_version(run, version)
+    source = federation.model.base
+    return Subject(config.storage, federation, found.state, found.parts, source, found.master_sha256, run)
 
 
 def of_site(config: SiteConfig) -> Subject:
@@ -115,11 +110,11 @@ def of_site(config: SiteConfig) -> Subject:
     federation = load_config(config.federation, FederationConfig)
     source = config.model_dir or federation.model.base
     parts = (newest.transfer_id,)
-    return Subject(config.storage, federation, newest.version, newest.file_sha256, parts, source, site=config.name)
+    return Subject(config.storage, federation, newest, parts, source, site=config.name)
 
 
 def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:
-    """Write the base model with the tensors of a state to the folder `out`, in Hugging Face's layout.
+    """Write the base model with the tensors of a state, and where it comes from, to `out`, in Hugging Face's layout.
 
     A federation that trains adapters writes these, as peft reads them; with `merged` the model with them folded in.
     With `full_precision` they are those of the coordinator's float32 master, which no site was sent: ConfigError when
@@ -129,12 +124,15 @@ def export_state(subject: Subject, out: Path, *, merged: bool = False, full_prec
     """
     loaded = _with_state(subject, full_precision=full_precision)
     from edge_client.adapter_folder import write_adapters
-    from edge_client.model import export
+    from edge_client.model import export, seal
 
-    if subject.federation.adapter.used and not merged:
+    adapters = subject.federation.adapter.used and not merged
+    if adapters:
         write_adapters(loaded, subject.federation.model, out)
     else:
         export(loaded, out)
+    found = provenance(subject, seal(loaded, subject.federation), subject.run, full_precision=full_precision)
+    write_about(out, subject.federation, found, adapters=adapters)
     return tuple(loaded.personal)
 
 
@@ -145,7 +143,7 @@ def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
 
 def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
     """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
-    return _score(_load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
+    return _score(load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
 
 
 def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
@@ -158,8 +156,8 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
     return load_model(source, federation)
 
 
-def _load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """What `export_state` wrote, in either form."""
+def load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
+    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`."""
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
@@ -190,7 +188,7 @@ def _state(subject: Subject) -> State:
 
 
 def _master(subject: Subject) -> State:
-    version = subject.version
+    version = subject.state.version
     path = master_path(subject.storage / "masters", version)
     if not path.exists():
         raise ConfigError(

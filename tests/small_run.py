@@ -34,6 +34,7 @@ from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array
 
 Tensors = Mapping[str, Any]
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 
 def arrays(tensors: Tensors) -> dict[str, F32Array]:
@@ -106,14 +107,24 @@ class SmallRun:
         """Seal, verify and accept one update of a site."""
         return self.accept(self.seal(site, delta, base=base, examples=examples))
 
-    def seal(self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1) -> Stored:
+    def seal(
+        self, site: str, delta: Tensors, *, base: int = 0, examples: int = 1, metrics: Mapping[str, float] = _NONE
+    ) -> Stored:
         """Seal one update as a site would; its id is made of site and base version."""
         frames = make_transfer_frames(
             arrays(delta), self.federation.codec.up, {}, self.federation.codec.slice_kib * 1024
         )
-        return self.seal_frames(frames, site, base=base, examples=examples)
+        return self.seal_frames(frames, site, base=base, examples=examples, metrics=metrics)
 
-    def seal_frames(self, frames: FrameWriter, site: str, *, base: int = 0, examples: int = 1) -> Stored:
+    def seal_frames(
+        self,
+        frames: FrameWriter,
+        site: str,
+        *,
+        base: int = 0,
+        examples: int = 1,
+        metrics: Mapping[str, float] = _NONE,
+    ) -> Stored:
         """Seal whatever bytes a site could send."""
 
         def build(summary: FileSummary) -> Manifest:
@@ -134,7 +145,7 @@ class SmallRun:
                     base_version=base,
                     base_sha256=self.state_manifests[base].leads_to,
                     examples=examples,
-                    metrics={},
+                    metrics=dict(metrics),
                 ),
             )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from edge_client.data.load import MARKED_FORMATS, NoteSet, load_notes, read_files, read_marked
 from edge_client.data.notes import AnyNote, Entity, Note, Sentence, TextNote
+from edge_client.data.plain import PLAIN_FORMATS, read_plain
 from edge_client.data.texts import ANY_LABELS_FORMATS, ONE_LABEL_FORMATS, read_any_labels, read_one_label
 
 __all__ = [
     "ANY_LABELS_FORMATS",
     "MARKED_FORMATS",
     "ONE_LABEL_FORMATS",
+    "PLAIN_FORMATS",
     "AnyNote",
     "Entity",
     "Note",
@@ -21,4 +23,5 @@ __all__ = [
     "read_files",
     "read_marked",
     "read_one_label",
+    "read_plain",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.data import AnyNote
+from edge_client.data import AnyNote, TextNote
 from edge_client.tasks.encoding import TextEncoder
 from shared.errors import RefusedError
 
@@ -129,6 +129,10 @@ class Task(Protocol[N]):
         """
         ...
 
+    def bare(self, note: TextNote) -> N:
+        """Return a note of this task's kind that nobody has annotated, to predict on."""
+        ...
+
     def windows(self, notes: Sequence[N], encoder: TextEncoder) -> Iterator[Window]:
         """Yield the windows of `notes`; a unit that is in none is predicted as zero."""
         ...
@@ -147,6 +151,13 @@ class Task(Protocol[N]):
 
     def decide(self, outputs: Any) -> npt.NDArray[Any]:
         """Return what a model's outputs predict, one row a unit: logits (units, classes), or the texts it wrote."""
+        ...
+
+    def findings(self, notes: Sequence[N], predictions: npt.NDArray[Any]) -> Iterator[Mapping[str, Any]]:
+        """Yield, for each note, what `predictions` (as for `score`) say of it, in values for JSON.
+
+        Never a word of the note: what is found is told by place or by label.
+        """
         ...
 
     def score(self, notes: Sequence[N], predictions: npt.NDArray[Any]) -> Scores:

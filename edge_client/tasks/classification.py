@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from edge_client.data import ONE_LABEL_FORMATS, TextNote, read_one_label
-from edge_client.tasks import ONE_LABEL, Ids, Scores, Window
+from edge_client.tasks import IGNORED, ONE_LABEL, Ids, Scores, Window
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.whole import f1_scores, whole_windows
 from shared.config import TaskSection
@@ -39,6 +40,14 @@ class ClassificationTask:
         """Yield one window for each note; a longer one gives its beginning and its end."""
         return whole_windows([note.text for note in notes], list(self._targets(notes)), encoder)
 
+    def bare(self, note: TextNote) -> TextNote:
+        """Return the note as it is."""
+        return note
+
+    def findings(self, notes: Sequence[TextNote], predictions: Ids) -> Iterator[Mapping[str, Any]]:
+        """Yield each note's `label`."""
+        return ({"label": self.classes[place]} for place in predictions)
+
     def examples(self, notes: Sequence[TextNote]) -> int:
         """Return the number of notes."""
         return len(notes)
@@ -48,8 +57,8 @@ class ClassificationTask:
         return len(notes)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy."""
-        return cross_entropy(logits, targets)
+        """Return the mean cross-entropy over the notes that have a label."""
+        return cross_entropy(logits, targets, ignore_index=IGNORED)
 
     def decide(self, logits: torch.Tensor) -> Ids:
         """Return the likeliest class of each note."""
@@ -62,4 +71,4 @@ class ClassificationTask:
 
     def _targets(self, notes: Sequence[TextNote]) -> Ids:
         place = {label: index for index, label in enumerate(self.classes)}
-        return np.array([place[note.labels[0]] for note in notes], dtype=np.int64)
+        return np.array([place[note.labels[0]] if note.labels else IGNORED for note in notes], dtype=np.int64)

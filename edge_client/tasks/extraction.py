@@ -6,7 +6,7 @@ the answer alone, and an answer is written greedily.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
-from edge_client.data import MARKED_FORMATS, Note, Sentence, read_marked
+from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, TextNote, read_marked
 from edge_client.tasks import IGNORED, TEXT, Scores, Window
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.markup import read_markup, write_markup
-from edge_client.tasks.ner import entity_scores, lines_with_words
+from edge_client.tasks.ner import entity_findings, entity_scores, lines_of, lines_with_words
 from shared.config import TaskSection
 from shared.errors import ConfigError, RefusedError
 
@@ -42,6 +42,14 @@ class ExtractionTask:
     def read(self, path: Path) -> Iterator[Note | RefusedError]:
         """Yield the notes with marked entities under `path`."""
         return read_marked(path, self.labels)
+
+    def bare(self, note: TextNote) -> Note:
+        """Return its lines, split into words at white space."""
+        return lines_of(note)
+
+    def findings(self, notes: Sequence[Note], predictions: npt.NDArray[Any]) -> Iterator[Mapping[str, Any]]:
+        """Yield each note's entities, as for token classification."""
+        return entity_findings(notes, self._read(notes, predictions))
 
     def examples(self, notes: Sequence[Note]) -> int:
         """Return the number of lines that hold a word."""
@@ -91,8 +99,10 @@ class ExtractionTask:
 
     def score(self, notes: Sequence[Note], predictions: npt.NDArray[Any]) -> Scores:
         """Entity-level F1, strict and lenient, as for token classification; a line without an answer marks nothing."""
-        lines = lines_with_words(notes)
-        found = [
-            read_markup(answer or "", line.tokens, self.labels) for line, answer in zip(lines, predictions, strict=True)
-        ]
-        return entity_scores([line.entities for line in lines], found, self.labels)
+        found = self._read(notes, predictions)
+        return entity_scores([line.entities for line in lines_with_words(notes)], found, self.labels)
+
+    def _read(self, notes: Sequence[Note], predictions: npt.NDArray[Any]) -> list[tuple[Entity, ...]]:
+        """The entities that the answers mark in each line with words."""
+        lines = zip(lines_with_words(notes), predictions, strict=True)
+        return [read_markup(answer or "", line.tokens, self.labels) for line, answer in lines]

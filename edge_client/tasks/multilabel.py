@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,15 @@ class MultiLabelTask:
     def windows(self, notes: Sequence[TextNote], encoder: TextEncoder) -> Iterator[Window]:
         """Yield one window for each note; a longer one gives its beginning and its end."""
         return whole_windows([note.text for note in notes], list(self._targets(notes)), encoder)
+
+    def bare(self, note: TextNote) -> TextNote:
+        """Return the note as it is."""
+        return note
+
+    def findings(self, notes: Sequence[TextNote], predictions: Ids) -> Iterator[Mapping[str, Any]]:
+        """Yield each note's `labels`, in the order of the federation's."""
+        for row in predictions:
+            yield {"labels": [name for name, said in zip(self.classes, row, strict=True) if said]}
 
     def examples(self, notes: Sequence[TextNote]) -> int:
         """Return the number of notes."""

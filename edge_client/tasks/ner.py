@@ -16,7 +16,8 @@ import torch
 from nervaluate.evaluator import Evaluator
 from torch.nn.functional import cross_entropy
 
-from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, read_marked
+from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, TextNote, read_marked
+from edge_client.data.checks import split_words
 from edge_client.tasks import IGNORED, TOKENS, Ids, Scores, Window
 from edge_client.tasks.encoding import NO_WORD, EncodedLine, TextEncoder
 from shared.config import TaskSection
@@ -48,6 +49,18 @@ class NerTask:
     def read(self, path: Path) -> Iterator[Note | RefusedError]:
         """Yield the notes with marked entities under `path`."""
         return read_marked(path, self.labels)
+
+    def bare(self, note: TextNote) -> Note:
+        """Return its lines, split into words at white space."""
+        return lines_of(note)
+
+    def findings(self, notes: Sequence[Note], predictions: Ids) -> Iterator[Mapping[str, Any]]:
+        """Yield each note's entities; see `entity_findings`."""
+        found, at = [], 0
+        for line in lines_with_words(notes):
+            found.append(self.entities(predictions[at : at + len(line.tokens)]))
+            at += len(line.tokens)
+        return entity_findings(notes, found)
 
     def examples(self, notes: Sequence[Note]) -> int:
         """Return the number of lines that hold a word."""
@@ -181,6 +194,29 @@ def _pieces(line: EncodedLine, room: int) -> Iterator[tuple[int, int]]:
 def lines_with_words(notes: Sequence[Note]) -> list[Sentence]:
     """Return the lines of all notes that hold a word, in reading order."""
     return [sentence for note in notes for sentence in note.sentences if sentence.tokens]
+
+
+def lines_of(note: TextNote) -> Note:
+    """Return a text's lines, split into words at white space, without any entity; lines keep their numbers."""
+    lines = note.text.split("\n")
+    return Note(note.id, tuple(Sentence(split_words(line.removesuffix("\r")), ()) for line in lines))
+
+
+def entity_findings(notes: Sequence[Note], found: Sequence[Sequence[Entity]]) -> Iterator[Mapping[str, Any]]:
+    """Yield each note's `entities`: line from 1, first word and the one behind the last from 0, and label.
+
+    `found` are the entities of each line with words, over all notes.
+    """
+    lines = iter(found)
+    for note in notes:
+        numbered = ((number, next(lines)) for number, line in enumerate(note.sentences, start=1) if line.tokens)
+        yield {
+            "entities": [
+                {"line": number, "start": entity.start, "end": entity.end, "label": entity.label}
+                for number, entities in numbered
+                for entity in entities
+            ]
+        }
 
 
 def entity_scores(true: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entity]], labels: Sequence[str]) -> Scores:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mailboat import console, foreground
+from mailboat import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,6 +123,7 @@ def run(
 
 
 def _run(cells: list[Cell], cabinet: Cabinet, scratch: Path, jobs: int) -> list[Failure]:
+    from mailboat import foreground
     from mailboat.experiment.runner import run_cells
 
     scratch.mkdir(parents=True, exist_ok=True)

@@ -79,23 +79,17 @@ def test_sites_train_to_different_depths(
 
 @pytest.mark.parametrize("mode", ["sync", "fedasync"])
 def test_the_proximal_term_runs_by_its_name(mode: str, tmp_path: Path, mosquitto_url: str) -> None:
-    """Under a strong pull every update of more than one step is shorter than the same site's without it."""
+    """Under a strong pull an update of more than one step is shorter than the same one without it."""
     lengths = []
     for mu in (0.0, 50.0):
         root = tmp_path / f"mu-{mu:g}"
         root.mkdir()
         training = f"[training]\nepochs = 4\nbatch_size = 4\nlr = 0.005\nproximal = {mu}\n"
-        write_tiny(root, mosquitto_url, mode=mode, federation=f'[layers]\nplan = "top:2"\n{training}')
-        run_tiny(root)
-        updates = updates_of(root)
-        squares = {
-            site: sum(float(np.square(values).sum()) for values in updates[site, 0].values())
-            for site in ("site-1", "site-2")
-            if (site, 0) in updates
-        }
-        lengths.append(squares)
-    assert lengths[0].keys() == lengths[1].keys() != set()
-    assert all(lengths[1][site] < 0.5 * lengths[0][site] for site in lengths[0])
+        write_tiny(root, mosquitto_url, sites=1, mode=mode, federation=f'[layers]\nplan = "top:2"\n{training}')
+        run_tiny(root, sites=1)
+        first = updates_of(root)["site-1", 0]
+        lengths.append(sum(float(np.square(values).sum()) for values in first.values()))
+    assert 0 < lengths[1] < 0.5 * lengths[0]
 
 
 @pytest.mark.parametrize(
