@@ -1,6 +1,6 @@
-"""What is a site's own: tensors that it trains and never sends, and choices that it made, as of its newest update.
+"""What is a site's own: the tensors that it trains and never sends, as of its newest update.
 
-    own/00000007-<update_id>-<sha256>.safetensors   float32; choices are in the header's metadata
+    own/00000007-<update_id>-<sha256>.safetensors   float32; the header names the federation's fingerprint
 
 The file is durable before the manifest of its update, so that COMMIT 1 makes both count at once: one whose update was
 never sealed is what a crash left, and goes. The newest counts. The one before it stays as well, for the day on which
@@ -47,11 +47,11 @@ class Own:
     def __init__(self, storage: Path, sealed: Callable[[str], bool]) -> None:
         self._folder = storage / OWN
         self._sealed = sealed
-        durable.make_folder(self._folder)
-        durable.remove_temporaries(self._folder)
-        self.prune()
-        # A predecessor that was killed may have named a file and not synced the name.
-        durable.fsync_dir(self._folder)
+        if self._folder.is_dir():  # most federations leave nothing at their sites
+            durable.remove_temporaries(self._folder)
+            self.prune()
+            # A predecessor that was killed may have named a file and not synced the name.
+            durable.fsync_dir(self._folder)
 
     def newest(self) -> Path | None:
         """See the function `newest`."""
@@ -59,6 +59,7 @@ class Own:
 
     def keep(self, file: Path, update_id: str) -> None:
         """Make a copy of `file` durable; it counts from the moment in which that update is sealed."""
+        durable.make_folder(self._folder)
         self.prune()  # attempts that found the disk full
         with file.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()

@@ -170,7 +170,8 @@ class Worker:
                 apply_state(self._loaded, state)
                 found = measure(self._loaded, self._training.prepared, section.by, seed=seed)
                 scores = {score_name(block): score for block, score in found.items()}
-            planned = chosen or best([(1.0, scores)], planned, plan.at_once)
+            # Where not one score is above 0 all blocks are alike, and of equal ones the higher are taken.
+            planned = chosen or best([(1.0, scores)], planned, plan.at_once) or planned[-plan.at_once :]
         self._loaded = train_only(self._loaded, planned[-self._depth.blocks :])
         if plan.at_once is not None:
             log.info("trains", version=base_version, blocks=", ".join(map(str, self._loaded.here)))
@@ -206,7 +207,7 @@ class Worker:
         metrics = result.metrics | scores
         if self._held_out.notes:
             metrics |= evaluate(self._loaded, self._held_out).overall
-        if self._depth.limit:
+        if self._depth.blocks < len(self._plan.layers[: self._plan.at_once]):
             metrics[BLOCKS] = float(self._depth.blocks)
         write_tensors(request.out, result.delta)
         own = request.out.with_suffix(".own") if result.personal else None
