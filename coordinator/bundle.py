@@ -8,7 +8,8 @@
         journal.jsonl                      the rows: seq, at, kind, body (base64), prev and hash (hex)
         masters/v00000000.safetensors      version 0, float32
         plan.json                          the sealed plan; its SHA-256 is the fingerprint in row 1
-        updates/<id>.frames, .manifest     each update that was accepted (or merged up to the version asked for)
+        updates/<id>.frames, .manifest     each update that was accepted (or merged up to the version asked for); of one
+                                           whose bytes were given up, the manifest alone
         verify.py                          `python verify.py`: the Python standard library, msgpack, zstandard, and
                                            cryptography for a sealed run
 
@@ -31,13 +32,15 @@ from types import MappingProxyType
 from typing import IO
 
 from coordinator.journal import Journal
+from coordinator.ledger import Known
 from coordinator.masters import file_sha256, master_path
-from coordinator.records import Accepted, Dropped, VersionCommitted, from_bytes
+from coordinator.merging import given_up
+from coordinator.records import Accepted, Dropped, Pruned, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
 from coordinator.views import JOURNAL
 from shared import audit, durable
 from shared.audit import GENESIS, Row
-from shared.config import FederationConfig
+from shared.config import AggregationSection, FederationConfig
 from shared.errors import ConfigError, CorruptError
 from shared.messages import LOST
 from shared.plan import SealedPlan
@@ -65,6 +68,8 @@ class _Contents:
     rows: int = 0
     head: bytes = GENESIS
     updates: tuple[str, ...] = ()
+    given_up: frozenset[str] = frozenset()
+    """Of those, the ones whose frames are not kept."""
 
 
 def export_bundle(
@@ -90,7 +95,7 @@ def export_bundle(
         durable.make_folder(out.parent)
         journal = stack.enter_context(Journal.open_read(storage / JOURNAL))
         lines, _fd = stack.enter_context(durable.temporary_file(out.parent))
-        contents = _survey(journal, storage, upto)
+        contents = _survey(journal, storage, federation.aggregation, upto)
         _write_lines(journal, contents.rows, lines)
         sources = _sources(storage, federation, plan, lines, contents, authority)
         temporary, fd = stack.enter_context(durable.temporary_file(out.parent))
@@ -102,20 +107,25 @@ def export_bundle(
     return Bundle(file_sha256(out), contents.version, contents.rows, contents.head.hex(), len(contents.updates))
 
 
-def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Contents:
+def _survey(journal: JournalReader, storage: Path, section: AggregationSection, upto: int | None) -> _Contents:
     """Return how many rows belong to the bundle, and whose updates."""
     accepted: list[str] = []
-    merged: list[str] = []
-    contents = _Contents(version=0)
+    merged: dict[str, Known] = {}
+    contents, pruned = _Contents(version=0), 0
     for row in audit.verified(journal.rows(), str(journal.path)):
         record = from_bytes(row.body)
         if isinstance(record, Accepted):
             accepted.append(record.update_id)
         elif isinstance(record, Dropped) and record.rule == LOST:
             accepted.remove(record.update_id)
+        elif isinstance(record, Pruned):
+            pruned = record.version
         elif isinstance(record, VersionCommitted):
             contents.version = record.version
-            merged += [part.update_id for part in record.contributions]
+            merged |= {
+                part.update_id: Known(part.site, "", "merged", version=record.version, staleness=part.staleness)
+                for part in record.contributions
+            }
         contents.rows, contents.head = row.seq, row.hash
         if upto is not None and contents.version == upto:
             break
@@ -124,6 +134,7 @@ def _survey(journal: JournalReader, storage: Path, upto: int | None) -> _Content
     if upto is not None and contents.version != upto:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {contents.version} have been published")
     contents.updates = tuple(accepted if upto is None else merged)
+    contents.given_up = given_up(merged, pruned, section)
     return contents
 
 
@@ -163,7 +174,7 @@ def _sources(
         "verify.py": SCRIPT,
     }
     for update_id in contents.updates:
-        for suffix in ("frames", "manifest"):
+        for suffix in ("manifest",) if update_id in contents.given_up else ("frames", "manifest"):
             sources[f"updates/{update_id}.{suffix}"] = storage / "updates" / f"{update_id}.{suffix}"
     sums = "".join(f"{digest}  {name}\n" for name, digest in _digests(sources))
     return dict(sorted({**sources, "SHA256SUMS": sums.encode()}.items()))
@@ -192,4 +203,7 @@ def _write_tar(file: IO[bytes], folder: str, sources: Mapping[str, Path | bytes]
                     entry.size = source.stat().st_size
                     tar.addfile(entry, content)
             except FileNotFoundError:
-                raise CorruptError(f"{source} is gone", hint="see: mailboat audit verify") from None
+                raise CorruptError(
+                    f"{source} is gone",
+                    hint="see: mailboat audit verify; updates given up later are exported with them",
+                ) from None

@@ -13,7 +13,8 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 5. where versions travel as steps, each step starts from the state that the step before it made, by its SHA-256
 6. each update starts from the state that was published as the version which it names, by its SHA-256
 7. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
-   unpacked and put together, the frames are the file whose SHA-256 was accepted
+   unpacked and put together, the frames are the file whose SHA-256 was accepted; where a row says that the bytes of
+   updates were given up, the manifest is looked at
 8. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
    seen, fits a key whose membership is signed by a key in authority.pub, or is listed in endorsements, which such a key
    has signed, and that row has that hash now
@@ -155,8 +156,24 @@ def check_states(records: list[dict[str, Any]], states: list[str]) -> Iterator[s
         states.append(made)
 
 
-def check_update(folder: Path, record: dict[str, Any], states: list[str]) -> Iterator[str]:
-    """Yield what is wrong with one accepted update and its bytes; `states` are the SHA-256 of the states."""
+def given_up(records: list[dict[str, Any]], rule: str) -> set[str]:
+    """Updates whose bytes are not kept: all merged up to a version that a row names; by ca2fl not each site's last."""
+    upto = max((record["version"] for record in records if record["t"] == "pruned"), default=0)
+    merged = [
+        (part["site"], record["version"], -part["staleness"], part["update_id"])
+        for record in records
+        if record["t"] == "committed" and record["version"] <= upto
+        for part in record["contributions"]
+    ]
+    last = {site: update_id for site, _version, _staleness, update_id in sorted(merged)}
+    return {update_id for *_, update_id in merged} - set(last.values() if rule == "ca2fl" else ())
+
+
+def check_update(folder: Path, record: dict[str, Any], states: list[str], gone: set[str]) -> Iterator[str]:
+    """Yield what is wrong with one accepted update and its bytes; of one that is `gone`, with its manifest.
+
+    `states` are the SHA-256 of the states, by version.
+    """
     name = f"updates/{record['update_id']}"
     raw = (folder / f"{name}.manifest").read_bytes()
     if hashlib.sha256(raw).hexdigest() != record["manifest_sha256"]:
@@ -169,6 +186,8 @@ def check_update(folder: Path, record: dict[str, Any], states: list[str]) -> Ite
         yield f"{name}.manifest: it says otherwise than the row that accepted it"
     if facts["base_sha256"] != dict(enumerate(states)).get(facts["base_version"]):
         yield f"{name}.manifest: it starts from a state that was never published"
+    if record["update_id"] in gone and not (folder / f"{name}.frames").exists():
+        return
     damaged, whole = False, hashlib.sha256()
     with (folder / f"{name}.frames").open("rb") as frames:
         for index, length in enumerate(manifest["frame_lengths"]):
@@ -297,14 +316,16 @@ def check(folder: Path) -> Iterator[str]:
     yield from check_counting(records)
     states: list[str] = []
     yield from check_states(records, states)
-    if json.loads((folder / "federation.json").read_bytes())["trust"]["mode"] == "sealed":
+    federation = json.loads((folder / "federation.json").read_bytes())
+    if federation["trust"]["mode"] == "sealed":
         yield from check_signatures(folder, lines, records)
     merged = {part["update_id"] for record in records for part in record.get("contributions", ())}
+    gone = given_up(records, federation["aggregation"].get("rule", "mean"))
     for record in records:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
         # A bundle up to a version leaves out the updates that were not merged by then.
         if record["t"] == "accepted" and (there or record["update_id"] in merged):
-            yield from check_update(folder, record, states)
+            yield from check_update(folder, record, states, gone)
     sys.stdout.write(f"{len(lines)} rows, the last one has hash {lines[-1]['hash']}; {len(merged)} updates merged\n")
 
 

@@ -94,14 +94,15 @@ def _look(storage: Path, federation: FederationConfig) -> tuple[list[Leftover], 
     """Return leftovers, files from behind the journal's end, and the state of the run; None when it has none."""
     try:
         with Journal.open_read(storage / JOURNAL) as journal:
-            ledger = _fold(journal)
+            ledger = fold(journal)
             leftovers, behind = find_leftovers(storage, journal, ledger, federation)
     except (CorruptError, RefusedError, AssertionError, LookupError):  # told by the proof, row by row
         return [], [], None
     return leftovers, behind, ledger
 
 
-def _fold(journal: JournalReader) -> Ledger:
+def fold(journal: JournalReader) -> Ledger:
+    """The state of a run as its journal tells it, from the newest snapshot on."""
     restored = journal.restore()
     ledger = restored.ledger if restored else Ledger()
     for record in journal.replay(restored.row if restored else None):
@@ -115,7 +116,7 @@ def _fold(journal: JournalReader) -> Ledger:
 def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) -> list[Accepted]:
     """Drop the updates that wait to be merged and are not what was accepted; their row first, then their bytes."""
     with Journal(storage / JOURNAL) as journal:
-        ledger = _fold(journal)
+        ledger = fold(journal)
         digests = {version: published.sha256 for version, published in ledger.published.items()}
         lost = [
             accepted
@@ -124,7 +125,7 @@ def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) ->
         ]
         journal.append([Dropped(accepted.update_id, LOST, time.time()) for accepted in lost])
     if lost:
-        _mend_trail(storage)
+        mend_trail(storage)
     for accepted in lost:
         FrameStore(storage / "updates").delete(accepted.update_id)
     return lost
@@ -141,7 +142,7 @@ def _mend(
     """Mend what can be, and say why states and masters could not all be made again; empty when they could."""
     files = {finding.where.partition(":")[0] for finding in findings}
     if AUDIT in files:
-        _mend_trail(storage)
+        mend_trail(storage)
     damaged = {Path(name).name.partition(".")[0] for name in files if name.startswith("states/")}
     states = [manifest for transfer_id, manifest in ledger.transfers.items() if transfer_id in damaged]
     masters = {name for where in files for name in where.split(", ") if name.startswith("masters/")}
@@ -152,7 +153,8 @@ def _mend(
         return _recompute(storage, federation, plan, Path(scratch), states, masters)
 
 
-def _mend_trail(storage: Path) -> None:
+def mend_trail(storage: Path) -> None:
+    """Bring audit.jsonl in line with the journal."""
     with Journal.open_read(storage / JOURNAL) as journal:
         restored = journal.restore()
         pruned = max((segment.last for segment in journal.pruned()), default=0)

@@ -34,11 +34,14 @@ def check_update(
     plan: SealedPlan,
     federation: FederationConfig,
     check_manifest: Callable[[Manifest, str], Iterator[Finding]] = lambda _manifest, _place: iter(()),
+    *,
+    given_up: bool = False,
 ) -> list[Finding]:
     """Compare a kept update with the record of its acceptance, and let it pass admission once more.
 
     `check_manifest` says what else is wrong with its manifest, given its place.
-    `base_sha256` is the digest of the published state that it starts from, None when there is none.
+    `base_sha256` is the digest of the published state that it starts from, None when there is none. The frames of one
+    that was given up may be gone.
     """
     found: list[Finding] = []
     place = f"updates/{accepted.update_id}"
@@ -58,16 +61,20 @@ def check_update(
     if base_sha256 != facts.base_sha256:
         found.append(Finding("base-unknown", f"{place}.manifest", "it starts from a state that was never published"))
     found += check_manifest(stored.manifest, place)
+    if given_up and not stored.path.exists():
+        return found
     damaged = [*_frames(stored, place)]
     return [*found, *(damaged or _content(stored, place, accepted, plan))]
 
 
-def check_frames(storage: Path, update_id: str, manifest_sha256: str) -> list[Finding]:
+def check_frames(storage: Path, update_id: str, manifest_sha256: str, *, given_up: bool = False) -> list[Finding]:
     """Compare a kept update with the digest of its manifest, which is all that a snapshot tells of it."""
     found: list[Finding] = []
     place = f"updates/{update_id}"
     stored = _open(storage, place, manifest_sha256, found)
-    return found if stored is None else [*_frames(stored, place)]
+    if stored is None or (given_up and not stored.path.exists()):
+        return found
+    return [*_frames(stored, place)]
 
 
 def check_state(storage: Path, version: int, recorded: RecordedTransfer, plan: SealedPlan) -> list[Finding]:

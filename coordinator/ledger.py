@@ -16,6 +16,7 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Pruned,
     Quarantined,
     Record,
     Rejected,
@@ -80,7 +81,7 @@ class Ledger:
         self.transfers: dict[str, Manifest] = {}
         """All that was ever published, by transfer id."""
         self.files: dict[int, Files] = {}
-        """Float32 files of each version; only those of the newest one and of version 0 are kept."""
+        """Float32 files of each version; kept are those of the newest one, of version 0, and of `pruned`."""
         self.known: dict[str, Known] = {}
         self.pending: list[Accepted] = []
         """Accepted and not yet merged, in acceptance order."""
@@ -89,6 +90,8 @@ class Ledger:
         self.quarantined: dict[str, Accepted] = {}
         """Accepted and kept apart, by id, in the order in which they were."""
         self.finished = False
+        self.pruned = 0
+        """Updates that were merged up to this version were given up: `coordinator.merging.given_up` says which."""
         self.signed: Signed | None = None
         """The newest head of the chain that was signed."""
 
@@ -139,6 +142,9 @@ class Ledger:
                 self.finished = True
             case Signed():
                 self.signed = record
+            case Pruned():
+                assert self.pruned < record.version <= self.version, f"version {record.version} was pruned before"
+                self.pruned = record.version
             case Substituted() | Witnessed() | Snapshot():
                 pass  # said of the next row; evidence for others; what was applied before it
             case _:
@@ -149,15 +155,8 @@ class Ledger:
             case Validated():
                 assert record.update_id in self.known, f"update {record.update_id} was never accepted"
                 self.losses[record.update_id] = record.loss
-            case Quarantined():
-                held = next(update for update in self.pending if update.update_id == record.update_id)
-                self.pending.remove(held)
-                self.quarantined[record.update_id] = held
-                self.known[record.update_id].rule = record.rule
-                self.known[record.update_id].detail = record.detail
-            case Released():
-                self.pending.append(self.quarantined.pop(record.update_id))
-                self.known[record.update_id].rule, self.known[record.update_id].detail = None, ""
+            case Quarantined() | Released():
+                self._apply_quarantine(record)
             case Dropped():
                 self.pending = [update for update in self.pending if update.update_id != record.update_id]
                 self.quarantined.pop(record.update_id, None)
@@ -166,6 +165,17 @@ class Ledger:
                 known.outcome, known.rule = "dropped", record.rule
             case _:
                 assert_never(record)
+
+    def _apply_quarantine(self, record: Quarantined | Released) -> None:
+        known = self.known[record.update_id]
+        if isinstance(record, Released):
+            self.pending.append(self.quarantined.pop(record.update_id))
+            known.rule, known.detail = None, ""
+            return
+        held = next(update for update in self.pending if update.update_id == record.update_id)
+        self.pending.remove(held)
+        self.quarantined[record.update_id] = held
+        known.rule, known.detail = record.rule, record.detail
 
     def _apply_version(self, record: VersionCommitted) -> None:
         assert record.version == self.version + 1, f"version {record.version} follows {self.version}"

@@ -4,7 +4,8 @@
     stale-upload       one still arriving, or arrived and never decided, that would be refused if it were offered now
     damaged-upload     one of those whose manifest cannot be read; its site has it still
     uncommitted-state  a state, or a step to one, that a merge wrote, and no row published
-    stale-master       float32 files of a version that is neither 0 nor one of the newest two
+    pruned-update      frames of an update that was given up
+    stale-master       float32 files of a version that is neither 0, nor pruned up to, nor one of the newest two
     loose-segment      rows copied for a compaction that did not commit; the journal has them
     litter             files under temporary names, frames that no manifest speaks of
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from coordinator.ledger import Ledger
 from coordinator.masters import version_of
+from coordinator.merging import given_up
 from coordinator.rows import ARCHIVE, JournalReader
 from coordinator.trail import Finding
 from shared import durable
@@ -74,12 +76,17 @@ def find_leftovers(
 
 def _updates(storage: Path, ledger: Ledger, federation: FederationConfig) -> Iterator[Leftover | Finding]:
     limit = federation.aggregation.staleness.limit
+    pruned = given_up(ledger.known, ledger.pruned, federation.aggregation)
     for path in _manifests(storage / "updates"):
         update_id = path.name.partition(".")[0]
         known = ledger.known.get(update_id)
         if known is not None:
+            frames = path.with_suffix(".frames")
             if known.outcome == "rejected" or known.rule == LOST:
                 yield _transfer(path, "rejected-update", f"rejected under the rule {known.rule}")
+            elif update_id in pruned and frames.exists():
+                what = f"of version {known.version}, whose updates were given up"
+                yield Leftover(Finding("pruned-update", _place(frames), what), (frames,))
             continue
         manifest = _manifest(path)
         if manifest is None or not isinstance(manifest.facts, UpdateFacts):
@@ -110,7 +117,7 @@ def _states(storage: Path, ledger: Ledger) -> Iterator[Leftover | Finding]:
 def _masters(storage: Path, ledger: Ledger) -> Iterator[Leftover | Finding]:
     for path in sorted((storage / "masters").glob("v*.safetensors")):
         version = version_of(path)
-        if version is None or version in {0, ledger.version - 1, ledger.version}:
+        if version is None or version in {0, ledger.pruned, ledger.version - 1, ledger.version}:
             continue
         if version > ledger.version + 1:
             yield _behind(path, f"it is version {version}", ledger)

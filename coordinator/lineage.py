@@ -61,26 +61,30 @@ class Lineage:
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
         for version, published in ledger.published.items():
-            self.versions[version] = _summed_up(seq, published, ledger.files[version])
+            self.versions[version] = summed_up(seq, published, ledger.files[version])
 
     def differs(self, ledger: Ledger) -> bool:
         """Whether a snapshot says otherwise than the rows before it."""
         ours = {version: dataclasses.replace(recorded, row=0) for version, recorded in self.versions.items()}
         theirs = {
-            version: _summed_up(0, published, ledger.files[version]) for version, published in ledger.published.items()
+            version: summed_up(0, published, ledger.files[version]) for version, published in ledger.published.items()
         }
         return ours != theirs
 
     def parts(self, version: int) -> tuple[str, ...]:
-        """The transfers that make up the state of a version, as `Ledger.parts`; none where some are unknown."""
-        steps: list[str] = []
+        """The ids of what makes up the state of a version, as `Ledger.parts`; none where some are unknown."""
+        return tuple(part.transfer_id for part in self.made_of(version))
+
+    def made_of(self, version: int) -> tuple[RecordedTransfer, ...]:
+        """What makes up the state of a version: one that is whole, and the steps behind it, in order; as `parts`."""
+        steps: list[RecordedTransfer] = []
         for at in range(version, -1, -1):
             recorded = self.versions.get(at)
             if recorded is None:
                 break
             if recorded.whole is not None:
-                return (recorded.whole.transfer_id, *reversed(steps))
-            steps += [each.transfer_id for each in recorded.transfers]
+                return (recorded.whole, *reversed(steps))
+            steps += recorded.transfers
         return ()
 
     def publish(
@@ -157,6 +161,7 @@ def _recorded(manifest: bytes) -> RecordedTransfer:
     return RecordedTransfer(manifest_from_bytes(manifest).transfer_id, hashlib.sha256(manifest).hexdigest())
 
 
-def _summed_up(row: int, published: Published, files: Files) -> RecordedVersion:
+def summed_up(row: int, published: Published, files: Files) -> RecordedVersion:
+    """What a ledger tells of a version, as if row `row` had said all of it."""
     whole, step = (None if each is None else _recorded(each.to_bytes()) for each in (published.whole, published.step))
     return RecordedVersion(row, published.sha256, whole, step, files.master, files.optimizer)

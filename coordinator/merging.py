@@ -157,6 +157,16 @@ def last_merged(known: Mapping[str, Known]) -> dict[Ident, TransferId]:
     return {site: update_id for site, (_rank, update_id) in sorted(last.items())}
 
 
+def given_up(known: Mapping[str, Known], pruned: int, section: AggregationSection) -> frozenset[TransferId]:
+    """Return the updates whose bytes went when those merged up to version `pruned` did: all that no later merge reads.
+
+    By `ca2fl` the next merge takes back each site's last one.
+    """
+    old = {each: life for each, life in known.items() if life.outcome == "merged" and (life.version or 0) <= pruned}
+    read = last_merged(old).values() if section.rule == "ca2fl" else ()
+    return frozenset(old) - frozenset(read)
+
+
 def plan_merge(
     version: int,
     accepted: Sequence[Accepted],

@@ -27,6 +27,7 @@ from coordinator import records
 from coordinator.journal import Journal
 from coordinator.kept import check_frames, check_master, check_state, check_update
 from coordinator.ledger import Known
+from coordinator.merging import given_up
 from coordinator.offers import UNRECORDED
 from coordinator.optimizers import SLOTS
 from coordinator.rows import JournalReader, Restored
@@ -69,7 +70,7 @@ class Proof:
     signatures: int = 0
     """Of coordinator and sites; checked, and they fit."""
     pruned: tuple[str, ...] = ()
-    """Rows that are not here, and the SHA-256 of the file that holds them."""
+    """What is not here: rows, and the SHA-256 of the file that holds them; updates that were given up."""
 
 
 @dataclass(slots=True)
@@ -135,8 +136,14 @@ def prove(
         held,
         tuple(findings),
         chain.seals.signatures,
-        pruned,
+        (*pruned, *_pruned(trail)),
     )
+
+
+def _pruned(trail: Trail) -> Iterator[str]:
+    if trail.pruned:
+        count = len(given_up(trail.known, trail.pruned, trail.federation.aggregation))
+        yield f"{count} updates merged up to version {trail.pruned}: given up, their manifests and digests are here"
 
 
 # -- the journal ---
@@ -238,7 +245,7 @@ def _says(line: bytes, row: Row) -> bool:
 def _masters(storage: Path, trail: Trail, journal: JournalReader, length: int) -> Iterator[Finding]:
     slots = SLOTS[trail.federation.aggregation.server.optimizer]
     for version, recorded in trail.versions.items():
-        found = check_master(storage, version, recorded, slots, required=version in {0, trail.version})
+        found = check_master(storage, version, recorded, slots, required=version in {0, trail.pruned, trail.version})
         # A coordinator that has gone on since has pruned what was the newest master when we began.
         if found and version == trail.version > 0 and _went_on(journal, length):
             continue
@@ -260,15 +267,18 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
         yield from check_state(storage, version, each, trail.plan)
         done += 1
         progress(done / total)
+    pruned = given_up(trail.known, trail.pruned, trail.federation.aggregation)
     for update_id in kept:
+        gone = update_id in pruned
         if update_id not in trail.accepted:
-            yield from check_frames(storage, update_id, trail.known[update_id].manifest_sha256)
+            yield from check_frames(storage, update_id, trail.known[update_id].manifest_sha256, given_up=gone)
             done += 1
             continue
         _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
         sha256 = base.state_sha256 if base else None
-        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, seals.check_manifest)
+        said = seals.check_manifest
+        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, said, given_up=gone)
         done += 1
         progress(done / total)
 

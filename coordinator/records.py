@@ -25,7 +25,7 @@ from shared.trust.witness import bare_sha256
 SCHEMA_VERSION = 1
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-RowNumber = Annotated[int, Field(ge=1, lt=2**63, strict=True)]
+Positive = Annotated[int, Field(ge=1, lt=2**63, strict=True)]
 Real = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Rule = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,48}$", strict=True)]
@@ -214,7 +214,7 @@ class Signed:
 
     version: Count
     """The newest version then."""
-    seq: RowNumber
+    seq: Positive
     """An earlier row, and its hash."""
     head: Sha256Hex
     signature: Signature
@@ -241,6 +241,21 @@ class Witnessed:
     signature: Signature
     member: RawBytes
     """As in `Signed`."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A person has given up the bytes of updates that were merged up to this version; their digests stay.
+
+    Which, says `coordinator.merging.given_up`. The version's master and slots are kept from now on as version 0 is:
+    whoever recomputes the run begins there.
+    """
+
+    kind: ClassVar[str] = "pruned"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Positive
     at: Real
 
 
@@ -274,6 +289,7 @@ Record = (
     | Finished
     | Signed
     | Witnessed
+    | Pruned
     | Snapshot
 )
 

@@ -1,5 +1,9 @@
 """A run computed again: version after version from version 0 and the kept updates, in a folder of its own.
 
+Where updates were given up (`coordinator.pruning`) it begins with the version up to which they were, whose master is
+kept and has the digest that the journal recorded; what led to it is followed in the journal alone. A version that is a
+step is made from the published state before it, which is then added up out of the kept steps and has its digest, too.
+
 The merge is the one that made the versions (`coordinator.aggregate`), the weights come from the rules and not from the
 record, and each update passes admission once more, so that nothing is taken on trust but version 0 and what sites sent.
 Compared bit for bit with the journal: contributions, master, slots and the published file. Not compared are the frames
@@ -13,7 +17,7 @@ read.
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,25 +27,24 @@ import numpy as np
 
 from coordinator.aggregate import merge
 from coordinator.journal import Journal
-from coordinator.kept import check_update
-from coordinator.masters import master_path, open_own
+from coordinator.kept import check_master, check_state, check_update
+from coordinator.masters import master_path, open_own, slot_path
 from coordinator.merging import MergePlan, MergeResult
+from coordinator.optimizers import SLOTS
 from coordinator.publishing import publish
-from coordinator.records import Opened, VersionCommitted
+from coordinator.records import Opened, Pruned, VersionCommitted
 from coordinator.trail import Finding, Trail, miscounted, row_place
 from coordinator.views import JOURNAL
 from shared import durable
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
-from shared.plan import SealedPlan
-from shared.states import Imprint
+from shared.plan import SealedPlan, blocks_from
+from shared.states import Imprint, check_state_digest
 from shared.store import FrameStore, Stored, frame_offsets
 
 FRAMES_ONLY = {"created", "frame_lengths", "frame_hashes"}
 """Fields of a state's manifest that say nothing of the tensors."""
-
-_COPY_BYTES = 1 << 20
 
 Progress = Callable[[int, float], None]
 """Called with the version in work and the share of it that is done, 0 to 1."""
@@ -69,13 +72,14 @@ def replay(
     upto: int | None = None,
     progress: Progress = lambda _version, _share: None,
 ) -> Iterator[Recomputed]:
-    """Yield each version from 0 to `upto` (None: the newest) as it is made; the first one that differs is the last.
+    """Yield each version from the first to `upto` (None: the newest) as it is made; the first that differs is the last.
 
-    `scratch` is an empty folder. ConfigError when there is no such version, CorruptError when the journal's chain is
-    broken or version 0 cannot be read, UnavailableError when the disk is full.
+    The first is version 0, or the one up to which updates were given up. `scratch` is an empty folder. ConfigError when
+    there is no such version, CorruptError when the journal's chain is broken or the first version cannot be read,
+    UnavailableError when the disk is full.
     """
-    last, needed = _outline(storage, federation, upto)
-    run = _Replay(storage, federation, plan, scratch, needed)
+    outline = _outline(storage, federation, upto)
+    run = _Replay(storage, federation, plan, scratch, outline.needed)
     odd: list[Finding] = []
     with Journal.open_read(storage / JOURNAL) as journal:
         for seq, record in enumerate(journal.replay(), start=1):
@@ -85,11 +89,15 @@ def replay(
                 continue
             begun = time.monotonic()
             version = record.version if isinstance(record, VersionCommitted) else 0
-            if not odd:
-                odd += run.first(record) if isinstance(record, Opened) else run.next(seq, record, planned, progress)
+            if version < outline.first and not odd:
+                continue
+            if not odd and version == outline.first:
+                odd += run.first(version, manifest_from_bytes(record.state))
+            elif not odd and isinstance(record, VersionCommitted):
+                odd += run.next(seq, record, planned, progress)
             updates = len(record.contributions) if isinstance(record, VersionCommitted) else 0
-            yield Recomputed(version, last, updates, time.monotonic() - begun, tuple(odd))
-            if odd or version >= last:
+            yield Recomputed(version, outline.last, updates, time.monotonic() - begun, tuple(odd))
+            if odd or version >= outline.last:
                 return
 
 
@@ -100,6 +108,7 @@ class _Replay:
         self, storage: Path, federation: FederationConfig, plan: SealedPlan, scratch: Path, needed: dict[int, int]
     ) -> None:
         self.storage = storage
+        self.scratch = scratch
         self.federation = federation
         self.plan = plan
         self.trail = Trail(federation, plan)
@@ -111,18 +120,46 @@ class _Replay:
         self.masters = scratch / "masters"
         durable.make_folder(self.masters)
 
-    def first(self, opened: Opened) -> list[Finding]:
-        """Take version 0 from the run and compare it with what the journal opened."""
-        source = master_path(self.storage / "masters", 0)
-        copied = _copy(source, master_path(self.masters, 0))
-        if copied != opened.master_sha256:
-            return [Finding("master", f"masters/{source.name}", "not the bytes that row 1 recorded")]
-        recorded = manifest_from_bytes(opened.state)
-        imprint = Imprint(self.federation, self.plan.fingerprint, 0)
-        with open_own(master_path(self.masters, 0), dict(sorted(self.plan.tensors.items()))) as tensors:
-            ours, _ = publish(self.states, imprint, (), tensors, self.plan.tensors, created=recorded.created)
-        self.held.add(ours.transfer_id)
-        return [*self._compare_state(1, recorded, ours)]
+    def first(self, version: int, state: Manifest) -> list[Finding]:
+        """Take a version's float32 files from the run and compare them, and what they publish, with the journal."""
+        recorded = self.trail.versions[version]
+        slots = SLOTS[self.federation.aggregation.server.optimizer] if recorded.optimizer_sha256 else ()
+        source = self.storage / "masters"
+        for path in (master_path(source, version), *(slot_path(source, version, slot) for slot in slots)):
+            _copy(path, self.masters / path.name)
+        # The copies are compared: what was hashed is what will be used.
+        damaged = check_master(self.scratch, version, recorded, slots, required=True)
+        bases = {older for older, last_read in self.needed.items() if older < version < last_read}
+        if version > 0 and self.federation.codec.steps:
+            bases.add(version - 1)
+        for older in sorted(bases):
+            damaged += self._take_state(older)
+        return damaged or [*self._compare_state(recorded.row, state, self._publish(version, created=state.created))]
+
+    def _take_state(self, version: int) -> list[Finding]:
+        """Take what makes up a published state from the run, and compare it and what it adds up to with the journal."""
+        parts = self.trail.lineage.made_of(version)
+        for part in parts:
+            if part.transfer_id not in self.held:
+                for name in (f"{part.transfer_id}.frames", f"{part.transfer_id}.manifest"):
+                    _copy(self.storage / "states" / name, self.states.root / name)
+                self.held.add(part.transfer_id)
+        damaged = [finding for part in parts for finding in check_state(self.scratch, version, part, self.plan)]
+        if not damaged:
+            try:
+                check_state_digest(self.states, [part.transfer_id for part in parts])
+            except RefusedError as error:
+                damaged.append(Finding(error.rule, f"states/{parts[-1].transfer_id}", error.message))
+        return damaged
+
+    def _publish(self, version: int, *, created: float) -> Manifest:
+        """Publish a version out of its master, and of the state before it where it is a step from there."""
+        with open_own(master_path(self.masters, version), dict(sorted(self.plan.tensors.items()))) as master:
+            imprint = Imprint(self.federation, self.plan.fingerprint, version, blocks_from(master.metadata))
+            before = self.trail.lineage.parts(version - 1)
+            state, anchor = publish(self.states, imprint, before, master, self.plan.tensors, created=created)
+        self.held |= {each.transfer_id for each in (state, anchor) if each is not None}
+        return state
 
     def next(self, seq: int, record: VersionCommitted, planned: MergePlan | None, progress: Progress) -> list[Finding]:
         """Make a version from the one before it and compare it with its record."""
@@ -184,14 +221,24 @@ class _Replay:
         self.held = used
 
 
-def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> tuple[int, dict[int, int]]:
-    """Return the last version to make, and for each base state that a merge reads the last version that reads it."""
-    newest = -1
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    first: int
+    last: int
+    needed: dict[int, int]
+    """For each base state that a merge reads, the last version that reads it."""
+
+
+def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> _Outline:
+    """Return which versions to make; ConfigError when there is no such one."""
+    newest, first = -1, 0
     needed: dict[int, int] = {}
     with Journal.open_read(storage / JOURNAL) as journal:
         for record in journal.replay():
             if isinstance(record, Opened):
                 newest = max(newest, 0)
+            elif isinstance(record, Pruned):
+                first = record.version
             elif isinstance(record, VersionCommitted):
                 newest = max(newest, record.version)
                 if federation.aggregation.mode == "fedasync":
@@ -200,7 +247,11 @@ def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> t
         raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
     if upto is not None and not 0 <= upto <= newest:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {newest} have been published")
-    return newest if upto is None else upto, needed
+    if upto is not None and upto < first:
+        raise ConfigError(
+            f"version {upto} cannot be computed again", hint=f"the updates up to version {first} were given up"
+        )
+    return _Outline(first, newest if upto is None else upto, needed)
 
 
 def _existing(storage: Path, name: str) -> FrameStore:
@@ -210,17 +261,11 @@ def _existing(storage: Path, name: str) -> FrameStore:
     return FrameStore(storage / name)
 
 
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file and return its SHA-256 in hex: what was hashed is what will be used."""
+def _copy(source: Path, target: Path) -> None:
     if not source.exists():
         raise CorruptError(f"{source} is gone", hint="restore it from a backup; without it nothing can be recomputed")
-    digest = hashlib.sha256()
-    room = durable.storage_errors(target.parent, source.stat().st_size)
-    with room, source.open("rb") as file, target.open("xb") as copy:
-        while piece := file.read(_COPY_BYTES):
-            digest.update(piece)
-            copy.write(piece)
-    return digest.hexdigest()
+    with durable.storage_errors(target.parent, source.stat().st_size):
+        shutil.copyfile(source, target)
 
 
 def _first_value(kept: Stored, ours: Stored) -> Iterator[Finding]:

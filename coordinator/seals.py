@@ -17,6 +17,7 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Pruned,
     Record,
     Signed,
     Snapshot,
@@ -32,7 +33,7 @@ from shared.messages import Head
 from shared.trust.membership import Believed, Membership, stated_membership
 from shared.trust.witness import HEADS, NOTHING_SEEN, bare_sha256, head_fits, parse_head, witness_fits
 
-MEANWHILE = (Anchored, Dropped, Finished, Snapshot)
+MEANWHILE = (Anchored, Dropped, Finished, Pruned, Snapshot)
 """What may stand between a version and the signature over it."""
 
 

@@ -332,8 +332,9 @@ class Service:
         result = await self.disk.given_room(
             aggregate.merge, job.plan, self.updates, self.states, self.masters, self.plan, self.federation
         )
-        # The one before stays until the new one is in the journal; version 0 stays for replays.
-        await asyncio.to_thread(prune_masters, self.masters, {job.plan.base_version, job.plan.version})
+        # The one before stays until the new one is in the journal; where replays begin, there it stays for ever.
+        keep = {self.core.ledger.pruned, job.plan.base_version, job.plan.version}
+        await asyncio.to_thread(prune_masters, self.masters, keep)
         passing("prune.after")
         took = round(time.monotonic() - started, 3)
         log.info("merged", version=job.plan.version, updates=len(job.plan.contributions), s=took)

@@ -86,6 +86,7 @@ def to_bytes(ledger: Ledger) -> bytes:
         "quarantined": [records.to_wire(accepted) for accepted in ledger.quarantined.values()],
         "losses": [[bytes.fromhex(update_id), loss] for update_id, loss in ledger.losses.items()],
         "finished": ledger.finished,
+        "pruned": ledger.pruned,
         "signed": None if ledger.signed is None else records.to_wire(ledger.signed),
         "anchors": [
             published.whole.to_bytes()
@@ -143,6 +144,7 @@ def _ledger(body: dict[str, Any]) -> Ledger:
         ledger.known[update_id.hex()] = Known(sites[site], digest.hex(), _OUTCOMES[outcome], *rest)
     ledger.pending = [record for record in pending if isinstance(record, Accepted)]
     ledger.finished = body["finished"]
+    ledger.pruned = int(body.get("pruned", 0))
     held = [records.from_wire(wire) for wire in body.get("quarantined", ())]
     ledger.quarantined = {record.update_id: record for record in held if isinstance(record, Accepted)}
     ledger.losses = {update_id.hex(): loss for update_id, loss in body.get("losses", ())}

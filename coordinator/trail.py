@@ -22,6 +22,7 @@ from coordinator.records import (
     Dropped,
     Finished,
     Opened,
+    Pruned,
     Quarantined,
     Record,
     Rejected,
@@ -80,6 +81,8 @@ class Trail:
         self.substituted: Substituted | None = None
         """What was said of the version of the next row."""
         self.finished = False
+        self.pruned = 0
+        """As in the ledger."""
 
     @property
     def versions(self) -> Mapping[int, RecordedVersion]:
@@ -89,6 +92,7 @@ class Trail:
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
         self.version, self.finished, self.answered = ledger.version, ledger.finished, None
+        self.pruned = ledger.pruned
         self.lineage.begin(seq, ledger)
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
@@ -100,16 +104,11 @@ class Trail:
     def differs(self, ledger: Ledger) -> str | None:
         """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
         held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
-        said = (
-            self.lineage.differs(ledger),
-            list(self.known.items()),
-            list(self.pending.values()),
-            held,
-            self.losses,
-            self.finished,
-        )
-        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, ledger.finished)
-        names = ("versions", "decided updates", "waiting updates", "quarantine", "losses", "end of the run")
+        end, their_end = (self.finished, self.pruned), (ledger.finished, ledger.pruned)
+        versions = self.lineage.differs(ledger)
+        said = (versions, list(self.known.items()), list(self.pending.values()), held, self.losses, end)
+        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, their_end)
+        names = ("versions", "decided updates", "waiting updates", "quarantine", "losses", "end, or beginning")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
     def take(self, seq: int, record: Record) -> list[Finding]:
@@ -138,7 +137,7 @@ class Trail:
     def _take(self, seq: int, record: Record) -> Iterator[Broken]:
         if (self.version < 0) != isinstance(record, Opened):
             yield "opened-once", f"{record.kind} {'before the run was' if self.version < 0 else 'again, it was'} opened"
-        if self.finished and not isinstance(record, Rejected | Signed | Snapshot):
+        if self.finished and not isinstance(record, Rejected | Signed | Pruned | Snapshot):
             yield "after-the-end", f"{record.kind} after the run was finished"
         match record:
             case Opened():
@@ -153,12 +152,10 @@ class Trail:
                 self.substituted = record
             case VersionCommitted() | Anchored():
                 yield from self._published(seq, record)
-            case Finished():
-                yield from self._finished(record)
             case Signed() | Witnessed():
                 pass  # `coordinator.seals` follows them
-            case Snapshot():
-                yield from self._snapshot(record)
+            case Finished() | Pruned() | Snapshot():
+                yield from self._of_the_run(record)
             case _:
                 assert_never(record)
 
@@ -240,9 +237,20 @@ class Trail:
         known = self.known[record.update_id]
         known.outcome, known.rule = "dropped", record.rule
 
-    def _snapshot(self, record: Snapshot) -> Iterator[Broken]:
-        if (record.version, record.updates) != (self.version, len(self.known)):
-            yield "snapshot-differs", f"it sums up version {record.version} and {record.updates} updates"
+    def _of_the_run(self, record: Finished | Pruned | Snapshot) -> Iterator[Broken]:
+        match record:
+            case Finished():
+                yield from self._finished(record)
+            case Pruned():
+                if not self.pruned < record.version <= self.version:
+                    yield (
+                        "pruned-twice",
+                        f"up to version {record.version}; before up to {self.pruned} of {self.version}",
+                    )
+                self.pruned = record.version
+            case Snapshot():
+                if (record.version, record.updates) != (self.version, len(self.known)):
+                    yield "snapshot-differs", f"it sums up version {record.version} and {record.updates} updates"
 
     def _finished(self, record: Finished) -> Iterator[Broken]:
         last = self.federation.federation.versions

@@ -98,6 +98,11 @@ def trained(model: nn.Module, family: Family, section: AdapterSection) -> dict[s
     return dict(sorted(chosen.items()))
 
 
+def personal(section: AdapterSection) -> tuple[str, ...]:
+    """Return patterns of the names that stay at their site: in fedsa-lora those of every B."""
+    return ("*.lora_B.weight",) if section.kind == "fedsa-lora" else ()
+
+
 def residuals(model: nn.Module, section: AdapterSection) -> dict[str, Residual]:
     """Return the weights that the coordinator corrects, by the name of the correction, sorted; none but in fedex-lora.
 

@@ -114,7 +114,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         trained = _choose(model, family, chosen, federation)
     residuals = adapters.residuals(model, federation.adapter)
-    personal = layers.personal_names(tuple(trained), federation.layers.personal)
+    personal = _stay(trained, federation)
     _check_factors(residuals, personal)
     _check_length(federation.task.max_length, model.config, folder)
     loaded = LoadedModel(
@@ -285,11 +285,23 @@ def _choose(
     return trainable
 
 
+def _stay(trained: Iterable[str], federation: FederationConfig) -> tuple[str, ...]:
+    """Those of the names of what is trained that stay at their site."""
+    bare = _bare(trained)
+    patterns = (*adapters.personal(federation.adapter), *federation.layers.personal)
+    return tuple(bare[name] for name in layers.personal_names(tuple(bare), patterns))
+
+
 def _within(loaded: LoadedModel, names: Iterable[str], blocks: Blocks) -> set[str]:
     """Those of the federation's tensors `names` that are trained where `blocks` alone of its blocks are."""
-    bare = {name.removeprefix(adapters.PREFIX): name for name in names}
+    bare = _bare(names)
     found = layers.names_within(bare, loaded.family, loaded.layers, blocks, full=loaded.full)
     return {bare[name] for name in found}
+
+
+def _bare(names: Iterable[str]) -> dict[str, str]:
+    """The same names without what peft puts before all of them, and what they were."""
+    return {name.removeprefix(adapters.PREFIX): name for name in names}
 
 
 def _check_factors(residuals: Mapping[str, Residual], personal: Sequence[str]) -> None:

@@ -138,6 +138,8 @@ def _told(line: Line) -> str:
             return f"version {line['version']} is the last"
         case "signed":
             return f"version {line['version']}  row {line['row']} has hash {line['head'][:8]}, signed"
+        case "pruned":
+            return f"updates merged up to version {line['version']} are kept no more; their digests are"
         case "snapshot":
             return f"version {line['version']}, {line['updates']} updates  digest {line['sha256'][:8]}"
     return _told_of_update(line)

@@ -190,6 +190,15 @@ def extract_state(store: FrameStore, parts: Sequence[str], path: Path) -> None:
         durable.write_once(path, _plain(open_state(store, parts)))
 
 
+def check_state_digest(store: FrameStore, parts: Sequence[str]) -> None:
+    """Add a state up and compare it with its digest; RefusedError(rule='state-digest'), else errors as `open_state`."""
+    if len(parts) == 1:
+        stored_part(store, parts[0]).verify()
+    else:
+        for _chunk in _plain(open_state(store, parts)):
+            pass
+
+
 def _plain(state: State) -> Iterator[memoryview]:
     digest = hashlib.sha256()
     for chunk in encode_each(state.shapes, state.__getitem__, "f32", state.metadata):

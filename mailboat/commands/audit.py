@@ -80,11 +80,13 @@ def show(
 
     storage = _storage(config)
     life = find_update(load_run(storage), update_id)
-    stored = FrameStore(storage / "updates").get(life.update_id)
+    frames = storage / "updates" / f"{life.update_id}.frames"
+    stored = FrameStore(storage / "updates").get(life.update_id) if frames.exists() else None
     if extract is not None:
         if stored is None:
             raise ConfigError(
-                f"the bytes of update {life.update_id[:8]} are not kept", hint="those of rejected updates are not"
+                f"the bytes of update {life.update_id[:8]} are not kept",
+                hint="those of rejected updates are not, nor those that were pruned",
             )
         if extract.exists():
             raise ConfigError(f"{extract} is already there", hint="name a new file")

@@ -119,6 +119,36 @@ def fsck(
     )
 
 
+@app.command()
+def prune(
+    *,
+    config: Annotated[Path, _CONFIG] = _DEFAULT,
+    upto: Annotated[
+        int | None, typer.Option(min=1, help="Updates merged up to this version; default: the one before the newest.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Give up the bytes of old updates, for good and on record, while the coordinator does not run.
+
+    Manifests, digests and signatures stay, and `audit verify` goes on checking them. The versions up to there can be
+    computed again no more; those after it can.
+    """
+    from coordinator.pruning import prune as give_up
+    from coordinator.pruning import survey
+    from mailboat.sealing import PLAN
+    from shared.errors import ConfigError
+    from shared.plan import load_plan
+
+    coordinator, federation = _load(config)
+    plan = load_plan(coordinator.storage / PLAN, federation)
+    found = survey(coordinator.storage, federation, upto)
+    console.say(f"{found.updates} updates, {found.size / 2**20:.1f} MiB, merged up to version {found.version}")
+    if not yes and not typer.confirm("Give their bytes up for good?", err=True):
+        raise ConfigError("nothing was given up", hint="--yes says it without the question")
+    give_up(coordinator.storage, federation, plan, upto=found.version)
+    console.say("given up; their manifests and digests stay")
+
+
 def _load(config: Path) -> tuple[CoordinatorConfig, FederationConfig]:
     from shared.config import CoordinatorConfig, FederationConfig
     from shared.configfile import load_config

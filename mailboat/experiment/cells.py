@@ -54,6 +54,9 @@ class Settings(Section):
     seed: int
     stage: Stage
     site: Patch = Field(default_factory=dict)
+    """Keys of site.toml, for every site."""
+    sites: dict[str, Patch] = Field(default_factory=dict)
+    """The same for one site, by its name."""
     clock: ClockSection | None = None
     start: Stage | None = None
     """A federation that is trained first; the cell starts from its last version."""
@@ -175,6 +178,9 @@ def _settings(section: ExperimentSection, base: BaseSection, said: CellSection, 
         seed,
         pooled=said.method == "centralized",
     )
+    strangers = sorted(said.sites.keys() - set(stage.federation.federation.sites))
+    if strangers:
+        raise ConfigError(f"sites.{strangers[0]}: no such site takes part")
     start = None
     if said.start is not None:
         start = _stage(
@@ -188,6 +194,7 @@ def _settings(section: ExperimentSection, base: BaseSection, said: CellSection, 
         seed=seed,
         stage=stage,
         site=said.site,
+        sites=said.sites,
         clock=said.clock or section.clock if said.method == "federated" else None,
         start=start,
         split=said.split,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mailboat.experiment.cells import merged
 from mailboat.experiment.clock import MBIT, Clock, Line
 from mailboat.experiment.coordinator_side import CoordinatorSide
 from mailboat.experiment.local_worker import LocalWorker
@@ -47,6 +48,8 @@ class Job:
     """The coordinator's own notes."""
     site: Patch = field(default_factory=dict)
     """Keys of site.toml, for every site."""
+    sites: Mapping[str, Patch] = field(default_factory=dict)
+    """The same for one site, by its name."""
     clock: ClockSection | None = None
     start: Path | None = None
     """A float32 safetensors file of the trained tensors to start from, instead of the base model's."""
@@ -133,8 +136,10 @@ class _Run:
             "storage": str(self.job.folder / name),
             "threads": 1,
         }
-        data: Patch = {"holdout": 0.0, **self.job.site.get("data", {}), "notes": str(self.job.notes[name])}
-        return parse_config({**self.job.site, **fixed, "data": data}, SiteConfig, f"site {name}")
+        said = merged({"data": {"holdout": 0.0}}, self.job.site, self.job.sites.get(name, {}))
+        return parse_config(
+            merged(said, fixed, {"data": {"notes": str(self.job.notes[name])}}), SiteConfig, f"site {name}"
+        )
 
     def _load(self, initial: Path) -> SealedPlan:
         plans = [

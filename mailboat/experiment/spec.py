@@ -109,6 +109,8 @@ class CellSection(Section):
     federation: Patch = Field(default_factory=dict)
     site: Patch = Field(default_factory=dict)
     """Keys of site.toml, for every site."""
+    sites: dict[str, Patch] = Field(default_factory=dict)
+    """The same for one site, by its name."""
     notes: Patch = Field(default_factory=dict)
     clock: ClockSection | None = None
     start: StartSection | None = None

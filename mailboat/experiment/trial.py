@@ -86,6 +86,7 @@ class Bench:
                 heldout=whole.heldout,
                 validation=whole.validation,
                 site=settings.site,
+                sites=settings.sites,
             )
             outcomes[name] = federate(job, self._workers, _part(tell, done / len(names), 1 / len(names), name))
         return outcomes
@@ -101,6 +102,7 @@ class Bench:
             heldout=made / HELDOUT,
             validation=made / VALIDATION if (made / VALIDATION).exists() else None,
             site=settings.site,
+            sites=settings.sites,
             clock=settings.clock,
             start=self._start(settings.start, tell) if settings.start and tell else None,
             zero_shot=settings.zero_shot,

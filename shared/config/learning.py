@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from shared.config.section import Positive, Section
 from shared.ids import Sha256Hex
 
-AdapterKind = Literal["none", "lora", "ffa-lora", "fedex-lora"]
+AdapterKind = Literal["none", "lora", "ffa-lora", "fedsa-lora", "fedex-lora"]
 CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
 SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
 """Codecs under which an update is zero nearly everywhere."""
@@ -80,7 +80,8 @@ class AdapterSection(Section):
 
     kind: AdapterKind = "none"
     """none: the blocks themselves are trained. lora: A and B are averaged, each for itself. ffa-lora: A stays as it was
-    drawn, B is averaged. fedex-lora: as lora, and the coordinator adds to W what that loses."""
+    drawn, B is averaged. fedsa-lora: A is averaged, every site keeps a B of its own. fedex-lora: as lora, and the
+    coordinator adds to W what that loses."""
     rank: int = Field(default=16, ge=1, le=4096)
     """r: rows of A, columns of B."""
     alpha: int = Field(default=64, ge=1, le=65536)

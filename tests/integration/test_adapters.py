@@ -48,10 +48,29 @@ def begin(folder: Path, url: str, model_type: str, kind: str) -> None:
         tiny.write_conll(folder / "notes" / name / "notes.conll", tiny.notes(6, seed=seed))
 
 
-def f1_of(folder: Path, capsys: pytest.CaptureFixture[str], model: Path | None = None) -> dict[str, Any]:
-    """What `mailboat evaluate` measures on the held-out notes, of the newest version or of a folder."""
+def run(folder: Path, kind: str) -> None:
+    """Run the federation to its end, and compute its versions again."""
+    with (
+        running(folder, "coordinator", "run") as coordinator,
+        running(folder, "site", "run", "--config", "site-1.toml") as first,
+        running(folder, "site", "run", "--config", "site-2.toml") as second,
+    ):
+        coordinator.wait_for('"event": "finished"', SLOW_S)
+        assert f"{kind} of rank 4 on all linear layers" in coordinator.text()
+        assert (first.process.wait(SLOW_S), second.process.wait(SLOW_S)) == (0, 0)
+        assert coordinator.end(signal.SIGTERM) == 0
+    replayed = call(folder, "audit", "replay", timeout_s=SLOW_S)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+
+
+def f1_of(
+    folder: Path, capsys: pytest.CaptureFixture[str], model: Path | None = None, site: Path | None = None
+) -> dict[str, Any]:
+    """What `mailboat evaluate` measures on the held-out notes, of the newest version, a folder or a site."""
     capsys.readouterr()
-    evaluate(notes=folder / "notes" / "heldout", model=model, config=folder / "coordinator.toml", as_json=True)
+    evaluate(
+        notes=folder / "notes" / "heldout", model=model, site=site, config=folder / "coordinator.toml", as_json=True
+    )
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     del found["model"]
     return found
@@ -72,15 +91,7 @@ def test_a_run_of_adapters(
 ) -> None:
     """Two versions of two sites each; a replay gives the same bits; every form of the export has the version's F1."""
     begin(tmp_path, mosquitto_url, model_type, kind)
-    with (
-        running(tmp_path, "coordinator", "run") as coordinator,
-        running(tmp_path, "site", "run", "--config", "site-1.toml") as first,
-        running(tmp_path, "site", "run", "--config", "site-2.toml") as second,
-    ):
-        coordinator.wait_for('"event": "finished"', SLOW_S)
-        assert f"{kind} of rank 4 on all linear layers" in coordinator.text()
-        assert (first.process.wait(SLOW_S), second.process.wait(SLOW_S)) == (0, 0)
-        assert coordinator.end(signal.SIGTERM) == 0
+    run(tmp_path, kind)
     storage = tmp_path / "coordinator-storage"
     with Journal.open_read(storage / "journal.sqlite") as journal:
         versions = [record for record in journal.replay() if isinstance(record, VersionCommitted)]
@@ -94,9 +105,6 @@ def test_a_run_of_adapters(
     assert bool(residuals) == (kind == "fedex-lora")
     assert all(np.abs(values).max() > 0 for values in residuals)
 
-    replayed = call(tmp_path, "audit", "replay", timeout_s=SLOW_S)
-    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
-
     scored, config = f1_of(tmp_path, capsys), tmp_path / "coordinator.toml"
     export(out=tmp_path / "whole", merged=True, config=config)
     assert f1_of(tmp_path, capsys, tmp_path / "whole") == scored
@@ -106,3 +114,19 @@ def test_a_run_of_adapters(
     else:
         export(out=tmp_path / "adapters", config=config)
         assert f1_of(tmp_path, capsys, tmp_path / "adapters") == scored
+
+
+def test_a_run_in_which_every_b_stays(tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under fedsa-lora B never leaves its site: what a site exports has the common A and its own B, and its own F1."""
+    begin(tmp_path, mosquitto_url, "llama", "fedsa-lora")
+    run(tmp_path, "fedsa-lora")
+    master = load_file(tmp_path / "coordinator-storage" / "masters" / "v00000002.safetensors")
+    assert {name.split(".")[-2] for name in master if "lora" in name} == {"lora_A"}
+    written = []
+    for name in ("site-1", "site-2"):
+        config = tmp_path / f"{name}.toml"
+        export(out=tmp_path / f"{name}-adapters", site=config)
+        assert f1_of(tmp_path, capsys, tmp_path / f"{name}-adapters") == f1_of(tmp_path, capsys, site=config)
+        written.append(load_file(tmp_path / f"{name}-adapters" / "adapter_model.safetensors"))
+    first, second = written
+    assert all(np.array_equal(first[name], second[name]) != ("lora_B" in name) for name in first)

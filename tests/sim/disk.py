@@ -236,7 +236,9 @@ class SimPath:
         return iter([self / name for name in self.disk.folders[self.where].names])
 
     def glob(self, pattern: str) -> Iterator[SimPath]:
-        return iter([self / name for name in fnmatch.filter(self.disk.folders[self.where].names, pattern)])
+        """Yield nothing where there is no such folder, as a real path does."""
+        there = self.disk.folders.get(self.where, Folder()).names
+        return iter([self / name for name in fnmatch.filter(there, pattern)])
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         self.disk.change()

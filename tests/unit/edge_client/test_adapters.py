@@ -17,12 +17,15 @@ from edge_client.adapters import PREFIX, targets
 from edge_client.layers import FAMILIES
 from edge_client.model import (
     LoadedModel,
+    State,
     apply_state,
     export,
     load_model,
+    read_personal,
     read_trainable,
     seal,
     seal_plan,
+    train_only,
     version_zero,
 )
 from edge_client.trainer import evaluate, make_dataset, train
@@ -30,7 +33,7 @@ from shared.config import AdapterSection, FederationConfig
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
 
-KINDS = ("lora", "ffa-lora", "fedex-lora")
+KINDS = ("lora", "ffa-lora", "fedsa-lora", "fedex-lora")
 BLOCK = {
     "bert": "bert.encoder.layer.{}.",
     "gpt2": "transformer.h.{}.",
@@ -58,10 +61,15 @@ def logits_of(loaded: LoadedModel) -> torch.Tensor:
     return found
 
 
-def moved(loaded: LoadedModel, seed: int = 5) -> dict[str, np.ndarray]:
-    """A state of random tensors, about as large as they become."""
+def begun(loaded: LoadedModel) -> State:
+    """Version 0 as a site has it, with what is its own."""
+    return version_zero(loaded) | read_personal(loaded)
+
+
+def moved(loaded: LoadedModel, seed: int = 5) -> State:
+    """The same with random tensors, about as large as they become."""
     draw = np.random.default_rng(seed)
-    return {name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in loaded.shapes.items()}
+    return {name: draw.normal(0, 0.3, there.shape).astype(np.float32) for name, there in begun(loaded).items()}
 
 
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
@@ -95,7 +103,7 @@ def test_every_linear_layer_of_the_chosen_blocks_gets_an_adapter(folders: dict[s
 def test_version_0_computes_what_the_base_model_does(folders: dict[str, Path], model_type: str, kind: str) -> None:
     """With B at 0 the logits are those of the model without adapters, bit for bit, and residuals begin at 0."""
     bare, loaded = load_model(folders[model_type], tiny.federation()), load_model(folders[model_type], federation(kind))
-    apply_state(loaded, version_zero(loaded))
+    apply_state(loaded, begun(loaded))
     assert torch.equal(logits_of(bare), logits_of(loaded))
 
 
@@ -148,15 +156,16 @@ def test_other_adapters_are_another_federation(folders: dict[str, Path], change:
 def test_training_moves_the_adapters_alone(folders: dict[str, Path], model_type: str, kind: str) -> None:
     """After an update the factors that this kind trains, and the head, have moved by their delta; nothing else has."""
     loaded = load_model(folders[model_type], federation(kind))
-    state = version_zero(loaded)
+    state = begun(loaded)
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     data = make_dataset(loaded, tiny.notes(2), batch_size=2, seed=0)
     result = train(loaded, state, data, federation().training, seed=1)
     after = dict(loaded.model.named_parameters())
     changed = {id(after[name]) for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {id(parameter) for parameter in loaded.trainable.values()}
-    assert list(result.delta) == list(loaded.trainable)
+    assert changed == {id(parameter) for parameter in loaded.trained.values()}
+    assert (list(result.delta), list(result.personal)) == (list(loaded.trainable), list(loaded.personal))
     assert any("lora_A" in name for name in result.delta) == (kind != "ffa-lora")
+    assert any("lora_B" in name for name in result.delta) == (kind != "fedsa-lora")
     for name, delta in result.delta.items():
         np.testing.assert_array_equal(delta, loaded.trainable[name].detach().numpy() - state[name])
 
@@ -180,6 +189,30 @@ def test_adapters_everywhere_leave_the_embeddings_frozen(folders: dict[str, Path
     assert {name.split(".")[4] for name in loaded.trainable if "lora" in name} == set("0123")
     assert not loaded.model.get_input_embeddings().weight.requires_grad
     assert "block 0" in make_dataset(loaded, tiny.notes(1), batch_size=4, seed=0).prepared.reason
+
+
+def test_every_b_stays_at_its_site(folders: dict[str, Path]) -> None:
+    """In fedsa-lora the plan has A's and the head for what travels, and B's for what each site keeps."""
+    plan, state = seal_plan(federation("fedsa-lora"), folders["llama"])
+    assert {name.split(".")[-2] for name in plan.tensors} == {"lora_A", "score"}
+    assert {name.split(".")[-2] for name in plan.personal} == {"lora_B"}
+    assert len(plan.personal) == 2 * len(FAMILIES["llama"].linears)
+    assert set(state) == set(plan.tensors)
+
+
+def test_a_pattern_names_the_head_as_without_adapters(folders: dict[str, Path]) -> None:
+    """What peft puts before all names need not be known to keep a tensor at its site."""
+    settings = tiny.federation(layers={"personal": ["score.*"]}, adapter={"kind": "lora", "rank": 4})
+    assert set(load_model(folders["llama"], settings).personal) == {f"{PREFIX}score.weight", f"{PREFIX}score.bias"}
+
+
+def test_a_site_of_less_depth_trains_the_adapters_of_its_blocks(folders: dict[str, Path]) -> None:
+    """Where the top block alone is trained, an update holds that block's adapters and the head."""
+    here = train_only(load_model(folders["llama"], federation()), (3,))
+    data = make_dataset(here, tiny.notes(2), batch_size=2, seed=0)
+    delta = train(here, begun(here), data, federation().training, seed=1).delta
+    assert {name.split(".")[4] for name in delta if "lora" in name} == {"3"}
+    assert len(delta) == 2 * len(FAMILIES["llama"].linears) + 2
 
 
 def test_targets_by_name() -> None:

@@ -86,6 +86,12 @@ def test_a_key_that_is_not_known_here_is_said_of_its_cell(tmp_path: Path) -> Non
     assert found["b"].problem == "federation: unknown key layers.plam: did you mean plan?"
 
 
+def test_settings_of_a_site_that_there_is_not(tmp_path: Path) -> None:
+    """A name that takes no part would change nothing, unnoticed: it is the cell's problem."""
+    found = cells(tmp_path, '[[cells]]\nname = "a"\nsites = { site-9 = { layers = { at_most = 2 } } }\n')
+    assert found["a"].problem == "sites.site-9: no such site takes part"
+
+
 def test_vary_makes_a_cell_of_each_value(tmp_path: Path) -> None:
     """{x} alone becomes the value itself, {x} in a text its text; x of the plot is the value."""
     found = cells(

@@ -36,7 +36,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(tmp_path: Path, model: Path, notes: Path, **changes: Any) -> Job:
     """Three sites, two versions, everything in float32; `section={...}` changes the federation."""
-    job_changes = {key: changes.pop(key) for key in ("clock", "start", "zero_shot", "site") if key in changes}
+    job_changes = {key: changes.pop(key) for key in ("clock", "start", "zero_shot", "site", "sites") if key in changes}
     sections = {
         "federation": {"name": "trial", "versions": 2, "sites": SITES, **changes.pop("federation", {})},
         "codec": {"up": "f32", "down": "f32", "slice_kib": 4, **changes.pop("codec", {})},
@@ -227,6 +227,14 @@ def test_adapters_are_trained_and_sent(tmp_path: Path, model: Path, notes: Path)
     assert any("lora" in name for name in outcome.plan.tensors)
     assert outcome.plan.trained_parameters < 0.5 * outcome.plan.total_parameters
     assert load_file(outcome.state).keys() == outcome.plan.tensors.keys()
+
+
+def test_a_site_may_have_settings_of_its_own(tmp_path: Path, model: Path, notes: Path) -> None:
+    """One site is limited to a block: it sends less than with all of the plan, and the others the same."""
+    whole = run(job(tmp_path / "whole", model, notes))
+    limited = run(job(tmp_path / "limited", model, notes, sites={"site-2": {"layers": {"at_most": 1}}}))
+    assert 0.75 * whole.up < limited.up < 0.95 * whole.up
+    assert limited.state.read_bytes() != whole.state.read_bytes()
 
 
 def test_a_private_federation_tells_its_epsilon(tmp_path: Path, model: Path, notes: Path) -> None:

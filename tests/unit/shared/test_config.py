@@ -204,7 +204,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex"',
-            "adapter.kind: Input should be 'none', 'lora', 'ffa-lora' or 'fedex-lora'",
+            "adapter.kind: Input should be 'none', 'lora', 'ffa-lora', 'fedsa-lora' or 'fedex-lora'",
         ),
         (
             FederationConfig,
