@@ -65,9 +65,10 @@ class AuditedRun:
         order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
         *,
         shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        seed: int = 7,
         **settings: Any,
     ) -> None:
-        rng = np.random.default_rng(7)
+        rng = np.random.default_rng(seed)
         self.storage = storage
         self.mode = mode
         run = SmallRun(

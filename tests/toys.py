@@ -7,6 +7,7 @@ processes of their own (`python -m tests.toys coordinator|site CONFIG`), to be k
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -67,6 +68,26 @@ class ToyTrainer:
         tensors = load_file(state)
         save_file({name: np.full(value.shape, self.step, np.float32) for name, value in tensors.items()}, delta)
         return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
+
+
+class RandomTrainer(ToyTrainer):
+    """Adds random numbers, so that steps round; keeps the digest of each state that it was given."""
+
+    def __init__(self, seed: int, *, seconds: float = 0.05) -> None:
+        super().__init__(step=0.0, seconds=seconds, examples=10)
+        self.given: dict[int, str] = {}
+        self._rng = np.random.default_rng(seed)
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """Write a random delta."""
+        await asyncio.sleep(self.seconds)
+        on_progress(1.0, 0.0)
+        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
+        shapes = {name: values.shape for name, values in load_file(state).items()}
+        save_file({name: self._rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
+        return ToyTrained(self.examples, {})
 
 
 class ToyValidator:

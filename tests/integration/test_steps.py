@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from coordinator import fsck
 from coordinator.proof import prove
@@ -29,32 +28,12 @@ from shared.plan import load_plan
 from shared.states import Imprint, extract_state, seal_state
 from shared.store import FrameStore
 from tests.helpers import run_async
-from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import RandomTrainer, toy_coordinator, toy_records, toy_site, write_toy
 
 pytestmark = pytest.mark.integration
 
 POLL_S = 0.02
 STEPS = 3
-
-
-class RandomTrainer(ToyTrainer):
-    """Adds random numbers, so that steps round; keeps the digest of each state that it was given."""
-
-    def __init__(self, seed: int, *, seconds: float = 0.05) -> None:
-        super().__init__(step=0.0, seconds=seconds, examples=10)
-        self.given: dict[int, str] = {}
-        self._rng = np.random.default_rng(seed)
-
-    async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
-    ) -> ToyTrained:
-        """Write a random delta."""
-        await asyncio.sleep(self.seconds)
-        on_progress(1.0, 0.0)
-        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
-        shapes = {name: values.shape for name, values in load_file(state).items()}
-        save_file({name: self._rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
-        return ToyTrained(self.examples, {})
 
 
 def _published(root: Path) -> dict[int, str]:
