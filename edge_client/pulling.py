@@ -14,7 +14,8 @@ under way at a time. Steps are kept as they come and added up together when the 
 damaged, or that no steps lead on from, is replaced by one that comes whole.
 
 The way ends at the state that was the newest when it began, so that a site whose link is slower than the versions come
-still trains now and then, a little late.
+still trains now and then, a little late. When the steps that it needs are announced no more, it trains on the whole
+state to which they were to be added, and takes another.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Pulling:
         """Steps of the way that are here."""
         self._goal = ""
         """Digest of the state at the end of the way."""
+        self._came_for_steps = ""
+        """Digest of the state that came whole, to be added to and not to be trained on."""
 
     @property
     def busy(self) -> bool:
@@ -148,15 +151,15 @@ class Pulling:
     # -- what came of it ---
 
     def _state_ready(self, manifest: Manifest) -> None:
-        # One that came whole although steps lead on from it came for them, and is not trained on.
         if self._pull_of(manifest.transfer_id) is not None:
             self.pull = None
         self.held = manifest
-        made = manifest.file_sha256 == self.stepping
-        if made or not (self.announced and leads_on(self.announced, manifest)):
+        if manifest.file_sha256 == self.stepping:
+            self.ready, self.stepping = manifest, ""
+        elif self.announced and leads_on(self.announced, manifest):
+            self._came_for_steps = manifest.file_sha256
+        else:
             self.ready = manifest
-        if made:
-            self.stepping = ""
 
     def _step_ready(self, transfer_id: str) -> None:
         if self._pull_of(transfer_id) is not None:
@@ -182,7 +185,12 @@ class Pulling:
 
     def go_on(self, now: float, out: d.Decision) -> None:
         """Fetch the next transfer of the way, or add up what is here."""
-        if self.announced is None or self.arrived or self.stepping:
+        if self.announced is None or self.stepping:
+            return
+        held = self.held
+        if held and held.file_sha256 == self._came_for_steps and not leads_on(self.announced, held):
+            self.ready, self._came_for_steps = held, ""
+        if self.arrived:
             return
         way = self._way(self.announced)
         self._fetched &= {each.transfer_id for each in way}

@@ -16,6 +16,7 @@ from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.states import States
 from edge_client.training import Standing
 from edge_client.worker import Worker
 from edge_client.worker_client import load_request
@@ -42,9 +43,12 @@ class WorkerHere:
     def __init__(self, config: SiteConfig, federation: FederationConfig, own: Callable[[], Path | None]) -> None:
         self._worker = Worker(lambda _: None)
         self._own = own
-        found = self._worker.handle(load_request(config, federation))
+        initial = config.storage / "initial.safetensors" if federation.codec.steps else None
+        found = self._worker.handle(load_request(config, federation).model_copy(update={"initial": initial}))
         assert isinstance(found, pipe.Loaded), found
         self.loaded = found
+        if initial is not None:  # what steps are added to
+            States(config.storage / "states", federation, found.plan.fingerprint).begin(initial)
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]

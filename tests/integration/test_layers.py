@@ -130,6 +130,9 @@ def test_all_sites_train_what_matters_most(
     assert console.run(lambda: cli.app(["status", "-c", config])) == 0
     assert chosen[3] is not None
     assert f"blocks      {', '.join(map(str, chosen[3]))}, chosen by importance" in capsys.readouterr().out
+    # The choice survives what led to it: a replay that begins with version 2 knows its blocks.
+    assert console.run(lambda: cli.app(["coordinator", "prune", "-c", config, "--yes"])) == 0
+    assert console.run(lambda: cli.app(["audit", "replay", "-c", config, "--all"])) == 0
 
 
 def _blocks(tensors: dict[str, np.ndarray]) -> set[int]:

@@ -28,6 +28,7 @@ from shared.plan import load_plan
 from shared.states import Imprint, extract_state, seal_state
 from shared.store import FrameStore
 from tests.helpers import run_async
+from tests.tiny_run import run_tiny, write_tiny
 from tests.toys import RandomTrainer, toy_coordinator, toy_records, toy_site, write_toy
 
 pytestmark = pytest.mark.integration
@@ -130,8 +131,11 @@ def _version(root: Path) -> int:
 def test_a_site_that_was_away_follows_by_steps_and_a_new_one_takes_a_whole_state(
     tmp_path: Path, mosquitto_url: str, served: set[str]
 ) -> None:
-    """Two or three versions behind: so many steps. New at version 4 or later: a whole state and the steps behind it."""
-    write_toy(tmp_path, mosquitto_url, sites=3, versions=8, mode="fedasync", codec="int8", steps=STEPS)
+    """A few versions behind: so many steps. New at version 4 or later: a whole state and the steps behind it.
+
+    Seven steps in int4 weigh less than a state, so they are announced however fast versions come.
+    """
+    write_toy(tmp_path, mosquitto_url, sites=3, versions=8, mode="fedasync", codec="int4", steps=STEPS)
     first, away = RandomTrainer(1, seconds=0.3), RandomTrainer(2)
 
     async def scenario() -> None:
@@ -205,6 +209,31 @@ def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
     run_async(everybody(), timeout_s=60)
     assert served >= {_wholes(tmp_path)[0]}
     assert _held(tmp_path, "site-1").file_sha256 == _published(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("trained", "down"),
+    [
+        ('[layers]\nplan = "top:2"\npersonal = ["score.*"]\n', "int4"),
+        ('[layers]\nplan = "top:2"\n[adapter]\nkind = "lora"\nrank = 4\n', "topk2x4"),
+        ('[layers]\nplan = "top:2"\n[adapter]\nkind = "ffa-lora"\nrank = 4\n', "bf16"),
+        ('[layers]\nplan = "top:2"\n[adapter]\nkind = "fedsa-lora"\nrank = 4\n', "int8"),
+        ('[layers]\nplan = "top:2"\n[adapter]\nkind = "fedex-lora"\nrank = 4\n', "topk2"),
+    ],
+)
+def test_whatever_is_trained_travels_as_steps(
+    trained: str, down: str, tmp_path: Path, mosquitto_url: str, served: set[str]
+) -> None:
+    """Tensors that stay, adapters, and what averaging those loses: version 0 is in the base model all the same.
+
+    So no state travels whole, and every site ends with the coordinator's.
+    """
+    write_tiny(tmp_path, mosquitto_url, versions=3, codec=f'down = "{down}"\nsteps = 2', federation=trained)
+    run_tiny(tmp_path)
+    digests, wholes = _published(tmp_path), _wholes(tmp_path)
+    assert not served & set(wholes.values())
+    assert [_held(tmp_path, name).file_sha256 for name in ("site-1", "site-2")] == [digests[3]] * 2
+    _nothing_is_wrong(tmp_path)
 
 
 def test_damaged_steps_and_anchors_are_made_again(tmp_path: Path, mosquitto_url: str) -> None:

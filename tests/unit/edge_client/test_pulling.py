@@ -93,6 +93,21 @@ def test_a_new_site_takes_the_whole_state_and_the_steps_behind_it() -> None:
     assert bench.pulled(bench.state(4)).jobs == [d.Train(bench.state(4))]
 
 
+def test_a_state_that_came_for_steps_is_trained_on_when_they_are_announced_no_more() -> None:
+    """Else a site that is slower than versions come could fetch whole states for ever and train on none of them."""
+    bench = SessionBench()
+    bench.connect()
+    bench.announce_steps(3, 4, 5)
+    assert bench.pulled(bench.state(3)).jobs == [d.OpenSpool(bench.step(4))]
+    bench.opened(bench.step(4))
+    decision = bench.announce_steps(9, 9)
+    step = bench.step(4).transfer_id
+    assert decision.jobs == [d.CloseSpool(step), d.OpenSpool(bench.state(9)), d.Train(bench.state(3))]
+    assert bench.session.states_in_use >= {bench.state(3).transfer_id}
+    bench.handle(d.Trained(bench.update(3)))
+    assert bench.pulled(bench.state(9)).jobs == [d.Train(bench.state(9))]
+
+
 def test_a_whole_state_that_is_the_newest_is_trained_on_at_once() -> None:
     """Steps that are announced with it lead to it, and not on from it."""
     bench = SessionBench()
