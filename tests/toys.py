@@ -82,9 +82,9 @@ class RandomTrainer(ToyTrainer):
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
     ) -> ToyTrained:
         """Write a random delta."""
+        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
         await asyncio.sleep(self.seconds)
         on_progress(1.0, 0.0)
-        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
         shapes = {name: values.shape for name, values in load_file(state).items()}
         save_file({name: self._rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
         return ToyTrained(self.examples, {})
