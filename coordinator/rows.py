@@ -59,7 +59,8 @@ class Segment:
     sha256: str
 
     def __str__(self) -> str:
-        return f"rows {self.first} to {self.last} are in {ARCHIVE}/{self.path.name}, SHA-256 {self.sha256}"
+        place = f"{ARCHIVE}/{self.path.name}, SHA-256 {self.sha256}"
+        return f"rows {self.first} to {self.last} are in {place}; checked from the snapshot behind them on"
 
 
 @dataclass(frozen=True, slots=True)
