@@ -37,6 +37,7 @@ from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.link.packets import MalformedPublishError, parse_publish
 from shared.manifest import Manifest, manifest_from_bytes
+from shared.plan import BLOCKS_KEY, blocks_from
 from shared.reader import TensorReader
 from shared.slices import compress_slice
 from shared.tensorfile import NUMPY_DTYPES, build_header, header_size, parse_header, tensor_bytes
@@ -139,7 +140,7 @@ def _header(data: bytes) -> None:
     size = int.from_bytes(data[-8:], "little") % (1 << 40)
     head = data[:-8]
     if len(head) >= 8 and header_size(head[:8], size) == len(head) - 8:
-        parse_header(head, size)
+        blocks_from(parse_header(head, size).metadata)
 
 
 def _bitmap(data: bytes) -> None:
@@ -347,7 +348,7 @@ def _renewal(data: bytes) -> None:
 
 
 _PARTS = [("a", "F32", (3, 4)), ("b", "BF16", (7,)), ("c", "I8", (300,))]
-_HEADER = build_header(_PARTS, {"mailboat": "update"})  # type: ignore[arg-type]
+_HEADER = build_header(_PARTS, {"mailboat": "state", BLOCKS_KEY: "2,3,5"})  # type: ignore[arg-type]
 
 
 def _header_sample() -> bytes:
