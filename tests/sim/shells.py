@@ -64,9 +64,14 @@ class VirtualSpooler:
         store: FrameStore,
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str], None],
+        **bounds: Any,
     ) -> None:
         self.spooler = Spooler(
-            store, open_chunk=machine.guard.open_chunk, stored=stored, refused=lambda _id, rule: refused(rule)
+            store,
+            open_chunk=machine.guard.open_chunk,
+            stored=stored,
+            refused=lambda _chunk, rule: refused(rule),
+            **bounds,
         )
         self._machine = machine
         self._stored = stored

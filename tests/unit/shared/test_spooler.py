@@ -46,8 +46,8 @@ class Desk:
         self.stored.append((transfer_id, indices))
         self.news.set()
 
-    def _refused(self, transfer_id: str, rule: str) -> None:
-        self.refused.append((transfer_id, rule))
+    def _refused(self, chunk: Chunk, rule: str) -> None:
+        self.refused.append((chunk.transfer_id, rule))
         self.news.set()
 
     @property
