@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file, save_file
 
 from broker import provision
+from broker.config import PACKET_BYTES_MAX
 from broker.launcher import find_mosquitto
 from coordinator.records import Finished, VersionCommitted
 from mailboat import authority as bench
@@ -26,6 +27,7 @@ from mailboat.issuing import new_serial
 from shared.config import BrokerSection
 from shared.errors import RefusedError
 from shared.tensorfile import F32Array
+from shared.topics import Channel, topic
 from shared.trust import kit as kits
 from shared.trust.witness import HEADS
 from tests.eavesdrop import Spy, learnt
@@ -260,6 +262,39 @@ class Session:
             return False
         except OSError:
             return True
+
+
+def test_a_packet_above_the_limit_ends_its_sender(tmp_path: Path, free_port: int) -> None:
+    """What is smaller than the bound in the generated configuration passes, and others are served on."""
+    federation = provisioned(tmp_path, free_port)
+    broker = Mosquitto(federation)
+
+    def published(remaining: int) -> bool:
+        hostile = Session(federation, "site-1")
+        with contextlib.suppress(OSError):  # cut off in the middle of it
+            hostile.link.sendall(publish(topic("toy", Channel.UP_DATA, "site-1"), remaining))
+        try:
+            return not hostile.ended_within(1.0)
+        finally:
+            hostile.close()
+
+    async def run() -> None:
+        await broker.start()
+        try:
+            assert await asyncio.to_thread(published, PACKET_BYTES_MAX - 5)  # the kind and the length are five bytes
+            assert not await asyncio.to_thread(published, PACKET_BYTES_MAX)
+            assert await asyncio.to_thread(let_in_again, federation, "site-2")
+        finally:
+            await broker.stop()
+
+    run_async(run(), timeout_s=60)
+
+
+def publish(name: str, remaining: int) -> bytes:
+    """A packet of QoS 0 of zeros, with so many bytes behind its length."""
+    head = len(name).to_bytes(2, "big") + name.encode()
+    length = bytes(remaining >> 7 * place & 0x7F | (0x80 if place < 3 else 0) for place in range(4))
+    return b"\x30" + length + head + bytes(remaining - len(head))
 
 
 def let_in_again(federation: Federation, name: str) -> bool:
