@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from typing import Any
@@ -97,6 +98,7 @@ def odd(rng: random.Random, depth: int = 0) -> Any:
             return _nested(rng.choice((2, 40, 600, 2000)))
 
 
+@functools.cache
 def _nested(depth: int) -> Any:
     value: Any = 0
     for _ in range(depth):
