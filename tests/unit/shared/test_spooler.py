@@ -152,7 +152,7 @@ def test_a_spooler_without_work_rests(tmp_path: Path, monkeypatch: pytest.Monkey
         async with _desk(tmp_path) as desk:
             write = desk.spooler._write
 
-            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[Chunk, str]]]:
                 batches.append(len(batch))
                 return write(batch)
 
