@@ -101,7 +101,7 @@ class Core:
         self.sites = Sites(probe_s=link.stall_s)
         self.intake = Intake(config.admission)
         self.uploads = Uploads(budget_bytes=config.credit_mib << 20, window=link.window, idle_s=idle_s)
-        self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
+        self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s, window=link.window)
         self._started: float | None = None
         self._round_opened = 0.0
         self._answered: set[str] = set()

@@ -33,7 +33,9 @@ class Pull:
 class Downlink:
     """All pulls under way; at most one per site."""
 
-    def __init__(self, *, merge_s: float, idle_s: float) -> None:
+    def __init__(self, *, merge_s: float, idle_s: float, window: int) -> None:
+        """`window` is the most that is in flight to one site, in chunks, whatever it asks for: all share our link."""
+        self.window = window
         self.merge_s = merge_s
         self.idle_s = idle_s
         self._pulls: dict[str, Pull] = {}
@@ -53,7 +55,7 @@ class Downlink:
         elif want.restart:
             pull.sender.restart()
         pull.last_want = now
-        pull.sender.on_want(want.have, want.window)
+        pull.sender.on_want(want.have, min(want.window, self.window))
         if pull.sender.have.full:
             del self._pulls[site]
         elif fresh and not present <= self._pulls.keys():

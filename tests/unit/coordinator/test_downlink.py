@@ -19,7 +19,7 @@ MERGE_S, IDLE_S = 0.3, 15.0
 
 
 def _downlink() -> Downlink:
-    return Downlink(merge_s=MERGE_S, idle_s=IDLE_S)
+    return Downlink(merge_s=MERGE_S, idle_s=IDLE_S, window=6)
 
 
 def _want(
@@ -67,6 +67,13 @@ def test_what_some_do_not_need_is_not_sent_past_them_all() -> None:
     _want(downlink, "x")
     _want(downlink, "y")
     assert _tick(downlink, MERGE_S) == [Serve(A, "x", (0, 1, 2, 3)), Serve(A, "y", (0, 1, 2, 3))]
+
+
+def test_nobody_has_more_in_flight_than_the_coordinator_says() -> None:
+    """A window of thousands is cut to ours, however often it is asked for anew."""
+    downlink = _downlink()
+    for restart in (False, True, True):
+        assert _want(downlink, "x", window=4096, restart=restart, present="x") == [Serve(A, "x", (0, 1, 2, 3, 4, 5))]
 
 
 @pytest.mark.parametrize(("bystanders", "topics"), [("k", {None}), ("kl", set("abcdefghij"))])
