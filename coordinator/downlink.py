@@ -9,6 +9,9 @@ topic: a sender takes what was sent before an acknowledged chunk for lost.
 Announced are a state that can be had whole and the steps that lead to the newest one, so that each site finds a way
 there by itself, whatever it holds. How far back the steps go is a matter of bytes: whoever is so far behind that the
 steps weigh more than the whole state is better off with that.
+
+A site needs each chunk of a state once, and again what its link has lost: that much is sent at once, and beyond it one
+window for each `stall_s`, so that a site which asks for the same without end takes little of our link from the others.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ from itertools import groupby
 
 from coordinator.decisions import Decision, Serve
 from coordinator.ledger import Ledger
+from shared.bucket import Bucket
 from shared.errors import ConfigError
 from shared.manifest import Manifest
 from shared.messages import MAX_CONTROL_BYTES, Want
-from shared.transfer import Sender
+from shared.transfer import Bitmap, Sender
 
 BYSTANDERS = 0.1
 """The bulk topic is used when it reaches at most this many sites in vain for each that it serves."""
+
+LOST_WINDOWS = 8
+"""Windows that a bad link may lose of one state before what is lost again is sent more slowly."""
 
 
 STEPS_BYTES = 4096
@@ -69,7 +76,7 @@ def check_announceable(whole: Manifest, step_file_bytes: int, steps: int) -> Non
 
 @dataclass(slots=True)
 class Pull:
-    """One site's pull of one state."""
+    """One site's pull of one state or step."""
 
     transfer_id: str
     sender: Sender
@@ -77,13 +84,33 @@ class Pull:
     """Monotonic seconds."""
 
 
+@dataclass(slots=True)
+class Fetched:
+    """What one site was sent of the newest version that it has asked for, and how much may be sent again."""
+
+    version: int
+    chunks: dict[str, Bitmap]
+    """By transfer: a version may be had whole and as a step."""
+    again: Bucket
+
+    def count(self, transfer_id: str, indices: list[int], now: float) -> None:
+        """These chunks go out; of an older version, each is one that is sent again."""
+        sent = self.chunks.get(transfer_id)
+        again = sum(sent is None or not sent.add(index) for index in indices)
+        self.again.take(again, now)
+
+
 class Downlink:
     """All pulls under way; at most one per site."""
 
-    def __init__(self, *, merge_s: float, idle_s: float) -> None:
+    def __init__(self, *, merge_s: float, idle_s: float, stall_s: float, window: int) -> None:
+        """`window` is the most that is in flight to one site, in chunks, whatever it asks for: all share our link."""
+        self.window = window
+        self.stall_s = stall_s
         self.merge_s = merge_s
         self.idle_s = idle_s
         self._pulls: dict[str, Pull] = {}
+        self._fetched: dict[str, Fetched] = {}
         self._flush_at: float | None = None
 
     @property
@@ -91,29 +118,30 @@ class Downlink:
         """Sites that are pulling."""
         return frozenset(self._pulls)
 
-    def want(self, site: str, want: Want, frames: int, present: frozenset[str], now: float, out: Decision) -> None:
-        """A site says what it lacks of a state that has `frames` chunks."""
+    def want(self, site: str, want: Want, state: Manifest, present: frozenset[str], now: float, out: Decision) -> None:
+        """A site says what it lacks of a state."""
         pull = self._pulls.get(site)
         fresh = pull is None or pull.transfer_id != want.transfer_id
         if pull is None or fresh:
-            pull = self._pulls[site] = Pull(want.transfer_id, Sender(frames), now)
+            pull = self._pulls[site] = Pull(want.transfer_id, Sender(state.frames), now)
         elif want.restart:
             pull.sender.restart()
         pull.last_want = now
-        pull.sender.on_want(want.have, want.window)
+        paced = self._of(site, state).again.wait(1, now) > 0
+        pull.sender.on_want(want.have, 0 if paced else min(want.window, self.window))
         if pull.sender.have.full:
             del self._pulls[site]
         elif fresh and not present <= self._pulls.keys():
             self._flush_at = now + self.merge_s if self._flush_at is None else self._flush_at
         elif self._flush_at is None or fresh:
-            self.flush(present, out)
+            self.flush(present, now, out)
 
     def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
         for site in [site for site, pull in self._pulls.items() if now - pull.last_want > self.idle_s]:
             del self._pulls[site]
         if self._flush_at is not None and now >= self._flush_at:
-            self.flush(present, out)
+            self.flush(present, now, out)
 
     def site_gone(self, site: str) -> None:
         """The site is away."""
@@ -124,10 +152,12 @@ class Downlink:
         self._pulls.clear()
         self._flush_at = None
 
-    def flush(self, present: frozenset[str], out: Decision) -> None:
+    def flush(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send all that windows admit."""
         self._flush_at = None
         chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
+        for site, (_, indices) in chosen.items():
+            self._fetched[site].count(self._pulls[site].transfer_id, indices, now)
         demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
             for index in indices:
@@ -138,6 +168,16 @@ class Downlink:
         for (transfer_id, audience), run in groupby(told, key=lambda each: each[:2]):
             together = tuple(index for _, _, index in run)
             out.jobs.extend(Serve(transfer_id, hearer, together) for hearer in audience)
+
+    def _of(self, site: str, state: Manifest) -> Fetched:
+        """The books of one site; each newer version begins new ones."""
+        version, fetched = state.version, self._fetched.get(site)
+        if fetched is None or fetched.version < version:
+            again = Bucket(state.frames + LOST_WINDOWS * self.window, self.window / self.stall_s)
+            fetched = self._fetched[site] = Fetched(version, {}, again)
+        if version == fetched.version:
+            fetched.chunks.setdefault(state.transfer_id, Bitmap(state.frames))
+        return fetched
 
 
 def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:

@@ -178,7 +178,7 @@ class Journal(JournalReader):
         folder = self.path.parent / ARCHIVE
         durable.make_folder(folder)
         durable.remove_temporaries(folder)
-        name = f"rows-{first:012d}-{last:012d}.sqlite"
+        name = rows.segment_name(first, last)
         (begin,) = self.rows(first - 1, limit=1)
         with durable.temporary_file(folder) as (temporary, fd):
             with contextlib.closing(rows.connect(temporary.resolve().as_uri())) as db, self._named(folder / name):

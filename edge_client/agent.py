@@ -174,7 +174,7 @@ class Agent:
         else:
             self._events.put_nowait(d.Received(message))
 
-    def hears(self, _site: str | None) -> bool:
+    def hears(self, _site: str | None, _size: int) -> bool:
         """See Desk."""
         return True
 
@@ -187,7 +187,7 @@ class Agent:
         """See Desk."""
         await self.spooler.caught_up()
 
-    def refused(self, _site: str | None, error: RefusedError) -> None:
+    def refused(self, _site: str | None, error: RefusedError, _size: int) -> None:
         """See Desk."""
         if isinstance(error, StaleKeyError):
             self._ask_for_keys()
@@ -210,8 +210,8 @@ class Agent:
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
 
-    def _chunk_refused(self, transfer_id: str, rule: str) -> None:
-        log.warning("refused a chunk", state=transfer_id, rule=rule)
+    def _chunk_refused(self, chunk: Chunk, rule: str) -> None:
+        log.warning("refused a chunk", state=chunk.transfer_id, rule=rule)
         if rule == "bad-seal":
             self._ask_for_keys()
 

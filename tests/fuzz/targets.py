@@ -37,6 +37,7 @@ from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.link.packets import MalformedPublishError, parse_publish
 from shared.manifest import Manifest, manifest_from_bytes
+from shared.plan import BLOCKS_KEY, blocks_from
 from shared.reader import TensorReader
 from shared.slices import compress_slice
 from shared.states import State
@@ -141,7 +142,7 @@ def _header(data: bytes) -> None:
     size = int.from_bytes(data[-8:], "little") % (1 << 40)
     head = data[:-8]
     if len(head) >= 8 and header_size(head[:8], size) == len(head) - 8:
-        parse_header(head, size)
+        blocks_from(parse_header(head, size).metadata)
 
 
 def _bitmap(data: bytes) -> None:
@@ -215,6 +216,11 @@ def _transfer_sample(codec: Any) -> bytes:
     return packed
 
 
+@functools.cache
+def _zeros(size: int) -> bytes:
+    return zstandard.compress(bytes(size))
+
+
 def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
     raw, frames = msgpack.unpackb(data)
     at = rng.randrange(len(frames))
@@ -223,7 +229,7 @@ def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
             frames[at] = mutated_bytes(frames[at], rng)
         case 1:  # a bomb: much more than a slice, or a lie about it
             size = rng.choice((SLICE_BYTES - 1, SLICE_BYTES + 1, 10_000_000, 0))
-            frames[at] = zstandard.compress(bytes(size))
+            frames[at] = _zeros(size)
         case 2:  # the same slice with other content, soundly compressed
             size = rng.choice((SLICE_BYTES, 1, 100))
             frames[at] = compress_slice(rng.randbytes(size), rng.choice((1, 2, 4)))
@@ -367,7 +373,7 @@ def _renewal(data: bytes) -> None:
 
 
 _PARTS = [("a", "F32", (3, 4)), ("b", "BF16", (7,)), ("c", "I8", (300,))]
-_HEADER = build_header(_PARTS, {"mailboat": "update"})  # type: ignore[arg-type]
+_HEADER = build_header(_PARTS, {"mailboat": "state", BLOCKS_KEY: "2,3,5"})  # type: ignore[arg-type]
 
 
 def _header_sample() -> bytes:

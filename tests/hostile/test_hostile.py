@@ -14,15 +14,18 @@ import pytest
 
 from coordinator import admission
 from shared.config import CodecName
-from shared.errors import RefusedError
+from shared.errors import MailboatError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import decode, parse_chunk
 from shared.slices import expand_into
 from shared.states import Imprint, open_state, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import header_size, parse_header
+from shared.trust.envelope import parse
 from tests.factories import make_federation, make_plan
-from tests.hostile.make import HERE, KINDS, RAW_BYTES, SHAPES, update_of
+from tests.fuzz.targets import TARGETS
+from tests.hostile.make import HERE, KINDS, RAW_BYTES
+from tests.hostile.updates import SHAPES, update_of
 
 FEDERATION = make_federation(codec={"down": "int8", "steps": 4})
 PLAN = make_plan(make_federation()).model_copy(update={"tensors": SHAPES})
@@ -68,6 +71,7 @@ def _step(data: bytes, folder: Path) -> None:
 
 DECODERS: dict[str, Callable[[bytes, Path], object]] = {
     "message": lambda data, _folder: decode(data),
+    "envelope": lambda data, _folder: parse(data, "mb/v1/ward/site/north/up/ctl"),
     "manifest": lambda data, _folder: manifest_from_bytes(data),
     "header": _header,
     "frame": _frame,
@@ -99,6 +103,15 @@ def test_a_hostile_file_is_refused_under_its_rule(path: Path, tmp_path: Path) ->
 def test_every_recipe_has_its_file(kind: str) -> None:
     """A new recipe without a file would test nothing: `python -m tests.hostile.make` writes it."""
     assert {path.stem for path in FILES if path.parent.name == kind} == {name for name, _ in KINDS[kind]()}
+
+
+@pytest.mark.parametrize("name", ["message", "envelope", "manifest", "chunk", "grant", "request", "record", "snapshot"])
+def test_whatever_is_cut_short_is_refused(name: str) -> None:
+    """Each sound sample of the decoder, cut behind each of its bytes but the last; a text's newline says nothing."""
+    for sample in TARGETS[name].samples:
+        for length in range(len(sample.removesuffix(b"\n"))):
+            with pytest.raises(MailboatError):
+                TARGETS[name].run(sample[:length])
 
 
 def test_a_sound_update_passes(tmp_path: Path) -> None:
