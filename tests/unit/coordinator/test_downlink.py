@@ -102,6 +102,19 @@ def test_who_asks_for_the_same_without_end_is_served_slowly(states: list[str]) -
     assert [sum(len(job.indices) for job in jobs) for jobs in later] == [6, 6, 6]
 
 
+def test_a_version_that_is_had_whole_and_as_a_step_is_sent_both_ways() -> None:
+    """A site that changes its way to a version is sent the other transfer, of another size, at full speed."""
+    downlink = _downlink()
+    step = STATES[B].model_copy(
+        update={"transfer_id": "c" * 32, "frame_lengths": (5,), "frame_hashes": bytes(32), "slice_size": 1 << 16}
+    )
+    for state, frames in ((step, 1), (STATES[B], FRAMES)):
+        out = Decision()
+        want = Want(transfer_id=state.transfer_id, have=b"", window=FRAMES)
+        downlink.want("x", want, state, frozenset("x"), 0.0, out)
+        assert _served(out) == [Serve(state.transfer_id, "x", tuple(range(min(frames, downlink.window))))]
+
+
 @pytest.mark.parametrize(("bystanders", "topics"), [("k", {None}), ("kl", set("abcdefghij"))])
 def test_one_bystander_among_many_is_borne(bystanders: str, topics: set[str | None]) -> None:
     """The bulk topic serves ten at the price of one that hears it in vain, not of two."""
