@@ -16,6 +16,7 @@ Formulas: `coordinator.merging` for the coefficients, `coordinator.robust` for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,13 @@ BLOCK_BYTES = 64 * 1024 * 1024
 
 STRETCH_UNIT = SPAN // 32
 """Values; rules that compare updates take a multiple of it of each at a time. A multiple of every codec's block."""
+
+
+CACHE_LOST = (
+    "restore its files from a backup; without a copy no further version can be made: "
+    "export the newest one, and begin another federation from that model"
+)
+"""What can be done when the update that ca2fl takes back is lost: its site had its receipt, and has deleted it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,10 @@ def _sums(plan: MergePlan, kept: Kept, shapes: Mapping[str, Shape], progress: Pr
     """The sum over all updates, each times its coefficient."""
     ids = [part.update_id for part in plan.contributions if part.denominator > 0]
     ids += [each.update_id for each in plan.cached]
-    held = {update_id: frozenset(reader_of(kept.updates, update_id).shapes) for update_id in ids}
+    held = dict[str, frozenset[str]]()
+    for update_id in ids:
+        with _explained(plan, update_id):
+            held[update_id] = frozenset(reader_of(kept.updates, update_id).shapes)
     factors = {name: coefficients(plan, {update_id for update_id in ids if name in held[update_id]}) for name in shapes}
     # What fedasync mixes in is the site's whole state: what it started from, and its delta.
     base_id = plan.contributions[0].base_state_id if plan.mode == "fedasync" else None
@@ -95,7 +106,8 @@ def _sums(plan: MergePlan, kept: Kept, shapes: Mapping[str, Shape], progress: Pr
             base = None if base_id is None else reader_of(kept.states, base_id)
             for name in block:
                 if factor := factors[name].get(update_id):
-                    update.add_tensor(name, factor, sums[name])
+                    with _explained(plan, update_id):
+                        update.add_tensor(name, factor, sums[name])
                     if base is not None:
                         base.add_tensor(name, factor, sums[name])
             done += 1
@@ -140,6 +152,22 @@ def kept_transfer(store: FrameStore, transfer_id: str) -> Stored:
             hint="restore the folder from a backup",
         )
     return found
+
+
+@contextmanager
+def _explained(plan: MergePlan, update_id: str) -> Iterator[None]:
+    """Say of a damaged update that is not of this round why it is needed all the same."""
+    try:
+        yield
+    except CorruptError as error:
+        for each in plan.cached:
+            if each.update_id == update_id:
+                raise CorruptError(
+                    f"{error.message}; update {update_id} is what {each.site} said last, and version {plan.version} "
+                    'takes that back (rule = "ca2fl")',
+                    hint=CACHE_LOST,
+                ) from None
+        raise
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:
