@@ -17,7 +17,6 @@ length (docs/privacy.md has the measurements; a test holds the two to the same n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,18 +30,12 @@ from edge_client.model import LoadedModel
 from edge_client.prefix import Forward
 from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
+from edge_client.privacy.clipping import clip_factor
 from edge_client.privacy.ledger import Charge, Limit, Spent
 from edge_client.privacy.records import Records, make_records
 from edge_client.trainer import Descent
 from shared.config import FederationConfig, PrivacySection
 from shared.errors import RefusedError
-
-ROUNDING = 1e-6
-"""Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
-same."""
-
-NORM_MAX = 1e30
-"""Gradients from here on count as not finite: the factor that would clip them is near the end of float32's range."""
 
 log = structlog.get_logger("worker")
 
@@ -144,10 +137,9 @@ def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: 
     by no more than the bound.
     """
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
-    norm = torch.stack(squares).sum().sqrt().item()
-    if not (norm < NORM_MAX and math.isfinite(asked.loss)):
+    factor = clip_factor(torch.stack(squares).sum().sqrt().item(), asked.loss, clip_norm)
+    if not factor:
         return 0.0
-    factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
     for total, each in zip(sums, asked.tensors, strict=True):
         total.add_(each, alpha=factor)
     return asked.loss
