@@ -5,11 +5,11 @@ gradient of a record, and its squared length, are sums over the tokens of all it
 
     g_r = sum_t b_t a_t^T        ||g_r||^2 = sum_s sum_t (a_s . a_t) (b_s . b_t)
 
-The second needs no g_r (Goodfellow, arXiv 1510.01799; with tokens Li et al., arXiv 2110.05679, section 4), and is taken
-where it is the quicker one, layer by layer (Bu et al., arXiv 2205.10683). The lengths give each record's factor c_r, and
-sum_r c_r g_r is the same product once more, over the tokens of all records, with c_r b_t in the place of b_t: there is
-no second backward pass (Bu et al., arXiv 2210.00038). Norms and biases have gradients that are no longer than a token,
-and these are formed.
+The second needs no g_r (Goodfellow, arXiv 1510.01799; with tokens Li et al., arXiv 2110.05679, section 4), and is
+taken where it is the quicker one, layer by layer (Bu et al., arXiv 2205.10683). The lengths give each record's factor
+c_r, and sum_r c_r g_r is the same product once more, over the tokens of all records, with c_r b_t in the place of b_t:
+there is no second backward pass (Bu et al., arXiv 2210.00038). Norms and biases have gradients that are no longer than
+a token, and these are formed.
 
 Opacus' ghost clipping takes each window for a record, and goes backwards twice; a test holds the lengths here to its.
 """
@@ -32,6 +32,9 @@ from edge_client.model import LoadedModel
 from edge_client.prefix import Forward
 from edge_client.privacy.clipping import clip_factor
 
+DOUBLE = 2.0
+"""What a product costs in double precision, in those of single precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Use:
@@ -47,7 +50,7 @@ class _Use:
 def unsuited(model: nn.Module) -> str:
     """Return the type of a trained layer whose records cannot be told apart here; empty when all can.
 
-    An embedding's cannot: positions are looked up once for all windows. Nor can those of a tensor that two layers share.
+    Those of an embedding cannot, as positions are looked up once for all windows, nor those of a tensor that two share.
     """
     seen: set[nn.Parameter] = set()
     for layer in _trained_layers(model):
@@ -70,7 +73,8 @@ def add_clipped_together(
     Each record is one batch. As `record_gradient` and `add_clipped` for one after the other: the loss is the task's,
     window by window, and a record without a finite gradient adds nothing. The model must not be `unsuited`.
     """
-    batch = side_by_side(records, pad_id=loaded.pad_id, causal=loaded.family.causal, per_token=loaded.task.head.per_token)
+    per_token = loaded.task.head.per_token
+    batch = side_by_side(records, pad_id=loaded.pad_id, causal=loaded.family.causal, per_token=per_token)
     uses, losses = _passed(loaded, forward, batch)
     counts = [len(record.windows) for record in records]
     spans = [slice(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
@@ -92,12 +96,15 @@ def _passed(loaded: LoadedModel, forward: Forward, batch: Batch) -> tuple[list[_
         logits = forward(batch)
     rows = zip(torch.split(logits, 1), torch.split(batch.targets, 1), strict=True)
     losses = torch.stack([loaded.task.loss(*row) for row in rows])
-    came_out = [call.came_out for call in calls]
-    wanted = torch.autograd.grad(losses.sum(), came_out, materialize_grads=True)
-    assert len({call.layer for call in calls}) == len(calls), "a layer that runs twice would need both its parts at once"
-    assert all(len(asked) == len(batch.windows) for asked in wanted), "a layer that mixes windows tells no records apart"
-    uses = [_Use(call.layer, _inside(call.layer, call.entered), asked) for call, asked in zip(calls, wanted, strict=True)]
-    return uses, losses.detach()
+    wanted = torch.autograd.grad(losses.sum(), [call.came_out for call in calls], materialize_grads=True)
+    assert len({call.layer for call in calls}) == len(calls), (
+        "a layer that runs twice would need both its parts at once"
+    )
+    assert all(len(asked) == len(batch.windows) for asked in wanted), (
+        "a layer that mixes windows tells no records apart"
+    )
+    pairs = zip(calls, wanted, strict=True)
+    return [_Use(call.layer, _inside(call.layer, call.entered), asked) for call, asked in pairs], losses.detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +138,30 @@ def _trained_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    """Whether a layer is x -> weight * f(x) + bias for vectors weight and bias."""
+    """Whether a layer is x -> weight * f(x) + bias for vectors weight and bias; each library has classes of its own."""
     own = dict(layer.named_parameters(recurse=False))
-    return type(layer).__name__.endswith("Norm") and own.keys() <= {"weight", "bias"} and {p.ndim for p in own.values()} == {1}
+    vectors = all(values.ndim == 1 for values in own.values())
+    return type(layer).__name__.endswith("Norm") and vectors and own.keys() <= {"weight", "bias"}
 
 
 @torch.no_grad()
 def _inside(layer: nn.Module, entered: torch.Tensor) -> torch.Tensor:
     if not _is_norm(layer):
         return entered
-    fill = {"weight": torch.ones_like, "bias": torch.zeros_like}
-    plain = {name: fill[name](values) for name, values in layer.named_parameters(recurse=False)}
+    own = layer.named_parameters(recurse=False)
+    plain = {name: torch.ones_like(values) if name == "weight" else torch.zeros_like(values) for name, values in own}
     inside: torch.Tensor = functional_call(layer, plain, (entered,))
     return inside
 
 
 def _squared_length(use: _Use, span: slice) -> float:
     """Of the gradient of some windows together; in double precision, as terms of both signs may cancel."""
-    entered, asked = (part[span].flatten(0, -2) for part in (use.entered, use.asked))
-    weight, (tokens, wide) = use.layer.weight, entered.shape
-    ghost = weight.ndim == 2 and weight.requires_grad and 2 * tokens * (wide + asked.shape[1]) < weight.numel()
+    entered, asked = use.entered[span].flatten(0, -2), use.asked[span].flatten(0, -2)
+    weight = use.layer.get_parameter("weight")
+    cost = DOUBLE * len(entered) * (entered.shape[1] + asked.shape[1])
+    ghost = weight.ndim > 1 and weight.requires_grad and cost < weight.numel()
     total = 0.0
-    for parameter, gradient in _gradients(use.layer, entered, asked, without=weight if ghost else None):
+    for _, gradient in _gradients(use.layer, entered, asked, without=weight if ghost else None):
         total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().item()
     if ghost:
         into, wanted = entered.double(), asked.double()
@@ -164,7 +173,8 @@ def _gradients(
     layer: nn.Module, entered: torch.Tensor, asked: torch.Tensor, *, without: nn.Parameter | None = None
 ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """The gradients of a layer's trained tensors by tokens, (tokens, width)."""
-    weight, bias = layer.weight, getattr(layer, "bias", None)
+    own = dict(layer.named_parameters(recurse=False))
+    weight, bias = own["weight"], own.get("bias")
     if weight.requires_grad and weight is not without:
         if isinstance(layer, nn.Linear):
             yield weight, asked.T @ entered
