@@ -26,6 +26,7 @@ frames that declare a size, however large).
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -49,6 +50,8 @@ are chance in exponents, and cost more than they save. The window is larger than
 
 WINDOW_BYTES_MAX = 8 * 1024 * 1024
 """What RFC 8878 (3.1.1.1.2) asks of every decoder, and more than our frames need: bounds the decoder's memory."""
+
+_thread = threading.local()
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 """RFC 8878, 3.1.1; skippable frames have another."""
@@ -81,7 +84,7 @@ def compress_slice(raw: ByteArray | memoryview | bytes, group: int) -> bytes:
     """
     data = np.frombuffer(raw, dtype=np.uint8)
     assert 0 < data.size <= MAX_SLICE_BYTES
-    stream = zstandard.ZstdCompressor(compression_params=PARAMETERS).compressobj(data.size)
+    stream = _compressor().compressobj(data.size)
     grouped = _grouped(data, group)
     width = data.size // group
     pieces = []
@@ -124,6 +127,14 @@ def expand_into(frame: bytes, raw: ByteArray, group: int) -> None:
         raise RefusedError("a frame does not decompress to its declared size", rule="frame-data") from None
     assert len(grouped) == raw.size, "zstandard checks this itself"
     _ungroup(np.frombuffer(grouped, dtype=np.uint8), raw, group)
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """The one of this thread: a new one would ask the kernel for a megabyte of fresh pages, slice by slice."""
+    if not hasattr(_thread, "compressor"):
+        _thread.compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
+    compressor: zstandard.ZstdCompressor = _thread.compressor
+    return compressor
 
 
 def _refuse(rule: str, message: str) -> NoReturn:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import struct
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import numpy as np
@@ -52,6 +54,18 @@ def test_noise_grows_by_almost_nothing(group: int, size: int) -> None:
     assert len(frame) <= size + size // 256 + 64
     assert len(frame) <= MAX_FRAME_BYTES
     assert expand_frame(frame, size, group) == raw
+
+
+def test_what_was_compressed_before_leaves_no_trace() -> None:
+    """A slice makes the frame that a fresh thread makes of it, whatever this one has compressed before."""
+    rng = np.random.default_rng(3)
+    slices = [
+        (rng.standard_normal(size) * scale).astype(np.float32).tobytes() for size in (999, 40_000) for scale in (1, 9)
+    ]
+    for before, raw in itertools.product(slices, slices):
+        compress_slice(before, 2)
+        with ThreadPoolExecutor(1) as fresh:
+            assert compress_slice(raw, 4) == fresh.submit(compress_slice, raw, 4).result()
 
 
 def test_frames_declare_their_size_and_nothing_else() -> None:
