@@ -16,6 +16,7 @@ Formulas: `coordinator.merging` for the coefficients, `coordinator.robust` for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from coordinator.merging import MergePlan, PlannedContribution, choosing, coeffi
 from coordinator.robust import KRUMS, MIDDLES, chosen, krum_choice, squared_distances, trimmed, trimmed_mean
 from shared.codec import SPAN
 from shared.config import AggregationSection
+from shared.errors import CorruptError
 from shared.states import open_part, open_state
 from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape
@@ -33,6 +35,13 @@ BLOCK_BYTES = 64 * 1024 * 1024
 
 STRETCH_UNIT = SPAN // 32
 """Values; rules that compare updates take a multiple of it of each at a time. A multiple of every codec's block."""
+
+
+CACHE_LOST = (
+    "restore its files from a backup; without a copy no further version can be made: "
+    "export the newest one, and begin another federation from that model"
+)
+"""What can be done when the update that ca2fl takes back is lost: its site had its receipt, and has deleted it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,10 @@ def _sums(plan: MergePlan, kept: Kept, shapes: Mapping[str, Shape], progress: Pr
     """The sum over all updates, each times its coefficient."""
     ids = [part.update_id for part in plan.contributions if part.denominator > 0]
     ids += [each.update_id for each in plan.cached]
-    held = {update_id: frozenset(open_part(kept.updates, update_id).shapes) for update_id in ids}
+    held = dict[str, frozenset[str]]()
+    for update_id in ids:
+        with _explained(plan, update_id):
+            held[update_id] = frozenset(open_part(kept.updates, update_id).shapes)
     factors = {name: coefficients(plan, {update_id for update_id in ids if name in held[update_id]}) for name in shapes}
     # What fedasync mixes in is the site's whole state: what it started from, and its delta.
     mixed_in = plan.contributions[0].base if plan.mode == "fedasync" else None
@@ -94,7 +106,8 @@ def _sums(plan: MergePlan, kept: Kept, shapes: Mapping[str, Shape], progress: Pr
             base = None if mixed_in is None else open_state(kept.states, mixed_in)
             for name in block:
                 if factor := factors[name].get(update_id):
-                    update.add_tensor(name, factor, sums[name])
+                    with _explained(plan, update_id):
+                        update.add_tensor(name, factor, sums[name])
                     if base is not None:
                         base.add_tensor(name, factor, sums[name])
             done += 1
@@ -118,6 +131,22 @@ def _middles(
                 flat[start : start + values.shape[1]] = trimmed_mean(values, trim)
         yield name, mean
         progress(done / len(shapes))
+
+
+@contextmanager
+def _explained(plan: MergePlan, update_id: str) -> Iterator[None]:
+    """Say of a damaged update that is not of this round why it is needed all the same."""
+    try:
+        yield
+    except CorruptError as error:
+        for each in plan.cached:
+            if each.update_id == update_id:
+                raise CorruptError(
+                    f"{error.message}; update {update_id} is what {each.site} said last, and version {plan.version} "
+                    'takes that back (rule = "ca2fl")',
+                    hint=CACHE_LOST,
+                ) from None
+        raise
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:

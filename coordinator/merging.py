@@ -40,10 +40,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from types import MappingProxyType
 from typing import assert_never
 
+from coordinator.exact import exp, power
 from coordinator.ledger import Known
 from coordinator.records import Accepted, Anchored, Contribution, Record, Substituted, VersionCommitted
 from coordinator.robust import KRUMS
@@ -251,14 +251,14 @@ def _weights(accepted: Sequence[Accepted], section: AggregationSection, losses: 
         return
     lowest = 0.0 if section.quality == "none" else min(losses[update.update_id] for update in accepted)
     for update in accepted:
-        size = float(update.examples) ** section.size_power
+        size = power(update.examples, section.size_power)
         match section.quality:
             case "none":
                 yield size
             case "exp-loss":
-                yield _exp(lowest - losses[update.update_id])
+                yield exp(lowest - losses[update.update_id])
             case "size-exp-loss":
-                yield size * _exp((lowest - losses[update.update_id]) / section.temperature)
+                yield size * exp((lowest - losses[update.update_id]) / section.temperature)
             case _:
                 assert_never(section.quality)
 
@@ -289,11 +289,6 @@ def _planned(
 def _clipping(norm: float, limit: float | None) -> float:
     """The factor that brings an update of this norm down to the limit."""
     return 1.0 if limit is None or norm <= limit else limit / norm
-
-
-def _exp(value: float) -> float:
-    """The exponential of a value, right in its last bit on every machine, which the C library's need not be."""
-    return float(Decimal(value).exp())
 
 
 def _total(values: Iterable[float]) -> float:

@@ -248,7 +248,7 @@ class Worker:
             return None
         from edge_client.privacy.descent import make_private  # and Opacus, which takes 1.5 s and 110 MB
 
-        return make_private(self._loaded, notes, self._job.federation, section)
+        return make_private(self._loaded, notes, self._job.federation, section, self._job.clipping)
 
     def _dataset(self, notes: Sequence[AnyNote], batch_size: int) -> Dataset:
         return make_dataset(self._loaded, notes, batch_size=batch_size, seed=self._job.federation.federation.seed)

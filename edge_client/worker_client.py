@@ -68,6 +68,7 @@ def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bo
         site=config.name,
         limits=config.layers,
         trains=trains,
+        clipping=config.privacy.clipping,
     )
 
 

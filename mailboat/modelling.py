@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
 from coordinator.views import RunView, find_version, load_run
-from mailboat.about import provenance, write_about
+from mailboat.about import base_name, provenance, write_about
 from mailboat.console import measure_title
 from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
@@ -157,14 +157,23 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
 
 
 def load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`."""
+    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`.
+
+    ConfigError when adapters' base model is not where the federation says.
+    """
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
         # The adapters are in the weights, which are thus not those that everybody started from.
         whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
         return _load(folder, federation.model_copy(update=whole))
-    loaded = _load(federation.model.base, federation)
+    base = federation.model.base
+    if base_name(base) != base and not Path(base).expanduser().is_dir():
+        raise ConfigError(
+            f"{folder} holds adapters, and their base model is not at {base}",
+            hint="name its folder here: predict --base, or [model] base in federation.toml",
+        )
+    loaded = _load(base, federation)
     from edge_client.adapter_folder import read_adapters
 
     read_adapters(loaded, folder)

@@ -41,7 +41,7 @@ from shared.config.merging import (
     StalenessKind,
     StalenessSection,
 )
-from shared.config.privacy import LocalPrivacySection, PrivacySection
+from shared.config.privacy import Clipping, LocalPrivacySection, PrivacySection
 from shared.config.section import Positive, Section
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",
+    "Clipping",
     "CodecName",
     "CodecSection",
     "CoordinatorConfig",
