@@ -90,7 +90,7 @@ def _survey(storage: Path, federation: FederationConfig, ledger: Ledger, upto: i
     if check_master(storage, version, recorded, slots, required=True):
         raise ConfigError(
             f"the float32 files of version {version} are not here, and nothing could be recomputed without them",
-            hint=f"kept are those of versions {ledger.version - 1} and {ledger.version}",
+            hint="--upto names one whose files are here: the newest always, and mostly the one before it",
         )
     frames = _frames(storage, federation, ledger, version)
     return Pruning(version, len(frames), sum(path.stat().st_size for path in frames))
