@@ -8,24 +8,21 @@ adapters loses. One that no update holds is copied, its slots too. Memory is tha
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
-from coordinator.means import Kept, Progress, kept_transfer, means, reader_of, settled
+from coordinator.means import Kept, Progress, means, settled
 from coordinator.merging import MergePlan, MergeResult, coefficients
 from coordinator.optimizers import SLOTS, server_step
+from coordinator.publishing import publish
 from coordinator.residual import correct
 from coordinator.selection import next_blocks
-from shared.codec import encode_file, group_size
 from shared.config import FederationConfig
-from shared.manifest import Manifest, StateFacts
-from shared.plan import BLOCKS_KEY, Blocks, SealedPlan, blocks_from
-from shared.slices import FileSummary, FrameWriter
+from shared.plan import Blocks, SealedPlan, blocks_from
+from shared.states import Imprint, open_part, stored_part
 from shared.store import FrameStore
 from shared.tensorfile import F32Array
 
@@ -41,7 +38,7 @@ def merge(
     created: float | None = None,
     progress: Progress = lambda _share: None,
 ) -> MergeResult:
-    """Make master, slots and published state of `plan.version` durable; nothing of the version before it changes.
+    """Make master, slots and published form of `plan.version` durable; nothing of the version before it changes.
 
     `masters` is the folder of masters; `created` (unix seconds, by default now) goes into the manifest, for people. May
     be repeated: the same plan gives the same files, another one replaces the master.
@@ -54,7 +51,7 @@ def merge(
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
         blocks = _next_blocks(plan, updates, old_master, sealed, federation)
-        metadata = partial(file_metadata, plan.version, sealed, federation, blocks=blocks)
+        imprint = Imprint(federation, sealed.fingerprint, plan.version, blocks)
         # Without slot files, as at version 0, the slots are zero.
         begun = plan.base_version > 0
         old_slots = [
@@ -62,10 +59,12 @@ def merge(
             for slot in slots
         ]
         writers: list[TensorWriter] = [
-            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, metadata(slot)))
+            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, imprint.metadata(slot)))
             for slot in slots
         ]
-        new_master = files.enter_context(writing(master_path(masters, plan.version), shapes, metadata("master")))
+        new_master = files.enter_context(
+            writing(master_path(masters, plan.version), shapes, imprint.metadata("master"))
+        )
         kept, section = Kept(updates, states), federation.aggregation
         plan = settled(plan, kept, section, shapes, lambda share: progress(0.45 * share))
         for name, mean in means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share)):
@@ -79,70 +78,16 @@ def merge(
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
     with open_own(master_path(masters, plan.version), shapes) as tensors:
-        manifest = publish(states, plan.version, tensors, sealed, federation, created=created, blocks=blocks)
+        state, anchor = publish(states, imprint, plan.before, tensors, shapes, created=created)
     progress(1.0)
     optimizer_sha256 = slots_sha256([writer.sha256 for writer in writers])
-    return MergeResult(manifest, new_master.sha256, optimizer_sha256, plan.recorded())
-
-
-def publish(
-    states: FrameStore,
-    version: int,
-    tensors: Mapping[str, F32Array],
-    sealed: SealedPlan,
-    federation: FederationConfig,
-    *,
-    created: float | None = None,
-    blocks: Blocks | None = None,
-) -> Manifest:
-    """Seal the published state of a version, in the downlink's codec, and return its manifest.
-
-    `blocks` are those to be trained from it, where importance chooses. The transfer id is the head of the file's
-    SHA-256, so that equal states have equal ids. Errors as `merge`.
-    """
-    codec = federation.codec.down
-    frames = FrameWriter(
-        encode_file(tensors, codec, file_metadata(version, sealed, federation, "state", blocks=blocks)),
-        group=group_size(codec),
-        slice_size=federation.codec.slice_kib * 1024,
-    )
-
-    def build(summary: FileSummary) -> Manifest:
-        return Manifest(
-            transfer_id=summary.file_sha256[:32],
-            federation=federation.federation.name,
-            fingerprint=sealed.fingerprint,
-            codec=codec,
-            group=group_size(codec),
-            slice_size=summary.slice_size,
-            file_size=summary.file_size,
-            file_sha256=summary.file_sha256,
-            frame_lengths=summary.frame_lengths,
-            frame_hashes=summary.frame_hashes,
-            created=time.time() if created is None else created,
-            facts=StateFacts(version=version),
-        )
-
-    return states.seal(frames, build).manifest
-
-
-def file_metadata(
-    version: int, sealed: SealedPlan, federation: FederationConfig, kind: str, *, blocks: Blocks | None = None
-) -> dict[str, str]:
-    """What a file of ours says of itself in its header; `kind` is state, master, or the name of a slot."""
-    chosen = {} if blocks is None else {BLOCKS_KEY: ",".join(map(str, blocks))}
-    return chosen | {
-        "mailboat.federation": federation.federation.name,
-        "mailboat.fingerprint": sealed.fingerprint,
-        "mailboat.kind": kind,
-        "mailboat.version": str(version),
-    }
+    return MergeResult(state, new_master.sha256, optimizer_sha256, plan.recorded(), anchor)
 
 
 def _next_blocks(
     plan: MergePlan, updates: FrameStore, old_master: TensorFile, sealed: SealedPlan, federation: FederationConfig
 ) -> Blocks | None:
-    kept = ((part.denominator, kept_transfer(updates, part.update_id)) for part in plan.contributions)
+    kept = ((part.denominator, stored_part(updates, part.update_id)) for part in plan.contributions)
     votes = ((weight, stored.manifest.update.metrics) for weight, stored in kept)
     return next_blocks(
         blocks_from(old_master.metadata),
@@ -173,9 +118,9 @@ def _correct(
     """Take the updates that hold both factors; the others left the adapter as it was."""
     a, b = factors
     ids = [part.update_id for part in plan.contributions]
-    holders = {each for each in ids if {a, b} <= reader_of(kept.updates, each).shapes.keys()}
+    holders = {each for each in ids if {a, b} <= open_part(kept.updates, each).shapes.keys()}
     shares, rate = coefficients(plan, holders), federation.aggregation.server.rate
-    readers = ((rate * share, reader_of(kept.updates, each)) for each, share in shares.items())
+    readers = ((rate * share, open_part(kept.updates, each)) for each, share in shares.items())
     with np.errstate(over="ignore", invalid="ignore"):  # as in `_step`
         correct(
             residual, ((share, each.tensor(b), each.tensor(a)) for share, each in readers), federation.adapter.scale

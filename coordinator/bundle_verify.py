@@ -10,10 +10,12 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 2. the rows of journal.jsonl are chained: hash = SHA-256(previous hash | seq, 8 bytes big-endian | kind | 0x00 | body)
 3. plan.json, federation.json and version 0 have the digests that row 1 names
 4. each update was decided once and counted at most once, and versions follow each other without a gap
-5. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
+5. where versions travel as steps, each step starts from the state that the step before it made, by its SHA-256
+6. each update starts from the state that was published as the version which it names, by its SHA-256
+7. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
    unpacked and put together, the frames are the file whose SHA-256 was accepted; where a row says that the bytes of
    updates were given up, the manifest is looked at
-6. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
+8. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
    seen, fits a key whose membership is signed by a key in authority.pub, or is listed in endorsements, which such a key
    has signed, and that row has that hash now
 
@@ -137,6 +139,23 @@ def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
             version = record["version"]
 
 
+def check_states(records: list[dict[str, Any]], states: list[str]) -> Iterator[str]:
+    """Yield each version that is no step from the one before; `states` takes the SHA-256 of the states, by version."""
+    for row, record in enumerate(records, start=1):
+        if record["t"] not in {"opened", "committed", "anchored"}:
+            continue
+        manifest = msgpack.unpackb(record["state"], raw=False)
+        facts, place = manifest["facts"], f"journal.jsonl: row {row}"
+        made = facts.get("state_sha256", manifest["file_sha256"])
+        if record["t"] == "anchored":
+            if made != states[record["version"]]:
+                yield f"{place}: another state than was published as version {record['version']}"
+            continue
+        if "base_sha256" in facts and facts["base_sha256"] != states[-1]:
+            yield f"{place}: its step does not start from the state of the version before"
+        states.append(made)
+
+
 def given_up(records: list[dict[str, Any]], rule: str) -> set[str]:
     """Updates whose bytes are not kept: all merged up to a version that a row names; by ca2fl not each site's last."""
     upto = max((record["version"] for record in records if record["t"] == "pruned"), default=0)
@@ -150,8 +169,11 @@ def given_up(records: list[dict[str, Any]], rule: str) -> set[str]:
     return {update_id for *_, update_id in merged} - set(last.values() if rule == "ca2fl" else ())
 
 
-def check_update(folder: Path, record: dict[str, Any], gone: set[str]) -> Iterator[str]:
-    """Yield what is wrong with the bytes of one accepted update; of one that is `gone`, with its manifest."""
+def check_update(folder: Path, record: dict[str, Any], states: list[str], gone: set[str]) -> Iterator[str]:
+    """Yield what is wrong with one accepted update and its bytes; of one that is `gone`, with its manifest.
+
+    `states` are the SHA-256 of the states, by version.
+    """
     name = f"updates/{record['update_id']}"
     raw = (folder / f"{name}.manifest").read_bytes()
     if hashlib.sha256(raw).hexdigest() != record["manifest_sha256"]:
@@ -162,6 +184,8 @@ def check_update(folder: Path, record: dict[str, Any], gone: set[str]) -> Iterat
     said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_sha256"])
     if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_sha256")):
         yield f"{name}.manifest: it says otherwise than the row that accepted it"
+    if facts["base_sha256"] != dict(enumerate(states)).get(facts["base_version"]):
+        yield f"{name}.manifest: it starts from a state that was never published"
     if record["update_id"] in gone and not (folder / f"{name}.frames").exists():
         return
     damaged, whole = False, hashlib.sha256()
@@ -290,6 +314,8 @@ def check(folder: Path) -> Iterator[str]:
     records = [record_of(line) for line in lines]
     yield from check_opened(folder, records[0])
     yield from check_counting(records)
+    states: list[str] = []
+    yield from check_states(records, states)
     federation = json.loads((folder / "federation.json").read_bytes())
     if federation["trust"]["mode"] == "sealed":
         yield from check_signatures(folder, lines, records)
@@ -299,7 +325,7 @@ def check(folder: Path) -> Iterator[str]:
         there = (folder / f"updates/{record.get('update_id')}.manifest").exists()
         # A bundle up to a version leaves out the updates that were not merged by then.
         if record["t"] == "accepted" and (there or record["update_id"] in merged):
-            yield from check_update(folder, record, gone)
+            yield from check_update(folder, record, states, gone)
     sys.stdout.write(f"{len(lines)} rows, the last one has hash {lines[-1]['hash']}; {len(merged)} updates merged\n")
 
 

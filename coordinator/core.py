@@ -26,7 +26,7 @@ from typing import assert_never
 
 from coordinator import decisions as d
 from coordinator.decisions import Instant
-from coordinator.downlink import Downlink
+from coordinator.downlink import Downlink, announced
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import committed, in_order, plan_merge
@@ -101,7 +101,7 @@ class Core:
         self.sites = Sites(probe_s=link.stall_s)
         self.intake = Intake(config.admission)
         self.uploads = Uploads(budget_bytes=config.credit_mib << 20, window=link.window, idle_s=idle_s)
-        self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s)
+        self.downlink = Downlink(merge_s=DOWNLINK_MERGE_S, idle_s=idle_s, stall_s=link.stall_s, window=link.window)
         self._started: float | None = None
         self._round_opened = 0.0
         self._answered: set[str] = set()
@@ -169,14 +169,16 @@ class Core:
 
     def announcement(self) -> Announce:
         """The retained word about the current version."""
+        whole, steps = announced(self.ledger)
         return Announce(
             boot=self.boot,
             fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
-            manifest=self.ledger.state,
+            manifest=whole,
             final=self.ledger.finished,
             target=self.federation.federation.versions,
+            steps=steps,
         )
 
     def _receive(self, name: str, message: Message, now: Instant, out: d.Decision) -> None:
@@ -214,7 +216,7 @@ class Core:
             self._refuse_double(name, hello.session, out)
         elif claim is Claim.WELCOME:
             self._welcome(name, hello.session, now, out)
-            if (hello.heard, hello.heard_final) != (self.ledger.state.transfer_id, self.ledger.finished):
+            if (hello.heard, hello.heard_final) != (self.ledger.newest.sha256[:32], self.ledger.finished):
                 out.to(name, self.announcement())
             if other is not None:
                 self._refuse_double(name, other, out)
@@ -291,8 +293,8 @@ class Core:
         if upload is None or self.federation.aggregation.quality == "none" or self.ledger.finished:
             self._admitted(event.update_id, event.norm, None, now, out)
             return
-        state_id = self.ledger.state_ids[upload.manifest.update.base_version]
-        out.jobs.append(d.Validate(event.update_id, event.norm, state_id))
+        base = self.ledger.parts(upload.manifest.update.base_version)
+        out.jobs.append(d.Validate(event.update_id, event.norm, base))
 
     def _admitted(self, update_id: str, norm: float, loss: float | None, now: Instant, out: d.Decision) -> None:
         upload = self.uploads.settle(update_id, now.mono, out)
@@ -342,11 +344,11 @@ class Core:
     # -- states and rounds ---
 
     def _want(self, name: str, want: Want, now: Instant, out: d.Decision) -> None:
-        for manifest in reversed(self.ledger.states.values()):  # the newest is asked for most
-            if manifest.transfer_id == want.transfer_id:
-                self.downlink.want(name, want, manifest.frames, self.sites.present, now.mono, out)
-                return
-        out.to(name, self.announcement())  # the broker kept one of another run, perhaps
+        manifest = self.ledger.transfers.get(want.transfer_id)
+        if manifest is None:
+            out.to(name, self.announcement())  # the broker kept one of another run, perhaps
+        else:
+            self.downlink.want(name, want, manifest, self.sites.present, now.mono, out)
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
         """Start the next merge when the round's rule says so."""
@@ -367,7 +369,7 @@ class Core:
             merged = in_order(self.ledger.pending[:count])
             ledger = self.ledger
             known, losses = ledger.known, ledger.losses
-            plan = plan_merge(ledger.version + 1, merged, section, ledger.state_ids, known=known, losses=losses)
+            plan = plan_merge(ledger.version + 1, merged, section, ledger.parts, known=known, losses=losses)
             out.jobs.append(d.Merge(plan))
 
     def _merged(self, event: d.Merged, now: Instant, out: d.Decision) -> None:

@@ -159,11 +159,12 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Validate:
-    """Measure the loss of the published state `state_id` with a sound update added, and answer Validated."""
+    """Measure the loss of a published state with a sound update added, and answer Validated."""
 
     update_id: str
     norm: float
-    state_id: str
+    base: tuple[str, ...]
+    """Transfers that make up the state."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from coordinator.masters import check_files
 from coordinator.optimizers import SLOTS
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, NoRoomError
-from shared.manifest import StateFacts
+from shared.manifest import UpdateFacts
 from shared.messages import LOST
 from shared.room import MIB, POLL_S, Room
 from shared.store import FrameStore
@@ -79,16 +79,15 @@ def discard_rejected(updates: FrameStore, ledger: Ledger) -> list[str]:
 
 
 def discard_uncommitted(states: FrameStore, ledger: Ledger) -> list[str]:
-    """Delete the states that a merge wrote and no row published, and return their ids; for a start after a crash.
+    """Delete the states and steps that a merge wrote and no row published, and return their ids; for a start.
 
     The merge is made anew, perhaps of more updates, so that each crash would leave another. A state of a later version
     stays: a journal that was put back from a backup knows less than its files. One that cannot be read is fsck's.
     """
-    published = {state.transfer_id for state in ledger.states.values()}
     uncommitted = [
         state_id
         for state_id in states.ids()
-        if state_id not in published and _version_of(states, state_id) <= ledger.version + 1
+        if state_id not in ledger.transfers and _version_of(states, state_id) <= ledger.version + 1
     ]
     for state_id in uncommitted:
         states.delete(state_id)
@@ -100,4 +99,4 @@ def _version_of(states: FrameStore, state_id: str) -> float:
         stored = states.get(state_id)
     except CorruptError:
         return math.inf
-    return stored.manifest.facts.version if stored and isinstance(stored.manifest.facts, StateFacts) else math.inf
+    return math.inf if stored is None or isinstance(stored.manifest.facts, UpdateFacts) else stored.manifest.version

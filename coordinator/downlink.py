@@ -1,10 +1,17 @@
-"""States on their way out: requests of a moment are merged, each wanted chunk goes once to everybody.
+"""States and steps on their way out: requests of a moment are merged, each wanted chunk goes once to everybody.
 
 Every site that pulls has a sender of its own. What (nearly) all present sites would be sent goes once on the bulk topic
 and counts as sent for each of them; anything else goes to each site alone, because whoever is present hears the bulk
 topic, and it is the sites' links that are slow, not ours. A fresh pull waits a moment for others to join, because sites
 hear of a version at the same time. Chunks leave in the order in which each site's sender counts them, whatever their
 topic: a sender takes what was sent before an acknowledged chunk for lost.
+
+Announced are a state that can be had whole and the steps that lead to the newest one, so that each site finds a way
+there by itself, whatever it holds. How far back the steps go is a matter of bytes: whoever is so far behind that the
+steps weigh more than the whole state is better off with that.
+
+A site needs each chunk of a state once, and again what its link has lost: that much is sent at once, and beyond it one
+window for each `stall_s`, so that a site which asks for the same without end takes little of our link from the others.
 """
 
 from __future__ import annotations
@@ -13,16 +20,63 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from coordinator.decisions import Decision, Serve
-from shared.messages import Want
-from shared.transfer import Sender
+from coordinator.ledger import Ledger
+from shared.bucket import Bucket
+from shared.errors import ConfigError
+from shared.manifest import Manifest
+from shared.messages import MAX_CONTROL_BYTES, Want
+from shared.transfer import Bitmap, Sender
 
 BYSTANDERS = 0.1
 """The bulk topic is used when it reaches at most this many sites in vain for each that it serves."""
 
+LOST_WINDOWS = 8
+"""Windows that a bad link may lose of one state before what is lost again is sent more slowly."""
+
+
+STEPS_BYTES = 4096
+"""Manifests of steps that lead to a state which can be had whole take at most so much of an announcement, or as much as
+the manifest of that state where that is more: about 0.01 % of the bytes that a site then need not fetch."""
+
+_MANIFEST_BYTES, _FRAME_BYTES = 600, 37
+"""The most that a step's manifest takes for itself, and for each of its frames: hash and length."""
+
+ANNOUNCEMENT_BYTES = MAX_CONTROL_BYTES - 10_000
+"""All manifests of an announcement; beside them stand its few other fields, and what sealing adds."""
+
+
+def announced(ledger: Ledger) -> tuple[Manifest, tuple[Manifest, ...]]:
+    """Return the newest state that can be had whole, and the steps that are announced with it, in order."""
+    version, steps = ledger.version, list[Manifest]()
+    while (whole := ledger.published[version].whole) is None:
+        step = ledger.published[version].step
+        assert step is not None, f"version {version} was published"
+        steps.append(step)
+        version -= 1
+    taken = [len(each.to_bytes()) for each in (whole, *steps)]
+    room, weight = min(max(STEPS_BYTES, taken[0]), ANNOUNCEMENT_BYTES - sum(taken)), whole.wire_bytes
+    while (step := ledger.published[version].step) is not None:
+        room, weight, version = room - len(step.to_bytes()), weight - step.wire_bytes, version - 1
+        if room < 0 or weight < 0:
+            break
+        steps.append(step)
+    return whole, tuple(reversed(steps))
+
+
+def check_announceable(whole: Manifest, step_file_bytes: int, steps: int) -> None:
+    """Raise ConfigError when the manifests of a state, and of the steps before the next, fit into no announcement."""
+    frames = -(-step_file_bytes // whole.slice_size)
+    needed = len(whole.to_bytes()) + (steps - 1) * (_MANIFEST_BYTES + _FRAME_BYTES * frames)
+    if steps and needed > ANNOUNCEMENT_BYTES:
+        raise ConfigError(
+            f"codec.steps = {steps}: announcements would take {needed:,} bytes, possible are {ANNOUNCEMENT_BYTES:,}",
+            hint="take fewer steps, or raise codec.slice_kib",
+        )
+
 
 @dataclass(slots=True)
 class Pull:
-    """One site's pull of one state."""
+    """One site's pull of one state or step."""
 
     transfer_id: str
     sender: Sender
@@ -30,13 +84,33 @@ class Pull:
     """Monotonic seconds."""
 
 
+@dataclass(slots=True)
+class Fetched:
+    """What one site was sent of the newest version that it has asked for, and how much may be sent again."""
+
+    version: int
+    chunks: dict[str, Bitmap]
+    """By transfer: a version may be had whole and as a step."""
+    again: Bucket
+
+    def count(self, transfer_id: str, indices: list[int], now: float) -> None:
+        """These chunks go out; of an older version, each is one that is sent again."""
+        sent = self.chunks.get(transfer_id)
+        again = sum(sent is None or not sent.add(index) for index in indices)
+        self.again.take(again, now)
+
+
 class Downlink:
     """All pulls under way; at most one per site."""
 
-    def __init__(self, *, merge_s: float, idle_s: float) -> None:
+    def __init__(self, *, merge_s: float, idle_s: float, stall_s: float, window: int) -> None:
+        """`window` is the most that is in flight to one site, in chunks, whatever it asks for: all share our link."""
+        self.window = window
+        self.stall_s = stall_s
         self.merge_s = merge_s
         self.idle_s = idle_s
         self._pulls: dict[str, Pull] = {}
+        self._fetched: dict[str, Fetched] = {}
         self._flush_at: float | None = None
 
     @property
@@ -44,29 +118,30 @@ class Downlink:
         """Sites that are pulling."""
         return frozenset(self._pulls)
 
-    def want(self, site: str, want: Want, frames: int, present: frozenset[str], now: float, out: Decision) -> None:
-        """A site says what it lacks of a state that has `frames` chunks."""
+    def want(self, site: str, want: Want, state: Manifest, present: frozenset[str], now: float, out: Decision) -> None:
+        """A site says what it lacks of a state."""
         pull = self._pulls.get(site)
         fresh = pull is None or pull.transfer_id != want.transfer_id
         if pull is None or fresh:
-            pull = self._pulls[site] = Pull(want.transfer_id, Sender(frames), now)
+            pull = self._pulls[site] = Pull(want.transfer_id, Sender(state.frames), now)
         elif want.restart:
             pull.sender.restart()
         pull.last_want = now
-        pull.sender.on_want(want.have, want.window)
+        paced = self._of(site, state).again.wait(1, now) > 0
+        pull.sender.on_want(want.have, 0 if paced else min(want.window, self.window))
         if pull.sender.have.full:
             del self._pulls[site]
         elif fresh and not present <= self._pulls.keys():
             self._flush_at = now + self.merge_s if self._flush_at is None else self._flush_at
         elif self._flush_at is None or fresh:
-            self.flush(present, out)
+            self.flush(present, now, out)
 
     def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
         for site in [site for site, pull in self._pulls.items() if now - pull.last_want > self.idle_s]:
             del self._pulls[site]
         if self._flush_at is not None and now >= self._flush_at:
-            self.flush(present, out)
+            self.flush(present, now, out)
 
     def site_gone(self, site: str) -> None:
         """The site is away."""
@@ -77,10 +152,12 @@ class Downlink:
         self._pulls.clear()
         self._flush_at = None
 
-    def flush(self, present: frozenset[str], out: Decision) -> None:
+    def flush(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send all that windows admit."""
         self._flush_at = None
         chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
+        for site, (_, indices) in chosen.items():
+            self._fetched[site].count(self._pulls[site].transfer_id, indices, now)
         demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
             for index in indices:
@@ -91,6 +168,16 @@ class Downlink:
         for (transfer_id, audience), run in groupby(told, key=lambda each: each[:2]):
             together = tuple(index for _, _, index in run)
             out.jobs.extend(Serve(transfer_id, hearer, together) for hearer in audience)
+
+    def _of(self, site: str, state: Manifest) -> Fetched:
+        """The books of one site; each newer version begins new ones."""
+        version, fetched = state.version, self._fetched.get(site)
+        if fetched is None or fetched.version < version:
+            again = Bucket(state.frames + LOST_WINDOWS * self.window, self.window / self.stall_s)
+            fetched = self._fetched[site] = Fetched(version, {}, again)
+        if version == fetched.version:
+            fetched.chunks.setdefault(state.transfer_id, Bitmap(state.frames))
+        return fetched
 
 
 def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:

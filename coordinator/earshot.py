@@ -21,6 +21,7 @@ from coordinator.intake import Intake
 from shared.bucket import Bucket
 from shared.errors import RefusedError
 from shared.link import Link
+from shared.messages import Chunk
 from shared.topics import subscriptions
 
 BURST_BYTES = 32 * 1024 * 1024
@@ -103,24 +104,25 @@ class Earshot:
         self._nuisance = Nuisance()
         self._changed = asyncio.Event()
 
-    def hears(self, site: str) -> bool:
-        """Whether one more control message of this site is looked at."""
+    def hears(self, site: str, size: int) -> bool:
+        """Whether one more control message of this site, of `size` bytes, is looked at."""
         now = time.monotonic()
         if site in self._nuisance.muted(now):  # what the broker still held
             return False
         heard = self._intake.hears(site, now)
         if not heard:
-            self.unwanted(site)
+            self.unwanted(site, size)
         return heard
 
-    def chunk_refused(self, transfer_id: str, rule: str) -> None:
-        """A chunk did not fit its upload; of many alike one is told."""
-        if (transfer_id, rule) != self._refused:
-            self._refused = (transfer_id, rule)
-            log.warning("refused a chunk", update=transfer_id, rule=rule)
+    def chunk_refused(self, site: str | None, chunk: Chunk, rule: str) -> None:
+        """A chunk did not fit its upload, so nobody asked for it; of many alike one is told."""
+        self.unwanted(site, len(chunk.frame))
+        if (chunk.transfer_id, rule) != self._refused:
+            self._refused = (chunk.transfer_id, rule)
+            log.warning("refused a chunk", update=chunk.transfer_id, rule=rule)
 
-    def unwanted(self, site: str | None, size: int = 0) -> None:
-        """A message of this site that nobody asked for came in; says so when it was one too many."""
+    def unwanted(self, site: str | None, size: int) -> None:
+        """A message of this site that nobody asked for, of `size` bytes, came in; says so when it was one too many."""
         if site is None or site not in (self._members() or ()):
             return
         if seconds := self._nuisance.charge(site, size, time.monotonic()):

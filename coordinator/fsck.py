@@ -28,6 +28,8 @@ from coordinator.kept import check_update
 from coordinator.ledger import Ledger
 from coordinator.leftovers import BEHIND, Leftover, find_leftovers
 from coordinator.masters import version_of
+from coordinator.means import CACHE_LOST
+from coordinator.merging import last_merged
 from coordinator.proof import AUDIT, Progress, Proof, prove
 from coordinator.records import Accepted, Dropped
 from coordinator.replay import replay
@@ -36,7 +38,7 @@ from coordinator.trail import Finding
 from coordinator.views import JOURNAL
 from shared import durable
 from shared.audit import AuditLog
-from shared.config import FederationConfig
+from shared.config import FederationConfig, MergeRule
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.lock import FolderLock
 from shared.manifest import Manifest
@@ -86,7 +88,7 @@ def check(
             if before.findings and ledger is not None:
                 why = _mend(storage, federation, plan, before.findings, ledger)
                 after = prove(storage, federation, plan, progress=progress)
-    told = _told(before, after, leftovers, behind, _Advisor(ledger, why, repair))
+    told = _told(before, after, leftovers, behind, _Advisor(ledger, federation.aggregation.rule, why, repair))
     return dataclasses.replace(told, problems=(*map(_given_up, lost), *told.problems))
 
 
@@ -117,7 +119,7 @@ def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) ->
     """Drop the updates that wait to be merged and are not what was accepted; their row first, then their bytes."""
     with Journal(storage / JOURNAL) as journal:
         ledger = fold(journal)
-        digests = {version: state.file_sha256 for version, state in ledger.states.items()}
+        digests = {version: published.sha256 for version, published in ledger.published.items()}
         lost = [
             accepted
             for accepted in ledger.pending
@@ -144,7 +146,7 @@ def _mend(
     if AUDIT in files:
         mend_trail(storage)
     damaged = {Path(name).name.partition(".")[0] for name in files if name.startswith("states/")}
-    states = [state for state in ledger.states.values() if state.transfer_id in damaged]
+    states = [manifest for transfer_id, manifest in ledger.transfers.items() if transfer_id in damaged]
     masters = {name for where in files for name in where.split(", ") if name.startswith("masters/")}
     if not (states or masters):
         return ""
@@ -210,6 +212,7 @@ class _Advisor:
     """What a person can do about damage; `why` says what kept a version from being made again."""
 
     ledger: Ledger | None
+    rule: MergeRule
     why: str
     repair: bool
 
@@ -237,6 +240,8 @@ class _Advisor:
                 f"{_BACKUP}: it waits to be merged, and version {self.ledger.version + 1} cannot be made without it; "
                 "when there is no copy of it, --drop-lost gives it up and tells its site"
             )
+        if self.rule == "ca2fl" and not self.ledger.finished and update_id in last_merged(self.ledger.known).values():
+            return f"version {self.ledger.version + 1} takes back what {known.site} said last: {CACHE_LOST}"
         if known.outcome == "merged":
             return f"{_BACKUP}: version {known.version} stands, but it cannot be recomputed or proven without it"
         return f"{_BACKUP}: it was dropped, and no version needs it; the proof misses it"

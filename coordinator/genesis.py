@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coordinator.aggregate import file_metadata, publish
+from coordinator.downlink import check_announceable
 from coordinator.masters import TensorFile, master_path, writing
+from coordinator.publishing import publish
 from coordinator.records import Opened
 from shared import durable
+from shared.codec import data_bytes
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError
 from shared.plan import SealedPlan
+from shared.states import Imprint
 from shared.store import FrameStore
+
+HEADER_BYTES = 1 << 20
+"""Most that a step's header takes, for the size of announcements: ten thousand tensors."""
 
 _HINT = "seal the federation again: mailboat coordinator seal"
 
@@ -22,20 +28,22 @@ def open_run(
     """Write master and published state of version 0 below `folder`, durably, and return the record that opens the run.
 
     `initial` is a plain float32 safetensors file with exactly the plan's tensors, else ConfigError names it and the
-    tensor. `created` is unix seconds, by default now.
+    tensor; ConfigError also when announcements would grow too long. `created` is unix seconds, by default now.
     The run is open once the record is in the journal; until then this may be repeated.
     """
     masters, states = folder / "masters", folder / "states"
     durable.make_folder(masters)
     with _checked(initial, plan) as tensors:
-        metadata = file_metadata(0, plan, federation, "master")
-        with writing(master_path(masters, 0), plan.tensors, metadata) as writer:
+        imprint = Imprint(federation, plan.fingerprint, 0)
+        with writing(master_path(masters, 0), plan.tensors, imprint.metadata("master")) as writer:
             for name in sorted(tensors):
                 writer.write(name, tensors[name])
         try:
-            state = publish(FrameStore(states), 0, tensors, plan, federation, created=created)
+            state, _ = publish(FrameStore(states), imprint, (), tensors, plan.tensors, created=created)
         except RefusedError as error:
             raise ConfigError(f"{initial}: {error.message}", hint=_HINT) from None
+    section = federation.codec
+    check_announceable(state, HEADER_BYTES + data_bytes(plan.tensors, section.down), section.steps)
     return Opened(
         fingerprint=plan.fingerprint,
         config_sha256=plan.config_sha256,

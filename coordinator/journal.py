@@ -13,7 +13,7 @@ adds the snapshot and its row, names the segment and takes the rows out. Killed 
 the next compaction replaces; killed after it, nothing is left to do.
 
 Schema 1 had the first two tables alone; opening such a journal for writing adds the others. Schema 2 knew no rows of
-kind `signed` and `witnessed`, schema 3 none of kind `validated` and `substituted`.
+kind `signed` and `witnessed`, schema 3 none of kind `validated`, `substituted` and `anchored`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Journal(JournalReader):
         folder = self.path.parent / ARCHIVE
         durable.make_folder(folder)
         durable.remove_temporaries(folder)
-        name = f"rows-{first:012d}-{last:012d}.sqlite"
+        name = rows.segment_name(first, last)
         (begin,) = self.rows(first - 1, limit=1)
         with durable.temporary_file(folder) as (temporary, fd):
             with contextlib.closing(rows.connect(temporary.resolve().as_uri())) as db, self._named(folder / name):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from coordinator import admission
+from coordinator.lineage import RecordedTransfer, RecordedVersion
 from coordinator.masters import file_sha256, master_path, slot_path, slots_sha256
 from coordinator.offers import check_offer
 from coordinator.records import Accepted
-from coordinator.trail import Finding, RecordedVersion
+from coordinator.trail import Finding
 from shared.config import FederationConfig
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
@@ -39,8 +40,8 @@ def check_update(
     """Compare a kept update with the record of its acceptance, and let it pass admission once more.
 
     `check_manifest` says what else is wrong with its manifest, given its place.
-    `base_sha256` is the file digest of the published state that it starts from, None when there is none. The frames of
-    one that was given up may be gone.
+    `base_sha256` is the digest of the published state that it starts from, None when there is none. The frames of one
+    that was given up may be gone.
     """
     found: list[Finding] = []
     place = f"updates/{accepted.update_id}"
@@ -76,8 +77,8 @@ def check_frames(storage: Path, update_id: str, manifest_sha256: str, *, given_u
     return [*_frames(stored, place)]
 
 
-def check_state(storage: Path, version: int, recorded: RecordedVersion, plan: SealedPlan) -> list[Finding]:
-    """Compare a kept published state with the manifest and digests that the journal recorded."""
+def check_state(storage: Path, version: int, recorded: RecordedTransfer, plan: SealedPlan) -> list[Finding]:
+    """Compare a kept published state, or step to one, with the manifest and digests that the journal recorded."""
     found: list[Finding] = []
     place = f"states/{recorded.transfer_id}"
     stored = _open(storage, place, recorded.manifest_sha256, found)

@@ -7,11 +7,12 @@ state before the crash, because nothing else changes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from coordinator.records import (
     Accepted,
+    Anchored,
     Dropped,
     Finished,
     Opened,
@@ -28,7 +29,7 @@ from coordinator.records import (
     Witnessed,
 )
 from shared.ids import TransferId
-from shared.manifest import Manifest, manifest_from_bytes
+from shared.manifest import Manifest, StepFacts, manifest_from_bytes
 from shared.messages import Outcome, Receipt
 
 
@@ -47,6 +48,21 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """How a version can be had: whole, as the step from the version before, or both."""
+
+    sha256: str
+    """Digest of its state, in hex: what updates that start from it name."""
+    whole: Manifest | None
+    step: Manifest | None
+
+    @property
+    def transfers(self) -> tuple[Manifest, ...]:
+        """What there is of it to send, the whole state first."""
+        return tuple(each for each in (self.whole, self.step) if each is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Files:
     """SHA-256 (hex) of a version's master, and of its optimizer's slots, None where it has none."""
 
@@ -60,8 +76,10 @@ class Ledger:
     def __init__(self) -> None:
         self.version = -1
         self.opened: Opened | None = None
-        self.states: dict[int, Manifest] = {}
-        """Published state of each version."""
+        self.published: dict[int, Published] = {}
+        """How each version can be had."""
+        self.transfers: dict[str, Manifest] = {}
+        """All that was ever published, by transfer id."""
         self.files: dict[int, Files] = {}
         """Float32 files of each version; kept are those of the newest one, of version 0, and of `pruned`."""
         self.known: dict[str, Known] = {}
@@ -78,14 +96,19 @@ class Ledger:
         """The newest head of the chain that was signed."""
 
     @property
-    def state_ids(self) -> dict[int, TransferId]:
-        """Transfer id of each version's published state."""
-        return {version: manifest.transfer_id for version, manifest in self.states.items()}
+    def newest(self) -> Published:
+        """The current version."""
+        return self.published[self.version]
 
-    @property
-    def state(self) -> Manifest:
-        """The current version's published state."""
-        return self.states[self.version]
+    def parts(self, version: int) -> tuple[TransferId, ...]:
+        """The transfers that make up the state of a version: one that is whole, and the steps behind it, in order."""
+        steps: list[TransferId] = []
+        while (whole := self.published[version].whole) is None:
+            step = self.published[version].step
+            assert step is not None, f"version {version} was published"
+            steps.append(step.transfer_id)
+            version -= 1
+        return (whole.transfer_id, *reversed(steps))
 
     @property
     def head_is_signed(self) -> bool:
@@ -98,30 +121,23 @@ class Ledger:
             case Opened():
                 self.version = 0
                 self.opened = record
-                self.states[0] = manifest_from_bytes(record.state)
+                self.publish(0, manifest_from_bytes(record.state))
                 self.files[0] = Files(record.master_sha256, None)
             case Accepted():
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.pending.append(record)
                 self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
-            case Validated():
-                assert record.update_id in self.known, f"update {record.update_id} was never accepted"
-                self.losses[record.update_id] = record.loss
             case Rejected():
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.known[record.update_id] = Known(
                     record.site, record.manifest_sha256, "rejected", record.rule, record.detail
                 )
-            case Quarantined() | Released():
-                self._apply_quarantine(record)
-            case Dropped():
-                self.pending = [update for update in self.pending if update.update_id != record.update_id]
-                self.quarantined.pop(record.update_id, None)
-                self.losses.pop(record.update_id, None)
-                known = self.known[record.update_id]
-                known.outcome, known.rule = "dropped", record.rule
+            case Validated() | Quarantined() | Released() | Dropped():
+                self._apply_waiting(record)
             case VersionCommitted():
                 self._apply_version(record)
+            case Anchored():
+                self.anchor(record.version, manifest_from_bytes(record.state))
             case Finished():
                 self.finished = True
             case Signed():
@@ -131,6 +147,22 @@ class Ledger:
                 self.pruned = record.version
             case Substituted() | Witnessed() | Snapshot():
                 pass  # said of the next row; evidence for others; what was applied before it
+            case _:
+                assert_never(record)
+
+    def _apply_waiting(self, record: Validated | Quarantined | Released | Dropped) -> None:
+        match record:
+            case Validated():
+                assert record.update_id in self.known, f"update {record.update_id} was never accepted"
+                self.losses[record.update_id] = record.loss
+            case Quarantined() | Released():
+                self._apply_quarantine(record)
+            case Dropped():
+                self.pending = [update for update in self.pending if update.update_id != record.update_id]
+                self.quarantined.pop(record.update_id, None)
+                self.losses.pop(record.update_id, None)
+                known = self.known[record.update_id]
+                known.outcome, known.rule = "dropped", record.rule
             case _:
                 assert_never(record)
 
@@ -148,7 +180,7 @@ class Ledger:
     def _apply_version(self, record: VersionCommitted) -> None:
         assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
         self.version = record.version
-        self.states[record.version] = manifest_from_bytes(record.state)
+        self.publish(record.version, manifest_from_bytes(record.state))
         self.files[record.version] = Files(record.master_sha256, record.optimizer_sha256)
         merged = {part.update_id for part in record.contributions}
         self.pending = [update for update in self.pending if update.update_id not in merged]
@@ -158,6 +190,20 @@ class Ledger:
             known.outcome, known.version = "merged", record.version
             self.losses.pop(part.update_id, None)
             known.staleness, known.weight = part.staleness, part.weight
+
+    def publish(self, version: int, manifest: Manifest) -> None:
+        """A version exists; asserts that a step leads to it from the version before."""
+        is_step = isinstance(manifest.facts, StepFacts)
+        assert not is_step or manifest.step.base_sha256 == self.published[version - 1].sha256, "it is a step from there"
+        whole, step = (None, manifest) if is_step else (manifest, None)
+        self.published[version] = Published(manifest.leads_to, whole, step)
+        self.transfers[manifest.transfer_id] = manifest
+
+    def anchor(self, version: int, whole: Manifest) -> None:
+        """The state of a published version is here whole; asserts that it is that state."""
+        assert whole.file_sha256 == self.published[version].sha256, f"another state than version {version} has"
+        self.published[version] = replace(self.published[version], whole=whole)
+        self.transfers[whole.transfer_id] = whole
 
     def by_rule(self, rule: str) -> dict[str, list[str]]:
         """Ids of the updates that were rejected or dropped under `rule`, by site."""

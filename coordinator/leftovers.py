@@ -3,7 +3,7 @@
     rejected-update    an update that was rejected, or given up; the crash came before its bytes were deleted
     stale-upload       one still arriving, or arrived and never decided, that would be refused if it were offered now
     damaged-upload     one of those whose manifest cannot be read; its site has it still
-    uncommitted-state  a state that a merge wrote, and no row published
+    uncommitted-state  a state, or a step to one, that a merge wrote, and no row published
     pruned-update      frames of an update that was given up
     stale-master       float32 files of a version that is neither 0, nor pruned up to, nor one of the newest two
     loose-segment      rows copied for a compaction that did not commit; the journal has them
@@ -28,7 +28,7 @@ from coordinator.trail import Finding
 from shared import durable
 from shared.config import FederationConfig
 from shared.errors import RefusedError
-from shared.manifest import Manifest, StateFacts, UpdateFacts, manifest_from_bytes
+from shared.manifest import Manifest, UpdateFacts, manifest_from_bytes
 from shared.messages import LOST
 
 BEHIND = "journal-behind"
@@ -101,13 +101,12 @@ def _updates(storage: Path, ledger: Ledger, federation: FederationConfig) -> Ite
 
 
 def _states(storage: Path, ledger: Ledger) -> Iterator[Leftover | Finding]:
-    published = {state.transfer_id for state in ledger.states.values()}
     for path in _manifests(storage / "states"):
-        if path.name.partition(".")[0] in published:
+        if path.name.partition(".")[0] in ledger.transfers:
             continue
         manifest = _manifest(path)
-        if manifest is not None and isinstance(manifest.facts, StateFacts):
-            version = manifest.facts.version
+        if manifest is not None and not isinstance(manifest.facts, UpdateFacts):
+            version = manifest.version
             # A merge that did not commit leaves the version after the newest one, and no later one.
             if version > ledger.version + 1:
                 yield _behind(path, f"it is version {version}", ledger)

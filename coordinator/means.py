@@ -16,6 +16,7 @@ Formulas: `coordinator.merging` for the coefficients, `coordinator.robust` for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,8 @@ from coordinator.robust import KRUMS, MIDDLES, chosen, krum_choice, squared_dist
 from shared.codec import SPAN
 from shared.config import AggregationSection
 from shared.errors import CorruptError
-from shared.reader import TensorReader
-from shared.store import FrameStore, Stored
+from shared.states import open_part, open_state
+from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape
 
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -34,6 +35,13 @@ BLOCK_BYTES = 64 * 1024 * 1024
 
 STRETCH_UNIT = SPAN // 32
 """Values; rules that compare updates take a multiple of it of each at a time. A multiple of every codec's block."""
+
+
+CACHE_LOST = (
+    "restore its files from a backup; without a copy no further version can be made: "
+    "export the newest one, and begin another federation from that model"
+)
+"""What can be done when the update that ca2fl takes back is lost: its site had its receipt, and has deleted it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +91,23 @@ def _sums(plan: MergePlan, kept: Kept, shapes: Mapping[str, Shape], progress: Pr
     """The sum over all updates, each times its coefficient."""
     ids = [part.update_id for part in plan.contributions if part.denominator > 0]
     ids += [each.update_id for each in plan.cached]
-    held = {update_id: frozenset(reader_of(kept.updates, update_id).shapes) for update_id in ids}
+    held = dict[str, frozenset[str]]()
+    for update_id in ids:
+        with _explained(plan, update_id):
+            held[update_id] = frozenset(open_part(kept.updates, update_id).shapes)
     factors = {name: coefficients(plan, {update_id for update_id in ids if name in held[update_id]}) for name in shapes}
     # What fedasync mixes in is the site's whole state: what it started from, and its delta.
-    base_id = plan.contributions[0].base_state_id if plan.mode == "fedasync" else None
+    mixed_in = plan.contributions[0].base if plan.mode == "fedasync" else None
     steps, done = [*blocks(shapes, BLOCK_BYTES)], 0
     for block in steps:
         sums: dict[str, F32Array] = {name: np.zeros(shapes[name], dtype=np.float32) for name in block}
         for update_id in ids:
-            update = reader_of(kept.updates, update_id)
-            base = None if base_id is None else reader_of(kept.states, base_id)
+            update = open_part(kept.updates, update_id)
+            base = None if mixed_in is None else open_state(kept.states, mixed_in)
             for name in block:
                 if factor := factors[name].get(update_id):
-                    update.add_tensor(name, factor, sums[name])
+                    with _explained(plan, update_id):
+                        update.add_tensor(name, factor, sums[name])
                     if base is not None:
                         base.add_tensor(name, factor, sums[name])
             done += 1
@@ -121,25 +133,20 @@ def _middles(
         progress(done / len(shapes))
 
 
-def reader_of(store: FrameStore, transfer_id: str) -> TensorReader:
-    """Open a transfer that the journal needs; its manifest, too, is in memory only while it is read.
-
-    CorruptError when it is gone. Each frame is compared with its hash: what was accepted, and nothing that the disk
-    made of it, is merged.
-    """
-    found = kept_transfer(store, transfer_id)
-    return TensorReader(found.manifest, found.read_frame, verify=False)
-
-
-def kept_transfer(store: FrameStore, transfer_id: str) -> Stored:
-    """Return a transfer that the journal needs; CorruptError when it is gone."""
-    found = store.get(transfer_id)
-    if found is None:
-        raise CorruptError(
-            f"{store.root}: transfer {transfer_id} is gone, although the journal needs it",
-            hint="restore the folder from a backup",
-        )
-    return found
+@contextmanager
+def _explained(plan: MergePlan, update_id: str) -> Iterator[None]:
+    """Say of a damaged update that is not of this round why it is needed all the same."""
+    try:
+        yield
+    except CorruptError as error:
+        for each in plan.cached:
+            if each.update_id == update_id:
+                raise CorruptError(
+                    f"{error.message}; update {update_id} is what {each.site} said last, and version {plan.version} "
+                    'takes that back (rule = "ca2fl")',
+                    hint=CACHE_LOST,
+                ) from None
+        raise
 
 
 def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:
@@ -159,7 +166,7 @@ def blocks(shapes: Mapping[str, Shape], limit: int) -> Iterator[list[str]]:
 
 def _held(plan: MergePlan, kept: Kept) -> list[frozenset[str]]:
     """Names of the tensors in each update of the round."""
-    return [frozenset(reader_of(kept.updates, part.update_id).shapes) for part in plan.contributions]
+    return [frozenset(open_part(kept.updates, part.update_id).shapes) for part in plan.contributions]
 
 
 def _side_by_side(
@@ -175,6 +182,6 @@ def _side_by_side(
         values = np.zeros((len(rows), count), dtype=np.float32)
         for row, part in zip(values, rows, strict=True):
             if part is not None:
-                update = reader_of(kept.updates, part.update_id).span(name, start, count)
+                update = open_part(kept.updates, part.update_id).span(name, start, count)
                 np.multiply(update, np.float32(part.numerator), out=row)
         yield start, values

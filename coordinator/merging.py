@@ -38,14 +38,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from types import MappingProxyType
 from typing import assert_never
 
+from coordinator.exact import exp, power
 from coordinator.ledger import Known
-from coordinator.records import Accepted, Contribution, Record, Substituted, VersionCommitted
+from coordinator.records import Accepted, Anchored, Contribution, Record, Substituted, VersionCommitted
 from coordinator.robust import KRUMS
 from coordinator.staleness import staleness_weight
 from shared.config import AggregationSection, MergeRule, Mode
@@ -60,8 +60,8 @@ class PlannedContribution:
     update_id: TransferId
     site: Ident
     base_version: int
-    base_state_id: TransferId
-    """Transfer id of the published state that the site started from."""
+    base: tuple[TransferId, ...]
+    """Transfers that make up the published state that the site started from."""
     staleness: int
     examples: int
     numerator: float
@@ -84,6 +84,8 @@ class MergePlan:
 
     version: int
     base_version: int
+    before: tuple[TransferId, ...]
+    """Transfers that make up the published state of that version."""
     mode: Mode
     rule: MergeRule
     """That of the federation, or what stands in for it."""
@@ -119,12 +121,14 @@ class MergeResult:
     """What a merge left on disk, durably."""
 
     state: Manifest
-    """Of the published state; its transfer id is the head of its file's SHA-256."""
+    """Of the published state, or of the step to it; its transfer id is the head of its file's SHA-256."""
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None
     """Digest of the server optimizer's slots; None where it has none."""
     contributions: tuple[Contribution, ...]
     """What each update of the round counted."""
+    anchor: Manifest | None = None
+    """Of the published state whole, besides a step; None where its turn has not come."""
 
 
 def in_order(accepted: Iterable[Accepted]) -> list[Accepted]:
@@ -167,16 +171,16 @@ def plan_merge(
     version: int,
     accepted: Sequence[Accepted],
     section: AggregationSection,
-    state_ids: Mapping[int, TransferId],
+    parts: Callable[[int], tuple[TransferId, ...]],
     *,
     known: Mapping[str, Known] = MappingProxyType({}),
     losses: Mapping[str, float] = MappingProxyType({}),
 ) -> MergePlan:
     """Return the plan that makes `version` out of `version - 1` and `accepted`, given in the order of addition.
 
-    That is `in_order` for a new version, and what the journal recorded for one that is made again. `state_ids` maps
-    each base version in use to the transfer id of its published state, `known` says what became of all updates so far,
-    and `losses` has those of the accepted ones where the federation weighs by them.
+    That is `in_order` for a new version, and what the journal recorded for one that is made again. `parts` names the
+    transfers that make up the published state of a version (`Ledger.parts`), `known` says what became of all updates so
+    far, and `losses` has those of the accepted ones where the federation weighs by them.
     """
     assert version >= 1
     assert accepted, f"version {version} has nothing to merge"
@@ -186,11 +190,12 @@ def plan_merge(
     return MergePlan(
         version=version,
         base_version=version - 1,
+        before=parts(version - 1),
         mode=section.mode,
         rule=rule_for(section, len(accepted)),
         alpha=section.alpha,
         contributions=tuple(
-            _planned(version, update, section, state_ids, weight)
+            _planned(version, update, section, parts, weight)
             for update, weight in zip(accepted, _weights(accepted, section, losses), strict=True)
         ),
         cached=tuple(CachedUpdate(update_id, site) for site, update_id in cached.items()),
@@ -209,6 +214,8 @@ def committed(plan: MergePlan, result: MergeResult, section: AggregationSection,
         optimizer_sha256=result.optimizer_sha256,
         at=at,
     )
+    if result.anchor is not None:
+        yield Anchored(plan.version, result.anchor.to_bytes(), at)
 
 
 def choosing(plan: MergePlan, chosen: Collection[TransferId]) -> MergePlan:
@@ -244,20 +251,24 @@ def _weights(accepted: Sequence[Accepted], section: AggregationSection, losses: 
         return
     lowest = 0.0 if section.quality == "none" else min(losses[update.update_id] for update in accepted)
     for update in accepted:
-        size = float(update.examples) ** section.size_power
+        size = power(update.examples, section.size_power)
         match section.quality:
             case "none":
                 yield size
             case "exp-loss":
-                yield _exp(lowest - losses[update.update_id])
+                yield exp(lowest - losses[update.update_id])
             case "size-exp-loss":
-                yield size * _exp((lowest - losses[update.update_id]) / section.temperature)
+                yield size * exp((lowest - losses[update.update_id]) / section.temperature)
             case _:
                 assert_never(section.quality)
 
 
 def _planned(
-    version: int, update: Accepted, section: AggregationSection, state_ids: Mapping[int, TransferId], weight: float
+    version: int,
+    update: Accepted,
+    section: AggregationSection,
+    parts: Callable[[int], tuple[TransferId, ...]],
+    weight: float,
 ) -> PlannedContribution:
     tau = version - 1 - update.base_version
     assert tau >= 0, f"update {update.update_id} starts from version {update.base_version}, which does not exist yet"
@@ -267,7 +278,7 @@ def _planned(
         update_id=update.update_id,
         site=update.site,
         base_version=update.base_version,
-        base_state_id=state_ids[update.base_version],
+        base=parts(update.base_version),
         staleness=tau,
         examples=update.examples,
         numerator=scale * damping,
@@ -278,11 +289,6 @@ def _planned(
 def _clipping(norm: float, limit: float | None) -> float:
     """The factor that brings an update of this norm down to the limit."""
     return 1.0 if limit is None or norm <= limit else limit / norm
-
-
-def _exp(value: float) -> float:
-    """The exponential of a value, right in its last bit on every machine, which the C library's need not be."""
-    return float(Decimal(value).exp())
 
 
 def _total(values: Iterable[float]) -> float:

@@ -261,9 +261,10 @@ def _went_on(journal: JournalReader, length: int) -> bool:
 
 def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) -> Iterator[Finding]:
     kept = _kept(trail)
-    total, done = len(trail.versions) + len(kept), 0
-    for version, recorded in trail.versions.items():
-        yield from check_state(storage, version, recorded, trail.plan)
+    published = [(version, each) for version, recorded in trail.versions.items() for each in recorded.transfers]
+    total, done = len(published) + len(kept), 0
+    for version, each in published:
+        yield from check_state(storage, version, each, trail.plan)
         done += 1
         progress(done / total)
     pruned = given_up(trail.known, trail.pruned, trail.federation.aggregation)
@@ -275,7 +276,7 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
             continue
         _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
-        sha256 = base.file_sha256 if base else None
+        sha256 = base.state_sha256 if base else None
         said = seals.check_manifest
         yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, said, given_up=gone)
         done += 1
@@ -321,7 +322,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
     if receipt.update_id in trail.accepted:
         _seq, accepted = trail.accepted[receipt.update_id]
         base = trail.versions.get(accepted.base_version)
-        if base is None or (base_version, base_sha256) != (accepted.base_version, base.file_sha256):
+        if base is None or (base_version, base_sha256) != (accepted.base_version, base.state_sha256):
             yield Finding("receipt-differs", where, "the site trained on another state than the journal says")
 
 

@@ -3,6 +3,7 @@
     row        `Pruned(version)` in the journal, signed with the next head    == from here on nobody counts on them
     frames     of all updates that were merged up to that version and no later merge reads, deleted
     master     and slots of that version: kept, as version 0 is, for `coordinator.replay` to begin with
+    states     and steps: kept, all of them; what is published from there on is a step from one of them
 
 Killed between the row and the last file, the frames that are left harm nobody; `fsck --repair` deletes them. Nothing
 is given up that has not been proven to be sound a moment before: what is wrong would be lost sight of.
@@ -18,11 +19,11 @@ from coordinator.fsck import fold, mend_trail
 from coordinator.journal import Journal
 from coordinator.kept import check_master
 from coordinator.ledger import Ledger
+from coordinator.lineage import summed_up
 from coordinator.merging import given_up
 from coordinator.optimizers import SLOTS
 from coordinator.proof import Progress, prove
 from coordinator.records import Pruned
-from coordinator.trail import RecordedVersion
 from coordinator.views import JOURNAL
 from shared import durable
 from shared.config import FederationConfig
@@ -84,13 +85,12 @@ def _survey(storage: Path, federation: FederationConfig, ledger: Ledger, upto: i
             f"updates can be given up from version {ledger.pruned + 1} to {ledger.version}, not {version}",
             hint="--upto names a version that was made since the last time",
         )
-    state, files = ledger.states[version], ledger.files[version]
-    recorded = RecordedVersion(0, state.transfer_id, state.file_sha256, state.digest, files.master, files.optimizer)
+    recorded = summed_up(0, ledger.published[version], ledger.files[version])
     slots = SLOTS[federation.aggregation.server.optimizer]
     if check_master(storage, version, recorded, slots, required=True):
         raise ConfigError(
             f"the float32 files of version {version} are not here, and nothing could be recomputed without them",
-            hint=f"kept are those of versions {ledger.version - 1} and {ledger.version}",
+            hint="--upto names one whose files are here: the newest always, and mostly the one before it",
         )
     frames = _frames(storage, federation, ledger, version)
     return Pruning(version, len(frames), sum(path.stat().st_size for path in frames))

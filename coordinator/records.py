@@ -159,6 +159,7 @@ class VersionCommitted:
     contributions: tuple[Contribution, ...]
     """In the order of addition: `coordinator.merging.in_order`, in earlier runs the order of acceptance."""
     state: ManifestBytes
+    """How it is published: the state whole, or the step from the version before."""
     master_sha256: Sha256Hex
     optimizer_sha256: Sha256Hex | None
     """Digest of the server optimizer's slots; None where it has none."""
@@ -178,6 +179,18 @@ class Substituted:
     updates: Count
     needed: Count
     """Updates that the agreed rule needs."""
+    at: Real
+
+
+@dataclass(frozen=True, slots=True)
+class Anchored:
+    """The state of a version that is published as a step can be had whole, too; steps lead on from it."""
+
+    kind: ClassVar[str] = "anchored"
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    version: Count
+    state: ManifestBytes
     at: Real
 
 
@@ -272,6 +285,7 @@ Record = (
     | Dropped
     | Substituted
     | VersionCommitted
+    | Anchored
     | Finished
     | Signed
     | Witnessed

@@ -1,7 +1,8 @@
 """A run computed again: version after version from version 0 and the kept updates, in a folder of its own.
 
 Where updates were given up (`coordinator.pruning`) it begins with the version up to which they were, whose master is
-kept and has the digest that the journal recorded; what led to it is followed in the journal alone.
+kept and has the digest that the journal recorded; what led to it is followed in the journal alone. A version that is a
+step is made from the published state before it, which is then added up out of the kept steps and has its digest, too.
 
 The merge is the one that made the versions (`coordinator.aggregate`), the weights come from the rules and not from the
 record, and each update passes admission once more, so that nothing is taken on trust but version 0 and what sites sent.
@@ -9,13 +10,14 @@ Compared bit for bit with the journal: contributions, master, slots and the publ
 that the file was cut into, which another release of zstd may choose differently; `coordinator.proof` compares those
 that are kept with their digests.
 
-In the folder lie at most two versions' float32 files, and the published states that a later merge still needs: none
-but the newest, and in fedasync those that updates still to come started from. The run's own files are only read.
+In the folder lie at most two versions' float32 files, and what makes up the published states that a later merge still
+needs: that of the newest, and in fedasync those that updates still to come started from. The run's own files are only
+read.
 """
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.aggregate import merge, publish
+from coordinator.aggregate import merge
 from coordinator.journal import Journal
 from coordinator.kept import check_master, check_state, check_update
 from coordinator.masters import master_path, open_own, slot_path
-from coordinator.merging import MergePlan
+from coordinator.merging import MergePlan, MergeResult
 from coordinator.optimizers import SLOTS
+from coordinator.publishing import publish
 from coordinator.records import Opened, Pruned, VersionCommitted
 from coordinator.trail import Finding, Trail, miscounted, row_place
 from coordinator.views import JOURNAL
@@ -36,13 +39,12 @@ from shared import durable
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
-from shared.plan import SealedPlan
+from shared.plan import SealedPlan, blocks_from
+from shared.states import Imprint, check_state_digest
 from shared.store import FrameStore, Stored, frame_offsets
 
 FRAMES_ONLY = {"created", "frame_lengths", "frame_hashes"}
 """Fields of a state's manifest that say nothing of the tensors."""
-
-_COPY_BYTES = 1 << 20
 
 Progress = Callable[[int, float], None]
 """Called with the version in work and the share of it that is done, 0 to 1."""
@@ -106,14 +108,15 @@ class _Replay:
         self, storage: Path, federation: FederationConfig, plan: SealedPlan, scratch: Path, needed: dict[int, int]
     ) -> None:
         self.storage = storage
+        self.scratch = scratch
         self.federation = federation
         self.plan = plan
         self.trail = Trail(federation, plan)
         self.needed = needed
         self.updates = _existing(storage, "updates")
         self.states = FrameStore(scratch / "states")
-        self.held: dict[int, str] = {}
-        """Versions whose published state lies in the folder, and its id."""
+        self.held: set[str] = set()
+        """Ids of the states and steps that lie in the folder."""
         self.masters = scratch / "masters"
         durable.make_folder(self.masters)
 
@@ -121,29 +124,42 @@ class _Replay:
         """Take a version's float32 files from the run and compare them, and what they publish, with the journal."""
         recorded = self.trail.versions[version]
         slots = SLOTS[self.federation.aggregation.server.optimizer] if recorded.optimizer_sha256 else ()
-        damaged = check_master(self.storage, version, recorded, slots, required=False)  # what is gone, copying says
-        for older in [each for each in self.needed if each < version < self.needed[each]]:
-            damaged += self._take_state(older)
-        if damaged:
-            return damaged
         source = self.storage / "masters"
         for path in (master_path(source, version), *(slot_path(source, version, slot) for slot in slots)):
             _copy(path, self.masters / path.name)
-        with open_own(master_path(self.masters, version), dict(sorted(self.plan.tensors.items()))) as tensors:
-            ours = publish(self.states, version, tensors, self.plan, self.federation, created=state.created)
-        self.held[version] = ours.transfer_id
-        return [*self._compare_state(recorded.row, state, ours)]
+        # The copies are compared: what was hashed is what will be used.
+        damaged = check_master(self.scratch, version, recorded, slots, required=True)
+        bases = {older for older, last_read in self.needed.items() if older < version < last_read}
+        if version > 0 and self.federation.codec.steps:
+            bases.add(version - 1)
+        for older in sorted(bases):
+            damaged += self._take_state(older)
+        return damaged or [*self._compare_state(recorded.row, state, self._publish(version, created=state.created))]
 
     def _take_state(self, version: int) -> list[Finding]:
-        """Copy a published state from which a later update started, and whose making was given up."""
-        recorded = self.trail.versions[version]
-        damaged = check_state(self.storage, version, recorded, self.plan)
+        """Take what makes up a published state from the run, and compare it and what it adds up to with the journal."""
+        parts = self.trail.lineage.made_of(version)
+        for part in parts:
+            if part.transfer_id not in self.held:
+                for name in (f"{part.transfer_id}.frames", f"{part.transfer_id}.manifest"):
+                    _copy(self.storage / "states" / name, self.states.root / name)
+                self.held.add(part.transfer_id)
+        damaged = [finding for part in parts for finding in check_state(self.scratch, version, part, self.plan)]
         if not damaged:
-            for suffix in (".frames", ".manifest"):
-                name = f"{recorded.transfer_id}{suffix}"
-                _copy(self.storage / "states" / name, self.states.root / name)
-            self.held[version] = recorded.transfer_id
+            try:
+                check_state_digest(self.states, [part.transfer_id for part in parts])
+            except RefusedError as error:
+                damaged.append(Finding(error.rule, f"states/{parts[-1].transfer_id}", error.message))
         return damaged
+
+    def _publish(self, version: int, *, created: float) -> Manifest:
+        """Publish a version out of its master, and of the state before it where it is a step from there."""
+        with open_own(master_path(self.masters, version), dict(sorted(self.plan.tensors.items()))) as master:
+            imprint = Imprint(self.federation, self.plan.fingerprint, version, blocks_from(master.metadata))
+            before = self.trail.lineage.parts(version - 1)
+            state, anchor = publish(self.states, imprint, before, master, self.plan.tensors, created=created)
+        self.held |= {each.transfer_id for each in (state, anchor) if each is not None}
+        return state
 
     def next(self, seq: int, record: VersionCommitted, planned: MergePlan | None, progress: Progress) -> list[Finding]:
         """Make a version from the one before it and compare it with its record."""
@@ -165,7 +181,7 @@ class _Replay:
             )
         except (CorruptError, RefusedError) as error:
             return [Finding("merge", row_place(seq), f"version {record.version} cannot be made: {error.message}")]
-        self._tidy(record.version)
+        self._tidy(record.version, made)
         found = [
             Finding(rule, row_place(seq), what) for rule, what in miscounted(made.contributions, record.contributions)
         ]
@@ -180,7 +196,7 @@ class _Replay:
     def _check(self, update_id: str) -> list[Finding]:
         _seq, accepted = self.trail.accepted[update_id]
         base = self.trail.versions[accepted.base_version]
-        return check_update(self.storage, accepted, base.file_sha256, self.plan, self.federation)
+        return check_update(self.storage, accepted, base.state_sha256, self.plan, self.federation)
 
     def _compare_state(self, seq: int, recorded: Manifest, ours: Manifest) -> Iterator[Finding]:
         wanted, made = (each.model_dump(exclude=FRAMES_ONLY) for each in (recorded, ours))
@@ -194,12 +210,15 @@ class _Replay:
         if own is not None and kept.path.exists():
             yield from _first_value(kept, own)
 
-    def _tidy(self, version: int) -> None:
+    def _tidy(self, version: int, made: MergeResult) -> None:
         for path in self.masters.glob(f"v{version - 1:08d}*.safetensors"):
             path.unlink()
-        self.held[version] = self.trail.versions[version].transfer_id
-        for older in [each for each in self.held if each < version and self.needed.get(each, 0) <= version]:
-            self.states.delete(self.held.pop(older))
+        to_come = [base for base, last_read in self.needed.items() if base <= version < last_read]
+        newest = self.trail.lineage.parts(version) if made.anchor is None else (made.anchor.transfer_id,)
+        used = {made.state.transfer_id, *newest}.union(*(self.trail.lineage.parts(each) for each in to_come))
+        for unused in self.held - used:
+            self.states.delete(unused)
+        self.held = used
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,17 +261,11 @@ def _existing(storage: Path, name: str) -> FrameStore:
     return FrameStore(storage / name)
 
 
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file and return its SHA-256 in hex: what was hashed is what will be used."""
+def _copy(source: Path, target: Path) -> None:
     if not source.exists():
         raise CorruptError(f"{source} is gone", hint="restore it from a backup; without it nothing can be recomputed")
-    digest = hashlib.sha256()
-    room = durable.storage_errors(target.parent, source.stat().st_size)
-    with room, source.open("rb") as file, target.open("xb") as copy:
-        while piece := file.read(_COPY_BYTES):
-            digest.update(piece)
-            copy.write(piece)
-    return digest.hexdigest()
+    with durable.storage_errors(target.parent, source.stat().st_size):
+        shutil.copyfile(source, target)
 
 
 def _first_value(kept: Stored, ours: Stored) -> Iterator[Finding]:

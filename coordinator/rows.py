@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ ARCHIVE = "archive"
 """Folder of the segments, beside the journal."""
 
 RESTORE = "restore the journal from a backup; do not continue this run"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PAGE = "SELECT seq, at, kind, body, prev, hash FROM rows WHERE seq > ? ORDER BY seq LIMIT ?"
 _SNAPSHOT = """
 SELECT rows.seq, at, kind, rows.body, prev, hash, snapshots.body, audit_size, audit_sha256
@@ -59,7 +61,8 @@ class Segment:
     sha256: str
 
     def __str__(self) -> str:
-        return f"rows {self.first} to {self.last} are in {ARCHIVE}/{self.path.name}, SHA-256 {self.sha256}"
+        place = f"{ARCHIVE}/{self.path.name}, SHA-256 {self.sha256}"
+        return f"rows {self.first} to {self.last} are in {place}; checked from the snapshot behind them on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +129,21 @@ class JournalReader:
         found = self._query(_SNAPSHOT) if self.schema > 1 else []
         if not found:
             return None
-        *columns, body, size, sha256 = found[0]
-        row = self._row(tuple(columns))
+        row = self._row(found[0][:6])
         record = self._record(row)
-        chained = row.hash == audit.chain_hash(row.prev, row.seq, row.kind, row.body)
-        named = isinstance(record, Snapshot) and record.sha256 == hashlib.sha256(body).hexdigest()
-        if not (chained and named):
-            raise CorruptError(f"{self.path}: the snapshot of row {row.seq} is not what was written", hint=RESTORE)
-        return Restored(row, snapshots.from_bytes(body), Mark(row.seq - 1, size, sha256))
+        match found[0][6:]:
+            case (bytes(body), int(size), str(sha256)):
+                chained = row.hash == audit.chain_hash(row.prev, row.seq, row.kind, row.body)
+                named = isinstance(record, Snapshot) and record.sha256 == hashlib.sha256(body).hexdigest()
+                if chained and named:
+                    return Restored(row, snapshots.from_bytes(body), Mark(row.seq - 1, size, sha256))
+        raise CorruptError(f"{self.path}: the snapshot of row {row.seq} is not what was written", hint=RESTORE)
 
     def segments(self) -> list[Segment]:
         """Segments in order, whether or not their files are there."""
         if self.schema == 1:
             return []
-        folder = self.path.parent / ARCHIVE
-        return [Segment(first, last, folder / file, sha256) for first, last, file, sha256 in self._query(_SEGMENTS)]
+        return [self._listed(found) for found in self._query(_SEGMENTS)]
 
     def pruned(self) -> list[Segment]:
         """Segments whose files are not there."""
@@ -230,6 +233,13 @@ class JournalReader:
                 return Row(*found)
         raise CorruptError(f"{self.path}: row {found[0]} has values of wrong types", hint=RESTORE)
 
+    def _listed(self, found: tuple[Any, ...]) -> Segment:
+        match found:
+            case (int(first), int(last), str(file), str(sha256)):
+                if file == segment_name(first, last) and _SHA256.fullmatch(sha256):
+                    return Segment(first, last, self.path.parent / ARCHIVE / file, sha256)
+        raise CorruptError(f"{self.path}: its list of segments is not what was written", hint=RESTORE)
+
     def _record(self, row: Row) -> Record:
         where = f"{self.path}: row {row.seq}"
         try:
@@ -265,6 +275,11 @@ class JournalReader:
             raise translated(path, error) from None
         except UnicodeDecodeError:
             raise CorruptError(f"{path} holds text that is not UTF-8", hint=RESTORE) from None
+
+
+def segment_name(first: int, last: int) -> str:
+    """Return the name of the file of rows `first` to `last`; a journal that names another one is not ours."""
+    return f"rows-{first:012d}-{last:012d}.sqlite"
 
 
 def at_rest(path: Path) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from coordinator.records import (
     Accepted,
+    Anchored,
     Dropped,
     Finished,
     Opened,
@@ -32,7 +33,7 @@ from shared.messages import Head
 from shared.trust.membership import Believed, Membership, stated_membership
 from shared.trust.witness import HEADS, NOTHING_SEEN, bare_sha256, head_fits, parse_head, witness_fits
 
-MEANWHILE = (Dropped, Finished, Pruned, Snapshot)
+MEANWHILE = (Anchored, Dropped, Finished, Pruned, Snapshot)
 """What may stand between a version and the signature over it."""
 
 

@@ -18,7 +18,7 @@ import structlog
 
 from coordinator import aggregate
 from coordinator import decisions as d
-from coordinator.arrivals import Arrivals
+from coordinator.arrivals import Arrivals, displaces
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import Disk, check_newest, discard_rejected, discard_uncommitted
@@ -131,8 +131,9 @@ class Service:
             self.updates,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
-            refused=self.earshot.chunk_refused,
+            refused=self._chunk_refused,
             room=self.disk.room,
+            displaces=displaces,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
         self.arrivals = Arrivals(self.spooler, self.disk, plan, no_room_s=config.link.backoff_cap_s)
@@ -198,9 +199,9 @@ class Service:
         if site is not None and not self.renewals.takes(site, message):
             self._events.put_nowait(d.Received(site, message))
 
-    def hears(self, site: str | None) -> bool:
+    def hears(self, site: str | None, size: int) -> bool:
         """See Desk."""
-        return site is None or self.earshot.hears(site)
+        return site is None or self.earshot.hears(site, size)
 
     def take_chunk(self, site: str | None, chunk: Chunk) -> None:
         """See Desk."""
@@ -213,9 +214,9 @@ class Service:
         """See Desk."""
         await self.spooler.caught_up()
 
-    def refused(self, site: str | None, error: RefusedError) -> None:
+    def refused(self, site: str | None, error: RefusedError, size: int) -> None:
         """See Desk."""
-        self.earshot.unwanted(site)
+        self.earshot.unwanted(site, size)
         if isinstance(error, TurnedAwayError):
             self._tasks.create_task(self._send(d.Send(site, error.answer)))
 
@@ -237,6 +238,10 @@ class Service:
 
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
+
+    def _chunk_refused(self, chunk: Chunk, rule: str) -> None:
+        upload = self.core.uploads.get(chunk.transfer_id)
+        self.earshot.chunk_refused(None if upload is None else upload.site, chunk, rule)
 
     async def _tick(self) -> None:
         while True:
@@ -291,7 +296,7 @@ class Service:
         await self.mail.post(send.message, channel, send.site)
         match send.message:
             case Announce() as announce:
-                log.info("announced", version=announce.manifest.state.version, final=announce.final)
+                log.info("announced", version=announce.version, final=announce.final)
             case Refused() as refused:
                 log.warning("refused a site", site=send.site, rule=refused.rule)
             case _:

@@ -6,7 +6,8 @@ it sums up, so the hash chain binds it. Reading is strict, because we wrote thes
 
     v         1
     opened    the record that opened the run
-    versions  one each, from 0 on: manifest, SHA-256 of the master, SHA-256 of the optimizer's slots or nil
+    versions  one each, from 0 on: manifest (of the state, or of the step to it), SHA-256 of the master, SHA-256 of the
+              optimizer's slots or nil
     sites     names, numbered by position
     known     one each, in order of decision: id, site's number, SHA-256 of the manifest, outcome's number, rule,
               detail, version, staleness, weight
@@ -14,9 +15,10 @@ it sums up, so the hash chain binds it. Reading is strict, because we wrote thes
     finished  whether the run is complete
     signed    record of the newest signed head, or nil
     quarantined  records of acceptance of the updates that are kept apart
-    losses       id and loss of the updates that are not merged yet, where losses are measured
+    losses    id and loss of the updates that are not merged yet, where losses are measured
+    anchors   manifests of the states that can be had whole besides a step, by version
 
-The last is absent from what was written with journal schema 3, the last three from schema 2.
+The last two are absent from what was written with journal schema 3, the last four from schema 2.
 """
 
 from __future__ import annotations
@@ -58,8 +60,12 @@ def to_bytes(ledger: Ledger) -> bytes:
         "v": SCHEMA_VERSION,
         "opened": records.to_wire(ledger.opened),
         "versions": [
-            [state.to_bytes(), _raw(ledger.files[version].master), _raw(ledger.files[version].optimizer)]
-            for version, state in ledger.states.items()
+            [
+                published.transfers[-1].to_bytes(),
+                _raw(ledger.files[version].master),
+                _raw(ledger.files[version].optimizer),
+            ]
+            for version, published in ledger.published.items()
         ],
         "sites": sites,
         "known": [
@@ -82,6 +88,11 @@ def to_bytes(ledger: Ledger) -> bytes:
         "finished": ledger.finished,
         "pruned": ledger.pruned,
         "signed": None if ledger.signed is None else records.to_wire(ledger.signed),
+        "anchors": [
+            published.whole.to_bytes()
+            for published in ledger.published.values()
+            if published.whole is not None and published.step is not None
+        ],
     }
     return zstandard.ZstdCompressor(level=_LEVEL).compress(msgpack.packb(body, use_bin_type=True))
 
@@ -123,9 +134,11 @@ def _ledger(body: dict[str, Any]) -> Ledger:
         raise TypeError
     ledger.opened = opened
     for version, (state, master, optimizer) in enumerate(body["versions"]):
-        ledger.states[version] = manifest_from_bytes(state)
+        ledger.publish(version, manifest_from_bytes(state))
         ledger.files[version] = Files(master.hex(), None if optimizer is None else optimizer.hex())
-    ledger.version = len(ledger.states) - 1
+    ledger.version = len(ledger.published) - 1
+    for anchor in map(manifest_from_bytes, body.get("anchors", ())):
+        ledger.anchor(anchor.version, anchor)
     sites = body["sites"]
     for update_id, site, digest, outcome, *rest in body["known"]:
         ledger.known[update_id.hex()] = Known(sites[site], digest.hex(), _OUTCOMES[outcome], *rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from coordinator.exact import power
 from shared.config import StalenessSection
 
 POLYNOMIAL_A = 0.5  # FedBuff's 1 / sqrt(1 + tau), and FedAsync's own choice
@@ -27,7 +28,7 @@ def polynomial(tau: int, a: float = POLYNOMIAL_A) -> float:
     The one is inside the power: at a = 1/2 this is 1 / sqrt(1 + tau), not 1 / (1 + sqrt(tau)).
     """
     assert tau >= 0
-    return float((1.0 + tau) ** -a)
+    return power(1 + tau, -a)
 
 
 def hinge(tau: int, a: float = HINGE_A, b: float = HINGE_B) -> float:

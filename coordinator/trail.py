@@ -8,16 +8,16 @@ the rules determine is worked out anew: the weights of a version, its staleness,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
 from coordinator.ledger import Known, Ledger
+from coordinator.lineage import Broken, Lineage, RecordedVersion
 from coordinator.merging import MergePlan, choosing, in_order, plan_merge
-from coordinator.optimizers import SLOTS
 from coordinator.records import (
     Accepted,
+    Anchored,
     Contribution,
     Dropped,
     Finished,
@@ -37,8 +37,6 @@ from coordinator.records import (
 from coordinator.robust import KRUMS, chosen
 from coordinator.views import JOURNAL
 from shared.config import FederationConfig
-from shared.errors import RefusedError
-from shared.manifest import Manifest, StateFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 
 
@@ -56,24 +54,6 @@ class Finding:
         return f"{self.where}: {self.what} [{self.rule}]"
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedVersion:
-    """What the journal says of a version's files; digests in hex."""
-
-    row: int
-    transfer_id: str
-    """Of the published state."""
-    file_sha256: str
-    manifest_sha256: str
-    """Of the state's manifest as it was sealed."""
-    master_sha256: str
-    optimizer_sha256: str | None
-
-
-Broken = tuple[str, str]
-"""Rule and what is wrong; the row is known to the caller."""
-
-
 def row_place(seq: int) -> str:
     """How a row is named in a finding."""
     return f"{JOURNAL}: row {seq}"
@@ -86,7 +66,7 @@ class Trail:
         self.federation = federation
         self.plan = plan
         self.version = -1
-        self.versions: dict[int, RecordedVersion] = {}
+        self.lineage = Lineage(federation, plan)
         self.known: dict[str, Known] = {}
         self.accepted: dict[str, tuple[int, Accepted]] = {}
         """Row and record of each accepted update, in order of acceptance."""
@@ -104,15 +84,16 @@ class Trail:
         self.pruned = 0
         """As in the ledger."""
 
+    @property
+    def versions(self) -> Mapping[int, RecordedVersion]:
+        """What the journal says of each version."""
+        return self.lineage.versions
+
     def begin(self, seq: int, ledger: Ledger) -> None:
         """Start from the snapshot of row `seq`, because the rows before it are not here."""
         self.version, self.finished, self.answered = ledger.version, ledger.finished, None
         self.pruned = ledger.pruned
-        for version, state in ledger.states.items():
-            files = ledger.files[version]
-            self.versions[version] = RecordedVersion(
-                seq, state.transfer_id, state.file_sha256, state.digest, files.master, files.optimizer
-            )
+        self.lineage.begin(seq, ledger)
         self.known = {update_id: dataclasses.replace(known) for update_id, known in ledger.known.items()}
         self.pending = {accepted.update_id: accepted for accepted in ledger.pending}
         self.losses = dict(ledger.losses)
@@ -122,18 +103,11 @@ class Trail:
 
     def differs(self, ledger: Ledger) -> str | None:
         """Name what a snapshot says otherwise than the rows before it; None when it sums them up rightly."""
-        ours = {
-            version: (recorded.manifest_sha256, recorded.master_sha256, recorded.optimizer_sha256)
-            for version, recorded in self.versions.items()
-        }
-        theirs = {
-            version: (state.digest, ledger.files[version].master, ledger.files[version].optimizer)
-            for version, state in ledger.states.items()
-        }
         held, theirs_held = list(self.quarantined.values()), list(ledger.quarantined.values())
         end, their_end = (self.finished, self.pruned), (ledger.finished, ledger.pruned)
-        said = (ours, list(self.known.items()), list(self.pending.values()), held, self.losses, end)
-        told = (theirs, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, their_end)
+        versions = self.lineage.differs(ledger)
+        said = (versions, list(self.known.items()), list(self.pending.values()), held, self.losses, end)
+        told = (False, list(ledger.known.items()), ledger.pending, theirs_held, ledger.losses, their_end)
         names = ("versions", "decided updates", "waiting updates", "quarantine", "losses", "end, or beginning")
         return next((name for name, a, b in zip(names, said, told, strict=True) if a != b), None)
 
@@ -156,8 +130,7 @@ class Trail:
         )
         if not sound:
             return None
-        ids = {version: recorded.transfer_id for version, recorded in self.versions.items()}
-        return plan_merge(record.version, merged, section, ids, known=self.known, losses=self.losses)
+        return plan_merge(record.version, merged, section, self.lineage.parts, known=self.known, losses=self.losses)
 
     # -- one record ---
 
@@ -177,8 +150,8 @@ class Trail:
                 yield from self._waiting(record)
             case Substituted():
                 self.substituted = record
-            case VersionCommitted():
-                yield from self._committed(seq, record)
+            case VersionCommitted() | Anchored():
+                yield from self._published(seq, record)
             case Signed() | Witnessed():
                 pass  # `coordinator.seals` follows them
             case Finished() | Pruned() | Snapshot():
@@ -191,7 +164,7 @@ class Trail:
             if getattr(record, name) != getattr(self.plan, name):
                 yield "other-plan", f"its {name} is not that of plan.json"
         self.version = max(self.version, 0)
-        yield from self._state(seq, 0, record.state, record.master_sha256, None)
+        yield from self.lineage.publish(seq, 0, record.state, record.master_sha256)
 
     def _accepted(self, seq: int, record: Accepted) -> Iterator[Broken]:
         if record.update_id in self.known:
@@ -204,6 +177,12 @@ class Trail:
         self.known[record.update_id] = Known(record.site, record.manifest_sha256, "accepted")
         self.accepted[record.update_id] = (seq, record)
         self.pending[record.update_id] = record
+
+    def _published(self, seq: int, record: VersionCommitted | Anchored) -> Iterator[Broken]:
+        if isinstance(record, Anchored):
+            yield from self.lineage.anchor(record, self.version)
+        else:
+            yield from self._committed(seq, record)
 
     def _validated(self, record: Validated) -> Iterator[Broken]:
         if self.federation.aggregation.quality == "none" or record.update_id in self.losses:
@@ -282,6 +261,7 @@ class Trail:
                 "left-pending",
                 f"{len(self.pending) + len(self.quarantined)} accepted updates were neither merged nor dropped",
             )
+        yield from self.lineage.anchor_due(self.version)
         self.finished = True
 
     # -- versions ---
@@ -302,7 +282,9 @@ class Trail:
             yield from self._counted(record, planned)
         self.substituted, self.answered = None, set()
         self._merge(record)
-        yield from self._state(seq, record.version, record.state, record.master_sha256, record.optimizer_sha256)
+        yield from self.lineage.anchor_due(self.version)
+        digests = record.master_sha256, record.optimizer_sha256
+        yield from self.lineage.publish(seq, record.version, record.state, *digests)
         self.version = record.version
 
     def _round(self, parts: tuple[Contribution, ...]) -> Iterator[Broken]:
@@ -354,38 +336,6 @@ class Trail:
                 known = self.known[part.update_id]
                 known.outcome, known.version = "merged", record.version
                 known.staleness, known.weight = part.staleness, part.weight
-
-    def _state(self, seq: int, version: int, state: bytes, master: str, optimizer: str | None) -> Iterator[Broken]:
-        try:
-            manifest = manifest_from_bytes(state)
-        except RefusedError as error:
-            yield "state-manifest", error.message
-            return
-        wrong = self._wrong_fields(manifest, version)
-        if wrong:
-            yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
-        slots = version > 0 and self.federation.aggregation.mode != "fedasync"
-        if (optimizer is not None) != (slots and bool(SLOTS[self.federation.aggregation.server.optimizer])):
-            yield "slots-digest", "it has the digest of slots and needs none, or needs one and has none"
-        self.versions[version] = RecordedVersion(
-            row=seq,
-            transfer_id=manifest.transfer_id,
-            file_sha256=manifest.file_sha256,
-            manifest_sha256=hashlib.sha256(state).hexdigest(),
-            master_sha256=master,
-            optimizer_sha256=optimizer,
-        )
-
-    def _wrong_fields(self, manifest: Manifest, version: int) -> list[str]:
-        wanted = {
-            "transfer_id": manifest.file_sha256[:32],
-            "federation": self.federation.federation.name,
-            "fingerprint": self.plan.fingerprint,
-            "codec": self.federation.codec.down,
-            "slice_size": self.federation.codec.slice_kib * 1024,
-            "facts": StateFacts(version=version),
-        }
-        return [name for name, value in wanted.items() if getattr(manifest, name) != value]
 
 
 def miscounted(ours: tuple[Contribution, ...], recorded: tuple[Contribution, ...]) -> Iterator[Broken]:

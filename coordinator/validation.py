@@ -22,10 +22,11 @@ from coordinator.decisions import Validate, Validated
 from coordinator.disk import Disk
 from coordinator.leftovers import VALIDATION
 from coordinator.masters import TensorWriter
-from coordinator.means import Kept, reader_of
+from coordinator.means import Kept
 from shared import durable
 from shared.config import FederationConfig
 from shared.errors import ConfigError, UnavailableError
+from shared.states import open_part, open_state
 from shared.tensorfile import Shape
 
 RETRY_S = 30.0
@@ -103,11 +104,11 @@ def write_model(kept: Kept, job: Validate, shapes: Mapping[str, Shape], path: Pa
     CorruptError when either is gone or damaged, UnavailableError when the disk is full.
     """
     durable.make_folder(path.parent)
-    base, update = reader_of(kept.states, job.state_id), reader_of(kept.updates, job.update_id)
+    base, update = open_state(kept.states, job.base), open_part(kept.updates, job.update_id)
     with path.open("wb") as file:
         writer = TensorWriter(file.fileno(), path.parent, shapes, {})
         for name in shapes:
-            values = base.tensor(name)
+            values = base[name]
             if name in update.shapes:
                 update.add_tensor(name, 1.0, values)
             writer.write(name, values)

@@ -14,6 +14,7 @@ from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.records import (
     Accepted,
+    Anchored,
     Contribution,
     Dropped,
     Finished,
@@ -27,7 +28,7 @@ from coordinator.records import (
 )
 from coordinator.rows import Restored
 from shared.errors import ConfigError
-from shared.manifest import Manifest, manifest_from_bytes
+from shared.manifest import Manifest, StepFacts, manifest_from_bytes
 
 Fate = Literal["waiting", "quarantined", "merged", "rejected", "dropped"]
 
@@ -42,6 +43,9 @@ class VersionView:
     at: float
     """Unix seconds."""
     state: Manifest
+    """Of its state, or of the step to it."""
+    parts: tuple[str, ...]
+    """Transfers that make up its state: one that is whole, and the steps behind it."""
     master_sha256: str
     contributions: tuple[Contribution, ...]
 
@@ -147,15 +151,18 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
             case Opened():
                 opened = record
                 state = manifest_from_bytes(record.state)
-                versions.append(VersionView(0, state.created, state, record.master_sha256, ()))
+                parts = parts_after((), record)
+                versions.append(VersionView(0, state.created, state, parts, record.master_sha256, ()))
             case Accepted() | Rejected():
                 updates[record.update_id] = _born(record)
             case Validated() | Quarantined() | Released() | Dropped():
                 updates[record.update_id] = _moved(updates[record.update_id], record)
             case VersionCommitted():
-                versions.append(_version(record))
+                versions.append(_version(record, versions[-1]))
                 for part in record.contributions:
                     updates[part.update_id] = _merged(updates[part.update_id], part, record)
+            case Anchored():
+                versions[-1] = replace(versions[-1], parts=parts_after((), record))
             case Finished():
                 finished_at = record.at
     if opened is None:
@@ -238,8 +245,9 @@ def _moved(life: UpdateLife, record: Validated | Quarantined | Released | Droppe
 
 
 def _summed_up(ledger: Ledger, at: float) -> Iterator[VersionView]:
-    for version, state in ledger.states.items():
-        yield VersionView(version, at, state, ledger.files[version].master, ())
+    for version, published in ledger.published.items():
+        state, master = published.transfers[-1], ledger.files[version].master
+        yield VersionView(version, at, state, ledger.parts(version), master, ())
 
 
 def _settled(update_id: str, since: Restored) -> UpdateLife:
@@ -271,9 +279,18 @@ def _merged(life: UpdateLife, part: Contribution, record: VersionCommitted) -> U
     )
 
 
-def _version(record: VersionCommitted) -> VersionView:
-    state = manifest_from_bytes(record.state)
-    return VersionView(record.version, record.at, state, record.master_sha256, record.contributions)
+def _version(record: VersionCommitted, before: VersionView) -> VersionView:
+    state, parts = manifest_from_bytes(record.state), parts_after(before.parts, record)
+    return VersionView(record.version, record.at, state, parts, record.master_sha256, record.contributions)
+
+
+def parts_after(before: tuple[str, ...], record: Opened | VersionCommitted | Anchored) -> tuple[str, ...]:
+    """Return the transfers that make up the state that a record publishes: one that is whole, then steps.
+
+    `before` are those of the version before.
+    """
+    manifest = manifest_from_bytes(record.state)
+    return (*(before if isinstance(manifest.facts, StepFacts) else ()), manifest.transfer_id)
 
 
 def _summary(site: str, lives: Sequence[UpdateLife]) -> SiteSummary:

@@ -25,6 +25,7 @@ from edge_client.refusals import turned_away
 from edge_client.renewal import Renewals
 from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
+from edge_client.states import States
 from edge_client.training import TrainedUpdate, Trainer
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
@@ -33,11 +34,10 @@ from shared.faultpoint import passing
 from shared.link import Link, LinkOptions, Publication
 from shared.logs import beside
 from shared.mailroom import Mailroom
-from shared.manifest import Manifest, UpdateFacts
+from shared.manifest import Manifest, StepFacts, UpdateFacts
 from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Renewal, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.spooler import Spooler
-from shared.store import FrameStore
 from shared.tasks import first_error
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
@@ -68,7 +68,7 @@ class Agent:
         self.name = federation.federation.name
         self.heads = Heads(config.storage)
         self.renewals = Renewals(config, federation, identity.session)
-        self.states = FrameStore(config.storage / "states")
+        self.states = States(config.storage / "states", federation, identity.fingerprint)
         self.scratch = config.storage / "work"
         self.session = Session(
             identity,
@@ -76,6 +76,7 @@ class Agent:
             outbox=outbox.pending(),
             trained=outbox.trained(),
             outbox_max=config.outbox_max,
+            held=self.states.held(),
         )
         self.guard = site_guard(
             federation,
@@ -98,7 +99,7 @@ class Agent:
         self.mail = Mailroom(self.link, self.guard, self.name, self, log)
         self.pump = Pump(self._read_update_chunk, self.link.publish, self._chunk_sent)
         self.spooler = Spooler(
-            self.states,
+            self.states.store,
             open_chunk=self.guard.open_chunk,
             stored=self._chunks_stored,
             refused=self._chunk_refused,
@@ -119,7 +120,7 @@ class Agent:
 
     async def run(self) -> None:
         """Take part until the session says Exit; RefusedError when it says why."""
-        self.states.recover()
+        self.states.store.recover()
         durable.make_folder(self.scratch)
         for left in self.scratch.iterdir():
             durable.remove(left)
@@ -173,20 +174,20 @@ class Agent:
         else:
             self._events.put_nowait(d.Received(message))
 
-    def hears(self, _site: str | None) -> bool:
+    def hears(self, _site: str | None, _size: int) -> bool:
         """See Desk."""
         return True
 
     def take_chunk(self, _site: str | None, chunk: Chunk) -> None:
         """See Desk."""
-        if self.session.accepts(chunk.transfer_id, chunk.index):
+        if self.session.pulls.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
     async def caught_up(self) -> None:
         """See Desk."""
         await self.spooler.caught_up()
 
-    def refused(self, _site: str | None, error: RefusedError) -> None:
+    def refused(self, _site: str | None, error: RefusedError, _size: int) -> None:
         """See Desk."""
         if isinstance(error, StaleKeyError):
             self._ask_for_keys()
@@ -209,8 +210,8 @@ class Agent:
     def _chunks_stored(self, transfer_id: str, indices: tuple[int, ...]) -> None:
         self._events.put_nowait(d.ChunksStored(transfer_id, indices))
 
-    def _chunk_refused(self, transfer_id: str, rule: str) -> None:
-        log.warning("refused a chunk", state=transfer_id, rule=rule)
+    def _chunk_refused(self, chunk: Chunk, rule: str) -> None:
+        log.warning("refused a chunk", state=chunk.transfer_id, rule=rule)
         if rule == "bad-seal":
             self._ask_for_keys()
 
@@ -249,6 +250,8 @@ class Agent:
                 work = self.spooler.close(job.transfer_id, delete=True)
             case d.Verify():
                 work = self._verify(job.transfer_id)
+            case d.StepOn():
+                work = self._step_on(job)
             case d.Train():
                 self._training = self._tasks.create_task(self._train(job.base))
                 return
@@ -276,11 +279,11 @@ class Agent:
     async def _open_spool(self, manifest: Manifest) -> None:
         try:
             have = await self.disk.given_room(self.spooler.open, manifest)
-        except CorruptError as error:
+        except (CorruptError, RefusedError) as error:  # refused: it lies here in other frames, made by steps perhaps
             await self._fetch_again(manifest.transfer_id, error)
             return
         # What earlier lives of this process began to pull would otherwise stay until one pull is complete.
-        await asyncio.to_thread(self._forget_states_but, manifest.transfer_id)
+        await self._forget_states_but(manifest.transfer_id)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
     async def _verify(self, transfer_id: str) -> None:
@@ -290,9 +293,14 @@ class Agent:
         except (RefusedError, CorruptError) as error:
             await self._fetch_again(transfer_id, error)
             return
-        log.info("pulled", version=stored.manifest.state.version)
-        await asyncio.to_thread(self._forget_states_but, transfer_id)
-        self._events.put_nowait(d.StateReady(stored.manifest))
+        pulled, step = stored.manifest, isinstance(stored.manifest.facts, StepFacts)
+        log.info("pulled a step" if step else "pulled", version=pulled.version)
+        await self._forget_states_but(transfer_id)
+        self._events.put_nowait(d.StepReady(transfer_id) if step else d.StateReady(pulled))
+
+    async def _step_on(self, job: d.StepOn) -> None:
+        # What it was made of goes when the next pull begins: the session has not let go of it yet.
+        self._events.put_nowait(await self.disk.given_room(asyncio.to_thread, self.states.step_on, job.base, job.steps))
 
     async def _fetch_again(self, transfer_id: str, error: RefusedError | CorruptError) -> None:
         """A state is not what was announced: it came so, or the disk has spoilt it since."""
@@ -301,15 +309,8 @@ class Agent:
         await self.spooler.close(transfer_id, delete=True)
         self._events.put_nowait(d.StateBroken(transfer_id))
 
-    def _forget_states_but(self, transfer_id: str) -> None:
-        """Only the newest state is worth its disk space, and those in use."""
-        session = self.session
-        pulled = session.pull.manifest if session.pull else None
-        used = {manifest.transfer_id for manifest in (session.ready, session.training, pulled) if manifest}
-        used.add(transfer_id)
-        for other in self.states.ids() + self.states.partial_ids():
-            if other not in used:
-                self.states.delete(other)
+    async def _forget_states_but(self, transfer_id: str) -> None:
+        await asyncio.to_thread(self.states.forget_all_but, lambda: {transfer_id, *self.session.states_in_use})
 
     async def _train(self, base: Manifest) -> None:
         number = base.state.version
@@ -320,9 +321,7 @@ class Agent:
         try:
             await self.disk.until_room(base, self.federation.codec)
             try:
-                stored = await asyncio.to_thread(self.states.get, base.transfer_id)
-                assert stored is not None, "a state that is ready is in the store"
-                await self.disk.given_room(asyncio.to_thread, stored.extract, state_file)
+                await self.disk.given_room(asyncio.to_thread, self.states.extract, base, state_file)
             except CorruptError as error:
                 await self._fetch_again(base.transfer_id, error)
                 return
@@ -385,7 +384,7 @@ class Agent:
 
     def _status(self) -> Status:
         session, counters, standing = self.session, self.link.counters, self.worker.standing
-        at = session.training or session.ready
+        at = session.training or session.pulls.ready
         return Status(
             site=self.config.name,
             session=self.identity.session,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 
 from edge_client.tasks import IGNORED, Window
 
@@ -46,6 +47,26 @@ def make_batches(
             per_token=per_token,
         )
         for start in range(0, len(order), size)
+    )
+
+
+def side_by_side(batches: Sequence[Batch], *, pad_id: int, causal: bool, per_token: bool) -> Batch:
+    """Return the windows of several batches as one, padded to its longest; hidden states too, where all have them."""
+    longest = max(batch.ids.shape[1] for batch in batches)
+
+    def padded(values: torch.Tensor, value: float) -> torch.Tensor:
+        behind = (0, 0) * (values.ndim - 2) + (0, longest - values.shape[1])
+        return nn.functional.pad(values, behind, value=value)
+
+    masks = [torch.ones_like(batch.ids) if batch.mask is None else batch.mask for batch in batches]
+    mask = torch.cat([padded(each, 0) for each in masks])
+    kept = [batch.hidden for batch in batches if batch.hidden is not None]
+    return Batch(
+        ids=torch.cat([padded(batch.ids, pad_id) for batch in batches]),
+        targets=torch.cat([padded(batch.targets, IGNORED) if per_token else batch.targets for batch in batches]),
+        mask=None if causal or bool(mask.all()) else mask,
+        windows=tuple(window for batch in batches for window in batch.windows),
+        hidden=(lambda: torch.cat([padded(read(), 0) for read in kept])) if kept else None,
     )
 
 

@@ -49,16 +49,30 @@ class ChunksStored:
 
 @dataclass(frozen=True, slots=True)
 class StateReady:
-    """A state is complete and verified (also: was already here when we started)."""
+    """A state is complete and verified (also: was already here when we started, or was made by steps)."""
 
     manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
-class StateBroken:
-    """A state that was pulled, or began to be, is not what its manifest says; its bytes are gone."""
+class StepReady:
+    """A step is complete and verified (also: was already here when we started)."""
 
     transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateBroken:
+    """A state or step that was pulled, or began to be, is not what its manifest says; its bytes are gone."""
+
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unmade:
+    """No state came of steps; those of these transfers that were to blame are gone."""
+
+    broken: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,42 +104,39 @@ class Tick:
     """More of a message that is not here whole has come in since the last one."""
 
 
-Event = (
-    LinkUp
-    | LinkDown
-    | Received
-    | SpoolOpened
-    | ChunksStored
-    | StateReady
-    | StateBroken
-    | Trained
-    | Lost
-    | ChunkSent
-    | Tick
-)
+PullEvent = SpoolOpened | ChunksStored | StateReady | StepReady | StateBroken | Unmade
+Event = LinkUp | LinkDown | Received | PullEvent | Trained | Lost | ChunkSent | Tick
 
 # -- decisions ---
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSpool:
-    """Open or resume the spool of a state and answer SpoolOpened, or StateBroken."""
+    """Open or resume the spool of a state or step and answer SpoolOpened, or StateBroken."""
 
     manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class CloseSpool:
-    """Give up a state that is not wanted any more; delete its bytes."""
+    """Give up a state or step that is not wanted any more; delete its bytes."""
 
     transfer_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Move a complete state into the store, check it, and answer StateReady or StateBroken."""
+    """Move a complete transfer into the store, check it, and answer StateReady, StepReady or StateBroken."""
 
     transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepOn:
+    """Make the state that these steps lead to, one after the other, durably, and answer StateReady or Unmade."""
+
+    base: Manifest
+    steps: tuple[Manifest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +174,7 @@ class Exit:
     detail: str = ""
 
 
-Job = OpenSpool | CloseSpool | Verify | Train | CancelTraining | SendChunks | Settle | Exit
+Job = OpenSpool | CloseSpool | Verify | StepOn | Train | CancelTraining | SendChunks | Settle | Exit
 
 
 @dataclass(slots=True)

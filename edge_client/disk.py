@@ -35,7 +35,7 @@ class Disk:
 
     async def until_room(self, base: Manifest, codec: CodecSection) -> None:
         """Return when there is room to train on a state: its file, a float32 delta, the sealed update, its residual."""
-        values = base.file_size * 8 // VALUE_BITS[codec.down]
+        values = base.file_size * 8 // VALUE_BITS[codec.whole]
         sealed = values * VALUE_BITS[codec.up] // 8
         residual = values * VALUE_BITS[RESIDUAL_CODEC] // 8 if codec.decay else 0
         needed = base.file_size + 4 * values + sealed + residual

@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import FederationConfig, LocalLayersSection, PrefixSection
+from shared.config import Clipping, FederationConfig, LocalLayersSection, PrefixSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -50,6 +50,7 @@ class Load(_Frame):
     """Where to write the tensors that are trained as the model's folder has them: version 0 of a federation."""
     trains: bool = True
     """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
+    clipping: Clipping = "record"
 
 
 class Train(_Frame):

@@ -5,7 +5,7 @@ Theory of operation
 Four things go on at once, and none waits for another without need:
 
     link     say hello on each connection and to each coordinator that boots anew, until welcome or refused
-    pull     fetch the announced state, unless it is here; one state at a time
+    pull     fetch what leads to the announced state, unless that is here (`edge_client.pulling`)
     train    train once on each state that arrives; needs no link; pauses when the outbox is full; once more, later,
              when the update was rejected and nothing newer has come
     push     offer the oldest sealed update, send what the coordinator wants, until its receipt is here
@@ -14,7 +14,7 @@ The site is the side that comes and goes, so it owns the timers, and there is on
 no progress for `stall_s` (doubling up to `cap_s` while nothing answers) it asks for again.
 
 The announcement is believed: a coordinator restored from a backup may announce an older version, and then that one is
-pulled and trained. States are therefore told apart by transfer id, never by number.
+pulled and trained. States are therefore told apart by digest, never by number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from typing import assert_never
 
 from edge_client import decisions as d
 from edge_client.patience import Patience
-from edge_client.under_way import Pull, Push
+from edge_client.pulling import Pulling
+from edge_client.under_way import Push
 from shared.config import LinkSection
 from shared.manifest import Manifest
 from shared.messages import Announce, Hello, Message, Offer, Phase, Probe, Receipt, Refused, Wait, Want, Welcome
-from shared.transfer import Receiver, Sender, SenderState
-
-ABANDON_BELOW = 0.5
-"""A pull is given up for a newer version while less than this share of it is here."""
+from shared.transfer import Sender, SenderState
 
 RETRAIN_S, RETRAIN_CAP_S = 30.0, 3600.0
 """A state whose update was rejected is trained on again if it is still the newest after so long; doubling each time."""
@@ -56,11 +54,18 @@ class Session:
     """See the module's docstring.
 
     `outbox` are the sealed updates without receipt, oldest first; `trained` the digests of the states that were
-    trained on, so that a restart does not train twice.
+    trained on, so that a restart does not train twice; `held` is the newest state that lies here whole.
     """
 
     def __init__(
-        self, identity: Identity, *, link: LinkSection, outbox: list[Manifest], trained: set[str], outbox_max: int
+        self,
+        identity: Identity,
+        *,
+        link: LinkSection,
+        outbox: list[Manifest],
+        trained: set[str],
+        outbox_max: int,
+        held: Manifest | None = None,
     ) -> None:
         self.identity = identity
         self.link = link
@@ -69,10 +74,8 @@ class Session:
         self.outbox_max = outbox_max
         self.connected = False
         self.welcome = False
-        self.announced: Announce | None = None
-        self.ready: Manifest | None = None
+        self.pulls = Pulling(link, held)
         self.training: Manifest | None = None
-        self.pull: Pull | None = None
         self.push: Push | None = None
         self._boot: str | None = None
         self._hello_patience = self._patience()
@@ -91,22 +94,21 @@ class Session:
             return "training"
         if self.push is not None or self.outbox:
             return "uploading"
-        if self.pull is not None:
+        if self.pulls.busy:
             return "pulling"
         if self.announced is not None and self.announced.final:
             return "done"
         return "waiting" if self.welcome else "starting"
 
-    def accepts(self, transfer_id: str, index: int) -> bool:
-        """Whether a chunk that arrives now is to be written."""
-        pull = self.pull
-        return (
-            pull is not None
-            and pull.manifest.transfer_id == transfer_id
-            and pull.receiver.open
-            and index < pull.manifest.frames
-            and index not in pull.receiver.have
-        )
+    @property
+    def states_in_use(self) -> set[str]:
+        """Ids of the states and steps that must stay on the disk."""
+        return self.pulls.in_use | ({self.training.transfer_id} if self.training else set())
+
+    @property
+    def announced(self) -> Announce | None:
+        """What the coordinator said last of this federation's newest version."""
+        return self.pulls.announced
 
     def handle(self, event: d.Event, now: float, wall: float) -> d.Decision:
         """Decide; `now` is monotonic seconds, `wall` unix seconds (for the hello only)."""
@@ -119,14 +121,8 @@ class Session:
                 self._link_down()
             case d.Received():
                 self._receive(event.message, now, wall, out)
-            case d.SpoolOpened():
-                self._spool_opened(event, now, out)
-            case d.ChunksStored():
-                self._chunks_stored(event, now, out)
-            case d.StateReady():
-                self._state_ready(event.manifest)
-            case d.StateBroken():
-                self._state_broken(event.transfer_id)
+            case d.SpoolOpened() | d.ChunksStored() | d.StateReady() | d.StepReady() | d.StateBroken() | d.Unmade():
+                self._pulled(event, now, out)
             case d.Trained():
                 # Sealed in the moment in which the run ended: it is offered like any other, and gets its answer.
                 self.training = None
@@ -161,7 +157,7 @@ class Session:
                 frozen_sha256=me.frozen_sha256,
                 software=me.software,
                 clock=wall,
-                heard=heard.manifest.transfer_id if heard else None,
+                heard=heard.state_id if heard else None,
                 heard_final=heard is not None and heard.final,
             )
         )
@@ -170,8 +166,7 @@ class Session:
         self.connected = self.welcome = False
         self._boot = None
         self.push = None
-        if self.pull is not None and self.pull.receiver.open:
-            self.pull.receiver.credit(granted=False)
+        self.pulls.link_down()
 
     def _receive(self, message: Message, now: float, wall: float, out: d.Decision) -> None:
         match message:
@@ -181,7 +176,7 @@ class Session:
                 self.welcome = True
                 self._boot = message.boot
                 self._idle_patience.moved(now)
-                self._want(now, out, restart=True)
+                self.pulls.want(now, out, restart=True)
             case Probe(session=self.identity.session):
                 self._greet(now, wall, out)
             case Refused(session=self.identity.session):
@@ -198,65 +193,19 @@ class Session:
     def _announce(self, announce: Announce, now: float, wall: float, out: d.Decision) -> None:
         if announce.fingerprint != self.identity.fingerprint:
             return  # perhaps retained from an earlier run; the coordinator's answer to our hello decides
-        again, self.announced = self.announced == announce, announce
+        pull, again = self.pulls.pull, self.announced == announce
+        self.pulls.announced = announce
         if self.connected and self._boot not in {None, announce.boot}:
             # A coordinator that has just booted knows nothing of us.
             self.push, self._boot = None, announce.boot
             self._greet(now, wall, out)
-        elif again and self.pull is not None and self.pull.begins_anew(now, within_s=ANEW_S):
-            self._want(now, out, restart=True)  # its link was away, and with it what it had sent us
+        elif again and pull is not None and pull.begins_anew(now, within_s=ANEW_S) and self.welcome:
+            self.pulls.want(now, out, restart=True)  # its link was away, and with it what it had sent us
 
-    # -- pull ---
-
-    def _spool_opened(self, event: d.SpoolOpened, now: float, out: d.Decision) -> None:
-        pull = self.pull
-        if pull is None or pull.manifest.transfer_id != event.transfer_id:
-            return
-        pull.receiver.opened(event.have)
-        if pull.receiver.complete:
-            out.jobs.append(d.Verify(event.transfer_id))
-        else:
-            self._want(now, out, restart=True)
-
-    def _chunks_stored(self, event: d.ChunksStored, now: float, out: d.Decision) -> None:
-        pull = self.pull
-        if pull is None or pull.manifest.transfer_id != event.transfer_id or not pull.receiver.open:
-            return
-        pull.unacknowledged += pull.receiver.stored(event.indices)
-        pull.patience.moved(now)
-        if pull.receiver.complete:
-            out.jobs.append(d.Verify(event.transfer_id))
-            self._say_want(pull, out, restart=False)
-        elif pull.unacknowledged >= max(1, self.link.window // 2):
-            self._want(now, out, restart=False)
-
-    def _want(self, now: float, out: d.Decision, *, restart: bool) -> None:
-        pull = self.pull
-        if pull is None or not self.welcome or not pull.receiver.open:
-            return
-        pull.receiver.credit(granted=True)
-        pull.unacknowledged = 0
-        if not (restart and pull.begins_anew(now)):
-            pull.patience.moved(now)
-        self._say_want(pull, out, restart=restart)
-
-    def _say_want(self, pull: Pull, out: d.Decision, *, restart: bool) -> None:
-        have = pull.receiver.have.to_bytes()
-        out.sends.append(
-            Want(transfer_id=pull.manifest.transfer_id, have=have, window=self.link.window, restart=restart)
-        )
-
-    def _state_ready(self, manifest: Manifest) -> None:
-        self.ready = manifest
-        if self.pull is not None and self.pull.manifest.transfer_id == manifest.transfer_id:
-            self.pull = None
-
-    def _state_broken(self, transfer_id: str) -> None:
-        """Forget it; what is announced and not here is pulled."""
-        if self.pull is not None and self.pull.manifest.transfer_id == transfer_id:
-            self.pull = None
-        if self.training is not None and self.training.transfer_id == transfer_id:
-            self.training = self.ready = None
+    def _pulled(self, event: d.PullEvent, now: float, out: d.Decision) -> None:
+        self.pulls.take(event, now, out, welcome=self.welcome)
+        if isinstance(event, d.StateBroken) and self.training and self.training.transfer_id == event.transfer_id:
+            self.training = self.pulls.ready = None
 
     # -- push ---
 
@@ -315,39 +264,18 @@ class Session:
     # -- what follows from where we stand ---
 
     def _go_on(self, now: float, out: d.Decision) -> None:
-        self._next_pull(now, out)
+        self.pulls.go_on(now, out)
         self._next_training(out)
         self._next_push(now, out)
         if self.announced is not None and self.announced.final:
             if self.training is not None:
                 self.training = None
                 out.jobs.append(d.CancelTraining())
-            if not self.outbox and self._has(self.announced):
+            if not self.outbox and self.pulls.arrived:
                 out.jobs.append(d.Exit())
 
-    def _has(self, announce: Announce | None) -> bool:
-        return (
-            announce is not None and self.ready is not None and self.ready.transfer_id == announce.manifest.transfer_id
-        )
-
-    def _next_pull(self, now: float, out: d.Decision) -> None:
-        announce = self.announced
-        if announce is None or self._has(announce):
-            return
-        wanted, pull = announce.manifest, self.pull
-        if pull is not None:
-            if pull.manifest.transfer_id == wanted.transfer_id:
-                return
-            if len(pull.receiver.have) >= ABANDON_BELOW * pull.manifest.frames or not pull.receiver.open:
-                return  # finish it, train on it, be a little late
-            pull.receiver.close()
-            out.jobs.append(d.CloseSpool(pull.manifest.transfer_id))
-        self.pull = Pull(wanted, Receiver(wanted.frames), self._patience())
-        self.pull.patience.moved(now)
-        out.jobs.append(d.OpenSpool(wanted))
-
     def _next_training(self, out: d.Decision) -> None:
-        ready = self.ready
+        ready = self.pulls.ready
         if ready is None or self.training is not None or len(self.outbox) >= self.outbox_max:
             return
         if ready.file_sha256 in self.trained or (self.announced is not None and self.announced.final):
@@ -374,10 +302,11 @@ class Session:
         if self.push is not None and not self.push.unsent and self.push.patience.spent(now):
             self.push.sender.restart()
             out.sends.append(Offer(manifest=self.push.manifest))
-        if self.pull is not None and tick.receiving:
-            self.pull.patience.moved(now)
-        elif self.pull is not None and self.pull.patience.spent(now):
-            self._want(now, out, restart=True)
+        pull = self.pulls.pull
+        if pull is not None and tick.receiving:
+            pull.patience.moved(now)
+        elif pull is not None and pull.patience.spent(now):
+            self.pulls.want(now, out, restart=True)
         if self._stuck_with_rejected() and self._retrain_patience.spent(now):
             self.trained.discard(self._rejected)
         # With nothing to do but wait for an announcement, make sure that none was lost.
@@ -388,7 +317,7 @@ class Session:
 
     def _stuck_with_rejected(self) -> bool:
         """Whether our update of the newest state was rejected: if everybody's was, nobody else makes a next version."""
-        ready = self.ready
-        if ready is None or not self._has(self.announced):
+        ready = self.pulls.ready
+        if ready is None or not self.pulls.arrived:
             return False
         return ready.file_sha256 == self._rejected and ready.file_sha256 in self.trained

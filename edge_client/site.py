@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
 import structlog
@@ -11,6 +12,7 @@ from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
 from edge_client.privacy.metered import check_privacy, metered
 from edge_client.session import Identity
+from edge_client.states import States
 from edge_client.worker_client import WorkerClient
 from shared import durable
 from shared.config import FederationConfig, SiteConfig
@@ -36,9 +38,11 @@ async def run_site(config: SiteConfig, federation: FederationConfig) -> None:
 
 
 async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: Outbox, worker: WorkerClient) -> None:
+    # Where versions travel as steps, the first thing to step on from is here already: in the base model.
+    initial = config.storage / "work" / "initial.safetensors" if _begins(config, federation) else None
     trainer = metered(worker, outbox, config, federation)
     async with worker:
-        loaded = await worker.load()
+        loaded = await worker.load(initial=initial)
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))
         if loaded.limit:
             log.info("trains fewer blocks than planned", blocks=loaded.depth, limit=f"layers.{loaded.limit}")
@@ -50,4 +54,15 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
             frozen_sha256=loaded.plan.frozen_sha256,
             software=f"mailboat {version('mailboat')}",
         )
+        if initial is not None:
+            states = States(config.storage / "states", federation, identity.fingerprint)
+            await asyncio.to_thread(states.begin, initial)
         await Agent(config, federation, identity, outbox, trainer).run()
+
+
+def _begins(config: SiteConfig, federation: FederationConfig) -> bool:
+    """Whether this site follows steps and has no state yet to add them to."""
+    if not federation.codec.steps or any((config.storage / "states").glob("*.manifest")):
+        return False
+    durable.make_folder(config.storage / "work")
+    return True

@@ -277,7 +277,8 @@ class Worker:
             return None
         from edge_client.privacy.descent import make_private  # and Opacus, which takes 1.5 s and 110 MB
 
-        return make_private(self._loaded, notes, self._job.federation, section, self._keep("training"))
+        job = self._job
+        return make_private(self._loaded, notes, job.federation, section, job.clipping, self._keep("training"))
 
     def _dataset(self, notes: Sequence[AnyNote], batch_size: int, keep: Keep) -> Dataset:
         seed = self._job.federation.federation.seed

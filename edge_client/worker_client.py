@@ -72,6 +72,7 @@ def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bo
         storage=config.storage if trains else None,
         keep_free=config.min_free_mib * MIB,
         trains=trains,
+        clipping=config.privacy.clipping,
     )
 
 

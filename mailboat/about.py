@@ -8,11 +8,12 @@ whoever uses it measures that on notes of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -84,7 +85,7 @@ class Provenance:
 def provenance(subject: Subject, plan: SealedPlan, run: RunView | None, *, full_precision: bool) -> Provenance:
     """Put together what is known of a version; a site, which has no journal (`run`), knows of no other's part."""
     state = subject.state
-    number, federation = state.state.version, subject.federation
+    number, federation = state.version, subject.federation
     merged = [life for life in run.updates.values() if _counts(life, number)] if run else []
     return Provenance(
         federation=federation.federation.name,
@@ -94,7 +95,7 @@ def provenance(subject: Subject, plan: SealedPlan, run: RunView | None, *, full_
         architecture=plan.architecture,
         version=number,
         file="float32 master" if full_precision else "published state",
-        file_sha256=(subject.master_sha256 or "") if full_precision else state.file_sha256,
+        file_sha256=(subject.master_sha256 or "") if full_precision else state.leads_to,
         trained_parameters=plan.trained_parameters,
         total_parameters=plan.total_parameters,
         layers=plan.layers,
@@ -128,12 +129,17 @@ def write_about(out: Path, federation: FederationConfig, found: Provenance, *, a
 
 
 def federation_of(folder: Path) -> FederationConfig:
-    """Return what `write_about` said of task, layers and adapters; ConfigError when it is not there or not sound."""
+    """Return what `write_about` said of task, layers and adapters; ConfigError when it is not there or not sound.
+
+    Whoever puts the adapters of a folder onto another base model than theirs is refused: its hash is agreed on.
+    """
     path = folder / FACTS
     try:
         said: Any = json.loads(path.read_bytes())
         wanted = {key: said[key] for key in ("task", "layers", "adapter", "model")}
         name, seed = said["provenance"]["federation"], said["seed"]
+        if wanted["adapter"]:
+            wanted["model"] = {**wanted["model"], "frozen_sha256": said["provenance"]["frozen_sha256"]}
         return FederationConfig.model_validate({"federation": {"name": name, "seed": seed}, **wanted})
     except FileNotFoundError:
         hint = "name the federation file whose task the model learnt: --federation"
@@ -214,26 +220,35 @@ def _privacy(federation: FederationConfig, found: Provenance) -> Iterator[str]:
 
 
 def _usage(federation: FederationConfig, *, adapters: bool) -> Iterator[str]:
-    classes = {
-        "ner": "AutoModelForTokenClassification",
-        "classification": "AutoModelForSequenceClassification",
-        "multilabel": "AutoModelForSequenceClassification",
-        "extraction": "AutoModelForCausalLM",
-    }
-    yield from ("```", "mailboat predict --model . --notes NOTES --out FOUND.jsonl", "```", "")
-    name = classes.get(federation.task.kind)
-    if name is None:
+    base = " --base BASE" if adapters else ""
+    yield from ("```", f"mailboat predict --model .{base} --notes NOTES --out FOUND.jsonl", "```", "")
+    if adapters:
+        yield "where BASE is the folder of the base model; another one than that above is refused."
+    name, each, besides = _CLASSES.get(federation.task.kind, ("", 0, 0))
+    if not name:
         yield f"It needs the package that brings the task `{federation.task.kind}`."
         return
-    yield "or, without Mailboat:"
-    yield from ("", "```python")
+    yield from ("Or, without Mailboat:", "", "```python")
+    yield f"from transformers import {name}, AutoTokenizer"
     if adapters:
-        yield from (f"from transformers import {name}", "from peft import PeftModel", "")
-        yield f'model = PeftModel.from_pretrained({name}.from_pretrained(BASE), ".")'
+        wanted = f", num_labels={each * len(federation.task.labels) + besides}" if each else ""
+        yield from ("from peft import PeftModel", "", f"base = {name}.from_pretrained(BASE{wanted})")
+        yield 'model, tokenizer = PeftModel.from_pretrained(base, "."), AutoTokenizer.from_pretrained(".")'
     else:
-        yield from (f"from transformers import {name}, AutoTokenizer", "")
-        yield f'model, tokenizer = {name}.from_pretrained("."), AutoTokenizer.from_pretrained(".")'
+        yield from ("", f'model, tokenizer = {name}.from_pretrained("."), AutoTokenizer.from_pretrained(".")')
     yield "```"
+
+
+_CLASSES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
+    {
+        "ner": ("AutoModelForTokenClassification", 2, 1),
+        "classification": ("AutoModelForSequenceClassification", 1, 0),
+        "multilabel": ("AutoModelForSequenceClassification", 1, 0),
+        "extraction": ("AutoModelForCausalLM", 0, 0),
+    }
+)
+"""Of each task the class of transformers that has its head, and how many classes each label makes, and how many more
+there are: peft does not say it to the base model."""
 
 
 def _limits(found: Provenance) -> Iterator[str]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
 from coordinator.views import RunView, find_version, load_run
-from mailboat.about import provenance, write_about
+from mailboat.about import base_name, provenance, write_about
 from mailboat.console import measure_title
 from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError, CorruptError
-from shared.manifest import Manifest
+from shared.manifest import Manifest, StateFacts
+from shared.states import open_state
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Subject:
     storage: Path
     federation: FederationConfig
     state: Manifest
+    """Or of the step that makes it."""
+    parts: tuple[str, ...]
+    """Transfers that make it up."""
     source: str | Path
     """The base model."""
     master_sha256: str | None = None
@@ -76,13 +80,13 @@ class Subject:
     def title(self) -> str:
         """What it is, for people."""
         at = f" at {self.site}" if self.site else ""
-        return f"version {self.state.state.version}{at}"
+        return f"version {self.state.version}{at}"
 
     def detail(self, *, full_precision: bool) -> str:
         """Which file of it is meant, for people."""
         if full_precision and self.master_sha256:
             return f" in full precision (master {self.master_sha256[:12]})"
-        return f" (state {self.state.file_sha256[:12]})"
+        return f" (state {self.state.leads_to[:12]})"
 
 
 def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
@@ -90,7 +94,8 @@ def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
     federation = load_config(config.federation, FederationConfig)
     run = load_run(config.storage)
     found = find_version(run, version)
-    return Subject(config.storage, federation, found.state, federation.model.base, found.master_sha256, run)
+    source = federation.model.base
+    return Subject(config.storage, federation, found.state, found.parts, source, found.master_sha256, run)
 
 
 def of_site(config: SiteConfig) -> Subject:
@@ -98,12 +103,14 @@ def of_site(config: SiteConfig) -> Subject:
     folder = config.storage / "states"
     store = FrameStore(folder) if folder.is_dir() else None
     stored = [store.get(state_id) for state_id in store.ids()] if store else []
-    states = sorted((each.manifest for each in stored if each), key=lambda manifest: manifest.state.version)
-    if not states:
+    states = [each.manifest for each in stored if each and isinstance(each.manifest.facts, StateFacts)]
+    newest = max(states, key=lambda state: state.version, default=None)
+    if newest is None:
         raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
     federation = load_config(config.federation, FederationConfig)
     source = config.model_dir or federation.model.base
-    return Subject(config.storage, federation, states[-1], source, site=config.name)
+    parts = (newest.transfer_id,)
+    return Subject(config.storage, federation, newest, parts, source, site=config.name)
 
 
 def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:
@@ -150,14 +157,23 @@ def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
 
 
 def load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`."""
+    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`.
+
+    ConfigError when adapters' base model is not where the federation says.
+    """
     if not federation.adapter.used:
         return _load(folder, federation)
     if not (folder / "adapter_config.json").exists():
         # The adapters are in the weights, which are thus not those that everybody started from.
         whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
         return _load(folder, federation.model_copy(update=whole))
-    loaded = _load(federation.model.base, federation)
+    base = federation.model.base
+    if base_name(base) != base and not Path(base).expanduser().is_dir():
+        raise ConfigError(
+            f"{folder} holds adapters, and their base model is not at {base}",
+            hint="name its folder here: predict --base, or [model] base in federation.toml",
+        )
+    loaded = _load(base, federation)
     from edge_client.adapter_folder import read_adapters
 
     read_adapters(loaded, folder)
@@ -177,18 +193,11 @@ def _with_state(subject: Subject, *, full_precision: bool = False) -> LoadedMode
 
 
 def _state(subject: Subject) -> State:
-    storage, state = subject.storage, subject.state
-    stored = FrameStore(storage / "states").get(state.transfer_id)
-    if stored is None:
-        raise CorruptError(
-            f"{storage / 'states'} lacks the state of version {state.state.version}", hint="restore it from a backup"
-        )
-    with stored.open_tensors(verify=True) as reader:
-        return dict(reader.tensors())
+    return dict(open_state(FrameStore(subject.storage / "states"), subject.parts))
 
 
 def _master(subject: Subject) -> State:
-    version = subject.state.state.version
+    version = subject.state.version
     path = master_path(subject.storage / "masters", version)
     if not path.exists():
         raise ConfigError(

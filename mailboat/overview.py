@@ -97,7 +97,7 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
         pending=pending,
         bytes_up=live.bytes_up if live else 0,
         bytes_down=live.bytes_down if live else 0,
-        state_sha256=run.current.state.file_sha256,
+        state_sha256=run.current.state.leads_to,
         seen_at=live.at if live else None,
         waiting_for=_waiting_for(
             run, rows, federation, running=running, connected=connected, merging=merging, pending=pending

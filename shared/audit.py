@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgpack
 
 from shared.errors import CorruptError, NoRoomError, UnavailableError
-from shared.manifest import manifest_from_bytes
+from shared.manifest import StepFacts, manifest_from_bytes
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -90,7 +90,7 @@ _SHOWN_AS = {"seq": "row"}
 
 
 def line_of(row: Row) -> Line:
-    """Return a row's line; a manifest inside it is cut down to id, file digest and sizes.
+    """Return a row's line; a manifest inside it is cut down to id, file digest, sizes, and the state that a step makes.
 
     A membership is left out, other bytes are in hex, and the earlier row that a signature speaks of is `row`: `seq` is
     the line's own number.
@@ -103,13 +103,16 @@ def line_of(row: Row) -> Line:
     }
     if "state" in fields:
         manifest = manifest_from_bytes(fields["state"])
-        shown["state"] = {
+        state: dict[str, Any] = {
             "transfer_id": manifest.transfer_id,
             "file_sha256": manifest.file_sha256,
             "file_size": manifest.file_size,
             "wire_bytes": manifest.wire_bytes,
             "codec": manifest.codec,
         }
+        if isinstance(manifest.facts, StepFacts):
+            state["makes_sha256"] = manifest.leads_to
+        shown["state"] = state
     return {"seq": row.seq, "at": row.at, "kind": row.kind, **shown, "hash": row.hash.hex()}
 
 
@@ -125,15 +128,9 @@ def render(line: Line) -> str:
 
 
 def _told(line: Line) -> str:
+    if "state" in line:
+        return _told_version(line)
     match line["kind"]:
-        case "opened":
-            return f"version 0  state {line['state']['file_sha256'][:8]}  fingerprint {line['fingerprint'][:8]}"
-        case "committed":
-            parts = ", ".join(
-                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
-                for part in line["contributions"]
-            )
-            return f"version {line['version']}  state {line['state']['file_sha256'][:8]}  from {parts}"
         case "substituted":
             too_few = f"{line['updates']} updates, the agreed rule needs {line['needed']}"
             return f"version {line['version']}  {too_few}: merged by {line['rule']}"
@@ -166,6 +163,23 @@ def _told_of_update(line: Line) -> str:
         case "witnessed":
             seen = f"had seen row {line['row']} with hash {line['head'][:8]}" if line["row"] else "had seen no head"
             return f"{line['site']}  update {line['update_id'][:8]}  signed; {seen}"
+    return "written by a newer release"
+
+
+def _told_version(line: Line) -> str:
+    stepped = line["state"].get("makes_sha256")
+    state = f"version {line.get('version', 0)}  state {(stepped or line['state']['file_sha256'])[:8]}"
+    match line["kind"]:
+        case "opened":
+            return f"{state}  fingerprint {line['fingerprint'][:8]}"
+        case "committed":
+            parts = ", ".join(
+                f"{part['site']} {part['update_id'][:8]} ({part['staleness']} late, weight {part['weight']:.4g})"
+                for part in line["contributions"]
+            )
+            return f"{state}{', by a step' if stepped else ''}  from {parts}"
+        case "anchored":
+            return f"{state}  can be had whole, too"
     return "written by a newer release"
 
 

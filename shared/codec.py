@@ -150,6 +150,13 @@ def encode_each(
     shapes: Mapping[str, Shape], read: Callable[[str], F32Array], codec: Codec, metadata: Mapping[str, str]
 ) -> Iterator[memoryview]:
     """As `encode_file`, of tensors that `read(name)` makes when their turn has come, once each."""
+    return write_file(shapes, lambda name: encode(name, read(name), codec), codec, metadata)
+
+
+def write_file(
+    shapes: Mapping[str, Shape], encoded: Callable[[str], list[Part]], codec: Codec, metadata: Mapping[str, str]
+) -> Iterator[memoryview]:
+    """As `encode_each`, of tensors that `encoded(name)` makes and encodes; names ascend."""
     specs: list[PartSpec] = []
     owner: dict[str, str] = {}
     for name, shape in shapes.items():
@@ -162,8 +169,7 @@ def encode_each(
     # A companion normally follows at once; it waits longer only where some `w-x` sorts between `w` and `w.scale`.
     for stored in sorted(owner):
         if stored not in waiting:
-            name = owner[stored]
-            waiting.update((part, array) for part, _, array in encode(name, read(name), codec))
+            waiting.update((part, array) for part, _, array in encoded(owner[stored]))
         yield waiting.pop(stored).reshape(-1).view(np.uint8).data
 
 

@@ -39,8 +39,8 @@ class Desk(Protocol):
     def link_down(self) -> None:
         """Connection lost; what was not acknowledged may not have arrived."""
 
-    def hears(self, site: str | None) -> bool:
-        """Whether one more control message on a topic of this site is looked at; what is not is dropped unread."""
+    def hears(self, site: str | None, size: int) -> bool:
+        """Whether one more control message of `size` bytes on a topic of this site is looked at, or dropped unread."""
 
     def take_message(self, site: str | None, message: Message) -> None:
         """A control message that may be believed."""
@@ -51,8 +51,8 @@ class Desk(Protocol):
     async def caught_up(self) -> None:
         """Return when more can be taken in."""
 
-    def refused(self, site: str | None, error: RefusedError) -> None:
-        """Something that may not pass; it is logged already."""
+    def refused(self, site: str | None, error: RefusedError, size: int) -> None:
+        """Something of `size` bytes that may not pass; it is logged already."""
 
     def trust_changed(self, changes: Changes) -> None:
         """Memberships changed or ran out, or a new federation key is in force."""
@@ -110,20 +110,21 @@ class Mailroom:
         address = parse(packet.topic)
         if address is None:
             return
+        size = len(packet.payload)
         try:
             if address.channel in DATA:
                 self._desk.take_chunk(address.site, parse_chunk(packet.payload))
-            elif packet.payload and self._desk.hears(address.site):  # an empty payload clears what was retained
+            elif size and self._desk.hears(address.site, size):  # an empty payload clears what was retained
                 message = self._guard.open(packet.payload, address.channel, address.site, time.time())
                 self._desk.take_message(address.site, message)
         except (UnknownMessageError, RepeatedError) as error:
             self._log.debug("skipped a message", topic=packet.topic, rule=error.rule)
         except StaleKeyError as error:
             self._log.debug("cannot read a message yet", topic=packet.topic, rule=error.rule)
-            self._desk.refused(address.site, error)
+            self._desk.refused(address.site, error, size)
         except RefusedError as error:
             self._warn(packet.topic, error)
-            self._desk.refused(address.site, error)
+            self._desk.refused(address.site, error, size)
 
     def _warn(self, topic: str, error: RefusedError) -> None:
         """Tell of a refused message; of a flood on one topic, a line a second and how many were left out."""

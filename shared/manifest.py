@@ -1,9 +1,9 @@
 """The manifest of a transfer: everything a receiver must know before the first chunk, and can check afterwards.
 
-A transfer is an update (site to coordinator) or a state (coordinator to sites). Its payload is one standard
-safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one zstd frame. The
-manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked before it is
-decompressed and the file after.
+A transfer is an update (site to coordinator), a state, or a step from one state to the next (coordinator to sites). Its
+payload is one standard safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one
+zstd frame. The manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked
+before it is decompressed and the file after.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class UpdateFacts(WireModel):
     site: Ident
     base_version: int = Field(ge=0)
     base_sha256: Sha256Hex
-    """Digest of the published state that the site started from."""
+    """Digest of the published state that the site started from: SHA-256 of its plain file."""
     examples: int = Field(ge=1, le=1_000_000_000)
     metrics: Metrics
     """Numbers only: training loss, local F1, seconds."""
@@ -72,6 +72,16 @@ class StateFacts(WireModel):
     """What a published state says of itself."""
 
     version: int = Field(ge=0)
+
+
+class StepFacts(WireModel):
+    """What a step says of itself: added to the state before, it makes that of `version`."""
+
+    version: int = Field(ge=1)
+    base_sha256: Sha256Hex
+    """Digest of the state that it is added to, as `UpdateFacts.base_sha256`."""
+    state_sha256: Sha256Hex
+    """Digest of the state that it makes."""
 
 
 class Witness(WireModel):
@@ -102,7 +112,7 @@ class Manifest(WireModel):
     """SHA-256 of each frame, 32 bytes each, in order."""
     created: NonNegative
     """Unix seconds by the sender's clock; for people, never for decisions."""
-    facts: UpdateFacts | StateFacts
+    facts: UpdateFacts | StateFacts | StepFacts
     witness: Witness | None = None
     """In sealed federations, of updates; see `shared.trust.witness`."""
 
@@ -115,7 +125,7 @@ class Manifest(WireModel):
         if len(self.frame_hashes) != 32 * frames:
             msg = f"{len(self.frame_hashes)} bytes of frame hashes for {frames} frames"
             raise ValueError(msg)
-        if self.witness is not None and isinstance(self.facts, StateFacts):
+        if self.witness is not None and not isinstance(self.facts, UpdateFacts):
             msg = "a state has no witness"
             raise ValueError(msg)
         return self
@@ -149,6 +159,23 @@ class Manifest(WireModel):
         """The state's facts; asserts that this is a state."""
         assert isinstance(self.facts, StateFacts)
         return self.facts
+
+    @property
+    def step(self) -> StepFacts:
+        """The step's facts; asserts that this is a step."""
+        assert isinstance(self.facts, StepFacts)
+        return self.facts
+
+    @property
+    def version(self) -> int:
+        """The version that a state is, or that a step makes; asserts that this is no update."""
+        assert not isinstance(self.facts, UpdateFacts)
+        return self.facts.version
+
+    @property
+    def leads_to(self) -> str:
+        """Digest (hex) of the state that is here once this is: its own, or of the state that a step makes."""
+        return self.facts.state_sha256 if isinstance(self.facts, StepFacts) else self.file_sha256
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values, in field order (the encoding is canonical); no witness, no field of it."""

@@ -16,14 +16,25 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgpack
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import RefusedError
 from shared.ids import Ident, SessionId, Sha256Hex, TransferId
-from shared.manifest import MAX_FRAMES, Manifest, Metrics, NonNegative, WireModel, describe_invalid, parse_manifest
+from shared.manifest import (
+    MAX_FRAMES,
+    Manifest,
+    Metrics,
+    NonNegative,
+    StateFacts,
+    StepFacts,
+    WireModel,
+    describe_invalid,
+    parse_manifest,
+)
 
 SCHEMA_VERSION = 1
 MAX_CONTROL_BYTES = 990_000
@@ -57,7 +68,7 @@ class Hello(Message):
     software: Text
     clock: NonNegative
     heard: TransferId | None = None
-    """State of the last announcement that reached us; the coordinator repeats to us alone what we missed."""
+    """`state_id` of the last announcement that reached us; the coordinator repeats to us alone what we missed."""
     heard_final: bool = False
 
 
@@ -161,7 +172,7 @@ class Status(Message):
 
 
 class Announce(Message):
-    """Coordinator to everybody, retained: the newest version and how to pull it."""
+    """Coordinator to everybody, retained: the newest version and the ways to it."""
 
     kind: ClassVar[str] = "announce"
     boot: SessionId
@@ -169,9 +180,43 @@ class Announce(Message):
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
     manifest: Manifest
+    """The newest state that can be had whole."""
     final: bool
     """No version follows; the run is complete."""
     target: Version
+    steps: tuple[Manifest, ...] = ()
+    """One after the other up to the newest version, from that state on or from an earlier one; none in a federation
+    whose versions travel whole, and then no field of the message."""
+
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        sound = isinstance(self.manifest.facts, StateFacts)
+        sound = sound and all(isinstance(step.facts, StepFacts) for step in self.steps)
+        if not sound or any(
+            (one.version + 1, one.leads_to) != (two.version, two.step.base_sha256) for one, two in pairwise(self.steps)
+        ):
+            msg = "not a state, and steps of which each leads on from the one before"
+            raise ValueError(msg)
+        passed = [step.step.base_sha256 for step in self.steps[:1]] + [step.leads_to for step in self.steps]
+        if passed and self.manifest.file_sha256 not in passed:
+            msg = "the steps do not pass the state"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def version(self) -> int:
+        """The newest version."""
+        return (self.manifest, *self.steps)[-1].version
+
+    @property
+    def state_sha256(self) -> str:
+        """Digest of its state, in hex."""
+        return (self.manifest, *self.steps)[-1].leads_to
+
+    @property
+    def state_id(self) -> TransferId:
+        """The id under which that state travels, or would travel, whole."""
+        return self.state_sha256[:32]
 
 
 class Head(Message):
@@ -238,9 +283,11 @@ def encode(message: Message) -> bytes:
 def encode_body(message: Message) -> bytes:
     """Return the bytes of a message's body alone; equal messages give equal bytes."""
     fields: dict[str, Any] = {**vars(message)}
-    manifest = fields.pop("manifest", None)
+    manifest, steps = fields.pop("manifest", None), fields.pop("steps", ())
     if manifest is not None:
         fields["manifest"] = manifest.to_wire()
+    if steps:
+        fields["steps"] = [step.to_wire() for step in steps]
     body: bytes = msgpack.packb({"v": SCHEMA_VERSION, "t": message.kind, **fields}, use_bin_type=True)
     return body
 
@@ -286,6 +333,8 @@ def decode_body(data: bytes) -> Message:
         raise UnknownMessageError("a message of unknown type", rule="unknown-message")
     if "manifest" in body:
         body["manifest"] = parse_manifest(body["manifest"])
+    if isinstance(body.get("steps"), list):
+        body["steps"] = tuple(parse_manifest(step) for step in body["steps"])
     try:
         return _TYPES[kind].model_validate(body)
     except ValidationError as error:

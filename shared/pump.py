@@ -1,13 +1,14 @@
 """Chunks from the disk onto the link: read one by one, published in order, a few in flight.
 
 The order matters (a receiver's bitmap tells from it what was lost) and is kept: publications are started one after the
-other, only their acknowledgements overlap. Memory held: `IN_FLIGHT` frames.
+other, only their acknowledgements overlap. Memory held: `IN_FLIGHT` frames. A chunk that waits already is not queued
+again, so that nobody makes the queue longer by asking without end.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Pump:
     """Publishes what it is told to, in order.
 
     `read(transfer_id, index)` returns a data packet and is called in a thread; `publish(topic, payload)` returns when
-    the broker has it; `sent(transfer_id, index)` is called on the loop after that.
+    the broker has it; `sent(transfer_id, index)` is called on the loop after that, and for what waits already at once.
     """
 
     def __init__(
@@ -44,13 +45,17 @@ class Pump:
         self._read = read
         self._publish = publish
         self._sent = sent
-        self._orders: deque[_Order] = deque()
+        self._orders: OrderedDict[_Order, None] = OrderedDict()
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(IN_FLIGHT)
 
     def put(self, topic: str, transfer_id: str, indices: Iterable[int]) -> None:
-        """Queue chunks of one transfer for one topic."""
-        self._orders.extend(_Order(topic, transfer_id, index) for index in indices)
+        """Queue chunks of one transfer for one topic; those that wait already keep their place."""
+        for index in indices:
+            order = _Order(topic, transfer_id, index)
+            if order in self._orders:
+                self._sent(transfer_id, index)  # whoever counts has counted it twice
+            self._orders[order] = None
         self._wake.set()
 
     def clear(self) -> None:
@@ -68,7 +73,7 @@ class Pump:
                 if not self._orders:  # cleared while we waited
                     self._slots.release()
                     continue
-                order = self._orders.popleft()
+                order, _ = self._orders.popitem(last=False)
                 try:
                     packet = await asyncio.to_thread(self._read, order.transfer_id, order.index)
                 except SettledError:

@@ -42,7 +42,7 @@ class TensorReader:
                 f"codec {self.codec} groups by {group_size(self.codec)} bytes, the manifest says {manifest.group}",
                 rule="codec-group",
             )
-        self._manifest = manifest
+        self.manifest = manifest
         self._read_frame = read_frame
         self._verify = verify
         self._kept: dict[int, ByteArray] = {}
@@ -97,7 +97,7 @@ class TensorReader:
 
     def slices(self) -> Iterator[ByteArray]:
         """Yield the bytes of the plain safetensors file; a slice is valid until the next one."""
-        for index in range(self._manifest.frames):
+        for index in range(self.manifest.frames):
             yield self._slice(index)
 
     def verify_file(self) -> None:
@@ -106,9 +106,9 @@ class TensorReader:
         RefusedError(rule='file-hash') when they differ. After reading all tensors in file order this costs nothing.
         """
         assert self._verify, "slices were not hashed"
-        for index in range(self._hashed, self._manifest.frames):
+        for index in range(self._hashed, self.manifest.frames):
             self._slice(index)
-        if self._hash.hexdigest() != self._manifest.file_sha256:
+        if self._hash.hexdigest() != self.manifest.file_sha256:
             raise RefusedError("the file's hash is not the one that its manifest announced", rule="file-hash")
 
     def _parts(self, name: str) -> list[NDArray[Any]]:
@@ -117,12 +117,12 @@ class TensorReader:
     def _bytes(self, begin: int, end: int) -> ByteArray:
         """Return the bytes [begin, end) of the file; slices that lie wholly within are expanded in place."""
         out = np.empty(end - begin, dtype=np.uint8)
-        size = self._manifest.slice_size
+        size = self.manifest.slice_size
         position = begin
         while position < end:
             index = position // size
             start = index * size
-            stop = start + self._manifest.raw_size(index)
+            stop = start + self.manifest.raw_size(index)
             upto = min(stop, end)
             target = out[position - begin : upto - begin]
             if index not in self._kept and target.size == stop - start:
@@ -137,7 +137,7 @@ class TensorReader:
         if raw is None:
             # Dictionaries keep their order: the first one is the one not used for longest. Its memory is reused.
             oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) == _KEPT_SLICES else None
-            size = self._manifest.raw_size(index)
+            size = self.manifest.raw_size(index)
             raw = oldest if oldest is not None and oldest.size == size else np.empty(size, dtype=np.uint8)
             self._expand(index, raw)
         self._kept[index] = raw
@@ -145,13 +145,13 @@ class TensorReader:
         return raw
 
     def _expand(self, index: int, raw: ByteArray) -> None:
-        expand_into(self._read_frame(index), raw, self._manifest.group)
+        expand_into(self._read_frame(index), raw, self.manifest.group)
         self._hash_next(index, raw)
 
     def _hash_until(self, end: int) -> None:
         # Of a companion of many slices, the first were read long before their turn.
         if self._verify:
-            for index in range(self._hashed, (self.header.size + end) // self._manifest.slice_size):
+            for index in range(self._hashed, (self.header.size + end) // self.manifest.slice_size):
                 self._slice(index)
 
     def _hash_next(self, index: int, raw: ByteArray) -> None:

@@ -29,8 +29,9 @@ class Spooler:
     """Arriving transfers of one store; an async context manager.
 
     `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
-    `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(transfer_id, rule)` when one
-    was not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
+    `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(chunk, rule)` when one was
+    not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
+    What is arriving already goes when a transfer is opened that `displaces(manifest, other_id)` it.
     """
 
     def __init__(
@@ -39,14 +40,16 @@ class Spooler:
         *,
         open_chunk: Callable[[Manifest, Chunk], bytes | memoryview],
         stored: Callable[[str, tuple[int, ...]], None],
-        refused: Callable[[str, str], None],
+        refused: Callable[[Chunk, str], None],
         room: Room | None = None,
+        displaces: Callable[[Manifest, str], bool] = lambda _manifest, _other_id: False,
     ) -> None:
         self._store = store
         self._open_chunk = open_chunk
         self._stored = stored
         self._refused = refused
         self._room = room
+        self._displaces = displaces
         self._open: dict[str, Partial] = {}
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
@@ -100,8 +103,8 @@ class Spooler:
             written, refused = await self._run(self._write, batch)
             self._unwritten -= sum(len(chunk.frame) for chunk in batch)
             self._written.set()
-            for transfer_id, rule in refused:
-                self._refused(transfer_id, rule)
+            for chunk, rule in refused:
+                self._refused(chunk, rule)
             for transfer_id, indices in written.items():
                 self._stored(transfer_id, tuple(indices))
 
@@ -117,6 +120,9 @@ class Spooler:
                 raise RefusedError("this id has arrived under another manifest", rule="manifest-changed")
             return Bitmap(manifest.frames, range(manifest.frames)).to_bytes()
         self._close(manifest.transfer_id, delete=False)
+        for other_id in self._store.partial_ids():
+            if self._displaces(manifest, other_id):
+                self._close(other_id, delete=True)
         # One that began to arrive has had its room since then.
         if self._room is not None and not self._store.begun(manifest.transfer_id):
             lacking = self._room.lacking(manifest.wire_bytes)
@@ -125,9 +131,9 @@ class Spooler:
         partial = self._open[manifest.transfer_id] = self._store.open_partial(manifest)
         return partial.have.to_bytes()
 
-    def _write(self, batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+    def _write(self, batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[Chunk, str]]]:
         written: dict[str, list[int]] = {}
-        refused: list[tuple[str, str]] = []
+        refused: list[tuple[Chunk, str]] = []
         for chunk in batch:
             partial = self._open.get(chunk.transfer_id)
             if partial is None:
@@ -135,7 +141,7 @@ class Spooler:
             try:
                 partial.write(chunk.index, self._open_chunk(partial.manifest, chunk))
             except RefusedError as error:
-                refused.append((chunk.transfer_id, error.rule))
+                refused.append((chunk, error.rule))
             else:
                 written.setdefault(chunk.transfer_id, []).append(chunk.index)
         for transfer_id in written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,9 @@ SECTIONS = {
     "multi-krum": AggregationSection(rule="multi-krum"),
     "size-exp-loss": AggregationSection(quality="size-exp-loss", temperature=0.5),
 }
-ROUNDS = {"fedasync": (1, 1, 1), "multi-krum": (5, 3, 5)}
+SECTIONS |= {f"{mode}, steps": SECTIONS[mode] for mode in ("sync", "fedasync")}
+STEPS = CodecSection(down="int8", steps=2, slice_kib=4)
+ROUNDS = {"fedasync": (1, 1, 1), "fedasync, steps": (1, 1, 1), "multi-krum": (5, 3, 5)}
 """Updates of each version, where they are not three; of three Krum cannot judge."""
 SHAPES = {"block.0.w": (33, 70), "block.1.w": (2049,), "head.bias": (3,)}
 
@@ -51,7 +54,8 @@ Edit = Callable[[Record], Sequence[Record]]
 class AuditedRun:
     """Three versions of random updates, some late, one rejected, one dropped, with slots, bf16; not finished.
 
-    Updates are accepted in another order than that in which `order` adds them up.
+    Updates are accepted in another order than that in which `order` adds them up. Where `mode` says so versions travel
+    as steps in int8, and version 2 whole as well.
     """
 
     def __init__(
@@ -61,15 +65,20 @@ class AuditedRun:
         order: Callable[[Sequence[Accepted]], list[Accepted]] = in_order,
         *,
         shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        seed: int = 7,
         **settings: Any,
     ) -> None:
-        rng = np.random.default_rng(7)
+        rng = np.random.default_rng(seed)
         self.storage = storage
         self.mode = mode
         run = SmallRun(
             storage,
             {name: rng.normal(0, 1, shape) for name, shape in shapes.items()},
-            **{"aggregation": SECTIONS[mode], "codec": CodecSection(slice_kib=4), **settings},
+            **{
+                "aggregation": SECTIONS[mode],
+                "codec": STEPS if mode.endswith("steps") else CodecSection(slice_kib=4),
+                **settings,
+            },
         )
         self._run = run
         self.federation = run.federation
@@ -80,8 +89,8 @@ class AuditedRun:
         for version, count in enumerate(ROUNDS.get(mode, (3, 3, 3))):
             merged = [self._accept(rng, site, version) for site in (0, 2, 1, 4, 3)[:count]]
             ledger, section = self.ledger, run.federation.aggregation
-            states, known, losses = ledger.state_ids, ledger.known, ledger.losses
-            plan = plan_merge(version + 1, order(merged), section, states, known=known, losses=losses)
+            known, losses = ledger.known, ledger.losses
+            plan = plan_merge(version + 1, order(merged), section, ledger.parts, known=known, losses=losses)
             self._write(*committed(plan, run.merge_plan(plan), section, 4.0 + version))
         spare = run.update("spare", {"head.bias": [1, 2, 3]}, base=VERSIONS)
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
@@ -182,3 +191,18 @@ def spoilt(path: Path, bit: int) -> Iterator[None]:
     with restored(path):
         path.write_bytes(flipped(path.read_bytes(), bit))
         yield
+
+
+def on(kind: type[Record], change: Callable[[Any], Sequence[Record]], *, nth: int = 0) -> Callable[[], Edit]:
+    """Change the `nth` record of a kind."""
+
+    def begin() -> Edit:
+        seen = iter(range(1000))
+        return lambda record: change(record) if isinstance(record, kind) and next(seen) == nth else [record]
+
+    return begin
+
+
+def put(**fields: Any) -> Callable[[Any], Sequence[Record]]:
+    """Other values for some fields."""
+    return lambda record: [dataclasses.replace(record, **fields)]

@@ -16,7 +16,7 @@ from shared.config import CoordinatorConfig, FederationConfig
 from shared.manifest import Manifest
 from shared.messages import Announce, Hello, Message, Offer, Presence, Receipt
 from shared.transfer import Bitmap
-from tests.factories import digest, make_federation, make_plan, make_state
+from tests.factories import digest, make_federation, make_plan, make_state, make_step
 
 STALL_S = 5.0
 BOOT = "b" * 16
@@ -65,7 +65,7 @@ class CoordinatorBench:
     @property
     def state(self) -> Manifest:
         """The published state of the current version."""
-        return self.core.ledger.state
+        return make_state(self.plan, self.core.ledger.version)
 
     def handle(self, event: d.Event) -> d.Decision:
         """One event now."""
@@ -83,7 +83,8 @@ class CoordinatorBench:
             if isinstance(send.message, Receipt) and send.message.rule not in UNRECORDED:
                 assert send.message == ledger.receipt(send.message.update_id)
             if isinstance(send.message, Announce):
-                assert (send.message.manifest, send.message.final) == (ledger.state, ledger.finished)
+                said = send.message
+                assert (said.state_sha256, said.final) == (ledger.newest.sha256, ledger.finished)
 
     def receive(self, site: str, message: Message) -> d.Decision:
         """A message on the topic of `site`."""
@@ -132,7 +133,10 @@ class CoordinatorBench:
         (merge,) = jobs(decision, d.Merge)
         counted = {part.update_id for part in merge.plan.contributions if chosen is None or part.site in chosen}
         version, parts = merge.plan.version, choosing(merge.plan, counted).recorded()
-        result = MergeResult(make_state(self.plan, version), digest(f"master {version}"), None, parts)
+        steps = self.federation.codec.steps
+        whole, step = make_state(self.plan, version), make_step(self.plan, version)
+        anchor = whole if steps and not version % steps else None
+        result = MergeResult(step if steps else whole, digest(f"master {version}"), None, parts, anchor)
         return self.handle(d.Merged(merge.plan, result))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,14 @@ from shared.config import BrokerSection, FederationConfig, LinkSection
 from shared.configfile import load_config
 from shared.link import Connected, Link, LinkOptions, Packet
 from shared.store import FrameStore
+from shared.trust.witness import HEADS, parse_head
 
 FIELDS = (
     *("loss", "seconds", "examples", "frame_hashes", "frame_lengths", "base_sha256", "file_sha256", "metrics"),
-    *("outcome", "phase", "config_sha256", "software", "problem", "treatment"),
+    *("outcome", "staleness", "weight", "phase", "progress", "reconnects", "config_sha256", "software"),
+    *("problem", "treatment"),
 )
-"""Names in manifests, receipts, status and hello."""
+"""Names in manifests, receipts, status and hello, and the labels of who names none."""
 WINDOW = 16
 """Bytes that are looked for in one piece; chance does not repeat as many."""
 STRIDE = 997
@@ -63,14 +66,14 @@ class Spy:
         return [packet.payload for packet in self.packets if packet.payload]
 
 
-def learnt(root: Path, payloads: list[bytes]) -> set[str]:
-    """Which of the secrets of the run below `root` stand in these payloads, as they are or inside a zstd frame."""
-    clear = b"\0".join(payloads)
+def learnt(root: Path, said: list[bytes]) -> set[str]:
+    """Which of the secrets of the run below `root` stand in what was said, as they are or inside a zstd frame."""
+    clear = b"\0".join(said)
     found = {name for name in FIELDS if name.encode() in clear}
     found |= {what for what, secret in _secrets(root) if secret in clear}
-    for payload in payloads:
-        for match in re.finditer(rb"\x28\xb5\x2f\xfd", payload):
-            grouped = _expanded(payload[match.start() :])
+    for each in said:
+        for match in re.finditer(rb"\x28\xb5\x2f\xfd", each):
+            grouped = _expanded(each[match.start() :])
             if grouped is not None:
                 found.add("zstd frame")
                 bytes_of = np.frombuffer(grouped[: len(grouped) // 4 * 4], np.uint8)
@@ -81,7 +84,7 @@ def learnt(root: Path, payloads: list[bytes]) -> set[str]:
 
 
 def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
-    """What each secret is, and its bytes: labels, metrics, digests, the history, and pieces of all tensors."""
+    """What each secret is, and its bytes: labels, metrics, digests, receipts, history, pieces of all tensors."""
     storage = root / "coordinator"
     for label in load_config(root / "federation.toml", FederationConfig).task.labels:
         yield "label", label.encode()
@@ -97,6 +100,11 @@ def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
                     yield "metric", metric.encode()
                     yield "metric", struct.pack(">d", value)
                     yield "metric", repr(value).encode()
+    for path in root.glob("*/receipts/*.json"):
+        told = json.loads(path.read_bytes())
+        yield from (("receipt", each) for each in (told["manifest_sha256"].encode(), struct.pack(">d", told["weight"])))
+    for path in root.glob(f"*/receipts/{HEADS}"):
+        yield from (("head", parse_head(line, path.name).signature) for line in path.read_bytes().splitlines())
     with Journal.open_read(storage / "journal.sqlite") as journal:
         for row in journal.rows():
             yield "history", row.hash

@@ -8,7 +8,7 @@ from typing import Any
 from shared.config import FederationConfig
 from shared.configfile import parse_config
 from shared.ids import marked
-from shared.manifest import Manifest, StateFacts, UpdateFacts
+from shared.manifest import Manifest, StateFacts, StepFacts, UpdateFacts
 from shared.plan import SealedPlan
 
 SLICE = 4096
@@ -52,6 +52,17 @@ def make_state(plan: SealedPlan, version: int, *, frames: int = 5, salt: str = "
     return _make(plan, file_sha256[:32], file_sha256, frames, StateFacts(version=version))
 
 
+def make_step(plan: SealedPlan, version: int, *, frames: int = 2, salt: str = "") -> Manifest:
+    """The manifest of the step that makes `make_state` of a version out of that of the version before."""
+    base, made, file_sha256 = (digest(f"{what}{salt}") for what in _step_names(version))
+    facts = StepFacts(version=version, base_sha256=base, state_sha256=made)
+    return _make(plan, file_sha256[:32], file_sha256, frames, facts)
+
+
+def _step_names(version: int) -> tuple[str, str, str]:
+    return f"state {version - 1}", f"state {version}", f"step {version}"
+
+
 def update_id_of(site: str, what: str) -> str:
     """The update id that this site draws for whatever `what` names."""
     return marked(digest(f"{site} {what}")[:20], site)
@@ -69,7 +80,7 @@ def make_update(
 
 
 def _make(
-    plan: SealedPlan, transfer_id: str, file_sha256: str, frames: int, facts: StateFacts | UpdateFacts
+    plan: SealedPlan, transfer_id: str, file_sha256: str, frames: int, facts: StateFacts | StepFacts | UpdateFacts
 ) -> Manifest:
     return Manifest(
         transfer_id=transfer_id,

@@ -10,7 +10,7 @@ from shared.config import LinkSection
 from shared.manifest import Manifest
 from shared.messages import Announce, Message, Receipt, Want, Welcome
 from shared.transfer import Bitmap
-from tests.factories import digest, make_federation, make_plan, make_state, make_update
+from tests.factories import digest, make_federation, make_plan, make_state, make_step, make_update
 
 STALL_S, CAP_S = 5.0, 15.0
 BOOT, REBOOT, SESSION = "b" * 16, "c" * 16, "a" * 16
@@ -22,7 +22,12 @@ class SessionBench:
     """The session of site `north`, just started; window 4."""
 
     def __init__(
-        self, *, outbox: list[Manifest] | None = None, trained: set[str] | None = None, outbox_max: int = 2
+        self,
+        *,
+        outbox: list[Manifest] | None = None,
+        trained: set[str] | None = None,
+        outbox_max: int = 2,
+        held: Manifest | None = None,
     ) -> None:
         self.plan = make_plan(make_federation())
         self.now = 100.0
@@ -40,6 +45,7 @@ class SessionBench:
             outbox=outbox or [],
             trained=trained or set(),
             outbox_max=outbox_max,
+            held=held,
         )
 
     def handle(self, event: d.Event) -> d.Decision:
@@ -66,6 +72,10 @@ class SessionBench:
         """A state that the coordinator may publish."""
         return make_state(self.plan, version, **changes)
 
+    def step(self, version: int, **changes: Any) -> Manifest:
+        """The step that makes that state out of the one before."""
+        return make_step(self.plan, version, **changes)
+
     def update(self, version: int = 0, **changes: Any) -> Manifest:
         """An update of this site, trained on a version."""
         return make_update(self.plan, "north", self.state(version), **changes)
@@ -83,6 +93,10 @@ class SessionBench:
             **changes,
         }
         return self.receive(Announce(**fields))
+
+    def announce_steps(self, whole: int, *steps: int, **changes: Any) -> d.Decision:
+        """An announcement of the state of version `whole` and of the steps to these versions."""
+        return self.announce(self.state(whole), steps=tuple(self.step(version) for version in steps), **changes)
 
     def welcome(self, boot: str = BOOT) -> d.Decision:
         """The coordinator's welcome arrives."""

@@ -26,9 +26,10 @@ from shared.config import (
     FederationSection,
     ModelSection,
 )
-from shared.manifest import Manifest, UpdateFacts, manifest_from_bytes
+from shared.manifest import Manifest, StateFacts, UpdateFacts, manifest_from_bytes
 from shared.plan import SealedPlan
 from shared.slices import FileSummary, FrameWriter, make_transfer_frames
+from shared.states import open_state
 from shared.store import FrameStore, Stored
 from shared.tensorfile import F32Array
 
@@ -98,6 +99,7 @@ class SmallRun:
         self.masters = folder / "masters"
         self.opened: Opened = open_run(folder, self.federation, self.plan, initial_path, created=1.0)
         self.state_manifests = [manifest_from_bytes(self.opened.state)]
+        self.anchors: dict[int, Manifest] = {}
         self.known: dict[str, Known] = {}
         """What became of the updates that were merged."""
 
@@ -141,7 +143,7 @@ class SmallRun:
                 facts=UpdateFacts(
                     site=site,
                     base_version=base,
-                    base_sha256=self.state_manifests[base].file_sha256,
+                    base_sha256=self.state_manifests[base].leads_to,
                     examples=examples,
                     metrics=dict(metrics),
                 ),
@@ -166,9 +168,15 @@ class SmallRun:
 
     def planned(self, accepted: Iterable[Accepted], losses: Mapping[str, float] | None = None) -> MergePlan:
         """The plan of the next version."""
-        ids = {version: manifest.transfer_id for version, manifest in enumerate(self.state_manifests)}
         section, version = self.federation.aggregation, len(self.state_manifests)
-        return plan_merge(version, [*accepted], section, ids, known=self.known, losses=losses or {})
+        return plan_merge(version, [*accepted], section, self.parts, known=self.known, losses=losses or {})
+
+    def parts(self, version: int) -> tuple[str, ...]:
+        """The transfers that make up the published state of a version."""
+        anchor, state = self.anchors.get(version), self.state_manifests[version]
+        if anchor is not None or isinstance(state.facts, StateFacts):
+            return ((anchor or state).transfer_id,)
+        return (*self.parts(version - 1), state.transfer_id)
 
     def merge(self, *accepted: Accepted) -> MergeResult:
         """Make the next version."""
@@ -178,6 +186,8 @@ class SmallRun:
         """Make the next version by a plan, and remember what was merged."""
         result = self.run_plan(plan)
         self.state_manifests.append(result.state)
+        if result.anchor is not None:
+            self.anchors[result.state.version] = result.anchor
         for part in result.contributions:
             self.known[part.update_id] = Known(
                 part.site, "", "merged", version=plan.version, staleness=part.staleness, weight=part.weight
@@ -195,7 +205,4 @@ class SmallRun:
 
     def published(self, version: int) -> dict[str, F32Array]:
         """The published state of a version, decoded."""
-        stored = self.states.get(self.state_manifests[version].transfer_id)
-        assert stored is not None
-        with stored.open_tensors(verify=True) as reader:
-            return dict(reader.tensors())
+        return dict(open_state(self.states, self.parts(version)))

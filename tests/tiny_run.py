@@ -16,6 +16,7 @@ from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.states import States
 from edge_client.training import Standing
 from edge_client.worker import Worker
 from edge_client.worker_client import load_request
@@ -31,7 +32,7 @@ from tests.helpers import run_async
 from tests.unit.edge_client import tiny
 
 _ONE_AT_A_TIME = threading.Lock()
-"""Torch's generator is this process's only one."""
+"""Torch's generator is this process's only one, and transformers loads models through settings of the process."""
 
 
 class WorkerHere:
@@ -42,9 +43,13 @@ class WorkerHere:
     def __init__(self, config: SiteConfig, federation: FederationConfig, own: Callable[[], Path | None]) -> None:
         self._worker = Worker(lambda _: None)
         self._own = own
-        found = self._worker.handle(load_request(config, federation))
+        initial = config.storage / "initial.safetensors" if federation.codec.steps else None
+        with _ONE_AT_A_TIME:
+            found = self._worker.handle(load_request(config, federation).model_copy(update={"initial": initial}))
         assert isinstance(found, pipe.Loaded), found
         self.loaded = found
+        if initial is not None:  # what steps are added to
+            States(config.storage / "states", federation, found.plan.fingerprint).begin(initial)
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
@@ -68,17 +73,20 @@ def write_tiny(
     sites: int = 2,
     mode: str = "sync",
     versions: int = 2,
+    task: str = "max_length = 32\n",
     federation: str = "",
+    codec: str = 'down = "f32"',
     locals_: Mapping[str, str] | None = None,
 ) -> None:
     """Write model, notes and configuration files below `root`.
 
-    `federation` follows the sections that any federation has, `locals_` those of a site, by name.
+    `task` is the section of that name, `codec` ends its own; `federation` follows the sections that any federation
+    has, `locals_` those of a site, by name.
     """
     tiny.save_model(root / "model", "llama")
     (root / "federation.toml").write_text(
         f'[federation]\nname = "tiny"\nversions = {versions}\nseed = 5\n[model]\nbase = "{root / "model"}"\n'
-        f'[task]\nmax_length = 32\n[codec]\nup = "f32"\ndown = "f32"\n'
+        f'[task]\n{task}[codec]\nup = "f32"\n{codec}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {sites}\n{federation}'
     )
     broker = f'[broker]\nurl = "{url}"\n'

@@ -7,6 +7,7 @@ processes of their own (`python -m tests.toys coordinator|site CONFIG`), to be k
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -69,6 +70,26 @@ class ToyTrainer:
         return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
 
 
+class RandomTrainer(ToyTrainer):
+    """Adds random numbers, so that steps round; keeps the digest of each state that it was given."""
+
+    def __init__(self, seed: int, *, seconds: float = 0.05) -> None:
+        super().__init__(step=0.0, seconds=seconds, examples=10)
+        self.given: dict[int, str] = {}
+        self._rng = np.random.default_rng(seed)
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """Write a random delta."""
+        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
+        await asyncio.sleep(self.seconds)
+        on_progress(1.0, 0.0)
+        shapes = {name: values.shape for name, values in load_file(state).items()}
+        save_file({name: self._rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}, delta)
+        return ToyTrained(self.examples, {})
+
+
 class ToyValidator:
     """Takes the distance of a state's first value from `ideal` as its loss, after `seconds`."""
 
@@ -110,6 +131,7 @@ def write_toy(
     slice_kib: int = 64,
     codec: str = "f32",
     down: str | None = None,
+    steps: int = 0,
     feedback: float | None = None,
     sealed: bool = False,
     link: str = HASTY,
@@ -135,7 +157,7 @@ def write_toy(
 
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
-        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nslice_kib = {slice_kib}\n{owed}'
+        f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nsteps = {steps}\nslice_kib = {slice_kib}\n{owed}'
         f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(

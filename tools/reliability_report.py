@@ -217,7 +217,8 @@ def worlds() -> Iterator[str]:
     if bugs is not None:
         yield (
             f"What the checkers are worth: deliberate bugs in the code at commit `{bugs['commit'][:12]}`, and the "
-            "first seed whose world notices. Seeds of sealed worlds begin at 10,000,000."
+            "first seed whose world notices. Seeds of sealed worlds begin at 10,000,000, those of versions "
+            "as steps at 20,000,000."
         )
         yield ""
         body = [[name, "not found" if seed is None else f"{seed:,}"] for name, seed in bugs["found at seed"].items()]

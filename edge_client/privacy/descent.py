@@ -12,12 +12,12 @@ post-processing and costs nothing.
 A record's gradient is computed by a backward pass of its own. Opacus' hooks give the gradient of each window instead,
 and keep all of them at once: windows times parameters, 1.4 GB a window for the top six layers of LLaMA-3.2-1B. One
 pass a record needs one gradient, takes any model and adapter as it is, and was the quicker one for notes of the usual
-length (docs/privacy.md has the measurements; a test holds the two to the same numbers).
+length (docs/privacy.md has the measurements; a test holds the two to the same numbers). Where the site wants it, short
+records share a pass (`ghost`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,18 +32,13 @@ from edge_client.prefix import MEMORY, Forward
 from edge_client.prefix_store import Keep
 from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
+from edge_client.privacy.clipping import clip_factor
+from edge_client.privacy.ghost import add_clipped_together, unsuited
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from edge_client.privacy.records import Records, make_records
+from edge_client.privacy.records import SHORT, WINDOWS_AT_ONCE, Records, grouped, make_records
 from edge_client.trainer import Descent
-from shared.config import FederationConfig, PrivacySection
-from shared.errors import RefusedError
-
-ROUNDING = 1e-6
-"""Share by which a clipped gradient stays below its bound: float32 products round, and the bound must hold all the
-same."""
-
-NORM_MAX = 1e30
-"""Gradients from here on count as not finite: the factor that would clip them is near the end of float32's range."""
+from shared.config import Clipping, FederationConfig, PrivacySection
+from shared.errors import ConfigError, RefusedError
 
 log = structlog.get_logger("worker")
 
@@ -55,6 +50,8 @@ class Private:
     records: Records
     section: PrivacySection
     charge: Charge
+    together: int
+    """Records of at most so many tokens share a pass; 0: none do."""
 
     def spend(self, so_far: Sequence[Charge], limits: Sequence[Limit]) -> Spent:
         """What all trainings come to with one more; errors as `accounting.spend`."""
@@ -62,7 +59,7 @@ class Private:
 
     def descent(self, loaded: LoadedModel) -> Descent:
         """The gradients of one update."""
-        return private_descent(loaded, self.records, self.charge, self.section.clip_norm)
+        return private_descent(loaded, self.records, self.charge, self.section.clip_norm, together=self.together)
 
 
 def make_private(
@@ -70,14 +67,17 @@ def make_private(
     notes: Sequence[AnyNote],
     federation: FederationConfig,
     section: PrivacySection,
+    clipping: Clipping = "record",
     keep: Keep = MEMORY,
 ) -> Private:
-    """Return what a federation with `[privacy]` trains on, and say in the log what one update costs.
+    """Return what a federation with `[privacy]` trains on, and say in the log what one update costs, and how it clips.
 
     `keep` takes the frozen prefix.
 
-    RefusedError(rule='note-missing') when no record has a window; other errors as `make_records` and `charge_of`.
+    RefusedError(rule='note-missing') when no record has a window, ConfigError when `clipping` is "ghost" and a layer
+    cannot be; other errors as `make_records` and `charge_of`.
     """
+    together, how = _together(loaded, clipping)
     records = make_records(loaded, notes, keep)
     count = len(records.spans)
     if not records.data.prepared.batches:
@@ -90,8 +90,25 @@ def make_private(
             consequence="a mechanism that gives one record away whole would count as private; lower privacy.delta",
         )
     charge = charge_of(section, federation.training, records=count, versions=federation.federation.versions)
-    log.info("private", records=count, **charge.model_dump())
-    return Private(records, section, charge)
+    log.info("private", records=count, **charge.model_dump(), clipping=how)
+    return Private(records, section, charge, together)
+
+
+def _together(loaded: LoadedModel, clipping: Clipping) -> tuple[int, str]:
+    """Return the tokens up to which records share a pass, and how to say it."""
+    if clipping == "record":
+        return 0, "record"
+    layer = unsuited(loaded.model)
+    if layer and clipping == "ghost":
+        raise ConfigError(
+            f'site.toml: privacy.clipping = "ghost" cannot tell records apart in a trained layer of type {layer}',
+            hint='set it to "record", or train blocks or adapters alone: [layers] plan in federation.toml',
+        )
+    if layer:
+        return 0, f"record, because of {layer}"
+    if clipping == "auto":
+        return SHORT, f"ghost up to {SHORT} tokens"
+    return WINDOWS_AT_ONCE * loaded.max_length, "ghost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +119,12 @@ class RecordGradient:
     loss: float
 
 
-def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_norm: float) -> Descent:
+def private_descent(
+    loaded: LoadedModel, records: Records, charge: Charge, clip_norm: float, *, together: int = 0
+) -> Descent:
     """Return the gradients of a training that costs `charge`, with a secret of its own.
 
+    Records of one batch with at most `together` tokens share passes, which hold no more tokens than a batch may.
     No seed goes in: two trainings with the same arguments give different updates, or noise could be taken off again.
     """
     chance, batches = Chance(), records.data.prepared.batches
@@ -113,12 +133,17 @@ def private_descent(loaded: LoadedModel, records: Records, charge: Charge, clip_
 
     def gradient(forward: Forward, _step: int) -> float:
         drawn = np.flatnonzero(chance.uniform(len(records.spans)) < charge.sample_rate)
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        loss = 0.0
+        sums = {parameter: torch.zeros_like(parameter) for parameter in parameters}
+        loss, short = 0.0, []
         for record in drawn:
-            asked = record_gradient(loaded, forward, [batches[place] for place in records.spans[record]])
-            loss += add_clipped(sums, asked, clip_norm)
-        for parameter, total in zip(parameters, sums, strict=True):
+            own = [batches[place] for place in records.spans[record]]
+            if len(own) == 1 and own[0].ids.numel() <= together:
+                short += own
+            else:
+                loss += add_clipped([*sums.values()], record_gradient(loaded, forward, own), clip_norm)
+        for group in grouped(short, WINDOWS_AT_ONCE * loaded.max_length):
+            loss += add_clipped_together(sums, loaded, forward, group, clip_norm)
+        for parameter, total in sums.items():
             noise = torch.from_numpy(chance.normal(total.numel())).view_as(total)
             parameter.grad = ((total + charge.noise_multiplier * clip_norm * noise) / expected).float()
         return loss / expected
@@ -151,10 +176,9 @@ def add_clipped(sums: Sequence[torch.Tensor], asked: RecordGradient, clip_norm: 
     by no more than the bound.
     """
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in asked.tensors]
-    norm = torch.stack(squares).sum().sqrt().item()
-    if not (norm < NORM_MAX and math.isfinite(asked.loss)):
+    factor = clip_factor(torch.stack(squares).sum().sqrt().item(), asked.loss, clip_norm)
+    if not factor:
         return 0.0
-    factor = min(1.0, clip_norm / norm if norm else 1.0) * (1.0 - ROUNDING)
     for total, each in zip(sums, asked.tensors, strict=True):
         total.add_(each, alpha=factor)
     return asked.loss

@@ -11,7 +11,7 @@ stand in another's window, whatever the task does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -24,6 +24,11 @@ from edge_client.trainer import Dataset, make_window_batches
 
 WINDOWS_AT_ONCE = 8
 """Windows of one record in one pass. A record of more takes several; memory does not grow with the longest patient."""
+
+
+SHORT = 64
+"""Tokens, padding included. Records of at most so many share a pass under clipping = "auto": that was quicker at widths
+of 128 and 384, and from some hundred tokens on it was not (docs/privacy.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +51,17 @@ def make_records(loaded: LoadedModel, notes: Sequence[AnyNote], keep: Keep = MEM
     spans = tuple(range(start, end) for start, end in pairwise(accumulate(map(len, made), initial=0)))
     prepared = prepare(loaded, batches, keep)
     return Records(Dataset(tuple(notes), prepared, len(spans)), spans)
+
+
+def grouped(batches: Sequence[Batch], room: int) -> Iterator[list[Batch]]:
+    """Yield the batches, shortest first, in groups of at most `room` tokens when padded alike, or single ones."""
+    group: list[Batch] = []
+    windows = 0
+    for batch in sorted(batches, key=lambda each: each.ids.shape[1]):
+        windows += len(batch.windows)
+        if group and windows * batch.ids.shape[1] > room:
+            yield group
+            group, windows = [], len(batch.windows)
+        group.append(batch)
+    if group:
+        yield group

@@ -90,7 +90,7 @@ def verify(
             whose = "" if believed else "; whose keys they are was not checked, --authority was not given"
             out.print(f"signed    {proof.signatures} signatures fit{whose}", markup=False)
         for missed in proof.pruned:
-            out.print(f"pruned    {missed}; checked from the snapshot behind them on", markup=False)
+            out.print(f"pruned    {missed}", markup=False)
         for finding in proof.findings:
             out.print(f"wrong     {finding}", markup=False, style="bold red")
         if not proof.findings:

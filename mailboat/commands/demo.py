@@ -101,7 +101,7 @@ AdapterOption = Annotated[
     ),
 ]
 CodecOption = Annotated[
-    Codec, typer.Option(help="How updates travel; states go as bf16 where that is smaller than a state bears.")
+    Codec, typer.Option(help="How numbers travel; where a state bears it no more, versions travel as steps.")
 ]
 TaskOption = Annotated[
     Task,

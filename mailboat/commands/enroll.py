@@ -19,7 +19,9 @@ REQUEST = "request.json"
 def enroll(
     *,
     name: Annotated[str, typer.Option(help="The site's name: lower-case letters, digits, - and _.")],
-    out: Annotated[Path, typer.Option(help="The kit: a new folder, which never leaves this machine.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The kit: a new folder, which never leaves this machine; default: NAME-kit.")
+    ] = None,
 ) -> None:
     """Make this site's keys and a request for the federation's authority; print the fingerprint to read out."""
     from pydantic import TypeAdapter, ValidationError
@@ -37,6 +39,7 @@ def enroll(
             f"{name!r} cannot be a site's name",
             hint="1 to 64 of: lower-case letters, digits, - and _; and not coordinator",
         ) from None
+    out = out or Path(f"{name}-kit")
     publics = kits.generate_keys(out)
     request = make_request(
         name, kits.load_authority(out / kits.SIGN_KEY), publics.box, make_csr(_tls_key(out), name=name)
@@ -50,7 +53,9 @@ def enroll(
 def accept(
     grant: Annotated[Path, typer.Argument(help="The file NAME.grant from the authority.")],
     *,
-    kit: Annotated[Path, typer.Option(help="This site's kit, from `mailboat site enroll`.")],
+    kit: Annotated[
+        Path | None, typer.Option(help="This site's kit, from `mailboat site enroll`; default: NAME-kit.")
+    ] = None,
     authority: Annotated[
         str | None,
         typer.Option(help="The authority's fingerprint, as it was read out; else it is shown and asked for."),
@@ -67,6 +72,7 @@ def accept(
     from shared.trust.grant import check_grant, install, is_known, parse_grant
     from shared.trust.signing import authority_fingerprint
 
+    kit = kit or Path(f"{grant.stem}-kit")
     kits.check_kit_modes(kit)
     granted = parse_grant(reading(grant, MAX_DOCUMENT_BYTES))
     known = kit / kits.AUTHORITY

@@ -159,7 +159,7 @@ def _first_sealed_steps(folder: Path, names: list[str]) -> list[str]:
         "federation.toml is for every machine, each other file for its own; kits of keys go beside them:",
         "",
         "  mailboat provision init authority --broker-host HOST    # here; HOST as in broker.url",
-        "  mailboat site enroll --name site-1 --out site-1-kit     # at the site; the same for each",
+        "  mailboat site enroll --name site-1                      # at the site; the same for each",
         "",
         "Both say what to do next; the whole way is in docs/operating.md.",
     ]

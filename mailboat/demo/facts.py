@@ -9,9 +9,9 @@ from typing import Literal
 
 from coordinator import records
 from coordinator.journal import Journal
-from coordinator.records import Accepted, Finished, Opened, Record, Rejected, VersionCommitted
+from coordinator.records import Accepted, Anchored, Finished, Opened, Record, Rejected, VersionCommitted
 from coordinator.status import LiveStatus, SiteStatus
-from shared.manifest import Manifest, manifest_from_bytes
+from coordinator.views import parts_after
 
 ProcessState = Literal["absent", "starting", "running", "killed", "ended"]
 
@@ -72,6 +72,8 @@ class Facts:
     live: LiveStatus | None = None
     opened: Opened | None = None
     versions: tuple[VersionCommitted, ...] = ()
+    published: tuple[tuple[str, ...], ...] = ()
+    """Transfers that make up the state of each version, version 0 first."""
     accepted: tuple[Accepted, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     finished: bool = False
@@ -84,12 +86,6 @@ class Facts:
     def version(self) -> int:
         """The newest published version; 0 until one was merged."""
         return self.versions[-1].version if self.versions else 0
-
-    @property
-    def published(self) -> tuple[Manifest, ...]:
-        """The manifest of each published state, version 0 first."""
-        opened = (self.opened,) if self.opened else ()
-        return tuple(manifest_from_bytes(record.state) for record in (*opened, *self.versions))
 
     @property
     def all_scored(self) -> bool:
@@ -116,13 +112,17 @@ class Facts:
 def with_records(facts: Facts, new: Iterable[Record]) -> Facts:
     """Return `facts` after these records of the journal."""
     versions, accepted, rejected = list(facts.versions), list(facts.accepted), list(facts.rejected)
-    opened, finished = facts.opened, facts.finished
+    opened, finished, published = facts.opened, facts.finished, list(facts.published)
     for record in new:
         match record:
             case Opened():
                 opened = record
+                published.append(parts_after((), record))
             case VersionCommitted():
                 versions.append(record)
+                published.append(parts_after(published[-1], record))
+            case Anchored():
+                published[-1] = parts_after((), record)
             case Accepted():
                 accepted.append(record)
             case Rejected():
@@ -135,6 +135,7 @@ def with_records(facts: Facts, new: Iterable[Record]) -> Facts:
         facts,
         opened=opened,
         versions=tuple(versions),
+        published=tuple(published),
         accepted=tuple(accepted),
         rejected=tuple(rejected),
         finished=finished,

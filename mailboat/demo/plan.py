@@ -283,8 +283,9 @@ def model_source(given: str | None) -> str:
 
 
 def codec_section(codec: CodecName) -> CodecSection:
-    """Return both directions: f32 and bf16 for both, the rest for deltas alone; a state to start from goes as bf16."""
-    return CodecSection(up=codec, down="f32" if codec == "f32" else "bf16", slice_kib=defaults.SLICE_KIB)
+    """Return both directions: f32 and bf16 bear whole states; what is coarser is for the steps from one to the next."""
+    steps = defaults.STEPS.get(codec, 0)
+    return CodecSection(up=codec, down=codec, steps=steps, slice_kib=defaults.SLICE_KIB)
 
 
 def coordinator_config(plan: Plan, broker_url: str) -> CoordinatorConfig:

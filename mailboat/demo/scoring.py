@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_client.worker_client import WorkerClient
 from mailboat.demo.facts import Facts, Score
 from mailboat.demo.plan import Layout
-from shared.errors import CorruptError
-from shared.manifest import Manifest
+from shared.states import extract_state
 from shared.store import FrameStore
 
 
@@ -21,22 +21,22 @@ class Scorer:
         self._worker = worker
         self._layout = layout
         self._asked: set[int] = set()
-        self._queue: asyncio.Queue[Manifest] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, tuple[str, ...]]] = asyncio.Queue()
 
     def ask(self, facts: Facts) -> None:
         """Ask for every published version that was not asked for yet, version 0 included."""
-        for manifest in facts.published:
-            if manifest.state.version not in self._asked:
-                self._asked.add(manifest.state.version)
-                self._queue.put_nowait(manifest)
+        for version, parts in enumerate(facts.published):
+            if version not in self._asked:
+                self._asked.add(version)
+                self._queue.put_nowait((version, parts))
 
     async def run(self) -> None:
         """Score what is asked for, until cancelled."""
         while True:
-            manifest = await self._queue.get()
-            file = self._layout.scratch / f"v{manifest.state.version:08d}.safetensors"
-            await asyncio.to_thread(extract, self._layout.storage, manifest, file)
-            self.scores[manifest.state.version] = await score(self._worker, file, self._layout.heldout)
+            version, parts = await self._queue.get()
+            file = self._layout.scratch / f"v{version:08d}.safetensors"
+            await asyncio.to_thread(extract, self._layout.storage, parts, file)
+            self.scores[version] = await score(self._worker, file, self._layout.heldout)
             file.unlink()
 
 
@@ -46,9 +46,6 @@ async def score(worker: WorkerClient, state: Path, notes: Path) -> Score:
     return Score(found.overall)
 
 
-def extract(storage: Path, manifest: Manifest, out: Path) -> None:
+def extract(storage: Path, parts: Sequence[str], out: Path) -> None:
     """Write a published state of the coordinator as a plain safetensors file; CorruptError when it is not there."""
-    stored = FrameStore(storage / "states").get(manifest.transfer_id)
-    if stored is None:
-        raise CorruptError(f"{storage / 'states'} lacks version {manifest.state.version}", hint="start a new run")
-    stored.extract(out)
+    extract_state(FrameStore(storage / "states"), parts, out)

@@ -189,8 +189,8 @@ def _announcement(announced: Announce | None, federation: FederationConfig) -> F
                 hint="copy the coordinator's federation.toml here",
             ),
         )
-    state = announced.manifest.state
-    return ok("coordinator", f"announces version {state.version} of {announced.target}{', the last' * announced.final}")
+    last = ", the last" if announced.final else ""
+    return ok("coordinator", f"announces version {announced.version} of {announced.target}{last}")
 
 
 def _clock(party: Party, protocol: str, plan: SealedPlan) -> Finding:

@@ -23,11 +23,12 @@ from coordinator.validation import write_model
 from edge_client.outbox import Outbox
 from mailboat.experiment.clock import Clock, Line
 from mailboat.experiment.packets import chunk_bytes, message_bytes
+from shared import durable
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig
 from shared.errors import ConfigError, RefusedError
-from shared.manifest import Manifest
 from shared.messages import Announce, Message, Presence
 from shared.plan import SealedPlan
+from shared.states import extract_state
 from shared.store import FrameStore
 from shared.topics import Channel
 from shared.transfer import Bitmap
@@ -60,8 +61,8 @@ class Peer(Protocol):
 class CoordinatorSide:
     """See the module's docstring.
 
-    `committed` is called with each version's manifest, that of version 0 first; `loss` gives the loss of the state in a
-    file on the coordinator's own notes, where it has any.
+    `committed` is called with each version, 0 first; `loss` gives the loss of the state in a file on the coordinator's
+    own notes, where it has any.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class CoordinatorSide:
         plan: SealedPlan,
         initial: Path,
         *,
-        committed: Callable[[Manifest], None],
+        committed: Callable[[int], None],
         loss: Callable[[Path], float] | None = None,
     ) -> None:
         self.clock = clock
@@ -95,8 +96,13 @@ class CoordinatorSide:
 
     def begin(self) -> None:
         """Connect to the broker, with version 0 made."""
-        self._committed(self.core.ledger.state)
+        self._committed(self.core.ledger.version)
         self.decide(d.LinkUp())
+
+    def extract(self, version: int, path: Path) -> None:
+        """Write the plain file of a published state, as whoever has fetched what makes it up."""
+        durable.remove(path)
+        extract_state(self.states, self.core.ledger.parts(version), path)
 
     @property
     def finished(self) -> bool:
@@ -135,7 +141,7 @@ class CoordinatorSide:
         decision = self.core.handle(event, Instant(self.clock.now, self.clock.now))
         self.rejected += [record for record in decision.records if isinstance(record, Rejected)]
         if any(isinstance(record, VersionCommitted) for record in decision.records):
-            self._committed(self.core.ledger.state)
+            self._committed(self.core.ledger.version)
         for send in decision.sends:
             if isinstance(send.message, Announce) and send.site is None:
                 self._retained = send.message

@@ -21,7 +21,6 @@ from shared import durable
 from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import RefusedError, UnavailableError
-from shared.manifest import Manifest
 from shared.plan import SealedPlan
 
 TICK_S = 1.0
@@ -175,7 +174,12 @@ class _Run:
         clock = self.job.clock
         train_s = UNCLOCKED_S if clock is None else clock.train_s / self._machine(name).speed
         config = self._configs[name]
-        return SiteSide(self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s)
+        # As `edge_client.site`: where versions travel as steps, version 0 is at the sites, in the base model.
+        begun = self.job.federation.codec.steps > 0 and self.job.start is None
+        held = self.coordinator.core.ledger.newest.whole if begun else None
+        return SiteSide(
+            self.clock, self.coordinator, self.lines[name], config, self._workers[name], train_s=train_s, held=held
+        )
 
     # -- the run ---
 
@@ -234,16 +238,13 @@ class _Run:
                 raise RefusedError(f"an update of {first.site} was rejected: {first.detail}", rule=first.rule)
         return self.coordinator.finished and all(site.left or not site.line.connected for site in self.sites)
 
-    def _committed(self, state: Manifest) -> None:
+    def _committed(self, version: int) -> None:
         """Score a version that was just published, as a site would have it."""
-        version, versions = state.state.version, self.job.federation.federation.versions
+        versions = self.job.federation.federation.versions
         self.tell(version / versions, f"version {version} of {versions}")
         if version % self.job.score_every and version < versions:
             return
-        stored = self.coordinator.states.get(state.transfer_id)
-        assert stored is not None, "a version's state is published before it is recorded"
-        durable.remove(self.state)
-        stored.extract(self.state)
+        self.coordinator.extract(version, self.state)
         found = next(iter(self._workers.values())).evaluate(self.state, self.job.heldout)
         self.labels = found.labels
         self.curve.append(

@@ -1,7 +1,7 @@
 """One site of a federation in one process: the real session, outbox, trainer and codec, in virtual time.
 
 What `edge_client.agent` does with a link, a spooler and a worker process is done here with a line, a bitmap and the
-worker itself. A state's bytes are read where the coordinator keeps them, once all of its chunks have come.
+worker itself. A state's bytes are read where the coordinator keeps them, once all chunks of what makes it up have come.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.packets import chunk_bytes, message_bytes
 from shared import durable
 from shared.config import SiteConfig
-from shared.manifest import Manifest, UpdateFacts
+from shared.manifest import Manifest, StateFacts, StepFacts, UpdateFacts
 from shared.messages import Message
 from shared.topics import Channel
 from shared.transfer import Bitmap
@@ -37,7 +37,7 @@ WILL_S = 45.0
 
 
 class SiteSide:
-    """See the module's docstring."""
+    """See the module's docstring; `held` is the state that is here from the start."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class SiteSide:
         worker: LocalWorker,
         *,
         train_s: float,
+        held: Manifest | None = None,
     ) -> None:
         self.clock = clock
         self.coordinator = coordinator
@@ -64,7 +65,9 @@ class SiteSide:
         self.session: Session | None = None
         self._lives = 0
         self._training = 0
-        self._spools: dict[str, Bitmap] = {}
+        self._held = held
+        """The newest state that is here whole, as `edge_client.states` would find it."""
+        self._spools = {held.transfer_id: _all_of(held)} if held is not None else {}
         self._scratch = config.storage / "work"
         durable.make_folder(self._scratch)
         coordinator.peers[config.name] = self
@@ -89,6 +92,7 @@ class SiteSide:
             outbox=self.outbox.pending(),
             trained=self.outbox.trained(),
             outbox_max=self.config.outbox_max,
+            held=self._held,
         )
         self._link()
 
@@ -134,7 +138,7 @@ class SiteSide:
 
     def take_chunk(self, transfer_id: str, index: int) -> None:
         """One frame of a state has come."""
-        if self.session is not None and self.session.accepts(transfer_id, index):
+        if self.session is not None and self.session.pulls.accepts(transfer_id, index):
             self._spools[transfer_id].add(index)
             self.decide(d.ChunksStored(transfer_id, (index,)))
 
@@ -172,8 +176,10 @@ class SiteSide:
                 self._spools.pop(job.transfer_id, None)
             case d.Verify():
                 assert self.session is not None
-                assert self.session.pull is not None
-                self._soon(d.StateReady(self.session.pull.manifest))
+                assert self.session.pulls.pull is not None
+                self._fetched(self.session.pulls.pull.manifest)
+            case d.StepOn():
+                self._stepped(job)
             case d.Train():
                 self._training += 1
                 training = self._training
@@ -192,6 +198,23 @@ class SiteSide:
 
     # -- jobs ---
 
+    def _fetched(self, manifest: Manifest) -> None:
+        if isinstance(manifest.facts, StepFacts):
+            self._soon(d.StepReady(manifest.transfer_id))
+        else:
+            self._ready(manifest)
+
+    def _stepped(self, job: d.StepOn) -> None:
+        """The state that steps have made, as if it had come whole; that it is the same is shown elsewhere."""
+        last = job.steps[-1]
+        made = {"transfer_id": last.leads_to[:32], "file_sha256": last.leads_to}
+        self._ready(job.base.model_copy(update={**made, "facts": StateFacts(version=last.version)}))
+
+    def _ready(self, state: Manifest) -> None:
+        self._held = state
+        self._spools[state.transfer_id] = _all_of(state)
+        self._soon(d.StateReady(state))
+
     def _send_chunk(self, update_id: str, index: int) -> None:
         found = self.outbox.read_frame(update_id, index)
         if found is None:
@@ -209,11 +232,8 @@ class SiteSide:
         """Train at the end of the time that it takes, so that nothing is trained that a power cut would lose."""
         if training != self._training:
             return
-        stored = self.coordinator.states.get(base.transfer_id)
-        assert stored is not None, "a state that was pulled is published"
         state, delta = (self._scratch / f"{kind}.safetensors" for kind in ("state", "delta"))
-        durable.remove(state)
-        stored.extract(state)
+        self.coordinator.extract(base.version, state)
         began = time.process_time()
         trained = asyncio.run(
             self._unless_held(self.trainer.train(state, base.state.version, delta, on_progress=_untold))
@@ -251,6 +271,10 @@ class SiteSide:
             lambda manifest: manifest,
             trained.own,
         )
+
+
+def _all_of(state: Manifest) -> Bitmap:
+    return Bitmap(state.frames, range(state.frames))
 
 
 def _untold(_share: float, _loss: float | None) -> None:

@@ -43,7 +43,7 @@ from shared.config.merging import (
     StalenessKind,
     StalenessSection,
 )
-from shared.config.privacy import LocalPrivacySection, PrivacySection
+from shared.config.privacy import Clipping, LocalPrivacySection, PrivacySection
 from shared.config.section import Positive, Section
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "AdmissionSection",
     "AggregationSection",
     "BrokerSection",
+    "Clipping",
     "CodecName",
     "CodecSection",
     "CoordinatorConfig",

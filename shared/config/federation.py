@@ -82,6 +82,12 @@ class FederationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _enough_sites(self) -> Self:
+        if sites := len(self.federation.sites):
+            self.aggregation.check_enough(sites, f"[federation] sites has {sites}")
+        return self
+
+    @model_validator(mode="after")
     def _scores_are_private(self) -> Self:
         if self.privacy is not None and self.layers.by_importance:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,8 @@ CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
 SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
 """Codecs under which an update is zero nearly everywhere."""
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
-"""A model of which one value in 64 is known is none: the sparse codecs are for updates."""
+"""A model of which one value in 64 is known is none: the sparse codecs are for updates, and for steps."""
+_STATE_CODECS = ", ".join(get_args(StateCodecName))
 IMPORTANCE_PLAN = "importance:"
 """How plans begin under which sites measure which blocks to train."""
 ImportanceName = Literal["gradient-norm", "relative-gradient-norm", "snr"]
@@ -107,12 +108,20 @@ class CodecSection(Section):
     """How tensors travel."""
 
     up: CodecName = "bf16"
-    down: StateCodecName = "bf16"
+    down: CodecName = "bf16"
+    steps: int = Field(default=0, ge=0, le=64)
+    """0: each version travels whole, rounded by `down`. Else it travels as the step from the version before, rounded by
+    `down`, and every so many versions also whole, in float32, for sites that are new or too far behind."""
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for the sparse
     ones and 0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
+
+    @property
+    def whole(self) -> StateCodecName:
+        """How a state travels that travels whole; steps are added up in float32, and no bit may be lost."""
+        return "f32" if self.steps else cast("StateCodecName", self.down)
 
     @property
     def decay(self) -> float:
@@ -125,6 +134,13 @@ class CodecSection(Section):
     def _leaves_something(self) -> Self:
         if self.up == "f32" and self.feedback:
             msg = "f32 leaves nothing out that could be added later: set feedback to 0, or another codec"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _bears_states(self) -> Self:
+        if not self.steps and self.down not in get_args(StateCodecName):
+            msg = f'down = "{self.down}" is no codec for whole states: set steps, or one of {_STATE_CODECS}'
             raise ValueError(msg)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, Self
@@ -107,15 +108,22 @@ class AggregationSection(Section):
         """Fewest updates that Krum can judge: 2 f + 3 (Blanchard et al., NIPS 2017)."""
         return 2 * self.byzantine + 3
 
+    @property
+    def fewest(self) -> tuple[int, str]:
+        """Fewest updates of a round of which the rule leaves any out, and the formula that says so."""
+        match self.rule:
+            case "krum" | "multi-krum":
+                return self.krum_min, "2 byzantine + 3"
+            case "trimmed-mean":
+                # As `trimmed` of the coordinator rounds: of 5 updates a share of 0.2 is one.
+                return math.ceil((1 - 1e-9) / self.trim), "1 / trim"
+            case _:
+                return 1, "1"
+
     @model_validator(mode="after")
     def _rules_fit(self) -> Self:
-        krum = self.rule in {"krum", "multi-krum"}
-        if krum and self.mode == "fedbuff" and self.buffer < self.krum_min:
-            msg = (
-                f'rule = "{self.rule}" judges {self.krum_min} updates or more (2 byzantine + 3), '
-                f"and buffer = {self.buffer}"
-            )
-            raise ValueError(msg)
+        if self.mode == "fedbuff":
+            self.check_enough(self.buffer, f"buffer = {self.buffer}")
         if self.rule == "ca2fl" and self.clip_norm is not None:
             raise ValueError('clip_norm has no meaning with rule = "ca2fl", which takes back what it added before')
         if self.quality != "none" and (self.rule != "mean" or self.mode == "fedasync"):
@@ -132,3 +140,10 @@ class AggregationSection(Section):
         if self.mode == "fedasync" and self.rule != "mean":
             raise ValueError(f'rule = "{self.rule}" needs several updates, mode = "fedasync" merges one at a time')
         return self
+
+    def check_enough(self, updates: int, because: str) -> None:
+        """Raise ValueError when no round of at most so many updates, `because` of what is said, can follow the rule."""
+        needed, formula = self.fewest
+        if updates < needed:
+            msg = f'rule = "{self.rule}" needs {needed} updates in a round or more ({formula}), and {because}'
+            raise ValueError(msg)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from shared.config.section import Positive, Section
+
+Clipping = Literal["record", "ghost", "auto"]
 
 TARGET_MAX = 100.0
 """An epsilon above it promises nothing that anybody could use, and its noise is too small to be planned soundly."""
@@ -37,3 +39,7 @@ class LocalPrivacySection(Section):
     budget_epsilon: Positive | None = None
     """The most that all trainings from this storage folder may cost together; None sets no bound. With a budget, the
     site takes part in no federation without `[privacy]`."""
+    clipping: Clipping = "record"
+    """How the clipped gradients of a step are computed; they come out alike. record: by a backward pass for each
+    record. ghost: by one for as many records as fit (`edge_client.privacy.ghost`); some layers do not allow it. auto:
+    ghost for short records, where the layers allow it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path, PurePosixPath
@@ -18,9 +19,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import bundle_verify, records
-from coordinator.proof import _receipt
+from coordinator.proof import UNREADABLE, _receipt
+from coordinator.rows import ARCHIVE, JournalReader
 from coordinator.seals import Seals
 from coordinator.trail import Trail
+from coordinator.views import JOURNAL
 from shared.audit import GENESIS, linked
 from shared.errors import CorruptError, RefusedError
 from shared.slices import compress_slice
@@ -35,9 +38,10 @@ FEDERATION = make_federation()
 PLAN = make_plan(FEDERATION)
 AUTHORITY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = public_bytes(AUTHORITY)
-JOURNAL = Path(__file__).parents[1] / "golden" / "journal"
-ROWS = [(JOURNAL / f"{kind}.msgpack").read_bytes() for kind in ("opened", "accepted", "witnessed", "committed")]
-ROWS += [path.read_bytes() for path in sorted(JOURNAL.glob("*.msgpack"))]
+GOLDEN = Path(__file__).parents[1] / "golden"
+BODIES = {path.stem: path.read_bytes() for path in sorted((GOLDEN / "journal").glob("*.msgpack"))}
+ROWS = [*(BODIES[kind] for kind in ("opened", "accepted", "witnessed", "committed")), *BODIES.values()]
+DATABASES = [path.read_bytes() for path in sorted((GOLDEN / "storage").glob("*.sqlite"))]
 SIZE, GROUP = 4096, 2
 FRAME = compress_slice(np.linspace(-1, 1, SIZE // 4, dtype=np.float32).tobytes(), GROUP)
 
@@ -87,7 +91,9 @@ def _bundle(data: bytes) -> None:
         try:
             lines = [json.loads(line) for line in data.splitlines()]
             list(bundle_verify.check_chain(lines))
-            list(bundle_verify.check_counting([bundle_verify.record_of(line) for line in lines]))
+            told = [bundle_verify.record_of(line) for line in lines]
+            list(bundle_verify.check_counting(told))
+            list(bundle_verify.check_states(told, []))
         except bundle_verify.UNREADABLE:
             return
 
@@ -137,6 +143,24 @@ def _rows_mutated(data: bytes, rng: random.Random) -> bytes:
     return packed(bodies, data, rng)
 
 
+_PLACE = tempfile.TemporaryDirectory(prefix="mailboat-fuzz-")
+(Path(_PLACE.name) / ARCHIVE).symlink_to(GOLDEN / "storage" / ARCHIVE)
+
+
+def _database(data: bytes) -> None:
+    """A journal's file itself, as SQLite reads it: each row comes once and in order, or the file is told unsound."""
+    path = Path(_PLACE.name) / JOURNAL
+    path.write_bytes(data)
+    try:
+        with JournalReader(path) as journal:
+            journal.restore()
+            journal.pruned()
+            found = [row.seq for row in journal.rows()]
+    except UNREADABLE:
+        return
+    assert found == sorted(set(found))
+
+
 def _held(data: bytes) -> None:
     file = File(f"north/receipts/{'ab' * 16}.json")
     file.content = data
@@ -166,6 +190,8 @@ _ENDORSED = sign_endorsements(AUTHORITY, "north", [b"one", b"two"])
 _SIGNED: bytes = msgpack.packb([[msgpack.unpackb(body) for body in ROWS], _PUB, _ENDORSED])
 
 AUDITORS = (
+    Target("database", DATABASES, mutated_bytes, _database, 1),
+    Target("database", DATABASES, mutated_bytes, _database, 1),
     Target("rows", [msgpack.packb(ROWS)], _rows_mutated, _rows, 3),
     Target("head", [_HEAD], mutated_json, lambda data: parse_head(data, "fuzz"), 2),
     Target("receipt", [json.dumps(_RECEIPT).encode()], mutated_json, _held, 2),

@@ -37,8 +37,10 @@ from shared.configfile import parse_config
 from shared.errors import ConfigError, RefusedError
 from shared.link.packets import MalformedPublishError, parse_publish
 from shared.manifest import Manifest, manifest_from_bytes
+from shared.plan import BLOCKS_KEY, blocks_from
 from shared.reader import TensorReader
 from shared.slices import compress_slice
+from shared.states import State
 from shared.tensorfile import NUMPY_DTYPES, build_header, header_size, parse_header, tensor_bytes
 from shared.topics import Channel
 from shared.transfer import Bitmap, Sender
@@ -56,7 +58,7 @@ from shared.trust.membership import (
     verify_revocations,
 )
 from shared.trust.succession import Introduction, introduce
-from tests.factories import make_federation, make_plan, make_state, make_update
+from tests.factories import make_federation, make_plan, make_state, make_step, make_update
 from tests.fuzz.auditors import AUDITORS
 from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_msgpack, mutated_value, packed
 from tests.fuzz.target import Target
@@ -67,6 +69,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FEDERATION = make_federation()
 PLAN = make_plan(FEDERATION)
 STATE = make_state(PLAN, 0)
+STEP = make_step(PLAN, 1)
 UPDATE = make_update(PLAN, "north", STATE)
 AUTHORITY = bytes(range(32))
 TOPIC = "mb/v1/ward/site/north/up/ctl"
@@ -139,7 +142,7 @@ def _header(data: bytes) -> None:
     size = int.from_bytes(data[-8:], "little") % (1 << 40)
     head = data[:-8]
     if len(head) >= 8 and header_size(head[:8], size) == len(head) - 8:
-        parse_header(head, size)
+        blocks_from(parse_header(head, size).metadata)
 
 
 def _bitmap(data: bytes) -> None:
@@ -213,6 +216,11 @@ def _transfer_sample(codec: Any) -> bytes:
     return packed
 
 
+@functools.cache
+def _zeros(size: int) -> bytes:
+    return zstandard.compress(bytes(size))
+
+
 def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
     raw, frames = msgpack.unpackb(data)
     at = rng.randrange(len(frames))
@@ -221,7 +229,7 @@ def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
             frames[at] = mutated_bytes(frames[at], rng)
         case 1:  # a bomb: much more than a slice, or a lie about it
             size = rng.choice((SLICE_BYTES - 1, SLICE_BYTES + 1, 10_000_000, 0))
-            frames[at] = zstandard.compress(bytes(size))
+            frames[at] = _zeros(size)
         case 2:  # the same slice with other content, soundly compressed
             size = rng.choice((SLICE_BYTES, 1, 100))
             frames[at] = compress_slice(rng.randbytes(size), rng.choice((1, 2, 4)))
@@ -252,6 +260,24 @@ def _transfer(data: bytes) -> None:
     for _name, values in reader.tensors():
         assert values.dtype == np.float32
     reader.verify_file()
+
+
+_WHOLE, _WHOLE_FRAMES = transfer_of({"w": np.linspace(-1, 1, 3000, dtype=np.float32)}, "f32")
+
+
+def _step(data: bytes) -> None:
+    """The same transfers, added to a sound state of the tensors that they say they hold."""
+    try:
+        raw, frames = msgpack.unpackb(data)
+        manifest = manifest_from_bytes(raw)
+    except (ValueError, TypeError):
+        return
+    if len(frames) != manifest.frames or hasattr(manifest.facts, "site"):
+        return
+    whole = TensorReader(_WHOLE, lambda index: _WHOLE_FRAMES[index], verify=False)
+    state = State(whole, [TensorReader(manifest, lambda index: frames[index], verify=False)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert {name: values.dtype for name, values in state.items()} == {"w": np.float32}
 
 
 # -- the stored parts of one tensor, as they come out of a sound file ---
@@ -347,7 +373,7 @@ def _renewal(data: bytes) -> None:
 
 
 _PARTS = [("a", "F32", (3, 4)), ("b", "BF16", (7,)), ("c", "I8", (300,))]
-_HEADER = build_header(_PARTS, {"mailboat": "update"})  # type: ignore[arg-type]
+_HEADER = build_header(_PARTS, {"mailboat": "state", BLOCKS_KEY: "2,3,5"})  # type: ignore[arg-type]
 
 
 def _header_sample() -> bytes:
@@ -387,13 +413,14 @@ TARGETS: dict[str, Target] = {
         ),
         Target("member", [_member_sample(OFFER), _member_sample(hello())], _content_mutated, _member, 3),
         Target("content", CONTENT, mutated_msgpack, envelope.parse_content, 5),
-        Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes()], mutated_msgpack, _manifest, 10),
+        Target("manifest", [UPDATE.to_bytes(), STATE.to_bytes(), STEP.to_bytes()], mutated_msgpack, _manifest, 10),
         Target("chunk", _golden("trust", "*.chunk"), mutated_bytes, _chunk, 10),
         Target("document", DOCUMENTS, mutated_msgpack, _document, 5),
         Target("header", [_header_sample()], _header_mutated, _header, 10),
         Target("bitmap", [b"\x01" + bytes(12)], mutated_bytes, _bitmap, 3),
         *(
-            Target(f"transfer-{codec}", [_transfer_sample(codec)], _transfer_mutated, _transfer, 2)
+            Target(f"{what}-{codec}", [_transfer_sample(codec)], _transfer_mutated, run, 2)
+            for what, run in (("transfer", _transfer), ("step", _step))
             for codec in get_args(CodecName)
         ),
         *(_parts_target(codec) for codec in ("int8", "int4", "topk2", "topk2x4")),

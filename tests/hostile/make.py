@@ -6,29 +6,24 @@ cannot make a file harmless unnoticed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import zstandard
 
-from shared.codec import Codec
-from shared.manifest import MAX_FRAME_BYTES, Manifest, UpdateFacts
+from shared.manifest import MAX_FRAME_BYTES
 from shared.messages import MAX_CONTROL_BYTES, chunk_header
-from shared.slices import compress_slice, expand_frame, make_transfer_frames
-from tests.factories import digest
+from shared.slices import compress_slice
+from tests.hostile.updates import steps, updates
 
 HERE = Path(__file__).parent
 RAW_BYTES = 4096
 """Size of the one slice that the frames pretend to hold."""
 ID = "ab" * 16
-SHAPES = {"a.weight": (8, 16), "b.weight": (32,)}
-"""What the plan of the updates says."""
 HUGE = 2**62
 
 
@@ -73,6 +68,8 @@ def messages() -> Iterator[tuple[str, bytes]]:
     yield "bad-envelope--says-4-GB-follow", b"\xdf\xff\xff\xff\xff"
     yield "bad-envelope--one-field-more", _packed({"b": b"", "k": "", "s": b"", "x": 1})
     yield "bad-envelope--longer-than-allowed", _packed({"b": bytes(MAX_CONTROL_BYTES), "k": "", "s": b""})
+    yield "bad-envelope--cut-in-half", _hello()[:100]
+    yield "bad-message--body-cut-in-half", _enveloped(_packed({"v": 1, "t": "probe", "session": "0" * 16})[:20])
     yield "bad-message--body-nested-100000-deep", _enveloped(_nested(100_000))
     yield "bad-message--name-like-a-path", _hello(site="../../../etc/passwd")
     yield "bad-message--name-with-fullwidth-letters", _hello(site="\uff4e\uff4f\uff52\uff54\uff48")
@@ -99,6 +96,27 @@ def messages() -> Iterator[tuple[str, bytes]]:
     yield "bad-message--rule-with-a-newline", _message("renewed", **answer, rule="not-newer\n")
     yield "unknown-message--no-such-type", _message("shutdown")
     yield "bad-manifest--offer-without-frames", _message("offer", manifest=_manifest(frame_lengths=[]))
+    yield "bad-manifest--announced-step-without-frames", _announce(_step_of(1, frame_lengths=[]))
+    yield "bad-message--steps-with-a-gap", _announce(_step_of(1), _step_of(3))
+    yield "bad-message--steps-in-a-circle", _announce(_step_of(1), _step_of(2), _step_of(1))
+    yield "bad-message--steps-from-nowhere", _announce(_step_of(2))
+    yield "bad-message--an-update-among-the-steps", _announce(_manifest())
+
+
+def _state_digest(version: int) -> str:
+    return f"{version:064x}"
+
+
+def _step_of(version: int, **changes: Any) -> dict[str, Any]:
+    facts = {"version": version, "base_sha256": _state_digest(version - 1), "state_sha256": _state_digest(version)}
+    return _manifest(facts=facts, **changes)
+
+
+def _announce(*steps: dict[str, Any]) -> bytes:
+    digests = dict.fromkeys(("fingerprint", "config_sha256", "frozen_sha256"), "0f" * 32)
+    whole = _manifest(facts={"version": 0}, file_sha256=_state_digest(0))
+    fields = {"boot": "0" * 16, "manifest": whole, "final": False, "target": 9, "steps": list(steps)}
+    return _message("announce", **digests, **fields)
 
 
 # -- manifests ---
@@ -146,6 +164,15 @@ def manifests() -> Iterator[tuple[str, bytes]]:
         "created-at-infinity": {"created": float("inf")},
         "codec-like-a-path": {"codec": "../../pickle"},
         "site-like-a-path": {"site": "..\\..\\north"},
+        "step-to-version-0": {"facts": {"version": 0, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32}},
+        "step-from-nothing": {"facts": {"version": 1, "base_sha256": "", "state_sha256": "0f" * 32}},
+        "step-of-a-site": {
+            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32, "site": "north"}
+        },
+        "witness-of-a-step": {
+            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32},
+            "witness": {"seq": 1, "head": "0f" * 32, "signature": bytes(64)},
+        },
         "witness-of-a-byte": {"witness": {"seq": 1, "head": "0f" * 32, "signature": b"x"}},
     }
     for what, changes in broken.items():
@@ -254,134 +281,58 @@ def chunks() -> Iterator[tuple[str, bytes]]:
     yield "bad-chunk--byte-behind", sound + b"\x00"
 
 
-# -- whole updates: a manifest, and frames that fit it ---
+# -- envelopes of a sealed federation ---
 
 
-def update_of(
-    tensors: Mapping[str, Any], codec: Codec = "f32", spoil: Callable[[dict[str, Any], list[bytes]], None] | None = None
-) -> bytes:
-    """A sound update of these tensors; `spoil` may change manifest and frames before lengths and hashes are taken."""
-    writer = make_transfer_frames(tensors, codec, {"codec": codec}, slice_size=RAW_BYTES)
-    found = [frame.data for frame in writer]
-    summary = writer.summary
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
-    manifest = Manifest(
-        transfer_id=ID,
-        federation="ward",
-        fingerprint="0f" * 32,
-        codec=codec,
-        group=summary.group,
-        slice_size=summary.slice_size,
-        file_size=summary.file_size,
-        file_sha256=summary.file_sha256,
-        frame_lengths=summary.frame_lengths,
-        frame_hashes=summary.frame_hashes,
-        created=1.0,
-        facts=facts,
-    ).to_wire()
-    if spoil is not None:
-        spoil(manifest, found)
-    manifest["frame_lengths"] = [len(frame) for frame in found]
-    manifest["frame_hashes"] = b"".join(hashlib.sha256(frame).digest() for frame in found)
-    return _packed([_packed(manifest), found])
+def _sealed(**changes: Any) -> bytes:
+    """A sound one by its form; nobody has signed it."""
+    fields = {
+        "k": "0123456789abcdef",
+        "n": 1_800_000_000_000_000_000,
+        "x": 1_800_000_600,
+        "f": bytes(32),
+        "e": "pair",
+        "b": bytes(100),
+        "s": bytes(64),
+    }
+    return _packed({**fields, **changes})
 
 
-def _with_value(value: float) -> Callable[[dict[str, Any], list[bytes]], None]:
-    """Replace the last float32 of the file, which no honest encoder lets through."""
-
-    def spoil(manifest: dict[str, Any], found: list[bytes]) -> None:
-        raw = bytearray(_expanded(manifest, found))
-        raw[-4:] = struct.pack("<f", value)
-        _replace(manifest, found, bytes(raw))
-
-    return spoil
-
-
-def _expanded(manifest: dict[str, Any], found: list[bytes]) -> bytes:
-    return expand_frame(found[0], manifest["file_size"], manifest["group"])
-
-
-def _replace(manifest: dict[str, Any], found: list[bytes], raw: bytes) -> None:
-    found[0] = compress_slice(raw, manifest["group"])
-    manifest["file_sha256"] = hashlib.sha256(raw).hexdigest()
-    manifest["file_size"] = len(raw)
-
-
-def _in_part(name: str, data: bytes) -> Callable[[dict[str, Any], list[bytes]], None]:
-    """Put `data` at the beginning of a stored tensor."""
-
-    def spoil(manifest: dict[str, Any], found: list[bytes]) -> None:
-        raw = bytearray(_expanded(manifest, found))
-        size = 8 + int.from_bytes(raw[:8], "little")
-        at = size + json.loads(raw[8:size])[name]["data_offsets"][0]
-        raw[at : at + len(data)] = data
-        _replace(manifest, found, bytes(raw))
-
-    return spoil
-
-
-def _shape_lie(old: bytes, new: bytes) -> Callable[[dict[str, Any], list[bytes]], None]:
-    """Put other numbers of the same length into the header."""
-
-    def spoil(manifest: dict[str, Any], found: list[bytes]) -> None:
-        raw = _expanded(manifest, found)
-        assert raw.count(old) == 1
-        _replace(manifest, found, raw.replace(old, new))
-
-    return spoil
-
-
-def updates() -> Iterator[tuple[str, bytes]]:
-    """For the store and `coordinator.admission.verify`, as [manifest, frames]."""
-    sound = {name: np.full(shape, 0.01, np.float32) for name, shape in SHAPES.items()}
-    yield "non-finite--nan", update_of(sound, spoil=_with_value(float("nan")))
-    yield "non-finite--infinity", update_of(sound, spoil=_with_value(float("inf")))
-    yield "norm-bound--1e30-everywhere", update_of({**sound, "b.weight": np.full((32,), 1e30, np.float32)})
-    yield "unknown-tensor--one-more", update_of({**sound, "c.weight": np.zeros((1,), np.float32)})
-    yield "wrong-shape--transposed", update_of({**sound, "a.weight": np.zeros((16, 8), np.float32)})
-    yield "wrong-shape--empty", update_of({**sound, "b.weight": np.zeros((0,), np.float32)})
-    yield "no-tensors--empty-file", update_of({})
-    yield "codec-parts--f32-said-to-be-int8", update_of(sound, spoil=_codec_lie)
-    minus_one, nan = b"\x80\xbf", b"\xc0\x7f"
-    yield "codec-scale--negative", update_of(sound, "int8", spoil=_in_part("a.weight.scale", minus_one))
-    yield "codec-scale--int4-nan", update_of(sound, "int4", spoil=_in_part("a.weight.scale", nan))
-    yield "codec-parts--int4-of-a-larger-tensor", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[0,8,96]"))
-    yield "codec-parts--int4-with-values", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[1,0,16]"))
-    yield (
-        "codec-scale--topk2-upper-below-lower",
-        update_of(sound, "topk2", spoil=_in_part("a.weight.scale", b"\x80\x3f\0\0")),
-    )
-    yield "codec-index--topk2-one-value-twice", update_of(sound, "topk2", spoil=_in_part("a.weight.index", b"\5\x50\0"))
-    yield (
-        "codec-index--topk2-outside-its-tensor",
-        update_of(sound, "topk2", spoil=_in_part("b.weight.index", b"\x20\0")),
-    )
-    yield "codec-padding--topk2-bits-of-nobody", update_of(sound, "topk2", spoil=_in_part("b.weight.value", b"\4"))
-    yield "file-hash--of-another-file", update_of(sound, spoil=_hash_lie)
-    yield "file-size--bytes-behind", update_of(sound, spoil=_longer)
-
-
-def _codec_lie(manifest: dict[str, Any], found: list[bytes]) -> None:
-    raw = _expanded(manifest, found)
-    manifest["codec"], manifest["group"] = "int8", 1
-    _replace(manifest, found, raw)
-
-
-def _hash_lie(manifest: dict[str, Any], _found: list[bytes]) -> None:
-    manifest["file_sha256"] = "0f" * 32
-
-
-def _longer(manifest: dict[str, Any], found: list[bytes]) -> None:
-    _replace(manifest, found, _expanded(manifest, found) + bytes(100))
+def envelopes() -> Iterator[tuple[str, bytes]]:
+    """For `shared.trust.envelope.parse`."""
+    broken: dict[str, dict[str, Any]] = {
+        "counter-is-negative": {"n": -1},
+        "counter-is-true": {"n": True},
+        "counter-is-a-float": {"n": 1.8e18},
+        "counter-is-text": {"n": "1800000000000000000"},
+        "expiry-is-negative": {"x": -1},
+        "expiry-is-nan": {"x": float("nan")},
+        "key-id-like-a-path": {"k": "../../etc/passwd/"},
+        "key-id-of-a-megabyte": {"k": "0" * 800_000},
+        "fingerprint-cut": {"f": bytes(31)},
+        "signature-cut": {"s": bytes(63)},
+        "signature-is-text": {"s": "0" * 64},
+        "body-is-a-list": {"b": [0] * 1000},
+        "one-field-more": {"admin": True},
+    }
+    for what, changes in broken.items():
+        yield f"bad-envelope--{what}", _sealed(**changes)
+    yield "bad-envelope--empty", b""
+    yield "bad-envelope--cut-in-half", _sealed()[:100]
+    yield "bad-envelope--nested-100000-deep", _nested(100_000)
+    yield "bad-envelope--longer-than-allowed", _sealed(b=bytes(MAX_CONTROL_BYTES))
+    yield "unsigned--of-an-open-federation", _hello()
 
 
 KINDS: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = {
     "message": messages,
+    "envelope": envelopes,
     "manifest": manifests,
     "header": headers,
     "frame": frames,
     "chunk": chunks,
     "update": updates,
+    "step": steps,
 }
 
 

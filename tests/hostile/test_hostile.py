@@ -14,15 +14,20 @@ import pytest
 
 from coordinator import admission
 from shared.config import CodecName
-from shared.errors import RefusedError
+from shared.errors import MailboatError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import decode, parse_chunk
 from shared.slices import expand_into
+from shared.states import Imprint, open_state, seal_state
 from shared.store import FrameStore
 from shared.tensorfile import header_size, parse_header
+from shared.trust.envelope import parse
 from tests.factories import make_federation, make_plan
-from tests.hostile.make import HERE, KINDS, RAW_BYTES, SHAPES, update_of
+from tests.fuzz.targets import TARGETS
+from tests.hostile.make import HERE, KINDS, RAW_BYTES
+from tests.hostile.updates import SHAPES, update_of
 
+FEDERATION = make_federation(codec={"down": "int8", "steps": 4})
 PLAN = make_plan(make_federation()).model_copy(update={"tensors": SHAPES})
 MEMORY_BYTES = 16 * 1024 * 1024
 """Several times the longest control message; the bombs want four times as much, or exabytes."""
@@ -50,13 +55,29 @@ def _update(data: bytes, folder: Path) -> None:
     admission.verify(stored, PLAN)
 
 
+def _step(data: bytes, folder: Path) -> None:
+    """What a site does before it calls a state its own; what it then does about an error is not of interest here."""
+    store = FrameStore(folder)
+    for part in msgpack.unpackb(data):
+        raw, frames = msgpack.unpackb(part)
+        with store.open_partial(manifest_from_bytes(raw)) as partial:
+            for index, frame in enumerate(frames):
+                partial.write(index, frame)
+            partial.finish()
+    state = open_state(store, ["ab" * 16, "cd" * 16])
+    with np.errstate(invalid="ignore"):
+        seal_state(store, Imprint(FEDERATION, "0f" * 32, 1), state, state.shapes, expected=state.sha256)
+
+
 DECODERS: dict[str, Callable[[bytes, Path], object]] = {
     "message": lambda data, _folder: decode(data),
+    "envelope": lambda data, _folder: parse(data, "mb/v1/ward/site/north/up/ctl"),
     "manifest": lambda data, _folder: manifest_from_bytes(data),
     "header": _header,
     "frame": _frame,
     "chunk": lambda data, _folder: parse_chunk(data),
     "update": _update,
+    "step": _step,
 }
 
 
@@ -82,6 +103,15 @@ def test_a_hostile_file_is_refused_under_its_rule(path: Path, tmp_path: Path) ->
 def test_every_recipe_has_its_file(kind: str) -> None:
     """A new recipe without a file would test nothing: `python -m tests.hostile.make` writes it."""
     assert {path.stem for path in FILES if path.parent.name == kind} == {name for name, _ in KINDS[kind]()}
+
+
+@pytest.mark.parametrize("name", ["message", "envelope", "manifest", "chunk", "grant", "request", "record", "snapshot"])
+def test_whatever_is_cut_short_is_refused(name: str) -> None:
+    """Each sound sample of the decoder, cut behind each of its bytes but the last; a text's newline says nothing."""
+    for sample in TARGETS[name].samples:
+        for length in range(len(sample.removesuffix(b"\n"))):
+            with pytest.raises(MailboatError):
+                TARGETS[name].run(sample[:length])
 
 
 def test_a_sound_update_passes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from coordinator.records import VersionCommitted
 from mailboat.commands.export import evaluate, export
 from mailboat.commands.init import init
 from shared.errors import ConfigError
-from tests.commands import call, running
+from tests.commands import call, refused, running
 from tests.unit.edge_client import tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -114,6 +114,27 @@ def test_a_run_of_adapters(
     else:
         export(out=tmp_path / "adapters", config=config)
         assert f1_of(tmp_path, capsys, tmp_path / "adapters") == scored
+        predict_elsewhere(tmp_path)
+
+
+def predict_elsewhere(folder: Path) -> None:
+    """Adapters carried to a machine that has the base model in another place find what the whole model finds there."""
+    away = folder / "away"
+    away.mkdir()
+    for name in ("adapters", "whole"):
+        (folder / name).rename(away / name)
+    (folder / "model").rename(away / "base")
+    (away / "note.txt").write_text("patient was given aspirin\n\nchest pain noted and fever")
+    words = ("predict", "--notes", "note.txt", "--model")
+    assert "predict --base" in refused(away, *words, "adapters", "--out", "none.jsonl", status=2, timeout_s=SLOW_S)
+    for name, *base in (("adapters", "--base", "base"), ("whole",)):
+        done = call(away, *words, name, "--out", f"{name}.jsonl", *base, timeout_s=SLOW_S)
+        assert done.returncode == 0, done.stderr
+    assert (away / "adapters.jsonl").read_text() == (away / "whole.jsonl").read_text()
+    card = (away / "adapters" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "| site-1 | 2 | " in card
+    assert 'base_model: "model"' in card
 
 
 def test_a_run_in_which_every_b_stays(tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]) -> None:

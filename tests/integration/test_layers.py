@@ -93,17 +93,25 @@ def test_the_proximal_term_runs_by_its_name(mode: str, tmp_path: Path, mosquitto
 
 
 @pytest.mark.parametrize(
-    ("by", "mode"), [("gradient-norm", "sync"), ("relative-gradient-norm", "fedbuff"), ("snr", "sync")]
+    ("by", "mode", "codec"),
+    [
+        ("gradient-norm", "sync", 'down = "f32"'),
+        ("relative-gradient-norm", "fedbuff", 'down = "f32"'),
+        ("snr", "sync", 'down = "int8"\nsteps = 2'),
+    ],
 )
 def test_all_sites_train_what_matters_most(
-    by: str, mode: str, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+    by: str, mode: str, codec: str, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each site measures on version 0 and again on version 2, and trains its own choice, then that of all.
 
-    The choice is made from what the updates told, stands in the state's header, and comes out the same in a replay.
+    The choice is made from what the updates told, stands in the state's header, and in that of a step to it, and comes
+    out the same in a replay.
     """
     layers = f'[layers]\nplan = "importance:2"\namong = "top:3"\nby = "{by}"\nrechoose = 2\n'
-    write_tiny(tmp_path, mosquitto_url, mode=mode, versions=3, federation=f"{layers}[training]\nlr = 0.01\n")
+    write_tiny(
+        tmp_path, mosquitto_url, mode=mode, versions=3, codec=codec, federation=f"{layers}[training]\nlr = 0.01\n"
+    )
     run_tiny(tmp_path)
     updates, said = updates_of(tmp_path), metrics_of(tmp_path)
     held = {key: tuple(sorted(_blocks(tensors))) for key, tensors in updates.items()}
@@ -122,6 +130,9 @@ def test_all_sites_train_what_matters_most(
     assert console.run(lambda: cli.app(["status", "-c", config])) == 0
     assert chosen[3] is not None
     assert f"blocks      {', '.join(map(str, chosen[3]))}, chosen by importance" in capsys.readouterr().out
+    # The choice survives what led to it: a replay that begins with version 2 knows its blocks.
+    assert console.run(lambda: cli.app(["coordinator", "prune", "-c", config, "--yes"])) == 0
+    assert console.run(lambda: cli.app(["audit", "replay", "-c", config, "--all"])) == 0
 
 
 def _blocks(tensors: dict[str, np.ndarray]) -> set[int]:
@@ -135,5 +146,5 @@ def _chosen(root: Path) -> list[Blocks | None]:
         stored = store.get(each)
         assert stored is not None
         with stored.open_tensors(verify=True) as reader:
-            found[stored.manifest.state.version] = blocks_from(reader.header.metadata)
+            found[stored.manifest.version] = blocks_from(reader.header.metadata)
     return [found[version] for version in sorted(found)]

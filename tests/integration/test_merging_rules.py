@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from coordinator.proof import prove
 from coordinator.records import Rejected, Substituted, Validated, VersionCommitted
 from coordinator.replay import replay
 from coordinator.validation import Validator
-from shared.config import FederationConfig
+from shared.config import FederationConfig, MergeRule, Quality, ServerOptimizerName, StalenessKind
 from shared.configfile import load_config
 from shared.errors import ConfigError
 from shared.plan import load_plan
@@ -27,10 +28,10 @@ STEPS = (1.0, 1.25, 1.5, 1.75, 10.0)
 FEW = 2_000
 """Values: enough for several chunks."""
 
-SERVERS = ("sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov")
-RULES = ("mean", "ca2fl", "median", "trimmed-mean", "krum", "multi-krum")
-QUALITIES = ("exp-loss", "size-exp-loss")
-STALENESS = ("constant", "hinge", "polynomial")
+SERVERS = get_args(ServerOptimizerName)
+RULES = get_args(MergeRule)
+QUALITIES = tuple(name for name in get_args(Quality) if name != "none")
+STALENESS = get_args(StalenessKind)
 
 
 def begun(root: Path, url: str, extra: str, *, sites: int = 3, mode: str = "sync", versions: int = 2) -> None:

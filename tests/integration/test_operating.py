@@ -24,6 +24,8 @@ TEN_MINUTES = 10 * 200
 FOREGROUND = ("mosquitto ", "mailboat coordinator run", "mailboat site run")
 LINES = typed(PAGE, "## Setting up: three sites")
 OF_A_SITE = next(number for number, line in enumerate(LINES) if line.role == "site-1")
+MACHINE = "machine"
+"""The role of what is done once on a bare machine: this one is past it, since `make test` begins with `make setup`."""
 
 
 def for_site(line: Typed, site: str) -> Typed:
@@ -37,9 +39,10 @@ def script() -> list[Typed]:
 
 
 def test_setting_up_takes_less_than_ten_minutes_of_typing() -> None:
-    """All lines for three sites, kits and copies included, at forty words a minute."""
+    """All lines for three sites on one bare machine, from the sources' address on, at forty words a minute."""
     assert sum(len(line.words) + 1 for line in script()) < TEN_MINUTES
-    assert {line.role for line in LINES} == {"authority", "broker", "coordinator", "site-1"}
+    assert {line.role for line in LINES} == {MACHINE, "authority", "broker", "coordinator", "site-1"}
+    assert [line.words for line in LINES if "make setup" in line.words]
 
 
 @pytest.mark.integration
@@ -47,7 +50,7 @@ def test_setting_up_takes_less_than_ten_minutes_of_typing() -> None:
 @pytest.mark.timeout(PATIENCE_S + 30)
 @pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed: apt-get install mosquitto")
 def test_the_page_leads_to_a_sealed_federation_of_three_sites(tmp_path: Path, free_port: int) -> None:
-    """Every line of it, typed in order: all three sites have their part in a signed version over TLS.
+    """Every line but those that set a machine up, typed in order: all three sites have their part in a signed version.
 
     Changed are the broker's host, port and folder, and how long the run is; what one would read over the telephone is
     compared with what the other end shows.
@@ -59,10 +62,11 @@ def test_the_page_leads_to_a_sealed_federation_of_three_sites(tmp_path: Path, fr
         "/etc/mosquitto/mailboat": str(folder),
         "provision init authority": f"provision init authority --port {free_port} --broker-folder {folder}",
     }
-    with Walk(tmp_path, {line.role for line in script()}, changed) as walk:
+    lines = [line for line in script() if line.role != MACHINE]
+    with Walk(tmp_path, {line.role for line in lines}, changed) as walk:
         shown: dict[str, str] = {}
         sites = []
-        for line in script():
+        for line in lines:
             if line.words.startswith("mosquitto"):
                 config = folder / "mosquitto.conf"
                 config.write_text(config.read_text() + f"\nuser {Path.home().owner()}\n")  # whose files these are

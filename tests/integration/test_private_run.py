@@ -31,10 +31,17 @@ PRIVATE = f"[training]\nbatch_size = 8\n[privacy]\ndelta = {DELTA}\nnoise_multip
 
 
 def write(
-    root: Path, url: str, *, sites: int = 1, versions: int = 3, quorum: int = 1, deadline_s: float = 30.0
+    root: Path,
+    url: str,
+    *,
+    sites: int = 1,
+    versions: int = 3,
+    quorum: int = 1,
+    deadline_s: float = 30.0,
+    steps: int = 0,
 ) -> None:
     """A private toy federation."""
-    write_toy(root, url, sites=sites, versions=versions, quorum=quorum, extra=PRIVATE)
+    write_toy(root, url, sites=sites, versions=versions, quorum=quorum, steps=steps, extra=PRIVATE)
     federation = root / "federation.toml"
     text = federation.read_text().replace("deadline_s = 30.0", f"deadline_s = {deadline_s}")
     federation.write_text(text)
@@ -75,11 +82,15 @@ def cost(root: Path, trainings: int) -> float:
     return epsilon_of([charge.times(trainings)], DELTA)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 def test_every_update_says_what_was_spent_and_nothing_else(
-    tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+    steps: int, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Epsilon stands in each update, in status and in audit; neither loss nor score has left the site."""
-    write(tmp_path, mosquitto_url, sites=2, quorum=2)
+    """Epsilon stands in each update, in status and in audit; neither loss nor score has left the site.
+
+    As much is spent where versions travel as steps.
+    """
+    write(tmp_path, mosquitto_url, sites=2, quorum=2, steps=steps)
     seen: list[dict[str, float]] = []
 
     async def watch() -> None:

@@ -9,24 +9,45 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from coordinator.records import Pruned, VersionCommitted
 from tests.commands import call, refused
 from tests.helpers import run_async
-from tests.toys import toy_coordinator, toy_records, toy_site, write_toy
+from tests.integration.test_renewal import until
+from tests.toys import RandomTrainer, toy_coordinator, toy_records, toy_site, write_toy
 
 VERSIONS = 6
 
 
-def test_a_run_goes_on_without_its_old_updates_and_is_proven(tmp_path: Path, mosquitto_url: str) -> None:
-    """The master that stands in for them stays; the rest is computed again from there, here and by an outsider."""
-    write_toy(tmp_path, mosquitto_url, sites=2, versions=VERSIONS, quorum=2, sealed=True)
+def newest(root: Path) -> int:
+    """The newest version in the journal below `root`, which may not be there yet."""
+    records = toy_records(root) if (root / "coordinator" / "journal.sqlite").exists() else []
+    return max((each.version for each in records if isinstance(each, VersionCommitted)), default=0)
+
+
+@pytest.mark.parametrize(("codec", "steps", "mode"), [("f32", 0, "sync"), ("int8", 4, "sync"), ("int8", 5, "fedasync")])
+def test_a_run_goes_on_without_its_old_updates_and_is_proven(
+    codec: str, steps: int, mode: str, tmp_path: Path, mosquitto_url: str
+) -> None:
+    """The master that stands in for them stays; the rest is computed again from there, here and by an outsider.
+
+    Where versions travel as steps, all of them stay: what is computed again begins with one of them.
+    """
+    write_toy(
+        tmp_path, mosquitto_url, sites=2, versions=VERSIONS, quorum=2, mode=mode, codec=codec, steps=steps, sealed=True
+    )
 
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:
-            sites = [group.create_task(toy_site(tmp_path / f"site-{number}.toml", seconds=0.3)) for number in (1, 2)]
+            sites = [
+                group.create_task(
+                    toy_site(tmp_path / f"site-{number}.toml", trainer=RandomTrainer(number, seconds=0.3))
+                )
+                for number in (1, 2)
+            ]
             first = asyncio.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
-            while not (tmp_path / "coordinator" / "masters" / "v00000003.safetensors").exists():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await until(lambda: newest(tmp_path) >= 3)
             first.cancel()
             await asyncio.wait([first])
             pruned = await asyncio.to_thread(call, tmp_path, "coordinator", "prune", "--yes")

@@ -67,8 +67,10 @@ class Gated(ToyTrainer):
 class Mosquitto:
     """The federation's broker, to be stopped and started while its clients live."""
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Federation, extra: str = "") -> None:
+        """`extra` is what the generated configuration says besides."""
         self.root = federation.root
+        self.extra = extra
         self.log = federation.root / "mosquitto.log"
         self.process: asyncio.subprocess.Process | None = None
 
@@ -78,7 +80,7 @@ class Mosquitto:
         assert program is not None
         config = self.root / "mosquitto.conf"
         generated = (self.root / "authority" / "broker" / "mosquitto.conf").read_text()
-        config.write_text(generated + f"\nuser {Path.home().owner()}\n")
+        config.write_text(generated + f"\nuser {Path.home().owner()}\n{self.extra}")
         with self.log.open("wb") as output:
             self.process = await asyncio.create_subprocess_exec(program, "-c", config, stderr=output, stdout=output)
         await until(lambda: "running" in self.log.read_text())

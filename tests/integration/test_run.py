@@ -145,7 +145,7 @@ def test_an_update_being_sealed_when_the_run_ends_gets_its_answer(tmp_path: Path
                 await asyncio.sleep(0.01)
             group.create_task(toy_site(tmp_path / "site-1.toml"))
             session = slow.session
-            while not (session.announced and session.announced.final and session.pull is None):  # noqa: ASYNC110 - nor of that
+            while not (session.announced and session.announced.final and session.pulls.pull is None):  # noqa: ASYNC110 - nor of that
                 await asyncio.sleep(0.01)
             await asyncio.wait([leaving], timeout=1.0)  # it must not leave yet
             outbox.may.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import ssl
 import struct
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file, save_file
 
 from broker import provision
+from broker.config import PACKET_BYTES_MAX
 from broker.launcher import find_mosquitto
 from coordinator.records import Finished, VersionCommitted
 from mailboat import authority as bench
@@ -25,10 +27,12 @@ from mailboat.issuing import new_serial
 from shared.config import BrokerSection
 from shared.errors import RefusedError
 from shared.tensorfile import F32Array
+from shared.topics import Channel, topic
 from shared.trust import kit as kits
+from shared.trust.witness import HEADS
 from tests.eavesdrop import Spy, learnt
 from tests.helpers import run_async
-from tests.integration.test_renewal import Mosquitto, until
+from tests.integration.test_renewal import Mosquitto, live, until
 from tests.integration.test_tls import SITES, Federation, provisioned
 from tests.toys import INITIAL, ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
 from tests.unit.shared.trust.sealed_world import altered
@@ -41,7 +45,18 @@ pytestmark = [
 ]
 LABELS = '[task]\nlabels = ["zebrafinding", "okapidrug"]\n'
 METRICS = {"loss": 0.7310585786300049, "f1/zebrafinding": 0.8807970779778823}
-SECRETS = {"label", "metric", "tensor value", "frame", "digest", "loss", "frame_hashes"}
+SECRETS = {
+    "label",
+    "metric",
+    "tensor value",
+    "frame",
+    "digest",
+    "receipt",
+    "loss",
+    "frame_hashes",
+    "outcome",
+    "progress",
+}
 CUT_S = 10.0
 
 
@@ -95,10 +110,12 @@ def let_in(federation: Federation, may: str = "read") -> BrokerSection:
 def test_the_broker_s_owner_learns_no_tensor_value_metric_or_label(tmp_path: Path, free_port: int) -> None:
     """A subscriber to `#` at the production broker, with TLS and a rule of its own, hears all and understands nothing.
 
-    The same search finds every kind of secret in what an open federation says, so the search is worth something.
+    Nor does who reads the broker's log with all of its switches on. All channels but that for repairs were in use, and
+    what receipts, heads and the sites' words on themselves said is among the secrets. The same search finds every kind
+    of secret in what an open federation says, so the search is worth something.
     """
     federation = provisioned(tmp_path, free_port, extra=LABELS)
-    broker, spy = Mosquitto(federation), Spy(let_in(federation))
+    broker, spy = Mosquitto(federation, "log_type all\n"), Spy(let_in(federation))
 
     async def run() -> None:
         await broker.start()
@@ -108,14 +125,25 @@ def test_the_broker_s_owner_learns_no_tensor_value_metric_or_label(tmp_path: Pat
             await broker.stop()
 
     run_async(run(), timeout_s=120)
-    said = {packet.topic.removeprefix("mb/v1/toy/") for packet in spy.packets}
-    assert said >= {"announce", *(f"site/{name}/{way}" for name in SITES for way in ("up/ctl", "up/data", "down/ctl"))}
+    log = broker.log.read_bytes()
+    names = [packet.topic.encode() for packet in spy.packets]
+    assert learnt(tmp_path, [*spy.payloads, *names, log]) == set()
+    said = {packet.topic.removeprefix("mb/v1/toy/") for packet in spy.packets if packet.payload}
+    assert said >= {"announce", "bulk"}
+    assert said >= {f"site/{name}/{way}" for name in SITES for way in ("up/ctl", "up/data", "down/ctl", "presence")}
     assert sum(map(len, spy.payloads)) > 6 * 300_000  # six noisy updates of 400 kB, and states
-    assert learnt(tmp_path, spy.payloads) == set()
+    for name in SITES:
+        receipts = tmp_path / name / "receipts"
+        assert len(list(receipts.glob("*.json"))) == 3
+        assert len((receipts / HEADS).read_bytes().splitlines()) >= 3
+    here = live(tmp_path)["sites"]
+    assert isinstance(here, dict)
+    assert {name: site["metrics"] for name, site in here.items()} == dict.fromkeys(SITES, METRICS)
+    assert b"Received PUBLISH from site-1" in log
 
 
 def test_the_search_for_secrets_finds_them_where_nothing_is_sealed(tmp_path: Path, mosquitto_url: str) -> None:
-    """Labels (in the names of metrics), metrics, tensor values, frames, digests and field names, all in clear."""
+    """Labels (in the names of metrics), metrics, tensor values, frames, digests, receipts and field names, in clear."""
     write_toy(tmp_path, mosquitto_url, sites=2, versions=3, quorum=2, extra=LABELS)
     spy = Spy(BrokerSection(url=mosquitto_url))
     run_async(everybody(tmp_path, spy), timeout_s=120)
@@ -191,8 +219,14 @@ def test_a_broker_that_repeats_alters_and_misdirects_everything_changes_nothing(
         steps = [sum(trainer.made[version][name] for trainer in trainers) / len(trainers) for version in range(3)]
         np.testing.assert_allclose(values, INITIAL + sum(steps), atol=1e-5)
     told = capsys.readouterr().out
-    for rule in ("bad-signature", "replayed", "unknown-key", "bad-seal"):
-        assert rule in told, rule
+    rules = set(re.findall(r"rule=(\S+) topic=mb/v1/toy/(\S+)", told))
+    assert ("bad-signature", "announce") in rules  # a state's manifest
+    for name in SITES:  # offers, with an update's manifest, and what is answered
+        assert {("bad-signature", f"site/{name}/up/ctl"), ("unknown-key", f"site/{name}/up/ctl")} <= rules
+        assert ("bad-signature", f"site/{name}/down/ctl") in rules
+    assert "replayed" in {rule for rule, _topic in rules}
+    for kind in ("state", "update"):
+        assert re.search(rf"refused a chunk +rule=bad-seal {kind}=", told), kind
 
 
 # -- a revoked site ---
@@ -228,6 +262,39 @@ class Session:
             return False
         except OSError:
             return True
+
+
+def test_a_packet_above_the_limit_ends_its_sender(tmp_path: Path, free_port: int) -> None:
+    """What is smaller than the bound in the generated configuration passes, and others are served on."""
+    federation = provisioned(tmp_path, free_port)
+    broker = Mosquitto(federation)
+
+    def published(remaining: int) -> bool:
+        hostile = Session(federation, "site-1")
+        with contextlib.suppress(OSError):  # cut off in the middle of it
+            hostile.link.sendall(publish(topic("toy", Channel.UP_DATA, "site-1"), remaining))
+        try:
+            return not hostile.ended_within(1.0)
+        finally:
+            hostile.close()
+
+    async def run() -> None:
+        await broker.start()
+        try:
+            assert await asyncio.to_thread(published, PACKET_BYTES_MAX - 5)  # the kind and the length are five bytes
+            assert not await asyncio.to_thread(published, PACKET_BYTES_MAX)
+            assert await asyncio.to_thread(let_in_again, federation, "site-2")
+        finally:
+            await broker.stop()
+
+    run_async(run(), timeout_s=60)
+
+
+def publish(name: str, remaining: int) -> bytes:
+    """A packet of QoS 0 of zeros, with so many bytes behind its length."""
+    head = len(name).to_bytes(2, "big") + name.encode()
+    length = bytes(remaining >> 7 * place & 0x7F | (0x80 if place < 3 else 0) for place in range(4))
+    return b"\x30" + length + head + bytes(remaining - len(head))
 
 
 def let_in_again(federation: Federation, name: str) -> bool:

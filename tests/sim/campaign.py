@@ -159,7 +159,8 @@ def run_range(commit: str, first: int, last: int) -> Result:
     with many_worlds():
         for seed in range(first, last + 1):
             plan = scenario(seed)
-            result.worlds[f"{plan.federation.aggregation.mode}{', sealed' * plan.sealed}"] += 1
+            stepped = plan.federation.codec.steps > 0
+            result.worlds[f"{plan.federation.aggregation.mode}{', sealed' * plan.sealed}{', steps' * stepped}"] += 1
             ended = try_seed(seed)
             if isinstance(ended, Failure):
                 result.failures.append(ended)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import decisions as d
-from coordinator.arrivals import DAMAGED_RETRY_S
+from coordinator.arrivals import DAMAGED_RETRY_S, displaces
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import discard_rejected, discard_uncommitted
 from coordinator.journal import Journal
 from coordinator.masters import check_files, master_path, prune_masters
 from coordinator.merging import MergePlan, MergeResult, choosing
+from coordinator.publishing import publish
 from coordinator.records import Opened, VersionCommitted
 from coordinator.renewals import Offers
 from shared import durable
@@ -25,16 +26,27 @@ from shared.manifest import Manifest, StateFacts
 from shared.messages import Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
+from shared.states import Imprint
 from shared.store import FrameStore
 from shared.topics import Channel
 from shared.trust.guard import CoordinatorsGuard, TurnedAwayError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
+from tests.sim.replicas import demand
 from tests.sim.shells import VirtualPump, VirtualSpooler
-from tests.sim.toys import ToyFrames, admit, loss_of, manifest_of, merged_master, published_frames, read_whole
+from tests.sim.toys import (
+    ToyFrames,
+    admit,
+    loss_of,
+    manifest_of,
+    merged_master,
+    published_frames,
+    read_whole,
+    tensors_of,
+)
 from tests.sim.trust import coordinator_guard, grants
 from tests.sim.weather import Scenario
-from tests.sim.witness import Witness, demand
+from tests.sim.witness import Witness
 
 READS = (Channel.UP_CTL, Channel.UP_DATA, Channel.PRESENCE)
 TICK = d.Tick()
@@ -97,12 +109,12 @@ class CoordinatorMachine(Machine):
         check_files(self.masters, version, (), newest.master_sha256, None)
         discard_rejected(self.updates, self.core.ledger)
         discard_uncommitted(self.states, self.core.ledger)
-        self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None)
+        self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None, displaces=displaces)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
         self._held: d.Decision | None = None
         """What waits for room in the journal, and with it all that is to be decided after it."""
         self._backlog: deque[d.Event] = deque()
-        self.witness.recovered(self.core, records, self.updates)
+        self.witness.recovered(self.core, records, self.updates, self.states)
         if not self.core.ledger.head_is_signed:  # killed between the two
             self._sign_head()
 
@@ -118,7 +130,7 @@ class CoordinatorMachine(Machine):
 
     def _genesis(self) -> Opened:
         durable.replace_atomic(master_path(self.masters, 0), FIRST_MASTER)
-        state = self._publish(0, FIRST_MASTER)
+        state, _ = self._publish(0, (), FIRST_MASTER)
         return Opened(
             fingerprint=self.plan.fingerprint,
             config_sha256=self.plan.config_sha256,
@@ -127,13 +139,19 @@ class CoordinatorMachine(Machine):
             master_sha256=hashlib.sha256(FIRST_MASTER).hexdigest(),
         )
 
-    def _publish(self, version: int, master: bytes) -> Manifest:
+    def _publish(self, version: int, before: tuple[str, ...], master: bytes) -> tuple[Manifest, Manifest | None]:
+        federation = self.scenario.federation
+        if federation.codec.steps:
+            tensors = tensors_of(master, self.scenario)
+            imprint = Imprint(federation, self.plan.fingerprint, version)
+            return publish(self.states, imprint, before, tensors, self.plan.tensors, created=self.wall)
         frames = ToyFrames(published_frames(master, self.scenario.state_frames))
         facts, wall = StateFacts(version=version), self.wall
         sealing: Any = frames
-        return self.states.seal(
+        state = self.states.seal(
             sealing, lambda summary: manifest_of(self.plan, summary.file_sha256[:32], summary, facts, wall)
-        ).manifest
+        )
+        return state.manifest, None
 
     # -- link ---
 
@@ -306,7 +324,8 @@ class CoordinatorMachine(Machine):
     def _measure(self, job: d.Validate) -> None:
         update = self.updates.get(job.update_id)
         assert update is not None, "a verified update is in the store"
-        assert self.states.get(job.state_id) is not None, "the state that it starts from is in the store"
+        here = all(self.states.get(each) is not None for each in job.base)
+        assert here, "the state that it starts from is in the store"
         broken = self.rng.random() < self.bad_losses
         self.disk.faults["loss is no number"] += broken
         self.decide(d.Validated(job.update_id, job.norm, math.nan if broken else loss_of(update.manifest)))
@@ -337,9 +356,9 @@ class CoordinatorMachine(Machine):
             parts.append((part, read_whole(stored)))
         master = merged_master(before, parts)
         durable.replace_atomic(master_path(self.masters, plan.version), master)
-        state = self._publish(plan.version, master)
+        state, anchor = self._publish(plan.version, plan.before, master)
         prune_masters(self.masters, {plan.base_version, plan.version})
-        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, plan.recorded())
+        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, plan.recorded(), anchor)
         self.later(0.01, self.decide, d.Merged(plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:

@@ -13,8 +13,11 @@ from typing import Any
 
 import coordinator.core
 import coordinator.merging
+import coordinator.publishing
 import edge_client.residual
 import edge_client.session
+import edge_client.states
+import shared.states
 import shared.trust.replay
 import tests.sim.coordinator
 from coordinator.core import Core
@@ -23,10 +26,11 @@ from coordinator.ledger import Known, Ledger
 from coordinator.records import Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView
 from coordinator.uploads import Uploads
-from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
+from edge_client.pulling import Pulling
 from edge_client.residual import Residuals
+from edge_client.states import States
 from shared import durable, store
 from shared.errors import CorruptError
 from shared.manifest import Manifest, manifest_from_bytes
@@ -34,7 +38,7 @@ from shared.messages import Receipt
 from shared.store import FrameStore, Partial
 from shared.transfer import Bitmap, Sender
 from shared.trust.envelope import SealedEnvelope
-from tests.sim.weather import SEALED
+from tests.sim.weather import SEALED, STEPPED
 
 Change = tuple[object, str, object]
 
@@ -129,7 +133,7 @@ def _without_dedupe(real: Callable[[Ledger], None]) -> Callable[[Ledger], None]:
 
 def _counts_again(self: Ledger, record: VersionCommitted) -> None:
     self.version = record.version
-    self.states[record.version] = manifest_from_bytes(record.state)
+    self.publish(record.version, manifest_from_bytes(record.state))
     for part in record.contributions:
         self.known[part.update_id].outcome = "merged"
 
@@ -231,6 +235,26 @@ def _all_pending(view: RoundView, _section: object) -> int:
     return len(view.pending)
 
 
+# -- steps ---
+
+
+def _last_twice(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda states, parts: real(states, [*parts, parts[-1]])
+
+
+def _without_the_last(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda states, parts: real(states, parts[:-1] or parts)
+
+
+def _a_little_off(real: Callable[..., Any]) -> Callable[..., Any]:
+    def seal(states: Any, imprint: Any, tensors: Any, *rest: Any, expected: str | None = None, **options: Any) -> Any:
+        if expected is not None:
+            tensors = {name: tensor * 1.0001 for name, tensor in tensors.items()}
+        return real(states, imprint, tensors, *rest, **options)
+
+    return seal
+
+
 # -- trust ---
 
 
@@ -290,7 +314,29 @@ MUTATIONS = (
     Mutation("a postponed update is not offered again", 200, ((Uploads, "postpone", _nothing),)),
     Mutation("a round closes with whatever is there", 60, ((coordinator.core, "updates_to_merge", _all_pending),)),
     Mutation("old masters are kept", 60, ((tests.sim.coordinator, "prune_masters", _nothing),)),
-    Mutation("old states are kept at a site", 60, ((Agent, "_forget_states_but", _nothing),)),
+    Mutation("old states are kept at a site", 60, ((States, "forget_all_but", _nothing),)),
+    Mutation(
+        "a site adds a step twice",
+        60,
+        (_changed(edge_client.states, "open_state", _last_twice), (shared.states, "_check_digest", _nothing)),
+        first=STEPPED,
+    ),
+    Mutation(
+        "a step starts from another state than was published",
+        60,
+        (_changed(coordinator.publishing, "open_state", _without_the_last),),
+        first=STEPPED,
+    ),
+    Mutation(
+        "a whole state is another one than the steps to it make",
+        60,
+        (_changed(coordinator.publishing, "seal_state", _a_little_off),),
+        first=STEPPED,
+    ),
+    Mutation("steps that make no state are waited for", 200, ((Pulling, "_unmade", _nothing),), first=STEPPED),
+    Mutation(
+        "what steps are added to is not kept", 60, ((Pulling, "in_use", property(lambda _self: set())),), first=STEPPED
+    ),
     Mutation(
         "a retained announcement is trusted without its signature",
         60,

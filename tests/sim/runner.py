@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.sim import campaign
 from tests.sim.campaign import Failure, many_worlds, try_seed
 from tests.sim.mutations import MUTATIONS
-from tests.sim.weather import SEALED, scenario
+from tests.sim.weather import SEALED, STEPPED, scenario
 from tests.sim.world import run_world
 
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=2000, help="how many worlds")
     parser.add_argument("--sealed", type=int, default=0, help="how many worlds of sealed federations beside them")
+    parser.add_argument("--stepped", type=int, default=0, help="how many worlds whose versions travel as steps")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--campaign", type=Path, default=Path("sim-campaign.json"), help="what was done so far")
     parser.add_argument("--json", type=Path, help="write the result there when all worlds were run")
@@ -63,7 +64,11 @@ def main() -> None:
         if chosen.json:
             campaign.save(chosen.json, {"commit": campaign.current_commit(), "found at seed": found})
         sys.exit(None in found.values())
-    seeds = [range(SEALED, SEALED + chosen.sealed), range(chosen.seeds)]
+    seeds = [
+        range(STEPPED, STEPPED + chosen.stepped),
+        range(SEALED, SEALED + chosen.sealed),
+        range(chosen.seeds),
+    ]
     result = campaign.run(seeds, chosen.workers, chosen.campaign, campaign.current_commit())
     if chosen.json:
         publish(chosen.json, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,12 +25,15 @@ class VirtualPump:
         self._machine = machine
         self._read = read
         self._sent = sent
-        self._orders: deque[tuple[Address, str, int]] = deque()
+        self._orders: dict[tuple[Address, str, int], None] = {}
         self._busy = False
 
     def put(self, address: Address, transfer_id: str, indices: Iterable[int]) -> None:
-        """Queue chunks."""
-        self._orders.extend((address, transfer_id, index) for index in indices)
+        """Queue chunks; those that wait already keep their place."""
+        for index in indices:
+            if (address, transfer_id, index) in self._orders and self._sent is not None:
+                self._machine.later(0, self._sent, transfer_id)
+            self._orders[address, transfer_id, index] = None
         self._go_on()
 
     def clear(self) -> None:
@@ -46,7 +48,8 @@ class VirtualPump:
     def _next(self) -> None:
         self._busy = False
         if self._orders:
-            address, transfer_id, index = self._orders.popleft()
+            address, transfer_id, index = order = next(iter(self._orders))
+            del self._orders[order]
             packet = self._read(transfer_id, index)
             machine, sent = self._machine, self._sent
             if packet is not None and machine.connection is not None:
@@ -64,9 +67,14 @@ class VirtualSpooler:
         store: FrameStore,
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[str], None],
+        **bounds: Any,
     ) -> None:
         self.spooler = Spooler(
-            store, open_chunk=machine.guard.open_chunk, stored=stored, refused=lambda _id, rule: refused(rule)
+            store,
+            open_chunk=machine.guard.open_chunk,
+            stored=stored,
+            refused=lambda _chunk, rule: refused(rule),
+            **bounds,
         )
         self._machine = machine
         self._stored = stored

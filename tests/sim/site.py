@@ -7,23 +7,24 @@ import math
 from typing import Any
 
 from edge_client import decisions as d
-from edge_client.agent import Agent
 from edge_client.heads import Heads
 from edge_client.outbox import Outbox
 from edge_client.session import Identity, Session
+from edge_client.states import States
 from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.ids import marked
-from shared.manifest import Manifest, StateFacts, UpdateFacts
+from shared.manifest import Manifest, StateFacts, StepFacts, UpdateFacts
 from shared.messages import Head, Message, Presence, Receipt, Renewal, Renewed, parse_chunk
 from shared.plan import SealedPlan
 from shared.room import POLL_S
-from shared.store import FrameStore
+from shared.states import stored_part
 from shared.topics import Channel
 from shared.trust.guard import SitesGuard, StaleKeyError
 from tests.sim.broker import Address
 from tests.sim.machine import Machine
+from tests.sim.replicas import content_of
 from tests.sim.shells import VirtualPump, VirtualSpooler
-from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of, read_whole
+from tests.sim.toys import BAD, ToyFrames, frames_of, manifest_of
 from tests.sim.trust import renewal_rule, site_guard
 from tests.sim.weather import Scenario, SitePlan
 from tests.sim.witness import Witness
@@ -40,7 +41,7 @@ class SiteMachine(Machine):
     session: Session
     guard: SitesGuard
     outbox: Outbox
-    states: FrameStore
+    states: States
     spooler: VirtualSpooler
     pump: VirtualPump
 
@@ -62,8 +63,8 @@ class SiteMachine(Machine):
         """As `run_site` and `Agent.run`, up to the link."""
         root = self.disk.path()
         self.outbox = Outbox(root)
-        self.states = FrameStore(root / "states")
-        self.states.recover()
+        self.states = States(root / "states", self.scenario.federation, self.plan.fingerprint)
+        self.states.store.recover()
         self.identity = Identity(
             site=self.name,
             session=hashlib.sha256(f"{self.name} {self.scenario.seed} {self.life}".encode()).hexdigest()[:16],
@@ -86,8 +87,9 @@ class SiteMachine(Machine):
             outbox=pending,
             trained=self.outbox.trained(),
             outbox_max=self.scenario.outbox_max,
+            held=self.states.held(),
         )
-        self.spooler = VirtualSpooler(self, self.states, self._chunks_stored, self._chunk_refused)
+        self.spooler = VirtualSpooler(self, self.states.store, self._chunks_stored, self._chunk_refused)
         self.pump = VirtualPump(self, self._read_update_chunk, self._chunk_sent)
         self._training = 0
         self._sealing = False
@@ -143,7 +145,7 @@ class SiteMachine(Machine):
                 self.decide(d.Received(message))
             return
         chunk = parse_chunk(data)
-        if self.session.accepts(chunk.transfer_id, chunk.index):
+        if self.session.pulls.accepts(chunk.transfer_id, chunk.index):
             self.spooler.put(chunk)
 
     def _renew(self, grant: bytes) -> None:
@@ -209,6 +211,8 @@ class SiteMachine(Machine):
                 self.spooler.close(job.transfer_id, delete=True)
             case d.Verify():
                 self.spooler.soon(self._verify, job.transfer_id)
+            case d.StepOn():
+                self.later(self.rng.uniform(0.01, 0.5), self._step_on, job)
             case d.Train():
                 self._training += 1
                 self.witness.trains(self.name, job.base)
@@ -233,25 +237,44 @@ class SiteMachine(Machine):
         except NoRoomError:
             self.later(POLL_S, self.spooler.soon, self._open_spool, manifest)
             return
-        except CorruptError:
+        except (CorruptError, RefusedError):
             self._fetch_again(manifest.transfer_id)
             return
-        agent: Any = self
-        Agent._forget_states_but(agent, manifest.transfer_id)
+        self._forget_states_but(manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
 
     def _verify(self, transfer_id: str) -> None:
         try:
             stored = self.spooler.spooler._finish(transfer_id)
             self.rots(stored)
-            read_whole(stored)
+            content = content_of(stored, self.scenario)
         except (RefusedError, CorruptError):
             self._fetch_again(transfer_id)
             return
-        # The agent's own rule of what may go; it looks at nothing but these two.
-        agent: Any = self
-        Agent._forget_states_but(agent, transfer_id)
+        self._forget_states_but(transfer_id)
+        if isinstance(stored.manifest.facts, StepFacts):
+            self.later(0, self.decide, d.StepReady(transfer_id))
+            return
+        self.witness.replicas.check(self.name, stored.manifest, content)
         self.later(0, self.decide, d.StateReady(stored.manifest))
+
+    def _forget_states_but(self, transfer_id: str) -> None:
+        self.states.forget_all_but(lambda: {transfer_id, *self.session.states_in_use})
+
+    def _step_on(self, job: d.StepOn) -> None:
+        stored = self.states.store.get(self.rng.choice((job.base, *job.steps)).transfer_id)
+        if stored is not None:
+            self.rots(stored)
+        try:
+            came = self.states.step_on(job.base, job.steps)
+        except NoRoomError:
+            self.later(POLL_S, self._step_on, job)
+            return
+        if isinstance(came, d.StateReady):
+            made = self.states.store.get(came.manifest.transfer_id)
+            assert made is not None, "a state that was made is in the store"
+            self.witness.replicas.check(self.name, came.manifest, content_of(made, self.scenario))
+        self.later(0, self.decide, came)
 
     def _fetch_again(self, transfer_id: str) -> None:
         self.spooler.spooler._close(transfer_id, delete=True)
@@ -264,14 +287,13 @@ class SiteMachine(Machine):
             self.later(POLL_S, self._train, base, training)
             return
         try:
-            stored = self.states.get(base.transfer_id)
-            assert stored is not None, "a state that is ready is in the store"
+            stored = stored_part(self.states.store, base.transfer_id)
             self.rots(stored)
-            frames = read_whole(stored)
+            content = content_of(stored, self.scenario)
         except CorruptError:
             self._fetch_again(base.transfer_id)
             return
-        self.witness.trained_on(self.name, base, frames)
+        self.witness.replicas.check(self.name, base, content)
         self.later(self.site.training_s * self.rng.uniform(0.5, 1.5), self._trained, base, training)
 
     def _trained(self, base: Manifest, training: int) -> None:
@@ -339,7 +361,7 @@ class SiteMachine(Machine):
         self.told(self.name, "leaves", how.rule or "the run is complete")
         self.exit = how
         if how.rule is None:
-            self.witness.leaves(self.name, self.session.ready)
+            self.witness.leaves(self.name, self.session.pulls.ready)
         self.leave()
 
     def _read_update_chunk(self, transfer_id: str, index: int) -> bytes | None:

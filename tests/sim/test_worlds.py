@@ -14,11 +14,12 @@ from shared.transfer import Sender
 from tests.sim.campaign import Failure, try_seed
 from tests.sim.mutations import MUTATIONS, Mutation
 from tests.sim.runner import first_failure
-from tests.sim.weather import SEALED, Weather, scenario
+from tests.sim.weather import SEALED, STEPPED, Weather, scenario
 from tests.sim.world import World, run_world
 
 SEEDS = 2000
 SEALED_SEEDS = 50
+STEPPED_SEEDS = 300
 CHUNK = 25
 ROOT = Path(__file__).parents[2]
 FAULTS = {
@@ -52,7 +53,14 @@ FAULTS = {
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.parametrize("first", [*range(0, SEEDS, CHUNK), *range(SEALED, SEALED + SEALED_SEEDS, CHUNK)])
+@pytest.mark.parametrize(
+    "first",
+    [
+        *range(0, SEEDS, CHUNK),
+        *range(SEALED, SEALED + SEALED_SEEDS, CHUNK),
+        *range(STEPPED, STEPPED + STEPPED_SEEDS, CHUNK),
+    ],
+)
 def test_the_promises_hold_in_every_world(first: int) -> None:
     """Whatever breaks, drops, doubles, fills up, dies or comes late; see `witness.py` for what is promised."""
     failure = first_failure(range(first, first + CHUNK))
@@ -98,6 +106,10 @@ def test_a_seed_is_one_world_in_any_process() -> None:
 
 def test_every_kind_of_fault_and_every_mode_occurs() -> None:
     """A fault that no seed draws would be a promise that nothing tests."""
+    stepped = [scenario(seed) for seed in range(STEPPED, STEPPED + 60)]
+    assert {world.federation.codec.down for world in stepped} == {"int8", "int4", "topk2", "bf16"}
+    assert {world.federation.codec.steps for world in stepped} == {1, 2, 3, 4, 16}
+    assert {world.sealed for world in stepped} == {False, True}
     worlds = [scenario(seed) for seed in (*range(200), *range(SEALED, SEALED + 20))]
     for name in Weather.__slots__:
         assert len({getattr(world.weather, name) for world in worlds}) > 1, name

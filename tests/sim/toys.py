@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from coordinator.records import Contribution
 from shared import store
@@ -13,7 +16,11 @@ from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.plan import SealedPlan
 from shared.slices import FileSummary, Frame
 from shared.store import Stored
+from shared.tensorfile import F32Array, Shape
 from tests.factories import SLICE
+
+if TYPE_CHECKING:
+    from tests.sim.weather import Scenario
 
 BAD = b"\xff"
 """How the first frame of an update begins that must not pass admission."""
@@ -98,3 +105,15 @@ def merged_master(master: bytes, parts: Iterable[tuple[Contribution, Sequence[by
 def published_frames(master: bytes, count: int) -> list[bytes]:
     """The state that is published of a master."""
     return frames_of(master.decode(), count)
+
+
+def shapes_of(scenario: Scenario) -> dict[str, Shape]:
+    """The tensors of a federation of steps: as many slices of float32 as a toy state has frames, and a few values."""
+    return {"block.w": (scenario.state_frames, SLICE // 4), "head.bias": (3,)}
+
+
+def tensors_of(master: bytes, scenario: Scenario) -> dict[str, F32Array]:
+    """The master of a federation of steps as tensors, all of which follow from it."""
+    rng = np.random.default_rng(list(hashlib.sha256(master).digest()))
+    shapes = shapes_of(scenario)
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}

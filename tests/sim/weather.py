@@ -12,6 +12,8 @@ NAMES = ("ash", "bay", "cove", "dale", "elm", "fen")
 STALL_S = 2.0
 SEALED = 10_000_000
 """Seeds from here on are those of sealed federations."""
+STEPPED = 20_000_000
+"""Seeds from here on are those of federations whose versions travel as steps; every third one is sealed as well."""
 JUMPS_S = (0.0, -1e6, 1e7, -1e9)
 SMALL_JUMPS_S = (0.0, 30.0, 120.0, -100.0)
 """Sealed messages carry times, and a clock that is days wrong is turned away by rule."""
@@ -105,6 +107,11 @@ class Scenario:
         """All sites."""
         return [site.name for site in self.sites]
 
+    @property
+    def _steps(self) -> str:
+        codec = self.federation.codec
+        return f"steps in {codec.down}, whole every {codec.steps}, " if codec.steps else ""
+
     def __str__(self) -> str:
         section = self.federation.aggregation
         faults = ", ".join(
@@ -116,7 +123,7 @@ class Scenario:
         rule = section.rule if section.quality == "none" else section.quality
         return (
             f"{mode}, {rule}, {len(self.sites)} sites, quorum {section.quorum}, buffer {section.buffer}, "
-            f"{self.federation.federation.versions} versions, budget {self.budget_chunks} chunks, "
+            f"{self.federation.federation.versions} versions, {self._steps}budget {self.budget_chunks} chunks, "
             f"window {self.link.window}; {faults or 'no faults'}"
         )
 
@@ -145,7 +152,10 @@ def scenario(seed: int) -> Scenario:
     link = LinkSection(stall_s=STALL_S, backoff_cap_s=8.0, window=rng.choice((1, 2, 4, 6)))
     chances = (random.Random(f"mailboat {name} {seed}") for name in ("more", "losses"))
     weather = _weather(rng, *chances) if seed % 20 else Weather()
-    sealed = seed >= SEALED
+    stepped = seed >= STEPPED
+    sealed = seed >= SEALED and (not stepped or seed % 3 == 0)
+    if stepped:
+        federation = _stepped(federation, random.Random(f"steps {seed}"))
     if sealed:
         weather.forgeries = random.Random(f"forger {seed}").uniform(1.0, 20.0)
     return Scenario(
@@ -160,6 +170,18 @@ def scenario(seed: int) -> Scenario:
         outbox_max=rng.randint(1, 3),
         state_frames=rng.randint(1, 6),
         feedback=random.Random(f"left out {seed}").random() < 0.5,
+    )
+
+
+def _stepped(federation: FederationConfig, rng: random.Random) -> FederationConfig:
+    """The same federation with versions that travel as steps, and more of them, so that chains of steps grow."""
+    codec = {"down": rng.choice(("int8", "int4", "topk2", "bf16")), "steps": rng.choice((1, 2, 3, 4, 16))}
+    section = {"versions": rng.randint(3, 9)}
+    return federation.model_copy(
+        update={
+            "codec": federation.codec.model_copy(update=codec),
+            "federation": federation.federation.model_copy(update=section),
+        }
     )
 
 

@@ -8,7 +8,7 @@ Held at any time:
     granted credits stay within the budget, windows within what was granted, disk and memory within their bounds
     what a bitmap has promised is there after any crash; a sealed update stays in the outbox until its receipt
     a loss is recorded once, beside the acceptance, and the weights of a version follow from the losses
-    a site trains on what was published, and on nothing else
+    a site holds, steps on from and trains on what was published, bit for bit, and on nothing else
 After the faults (`ended`): every sealed update of a site that stayed has its answer, and every such site the last
 version.
 
@@ -28,6 +28,7 @@ from coordinator.ledger import Ledger
 from coordinator.merging import MergePlan
 from coordinator.records import (
     Accepted,
+    Anchored,
     Dropped,
     Finished,
     Opened,
@@ -40,12 +41,13 @@ from coordinator.records import (
 )
 from edge_client import decisions as sd
 from edge_client.outbox import Outbox
-from shared.manifest import Manifest, manifest_from_bytes
+from shared.manifest import Manifest
 from shared.messages import Message, Receipt, Want
 from shared.store import FrameStore
 from shared.transfer import Bitmap
 from tests.factories import SLICE
-from tests.sim.toys import file_sha256, loss_of, merged_master, published_frames, read_whole
+from tests.sim.replicas import Replicas, ViolationError, demand
+from tests.sim.toys import loss_of, merged_master, read_whole
 from tests.sim.weather import Scenario
 
 if TYPE_CHECKING:
@@ -69,20 +71,10 @@ STATES_AT_A_SITE = 4
 """Ready, training, pulling, and the one that was just verified."""
 
 
-class ViolationError(AssertionError):
-    """Something happened that must not happen."""
-
-
-def demand(condition: object, message: str) -> None:
-    """Raise ViolationError unless the condition holds."""
-    if not condition:
-        raise ViolationError(message)
-
-
 class Witness:
     """See the module's docstring."""
 
-    def __init__(self, scenario: Scenario, first_master: bytes) -> None:
+    def __init__(self, scenario: Scenario, first_master: bytes, fingerprint: str) -> None:
         self.scenario = scenario
         self.deciding = False
         """A decision was made and is not yet stored: a crash now undoes it."""
@@ -105,7 +97,7 @@ class Witness:
         self.version = -1
         self.finished = False
         self._master = first_master
-        self._published: dict[str, list[bytes]] = {}
+        self.replicas = Replicas(scenario, fingerprint)
         self._acknowledged: dict[str, set[int]] = {}
         self._spoilt: set[str] = set()
         self._granted: dict[str, int] = {}
@@ -168,6 +160,8 @@ class Witness:
                 self.decided[record.update_id] = "dropped"
             case VersionCommitted():
                 self._committed(record)
+            case Anchored():
+                self.replicas.anchor(record.version, record.state)
             case Finished():
                 demand(record.version == self.version, f"finished at {record.version}, not {self.version}")
                 demand(not self._pending, "finished with updates pending")
@@ -243,13 +237,10 @@ class Witness:
         demand(
             hashlib.sha256(self._master).hexdigest() == master_sha256, f"version {version} is not what its inputs give"
         )
-        frames = published_frames(self._master, self.scenario.state_frames)
-        manifest = manifest_from_bytes(state)
-        demand(manifest.file_sha256 == file_sha256(frames), f"version {version} publishes another state")
-        self._published[manifest.file_sha256] = frames
+        self.replicas.publish(version, self._master, state)
         self.version = version
 
-    def recovered(self, core: Core, records: list[Record], updates: FrameStore) -> None:
+    def recovered(self, core: Core, records: list[Record], updates: FrameStore, states: FrameStore) -> None:
         """A coordinator has read its journal again."""
         known, uncertain = len(self._records), self._uncertain
         demand(records[:known] == self._records, "the journal lost or changed what it had stored")
@@ -258,6 +249,7 @@ class Witness:
         self._uncertain = []
         self._take(rest)
         self._same_ledger(core.ledger, bool(rest))
+        self.replicas.recovered(core.ledger, states)
         for update_id, outcome in self.receipts.items():
             now = core.ledger.known.get(update_id)
             demand(now is not None, f"update {update_id} has a receipt ({outcome}) and is forgotten")
@@ -273,7 +265,7 @@ class Witness:
     def _same_ledger(self, now: Ledger, moved_on: bool) -> None:
         before, self._before = self._before, now
         if before is not None and not moved_on and not self.deciding:
-            for name in ("version", "states", "known", "pending", "losses", "finished"):
+            for name in ("version", "published", "known", "pending", "losses", "finished"):
                 demand(getattr(before, name) == getattr(now, name), f"after replay the ledger's {name} differ")
         self.deciding = False
 
@@ -346,7 +338,8 @@ class Witness:
             demand(len(rejected) <= 2 * len(self.scenario.sites), f"bytes of {len(rejected)} rejected updates")
         states = self._changed(machine, "states")
         if states is not None:
-            demand(len(states) <= self.version + 2, f"{len(states)} states of {self.version} versions and the next")
+            most = (self.version + 2) * (2 if self.scenario.federation.codec.steps else 1)
+            demand(len(states) <= most, f"{len(states)} states of {self.version} versions and the next")
         masters = self._changed(machine, "masters")
         if masters is not None:
             demand(len(masters) <= MASTERS, f"{len(masters)} masters are kept")
@@ -435,20 +428,12 @@ class Witness:
 
     def trains(self, site: str, base: Manifest) -> None:
         """A site begins to train."""
-        demand(base.file_sha256 in self._published, f"{site} trains on a state that was never published")
-
-    def trained_on(self, site: str, base: Manifest, frames: list[bytes]) -> None:
-        """A site has trained on these bytes."""
-        demand(self._published.get(base.file_sha256) == frames, f"{site} trained on other bytes than were published")
+        demand(self.replicas.knows(base), f"{site} trains on a state that was never published")
 
     def leaves(self, site: str, ready: Manifest | None) -> None:
         """A site has ended its run: it holds the last version."""
         demand(self.finished, f"{site} left before the end")
-        demand(
-            ready is not None
-            and self._published.get(ready.file_sha256) == published_frames(self._master, self.scenario.state_frames),
-            f"{site} left without the last version",
-        )
+        demand(ready and ready.file_sha256 == self.replicas.newest, f"{site} left without the last version")
 
     def site_bounds(self, machine: SiteMachine) -> None:
         """After each decision of a site."""
@@ -456,7 +441,8 @@ class Witness:
             raise ViolationError(f"{machine.name} holds too many updates")
         states = self._changed(machine, "states")
         if states is not None:
-            demand(len(states) <= STATES_AT_A_SITE, f"{machine.name} keeps {len(states)} states")
+            most = STATES_AT_A_SITE + (self.version if self.scenario.federation.codec.steps else 0)
+            demand(len(states) <= most, f"{machine.name} keeps {len(states)} states and steps")
         outbox = self._changed(machine, "outbox")
         if outbox is not None:
             most = machine.scenario.outbox_max + 1  # one has its receipt and is about to go

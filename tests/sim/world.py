@@ -1,9 +1,10 @@
 """One seed, one world: a coordinator, its sites, a broker, and whatever befalls them; then calm, and an end.
 
-What is real: `Core`, `Session`, `Ledger`, the journal (SQLite), `FrameStore`, `Outbox`, the spooler's staging, and
-every message's encoding and decoding. What is false, and says so in its module: time, the broker, the disks below the
-stores, tensors (digests of their inputs stand for them), and the two shells, which do here in virtual time what
-`service.py` and `agent.py` do with tasks.
+What is real: `Core`, `Session`, `Ledger`, the journal (SQLite), `FrameStore`, `Outbox`, a site's `States`, the
+spooler's staging, every message's encoding and decoding, and, in federations of steps, what is published: tensors,
+codec and sums. What is false, and says so in its module: time, the broker, the disks below the stores, all other
+tensors (digests of their inputs stand for them), and the two shells, which do here in virtual time what `service.py`
+and `agent.py` do with tasks.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from tests.sim.broker import Broker
 from tests.sim.clock import Clock
 from tests.sim.coordinator import FIRST_MASTER, CoordinatorMachine
 from tests.sim.machine import EPOCH_S, Machine
+from tests.sim.replicas import ViolationError, demand
 from tests.sim.site import SiteMachine
+from tests.sim.toys import shapes_of
 from tests.sim.trust import Forger, grants
 from tests.sim.weather import JUMPS_S, SMALL_JUMPS_S, Scenario, Weather, scenario
-from tests.sim.witness import ViolationError, Witness, demand
+from tests.sim.witness import Witness
 
 CALM_S = 900.0
 """Virtual seconds in which everything must have come to its end once the faults have stopped."""
@@ -64,8 +67,11 @@ class World:
         self.clock = Clock()
         self.weather = plan.weather
         self.broker = Broker(self.clock, self._chance("broker"), plan.weather)
-        self.sealed_plan = Plan.model_validate(make_plan(plan.federation).model_dump())
-        self.witness = Witness(plan, FIRST_MASTER)
+        told = make_plan(plan.federation).model_dump()
+        if plan.federation.codec.steps:
+            told["tensors"] = shapes_of(plan)
+        self.sealed_plan = Plan.model_validate(told)
+        self.witness = Witness(plan, FIRST_MASTER, self.sealed_plan.fingerprint)
         self._trace = trace
         machine: dict[str, Any] = {"clock": self.clock, "broker": self.broker, "told": self.tell}
         self.coordinator = CoordinatorMachine(

@@ -301,10 +301,10 @@ def test_what_is_gone_is_named(tmp_path: Path, what: str) -> None:
     if what == "update":
         run.updates.delete(gone.update_id)
     elif what == "state":
-        run.states.delete(gone.base_state_id)
+        run.states.delete(gone.base[0])
     else:
         master_path(run.masters, 0).unlink()
-    named = {"update": gone.update_id, "state": gone.base_state_id, "master": "v00000000"}[what]
+    named = {"update": gone.update_id, "state": gone.base[0], "master": "v00000000"}[what]
     with pytest.raises(CorruptError, match=named):
         run.run_plan(plan)
     assert not master_path(run.masters, 1).exists()

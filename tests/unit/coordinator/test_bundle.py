@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from coordinator import bundle_verify
 from coordinator.bundle import SCRIPT, export_bundle
 from coordinator.journal import Journal
-from coordinator.records import VersionCommitted
+from coordinator.records import Record, VersionCommitted
 from coordinator.views import JOURNAL
 from shared.errors import ConfigError, CorruptError
+from shared.manifest import manifest_from_bytes
 from shared.slices import compress_slice
 from tests.audited import VERSIONS, AuditedRun, restored, spoilt
 
@@ -54,7 +56,7 @@ def test_the_script_alone_finds_nothing_wrong(unpacked: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("nothing is wrong\n")
-    assert len(SCRIPT.read_text().splitlines()) <= 330
+    assert len(SCRIPT.read_text().splitlines()) <= 350
 
 
 def test_the_script_needs_little() -> None:
@@ -159,6 +161,30 @@ def test_an_update_that_counts_twice_is_found(run: AuditedRun, tmp_path: Path) -
         findings = checked(unpack(run, tmp_path))
     assert [text for text in findings if "has counted already" in text]
     assert [text for text in findings if "version 1 follows version 1" in text]
+
+
+def test_steps_are_followed_by_the_script_alone(tmp_path: Path) -> None:
+    """From state to state by their digests, and each update to the state that it starts from."""
+    run = AuditedRun(tmp_path / "storage", "fedasync, steps")
+    assert checked(unpack(run, tmp_path / "sound")) == []
+
+    def other_state(record: Record) -> list[Record]:
+        """The step to version 1 says that it makes another state."""
+        if record != run.committed[0]:
+            return [record]
+        manifest = manifest_from_bytes(run.committed[0].state)
+        facts = manifest.facts.model_copy(update={"state_sha256": "ab" * 32})
+        state = manifest.model_copy(update={"facts": facts}).to_bytes()
+        return [dataclasses.replace(run.committed[0], state=state)]
+
+    with run.forged(other_state):
+        findings = checked(unpack(run, tmp_path / "forged"))
+    row = run.records.index(run.committed[1]) + 1
+    assert f"journal.jsonl: row {row}: its step does not start from the state of the version before" in findings
+    late = [each.update_id for each in run.accepted if each.base_version == 1]
+    assert late
+    for update_id in late:
+        assert f"updates/{update_id}.manifest: it starts from a state that was never published" in findings
 
 
 def test_a_broken_chain_is_not_exported(run: AuditedRun, tmp_path: Path) -> None:

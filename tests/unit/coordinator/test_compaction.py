@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -179,6 +181,31 @@ def test_a_snapshot_that_says_otherwise_than_the_rows_is_found(run: AuditedRun) 
         audit.follow()
     rules = {each.rule for each in prove(run.storage, run.federation, run.plan).findings}
     assert rules == {"snapshot-differs"}
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("segments SET file = ?", None),
+        ("segments SET file = ?", 3),
+        ("segments SET file = ?", "../rows-000000000001-000000000009.sqlite"),
+        ("segments SET sha256 = ?", None),
+        ("segments SET sha256 = ?", "ab" * 30 + "\x1b[2J"),
+        ("segments SET last = ?", "many"),
+        ("snapshots SET body = ?", 7),
+        ("snapshots SET audit_size = ?", "many"),
+        ("snapshots SET audit_sha256 = ?", None),
+    ],
+)
+def test_what_nobody_wrote_beside_the_rows_is_found(run: AuditedRun, change: str, value: str | float | None) -> None:
+    """Values of other types, and segments outside the archive, are a finding; no file of that name is opened."""
+    compacted(run.storage)
+    with contextlib.closing(sqlite3.connect(run.storage / JOURNAL)) as db, db:
+        db.execute("PRAGMA writable_schema = ON")  # a forger's SQLite is not bound by ours
+        db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '')")
+    with contextlib.closing(sqlite3.connect(run.storage / JOURNAL)) as db, db:
+        db.execute(f"UPDATE {change}", (value,))
+    assert "snapshot-unreadable" in {each.rule for each in prove(run.storage, run.federation, run.plan).findings}
 
 
 def test_a_reader_in_the_middle_goes_on_in_the_segment(run: AuditedRun) -> None:

@@ -295,7 +295,7 @@ def test_one_merge_runs_at_a_time_and_the_next_follows_at_once() -> None:
     assert [part.update_id for part in merge.plan.contributions] == [second.transfer_id]
     assert merge.plan.version == 2
     assert merge.plan.contributions[0].staleness == 1
-    assert merge.plan.contributions[0].base_state_id == make_state(bench.plan, 0).transfer_id
+    assert merge.plan.contributions[0].base == (make_state(bench.plan, 0).transfer_id,)
 
 
 def test_a_version_is_recorded_then_announced_then_receipted() -> None:

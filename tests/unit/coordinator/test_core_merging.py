@@ -54,7 +54,7 @@ def test_an_update_is_accepted_when_its_loss_is_known_and_not_before() -> None:
     bench = _weighing()
     update = make_update(bench.plan, "north", bench.state)
     decision = bench.upload("north", update)
-    assert jobs(decision, d.Validate) == [d.Validate(update.transfer_id, 1.0, bench.state.transfer_id)]
+    assert jobs(decision, d.Validate) == [d.Validate(update.transfer_id, 1.0, (bench.state.transfer_id,))]
     assert (decision.records, said(decision, Receipt, "north")) == ([], [])
     decision = bench.handle(d.Validated(update.transfer_id, 1.0, 0.75))
     accepted, validated = decision.records

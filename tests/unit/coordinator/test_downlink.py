@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.decisions import Decision, Serve
-from coordinator.downlink import Downlink
+from coordinator.downlink import LOST_WINDOWS, Downlink
 from shared.messages import Want
 from tests.cores import bits
+from tests.factories import make_federation, make_plan, make_state
 
 A, B = "a" * 32, "b" * 32
 FRAMES = 8
@@ -19,7 +20,14 @@ MERGE_S, IDLE_S = 0.3, 15.0
 
 
 def _downlink() -> Downlink:
-    return Downlink(merge_s=MERGE_S, idle_s=IDLE_S)
+    return Downlink(merge_s=MERGE_S, idle_s=IDLE_S, stall_s=5.0, window=6)
+
+
+PLAN = make_plan(make_federation())
+STATES = {
+    transfer_id: make_state(PLAN, version, frames=FRAMES).model_copy(update={"transfer_id": transfer_id})
+    for version, transfer_id in enumerate((A, B))
+}
 
 
 def _want(
@@ -35,7 +43,7 @@ def _want(
     """One site wants; what goes out at once."""
     out = Decision()
     want = Want(transfer_id=state, have=bits(FRAMES, *held), window=window, restart=restart)
-    downlink.want(site, want, FRAMES, frozenset(present), now, out)
+    downlink.want(site, want, STATES[state], frozenset(present), now, out)
     return _served(out)
 
 
@@ -67,6 +75,44 @@ def test_what_some_do_not_need_is_not_sent_past_them_all() -> None:
     _want(downlink, "x")
     _want(downlink, "y")
     assert _tick(downlink, MERGE_S) == [Serve(A, "x", (0, 1, 2, 3)), Serve(A, "y", (0, 1, 2, 3))]
+
+
+def test_nobody_has_more_in_flight_than_the_coordinator_says() -> None:
+    """A window of thousands is cut to ours, however often it is asked for anew."""
+    downlink = _downlink()
+    for restart in (False, True, True):
+        assert _want(downlink, "x", window=4096, restart=restart, present="x") == [Serve(A, "x", (0, 1, 2, 3, 4, 5))]
+
+
+@pytest.mark.parametrize("states", [[B], [A, B]])
+def test_who_asks_for_the_same_without_end_is_served_slowly(states: list[str]) -> None:
+    """Each chunk once, all of them again and what a bad link loses at once; then a window for each stall.
+
+    Another site is served as ever, and a newer state begins new books.
+    """
+    downlink = _downlink()
+    served = 0
+    for number in range(1000):
+        jobs = _want(downlink, "x", state=states[number % len(states)], window=6, restart=True, present="x")
+        served += sum(len(job.indices) for job in jobs)
+    first, window = FRAMES * len(states), 6
+    assert 2 * FRAMES + LOST_WINDOWS * window - window <= served <= first + FRAMES + LOST_WINDOWS * window + window
+    assert _want(downlink, "y", state=B, present="y", now=1.0)
+    later = [_want(downlink, "x", state=B, window=6, restart=True, present="x", now=5.0 * n) for n in range(1, 4)]
+    assert [sum(len(job.indices) for job in jobs) for jobs in later] == [6, 6, 6]
+
+
+def test_a_version_that_is_had_whole_and_as_a_step_is_sent_both_ways() -> None:
+    """A site that changes its way to a version is sent the other transfer, of another size, at full speed."""
+    downlink = _downlink()
+    step = STATES[B].model_copy(
+        update={"transfer_id": "c" * 32, "frame_lengths": (5,), "frame_hashes": bytes(32), "slice_size": 1 << 16}
+    )
+    for state, frames in ((step, 1), (STATES[B], FRAMES)):
+        out = Decision()
+        want = Want(transfer_id=state.transfer_id, have=b"", window=FRAMES)
+        downlink.want("x", want, state, frozenset("x"), 0.0, out)
+        assert _served(out) == [Serve(state.transfer_id, "x", tuple(range(min(frames, downlink.window))))]
 
 
 @pytest.mark.parametrize(("bystanders", "topics"), [("k", {None}), ("kl", set("abcdefghij"))])

@@ -21,6 +21,7 @@ from coordinator.earshot import (
 )
 from coordinator.intake import Intake
 from shared.config import AdmissionSection
+from shared.messages import Chunk
 from shared.topics import subscriptions
 from tests.helpers import run_async
 
@@ -121,18 +122,39 @@ def test_a_muted_member_is_not_heard_and_away() -> None:
         earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection()), away.append)
         running = asyncio.create_task(earshot.run())
         await link.changed.wait()
-        assert (link.topics, away, earshot.hears("north")) == (EVERYBODY, [], True)
+        assert (link.topics, away, earshot.hears("north", 100)) == (EVERYBODY, [], True)
         link.changed.clear()
         for _ in range(BURST_BYTES // CHUNK + 1):
             earshot.unwanted("north", CHUNK)
         await asyncio.wait_for(link.changed.wait(), 5)
         assert link.topics == topics_heard("ward", MEMBERS, frozenset({"north"}))
         assert set(away) == {"north"}
-        assert not earshot.hears("north")
-        assert earshot.hears("south")
+        assert not earshot.hears("north", 100)
+        assert earshot.hears("south", 100)
         running.cancel()
 
     run_async(run())
+
+
+def test_what_is_dropped_unread_has_its_size() -> None:
+    """Beyond the rate of control messages each one counts with all of its bytes, as chunks do."""
+    link: Any = _Link()
+    earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection(messages_per_s=1.0)), lambda _site: None)
+    counts = 0
+    while not earshot._nuisance.muted(time.monotonic()):
+        counts += not earshot.hears("north", CHUNK)
+    assert counts == BURST_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1
+
+
+def test_an_upload_that_was_granted_is_no_cover_for_a_flood() -> None:
+    """Chunks that are refused count as others that nobody asked for, although their places were."""
+    link: Any = _Link()
+    earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection()), lambda _site: None)
+    chunk = Chunk("ab" * 16, 0, memoryview(bytes(CHUNK)))
+    for _ in range(BURST_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1):
+        assert earshot._nuisance.muted(time.monotonic()) == frozenset()
+        earshot.chunk_refused("north", chunk, "bad-seal")
+    assert earshot._nuisance.muted(time.monotonic()) == {"north"}
 
 
 def test_a_stranger_is_not_muted() -> None:

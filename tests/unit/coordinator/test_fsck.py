@@ -14,6 +14,7 @@ from coordinator.fsck import Checked, check
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.masters import master_path
+from coordinator.means import CACHE_LOST
 from coordinator.records import Accepted, Finished, Rejected, VersionCommitted
 from coordinator.rows import ARCHIVE
 from coordinator.views import JOURNAL
@@ -198,7 +199,7 @@ def current_state(run: AuditedRun) -> Path:
         ledger = Ledger()
         for record in journal.replay():
             ledger.apply(record)
-    return run.storage / "states" / f"{ledger.state.transfer_id}.frames"
+    return run.storage / "states" / f"{ledger.newest.sha256[:32]}.frames"
 
 
 def test_what_can_be_made_again_is(run: AuditedRun) -> None:
@@ -281,6 +282,21 @@ def test_a_kill_between_the_row_and_the_bytes_leaves_litter(run: AuditedRun, mon
     assert frames.exists()
     assert told(checked(run, repair=True)) == [("leftover", "rejected-update", True)]
     assert not frames.exists()
+
+
+def test_what_ca2fl_takes_back_next_cannot_be_given_up(tmp_path: Path) -> None:
+    """A site's last update is told apart from an older one: the run needs it, neither repair nor demand drops it."""
+    run = AuditedRun(tmp_path / "storage", "ca2fl")
+    *_, last = (part.update_id for part in run.committed[-1].contributions)
+    first, *_ = (part.update_id for part in run.committed[0].contributions)
+    for update_id in (first, last):
+        spoil(run.storage / "updates" / f"{update_id}.frames")
+    found = check(run.storage, run.federation, run.plan, repair=True, drop_lost=True)
+    advice = {each.where.partition(".")[0].rpartition("/")[2]: each.advice for each in found.problems}
+    assert CACHE_LOST in advice[last]
+    assert f"version {VERSIONS + 1} takes back what" in advice[last]
+    assert "version 1 stands" in advice[first]
+    assert all(not each.repaired for each in found.problems if each.where.startswith("updates/"))
 
 
 def test_sound_updates_that_wait_are_not_given_up(run: AuditedRun) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.ledger import Ledger
+from coordinator.ledger import Ledger, Published
 from coordinator.records import Accepted, Contribution, Dropped, Finished, Opened, Record, Rejected, VersionCommitted
+from shared.manifest import Manifest
 from shared.messages import Receipt
 from tests.factories import digest, make_federation, make_plan, make_state
 
@@ -29,6 +30,11 @@ def _committed(version: int, *update_ids: str) -> VersionCommitted:
     return VersionCommitted(version, parts, make_state(PLAN, version).to_bytes(), digest("m"), None, 2.0)
 
 
+def whole(state: Manifest) -> Published:
+    """A version that travels whole."""
+    return Published(state.file_sha256, state, None)
+
+
 def _ledger(*records: Record) -> Ledger:
     ledger = Ledger()
     for record in (OPENED, *records):
@@ -41,14 +47,14 @@ def test_before_anything_was_recorded_there_is_no_version() -> None:
     ledger = Ledger()
     assert (ledger.version, ledger.finished, ledger.pending) == (-1, False, [])
     with pytest.raises(KeyError):
-        _ = ledger.state
+        _ = ledger.newest
 
 
 def test_opening_publishes_version_0() -> None:
     """The run's first record carries the state that everybody starts from."""
     ledger = _ledger()
     assert ledger.version == 0
-    assert ledger.state == make_state(PLAN, 0)
+    assert ledger.newest == whole(make_state(PLAN, 0))
 
 
 def test_accepted_updates_wait_in_the_order_of_acceptance() -> None:
@@ -62,8 +68,8 @@ def test_a_version_takes_its_updates_out_and_leaves_the_rest() -> None:
     ledger = _ledger(_accepted(ONE), _accepted(TWO), _accepted(THREE), _committed(1, THREE, ONE))
     assert [update.update_id for update in ledger.pending] == [TWO]
     assert ledger.version == 1
-    assert ledger.state == make_state(PLAN, 1)
-    assert set(ledger.states) == {0, 1}
+    assert ledger.newest == whole(make_state(PLAN, 1))
+    assert set(ledger.published) == {0, 1}
 
 
 @pytest.mark.parametrize(

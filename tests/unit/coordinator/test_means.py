@@ -144,6 +144,24 @@ def test_ca2fl_by_hand(tmp_path: Path) -> None:
     assert [run.master(version)["a"][0] for version in (1, 2, 3)] == pytest.approx([4.5, 12, 13.5], rel=1e-6)
 
 
+@pytest.mark.parametrize("damage", ["gone", "rotten"])
+def test_ca2fl_says_whose_last_word_is_lost(tmp_path: Path, damage: str) -> None:
+    """The error names update and site, although neither is of the round, and what can be done; no version is made."""
+    run = SmallRun(tmp_path, {"a": [0.0]}, aggregation=CA2FL)
+    first = {site: run.update(site, {"a": [3.0]}) for site in ("anna", "bela")}
+    run.merge(*first.values())
+    lost = first["bela"].update_id
+    if damage == "gone":
+        run.updates.delete(lost)
+    else:
+        frames = run.updates.root / f"{lost}.frames"
+        frames.write_bytes(bytes(frames.stat().st_size))
+    with pytest.raises(CorruptError) as caught:
+        run.merge(run.update("anna", {"a": [9.0]}, base=1), run.update("carl", {"a": [3.0]}, base=1))
+    assert f"update {lost} is what bela said last, and version 2 takes that back" in caught.value.message
+    assert caught.value.hint == means.CACHE_LOST
+
+
 def test_ca2fl_takes_the_servers_optimizer(tmp_path: Path) -> None:
     """The corrected mean is what the server steps by: half of 4.5 and of 7.5."""
     section = CA2FL.model_copy(update={"server": ServerSection(lr=0.5)})

@@ -31,7 +31,7 @@ from coordinator.views import JOURNAL
 from shared.errors import ConfigError, CorruptError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import Receipt
-from tests.audited import SECTIONS, VERSIONS, AuditedRun, Edit, flipped, restored, spoilt
+from tests.audited import SECTIONS, VERSIONS, AuditedRun, Edit, flipped, on, put, restored, spoilt
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -252,21 +252,6 @@ def test_the_audit_trail_has_a_line_for_each_row(
 
 
 # -- a journal that was written anew, with a sound chain ---
-
-
-def on(kind: type[Record], change: Callable[[Any], Sequence[Record]], *, nth: int = 0) -> Callable[[], Edit]:
-    """Change the `nth` record of a kind."""
-
-    def begin() -> Edit:
-        seen = iter(range(1000))
-        return lambda record: change(record) if isinstance(record, kind) and next(seen) == nth else [record]
-
-    return begin
-
-
-def put(**fields: Any) -> Callable[[Any], Sequence[Record]]:
-    """Other values for some fields."""
-    return lambda record: [dataclasses.replace(record, **fields)]
 
 
 def part(**fields: Any) -> Callable[[VersionCommitted], Sequence[Record]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coordinator import records
 from coordinator.records import (
     Accepted,
+    Anchored,
     Contribution,
     Dropped,
     Finished,
@@ -28,7 +29,7 @@ from coordinator.records import (
     Witnessed,
 )
 from shared.errors import CorruptError, RefusedError
-from shared.manifest import Manifest, StateFacts
+from shared.manifest import Manifest, StateFacts, StepFacts, manifest_from_bytes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "journal"
 
@@ -47,6 +48,10 @@ STATE = Manifest(
     facts=StateFacts(version=1),
 ).to_bytes()
 
+STEP = manifest_from_bytes(STATE).model_copy(
+    update={"facts": StepFacts(version=1, base_sha256="5d" * 32, state_sha256="5e" * 32)}
+)
+
 SAMPLES: dict[str, Record] = {
     "opened": Opened("0f" * 32, "c0" * 32, "f0" * 32, STATE, "3a" * 32),
     "accepted": Accepted("a1" * 16, "st-mary", 3, 812, "3b" * 32, "f1" * 32, 0.4375, 1_763_629_300.5),
@@ -56,6 +61,8 @@ SAMPLES: dict[str, Record] = {
         4, (Contribution("a1" * 16, "st-mary", 3, 0, 0.625),), STATE, "3d" * 32, "0e" * 32, 1_763_629_303.5
     ),
     "committed_without_slots": VersionCommitted(1, (), STATE, "3d" * 32, None, 1_763_629_304.5),
+    "committed_by_a_step": VersionCommitted(1, (), STEP.to_bytes(), "3d" * 32, None, 1_763_629_311.5),
+    "anchored": Anchored(1, STATE, 1_763_629_312.5),
     "validated": Validated("a1" * 16, 0.71875, 1_763_629_311.5),
     "substituted": Substituted(4, "median", 3, 5, 1_763_629_303.25),
     "finished": Finished(10, 1_763_629_305.5),

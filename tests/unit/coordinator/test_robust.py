@@ -12,6 +12,7 @@ from scipy import stats
 
 from coordinator import robust
 from coordinator.robust import chosen, krum_choice, squared_distances, trimmed, trimmed_mean
+from shared.config import AggregationSection
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,13 @@ from coordinator.robust import chosen, krum_choice, squared_distances, trimmed, 
 def test_how_many_are_left_out(rule: Any, updates: int, share: float, expected: int) -> None:
     """The share rounded down, and never all."""
     assert trimmed(rule, updates, share) == expected
+
+
+@given(st.floats(0.001, 0.499))
+def test_fewest_leave_one_out_at_each_end(share: float) -> None:
+    """One update less, and the trimmed mean would be the mean."""
+    fewest, _formula = AggregationSection(rule="trimmed-mean", trim=share).fewest
+    assert [trimmed("trimmed-mean", updates, share) > 0 for updates in (fewest - 1, fewest)] == [False, True]
 
 
 @given(st.lists(st.lists(st.integers(-1000, 1000), min_size=3, max_size=3), min_size=1, max_size=9), st.data())

@@ -49,7 +49,7 @@ def begun(run: SmallRun, validator: Mean) -> Validation:
 
 def job(run: SmallRun, update: Accepted) -> Validate:
     """To measure an update, from the state that it starts from."""
-    return Validate(update.update_id, update.norm, run.state_manifests[update.base_version].transfer_id)
+    return Validate(update.update_id, update.norm, run.parts(update.base_version))
 
 
 def test_what_is_measured_is_the_base_state_with_the_update(tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_what_is_gone_is_named(tmp_path: Path, what: str) -> None:
     """The journal will need it, or needs it: corruption, and no half-written model stays."""
     run = SmallRun(tmp_path, {"a": [0.0]})
     asked = job(run, run.update("north", {"a": [2]}))
-    run.updates.delete(asked.update_id) if what == "update" else run.states.delete(asked.state_id)
-    with pytest.raises(CorruptError, match=asked.update_id if what == "update" else asked.state_id):
+    run.updates.delete(asked.update_id) if what == "update" else run.states.delete(asked.base[0])
+    with pytest.raises(CorruptError, match=asked.update_id if what == "update" else asked.base[0]):
         run_async(begun(run, Mean()).measure(asked))
     assert list((tmp_path / "validation").iterdir()) == []
 

@@ -251,7 +251,7 @@ def test_what_is_taken_of_the_data_topics() -> None:
     """A chunk is written when it is of the state being pulled, its spool open, in range, and new."""
     bench = SessionBench()
     state = bench.state()
-    accepts = bench.session.accepts
+    accepts = bench.session.pulls.accepts
     bench.connect()
     assert not accepts(state.transfer_id, 0)
     bench.announce()
@@ -325,7 +325,7 @@ def test_a_pull_is_given_up_for_a_newer_version_below_half(held: tuple[int, ...]
     decision = bench.announce(bench.state(1))
     wanted = [d.CloseSpool(bench.state().transfer_id), d.OpenSpool(bench.state(1))] if abandoned else []
     assert decision.jobs == wanted
-    assert bench.session.accepts(bench.state().transfer_id, 4) != abandoned
+    assert bench.session.pulls.accepts(bench.state().transfer_id, 4) != abandoned
 
 
 def test_the_newer_version_follows_the_one_that_was_finished() -> None:
@@ -356,8 +356,8 @@ def test_what_the_disk_says_of_a_pull_that_was_given_up_is_ignored() -> None:
     assert _stored(bench, 0) == d.Decision()
     bench.opened(bench.state(1))
     assert _stored(bench, 0, 1) == d.Decision()
-    assert bench.session.pull is not None
-    assert len(bench.session.pull.receiver.have) == 0
+    assert bench.session.pulls.pull is not None
+    assert len(bench.session.pulls.pull.receiver.have) == 0
 
 
 def test_a_state_that_does_not_verify_is_pulled_again() -> None:
@@ -380,7 +380,7 @@ def test_a_state_that_rots_before_it_is_trained_on_is_pulled_again() -> None:
     bench.pulled(bench.state(0))
     bench.announce(bench.state(1))
     assert bench.handle(d.StateBroken(bench.state(0).transfer_id)).jobs == []
-    assert bench.session.pull is not None
+    assert bench.session.pulls.pull is not None
     assert jobs(bench.pulled(bench.state(1)), d.Train) == [d.Train(bench.state(1))]
 
 

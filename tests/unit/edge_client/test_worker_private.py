@@ -39,7 +39,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(ground: Path, storage: Path, **privacy: float) -> SiteConfig:
+def config(ground: Path, storage: Path, **privacy: float | str) -> SiteConfig:
     """A site's configuration."""
     return SiteConfig.model_validate(
         {
@@ -72,6 +72,24 @@ def test_it_counts_records_and_says_what_a_training_costs(ground: Path, tmp_path
 
     run_async(story(), timeout_s=100)
     assert (tmp_path / "first").read_bytes() != (tmp_path / "second").read_bytes()
+
+
+def test_a_site_chooses_how_gradients_are_clipped(ground: Path, tmp_path: Path) -> None:
+    """Ghost clipping trains and is told in the log; where the embeddings are trained it is refused with the model."""
+    whole = tiny.federation(privacy=SECTION, layers={"plan": "all"})
+
+    async def story() -> None:
+        with structlog.testing.capture_logs() as logs:
+            async with WorkerClient(config(ground, tmp_path, clipping="ghost"), FEDERATION) as client:
+                trained = await client.train(ground / "v0.safetensors", 0, tmp_path / "out")
+        assert trained.spent is not None
+        assert trained.spent.charge == CHARGE
+        assert [entry["clipping"] for entry in logs if entry["event"] == "private"] == ["ghost"]
+        async with WorkerClient(config(ground, tmp_path, clipping="ghost"), whole) as client:
+            with pytest.raises(ConfigError, match="layer of type Embedding"):
+                await client.load()
+
+    run_async(story(), timeout_s=100)
 
 
 def test_past_a_limit_it_does_not_begin(ground: Path, tmp_path: Path) -> None:

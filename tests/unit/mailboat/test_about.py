@@ -46,7 +46,7 @@ def merged(small: SmallRun, version: int, updates: list[Accepted]) -> VersionCom
 def subject(small: SmallRun, run: RunView, version: int = 2) -> Subject:
     """A version of the run, at its coordinator."""
     found = run.versions[version]
-    return Subject(small.folder, small.federation, found.state, "base", found.master_sha256, run)
+    return Subject(small.folder, small.federation, found.state, found.parts, "base", found.master_sha256, run)
 
 
 def written(small: SmallRun, chosen: Subject, out: Path, *, full_precision: bool = False) -> str:
@@ -88,7 +88,7 @@ def test_what_privacy_has_cost_is_told_by_site(small: SmallRun, run: RunView, tm
     told = small.federation.model_dump() | {"privacy": {"delta": 1e-5, "noise_multiplier": 1.0}}
     private = FederationConfig.model_validate(told)
     found = run.versions[1]
-    chosen = Subject(small.folder, private, found.state, "base", found.master_sha256, run)
+    chosen = Subject(small.folder, private, found.state, found.parts, "base", found.master_sha256, run)
     card = written(small, chosen, tmp_path / "out")
     assert "- north: epsilon 1.25 at delta 1e-05" in card
     assert "- south: epsilon 1.25 at delta 1e-05" in card
@@ -100,7 +100,7 @@ def test_what_privacy_has_cost_is_told_by_site(small: SmallRun, run: RunView, tm
 def test_a_site_s_export_says_whose_it_is(small: SmallRun, run: RunView, tmp_path: Path) -> None:
     """A site has no journal: its card names no other site, and says that the personal tensors are its own."""
     plan = small.plan.model_copy(update={"personal": {"score.weight": (2,)}})
-    chosen = Subject(small.folder, small.federation, run.current.state, "base", site="south")
+    chosen = Subject(small.folder, small.federation, run.current.state, run.current.parts, "base", site="south")
     (tmp_path / "out").mkdir()
     write_about(
         tmp_path / "out", small.federation, provenance(chosen, plan, None, full_precision=False), adapters=False

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from coordinator.masters import TensorFile
 from mailboat.experiment.federation import Job, Outcome, Workers, federate
 from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.spec import ClockSection
 from mailboat.synth import make_notes
 from shared.config import DataSection, FederationConfig, SiteConfig
 from shared.errors import RefusedError, UnavailableError
+from shared.plan import blocks_from
 from tests.unit.edge_client import tiny
 
 SITES = ("site-1", "site-2", "site-3")
@@ -122,6 +124,35 @@ def test_a_lossy_codec_sends_less(tmp_path: Path, model: Path, notes: Path) -> N
     exact, lossy = (run(job(tmp_path / up, model, notes, codec={"up": up})) for up in ("f32", "int8"))
     assert lossy.up < 0.5 * exact.up
     assert lossy.state.read_bytes() != exact.state.read_bytes()
+
+
+def test_versions_as_steps_send_less(tmp_path: Path, model: Path, notes: Path) -> None:
+    """Sites pull nothing but steps, as version 0 is theirs; when a run starts elsewhere they pull that first."""
+    whole, stepped = (
+        run(job(tmp_path / f"{steps}", model, notes, codec={"down": "int8", "steps": steps})) for steps in (0, 4)
+    )
+    assert stepped.versions == 2
+    assert stepped.down < 0.9 * whole.down
+    begun = run(job(tmp_path / "on", model, notes, codec={"down": "int8", "steps": 4}, start=stepped.state))
+    assert begun.down > stepped.down
+    assert begun.curve[0].scores == stepped.curve[-1].scores
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"layers": {"plan": "importance:1", "among": "top:3", "rechoose": 1}},
+        {"layers": {"plan": "top:2"}, "adapter": {"kind": "fedsa-lora", "rank": 2}},
+    ],
+)
+def test_whatever_is_trained_may_travel_as_steps(
+    trained: dict[str, Any], tmp_path: Path, model: Path, notes: Path
+) -> None:
+    """Blocks that are chosen anew with each version stand in the header of the state that a step makes."""
+    outcome = run(job(tmp_path, model, notes, codec={"down": "int8", "steps": 4}, **trained))
+    assert [point.version for point in outcome.curve] == [0, 1, 2]
+    with TensorFile(outcome.state) as state:
+        assert (blocks_from(state.metadata) is not None) == ("adapter" not in trained)
 
 
 def test_a_version_is_scored_as_published(tmp_path: Path, model: Path, notes: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import stat
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,6 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from edge_client.adapter_folder import write_adapters
 from edge_client.data import Entity, Note, Sentence
 from edge_client.model import export, load_model, read_trainable, seal
 from edge_client.tasks.extraction import ExtractionTask
@@ -52,15 +56,20 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes"
 
 
-def exported(base: Path, out: Path, kind: str, *, learns: Sequence[Note] = (), **changes: Any) -> FederationConfig:
-    """Write a model for a task as `mailboat export` does, one that has learnt `learns` by heart."""
+def exported(
+    base: Path, out: Path, kind: str, *, learns: Sequence[Note] = (), adapters: bool = False, **changes: Any
+) -> FederationConfig:
+    """Write a model, or its adapters, for a task as `mailboat export` does, one that has learnt `learns` by heart."""
     task = {"kind": kind, "max_length": 64, **({} if kind in {"ner", "extraction"} else {"labels": LABELS})}
     federation = tiny.federation(model={"base": str(base)}, **{"task": task, **changes})
     loaded = load_model(base, federation)
     if learns:
         data = make_dataset(loaded, learns, batch_size=8, seed=0)
         train(loaded, read_trainable(loaded), data, federation.training, seed=1)
-    export(loaded, out)
+    if adapters:
+        write_adapters(loaded, federation.model, out)
+    else:
+        export(loaded, out)
     plan = seal(loaded, federation)
     found = Provenance(
         federation="trial",
@@ -80,13 +89,13 @@ def exported(base: Path, out: Path, kind: str, *, learns: Sequence[Note] = (), *
         steps=(),
         software="mailboat",
     )
-    write_about(out, federation, found, adapters=False)
+    write_about(out, federation, found, adapters=adapters)
     return federation
 
 
-def predicted(model: Path, notes: Path, out: Path) -> dict[str, Any]:
+def predicted(model: Path, notes: Path, out: Path, *more: str) -> dict[str, Any]:
     """What the command writes, by id."""
-    words = ["predict", "--model", str(model), "--notes", str(notes), "--out", str(out)]
+    words = ["predict", "--model", str(model), "--notes", str(notes), "--out", str(out), *more]
     assert console.run(lambda: cli.app(words)) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     return {row.pop("id"): row for row in rows}
@@ -164,6 +173,52 @@ def test_what_a_model_writes_is_read(base: Path, notes: Path, tmp_path: Path) ->
     written = model.generate(input_ids=ids, do_sample=False, max_new_tokens=60, pad_token_id=tokenizer.eos_token_id)
     answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     assert read_markup(answer, line.tokens, federation.task.labels) == line.entities
+
+
+# peft 0.21 asks transformers 5 for a property by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("kind", ["ner", "classification", "multilabel"])
+def test_adapters_find_what_the_whole_model_finds(base: Path, notes: Path, tmp_path: Path, kind: str) -> None:
+    """On a base model that lies elsewhere; and the lines of python in their card load them to the same logits."""
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+    settings: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}}
+    if kind == "ner":
+        settings |= {"learns": tiny.notes(16), "training": {"epochs": 12, "lr": 1e-2}}
+    for adapters in (False, True):
+        exported(moved, tmp_path / f"adapters-{adapters}", kind, adapters=adapters, **settings)
+    moved = moved.rename(tmp_path / "here")
+    found = predicted(tmp_path / "adapters-True", notes, tmp_path / "found.jsonl", "--base", str(moved))
+    assert found == predicted(tmp_path / "adapters-False", notes, tmp_path / "whole.jsonl")
+
+    card = (tmp_path / "adapters-True" / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names: dict[str, Any] = {"BASE": moved}
+    with contextlib.chdir(tmp_path / "adapters-True"):
+        exec(lines, names)  # noqa: S102 - our own card, as its reader would run it
+    ids = names["tokenizer"](TEXTS["a"], return_tensors="pt")["input_ids"]
+    auto = AutoModelForTokenClassification if kind == "ner" else AutoModelForSequenceClassification
+    with torch.no_grad():
+        whole = auto.from_pretrained(tmp_path / "adapters-False").eval()(input_ids=ids).logits
+        torch.testing.assert_close(names["model"].eval()(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
+    assert "mailboat predict --model . --base BASE" in card
+
+
+def test_adapters_on_another_base_model_are_refused(
+    base: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One number of one frozen tensor is enough; a base model that is nowhere is asked for by the option's name."""
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+    exported(moved, tmp_path / "adapters", "ner", adapters=True, adapter={"kind": "ffa-lora", "rank": 4, "alpha": 8})
+    moved = moved.rename(tmp_path / "here")
+    words = ["predict", "--model", str(tmp_path / "adapters"), "--notes", str(notes), "--out", str(tmp_path / "found")]
+    assert console.run(lambda: cli.app(words)) == 2
+    assert "hint: name its folder here: predict --base" in capsys.readouterr().err.replace("\n", " ")
+    tensors = load_file(moved / "model.safetensors")
+    tensors[min(tensors)].reshape(-1)[0] += 1
+    save_file(tensors, moved / "model.safetensors", {"format": "pt"})
+    assert console.run(lambda: cli.app([*words, "--base", str(moved)])) != 0
+    assert "frozen weights" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
 
 
 def test_what_is_wrong_is_said(base: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

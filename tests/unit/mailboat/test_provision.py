@@ -142,6 +142,24 @@ def test_revoking_reaches_roster_list_and_crl(folder: Path) -> None:
         revoke("site-1", folder=folder)
 
 
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_admitting_and_revoking_touch_nobody_elses_kit(folder: Path) -> None:
+    """Not a byte of another site's kit changes, nor of its grant; the coordinator gets a roster and a list."""
+    kit, grant, ends = admit(folder), folder / "grants" / "site-1.grant", folder / "coordinator-kit"
+    before, granted, held = contents(kit), grant.read_bytes(), contents(ends)
+    admit(folder, "site-2", "kit-2")
+    revoke("site-2", folder=folder)
+    assert (contents(kit), grant.read_bytes()) == (before, granted)
+    changed = {name for name, data in contents(ends).items() if held.get(name) != data}
+    assert {name.partition("/")[0] for name in changed} <= {"roster", "revocations", "grants"}
+    assert "revocations" in changed
+    assert peers(folder)[0] == {"site-1"}
+
+
 def test_revoked_keys_never_come_back(folder: Path) -> None:
     """The same request is refused under every name rule; a new kit under the old name is admitted."""
     kit = admit(folder)

@@ -15,6 +15,7 @@ from shared.errors import ConfigError
 FEDERATION: dict[str, Any] = {"federation": {"name": "ward"}, "model": {"base": "org/model"}}
 COORDINATOR = 'federation = "federation.toml"\nstorage = "data"\n'
 AGGREGATION = '[federation]\nname="a"\n[model]\nbase="m"\n[aggregation]\n'
+FOUR_SITES = AGGREGATION.replace('name="a"\n', 'name="a"\nsites=["a", "b", "c", "d"]\n')
 SITE = 'name = "north"\nfederation = "f.toml"\nstorage = "s"\n[data]\nnotes = "notes"\n'
 
 
@@ -148,7 +149,22 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             AGGREGATION + 'mode="fedbuff"\nrule="krum"\nbuffer=4',
-            'aggregation: rule = "krum" judges 5 updates or more (2 byzantine + 3), and buffer = 4',
+            'aggregation: rule = "krum" needs 5 updates in a round or more (2 byzantine + 3), and buffer = 4',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'mode="fedbuff"\nrule="trimmed-mean"\ntrim=0.3\nbuffer=3',
+            'aggregation: rule = "trimmed-mean" needs 4 updates in a round or more (1 / trim), and buffer = 3',
+        ),
+        (
+            FederationConfig,
+            FOUR_SITES + 'rule="multi-krum"',
+            'rule = "multi-krum" needs 5 updates in a round or more (2 byzantine + 3), and [federation] sites has 4',
+        ),
+        (
+            FederationConfig,
+            FOUR_SITES + 'rule="trimmed-mean"',
+            'rule = "trimmed-mean" needs 5 updates in a round or more (1 / trim), and [federation] sites has 4',
         ),
         (
             FederationConfig,
@@ -241,7 +257,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\ndown="topk2"',
-            "codec.down: Input should be 'f32', 'bf16', 'int8' or 'int4'",
+            'codec: down = "topk2" is no codec for whole states: set steps, or one of f32, bf16, int8, int4',
         ),
         (
             FederationConfig,
@@ -278,6 +294,17 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
         assert problem in error.message
     assert error.message.count(";") == 2
     assert error.hint == "mend these keys"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ['rule="krum"\nbyzantine=1', 'rule="trimmed-mean"\ntrim=0.2', 'mode="fedbuff"\nrule="trimmed-mean"\nbuffer=5'],
+)
+def test_as_many_as_a_rule_needs_are_enough(rule: str, tmp_path: Path) -> None:
+    """Five sites, or a buffer of five; and where anybody may take part, nobody knows how many there will be."""
+    five = FOUR_SITES.replace('"d"', '"d", "e"')
+    for text in (five, FOUR_SITES.replace('sites=["a", "b", "c", "d"]', "")):
+        assert load_config(_write(tmp_path, text + rule), FederationConfig).aggregation.fewest[0] == 5
 
 
 def test_feedback_follows_from_the_codec() -> None:

@@ -23,10 +23,11 @@ from shared.manifest import (
     parse_manifest,
 )
 from shared.messages import MAX_CONTROL_BYTES, Announce, Offer, encode
-from tests.factories import SLICE, digest, make_federation, make_plan, make_state, make_update
+from tests.factories import SLICE, digest, make_federation, make_plan, make_state, make_step, make_update
 
 PLAN = make_plan(make_federation())
 STATE = make_state(PLAN, 3)
+STEP = make_step(PLAN, 3)
 UPDATE = make_update(PLAN, "north", STATE)
 
 
@@ -38,7 +39,7 @@ def _facts(**changes: Any) -> dict[str, Any]:
     return _wire(facts={**UPDATE.to_wire()["facts"], **changes})
 
 
-@pytest.mark.parametrize("manifest", [STATE, UPDATE], ids=["state", "update"])
+@pytest.mark.parametrize("manifest", [STATE, STEP, UPDATE], ids=["state", "step", "update"])
 def test_a_manifest_survives_the_wire_and_the_disk(manifest: Manifest) -> None:
     """Equal manifests give equal bytes, and equal bytes equal manifests."""
     again = manifest_from_bytes(manifest.to_bytes())
@@ -86,10 +87,21 @@ def test_each_frame_has_its_own_hash() -> None:
     assert b"".join(UPDATE.frame_hash(index) for index in range(UPDATE.frames)) == UPDATE.frame_hashes
 
 
-def test_update_and_state_are_told_apart() -> None:
+def test_state_and_step_lead_to_the_same_digest() -> None:
+    """Whether a version comes whole or by a step, it is the same state; the files are two."""
+    assert STEP.leads_to == STATE.leads_to == STATE.file_sha256 != STEP.file_sha256
+    assert STEP.version == STATE.version == 3
+
+
+def test_update_state_and_step_are_told_apart() -> None:
     """Asking one for the facts of the other is a mistake of the caller."""
     assert UPDATE.update.site == "north"
     assert STATE.state.version == 3
+    assert STEP.step.base_sha256 == make_state(PLAN, 2).file_sha256
+    with pytest.raises(AssertionError):
+        _ = STATE.step
+    with pytest.raises(AssertionError):
+        _ = UPDATE.version
     with pytest.raises(AssertionError):
         _ = UPDATE.state
     with pytest.raises(AssertionError):
@@ -178,20 +190,18 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes) -> None:
 def test_the_longest_manifest_fits_a_control_message() -> None:
     """24,000 frames with 64 metrics: an offer stays under the packet limit of common brokers."""
     wire = _facts(metrics={f"{number:064d}": 1.5 for number in range(MAX_METRICS)})
-    longest = parse_manifest(
-        {
-            **wire,
-            "file_size": SLICE * MAX_FRAMES,
-            "frame_lengths": [MAX_FRAME_BYTES] * MAX_FRAMES,
-            "frame_hashes": bytes(32 * MAX_FRAMES),
-        }
-    )
+    frames = {
+        "file_size": SLICE * MAX_FRAMES,
+        "frame_lengths": [MAX_FRAME_BYTES] * MAX_FRAMES,
+        "frame_hashes": bytes(32 * MAX_FRAMES),
+    }
+    longest = parse_manifest({**wire, **frames})
     announce = Announce(
         boot="0" * 16,
         fingerprint=digest("f"),
         config_sha256=digest("c"),
         frozen_sha256=digest("w"),
-        manifest=longest,
+        manifest=parse_manifest({**STATE.to_wire(), **frames}),
         final=False,
         target=3,
     )

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import RefusedError
+from shared.manifest import Manifest
 from shared.messages import (
     CHUNK_HEADER_BYTES,
     MAX_CONTROL_BYTES,
@@ -36,7 +37,7 @@ from shared.messages import (
     open_envelope,
     parse_chunk,
 )
-from tests.factories import digest, make_federation, make_plan, make_state, make_update
+from tests.factories import digest, make_federation, make_plan, make_state, make_step, make_update
 
 PLAN = make_plan(make_federation())
 # The golden bytes must not follow what a configuration happens to hold.
@@ -80,6 +81,17 @@ EXAMPLES: list[Message] = [
     Renewed(session=SESSION, grant_sha256=digest("g"), rule="not-newer", detail="made before"),
     Presence(site="north", session=SESSION, online=True),
 ]
+STEPS = tuple(make_step(PLAN, version).model_copy(update=AGREED) for version in (1, 2, 3))
+STEPPED = Announce(
+    boot=SESSION,
+    fingerprint=digest("f"),
+    config_sha256=digest("c"),
+    frozen_sha256=digest("w"),
+    manifest=make_state(PLAN, 2).model_copy(update=AGREED),
+    final=False,
+    target=9,
+    steps=STEPS,
+)
 GOLDEN = Path(__file__).parents[2] / "golden" / "messages"
 
 
@@ -99,7 +111,13 @@ def test_the_bytes_of_each_message_are_the_published_ones(message: Message) -> N
     assert encode(message) == (GOLDEN / f"{message.kind}.msgpack").read_bytes()
 
 
-@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
+def test_an_announcement_of_steps_has_the_published_bytes() -> None:
+    """One of a federation whose versions travel whole has no such field, as before there were steps."""
+    assert encode(STEPPED) == (GOLDEN / "announce_steps.msgpack").read_bytes()
+    assert "steps" not in _body(STEPPED.model_copy(update={"steps": ()}))
+
+
+@pytest.mark.parametrize("message", [*EXAMPLES, STEPPED], ids=lambda message: message.kind)
 def test_a_message_survives_the_wire(message: Message) -> None:
     """Decoding what was encoded gives an equal message."""
     assert decode(encode(message)) == message
@@ -110,6 +128,36 @@ def test_an_unknown_field_is_refused(message: Message) -> None:
     """A known type with a field that this release does not know breaks a rule; nothing is guessed."""
     with pytest.raises(RefusedError) as refused:
         decode(_sealed({**_body(message), "extra": 1}))
+    assert refused.value.rule == "bad-message"
+
+
+def test_an_announcement_names_the_newest_state_however_it_travels() -> None:
+    """Version, digest and id are those of the state behind the last step; without steps, of the whole one."""
+    third = make_state(PLAN, 3)
+    assert (STEPPED.version, STEPPED.state_sha256, STEPPED.state_id) == (3, third.file_sha256, third.transfer_id)
+    whole = STEPPED.model_copy(update={"steps": ()})
+    assert (whole.version, whole.state_id) == (2, make_state(PLAN, 2).transfer_id)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "steps"),
+    [
+        pytest.param(STATE, (STEPS[0], STEPS[2]), id="a gap"),
+        pytest.param(STATE, (STEPS[1], STEPS[0]), id="backwards"),
+        pytest.param(STATE, (STEPS[0], make_step(PLAN, 2, salt="other")), id="from another state"),
+        pytest.param(STATE, STEPS[1:], id="begin behind the state"),
+        pytest.param(make_state(PLAN, 9), STEPS, id="end before the state"),
+        pytest.param(make_state(PLAN, 2, salt="other"), STEPS, id="pass another state"),
+        pytest.param(STATE, (make_state(PLAN, 1),), id="a state among them"),
+        pytest.param(STEPS[0], STEPS, id="a step in the state's place"),
+        pytest.param(UPDATE, (), id="an update in the state's place"),
+    ],
+)
+def test_steps_that_lead_nowhere_are_refused(manifest: Manifest, steps: tuple[Manifest, ...]) -> None:
+    """Each step leads on from the one before, and all of them from the state that can be had whole."""
+    body = {**_body(STEPPED), "manifest": manifest.to_wire(), "steps": [step.to_wire() for step in steps]}
+    with pytest.raises(RefusedError) as refused:
+        decode(_sealed(body))
     assert refused.value.rule == "bad-message"
 
 
@@ -136,6 +184,8 @@ def test_an_unknown_type_is_told_apart() -> None:
         (_sealed({"v": 1, "t": "renewal", "grant": b"x" * 100_001}), "bad-message"),
         (_sealed({"v": 1, "t": "renewed", "session": SESSION, "grant_sha256": ID}), "bad-message"),
         (_sealed({"v": 1, "t": "offer", "manifest": {"kind": "x"}}), "bad-manifest"),
+        (_sealed({**_body(STEPPED), "steps": [{"kind": "x"}]}), "bad-manifest"),
+        (_sealed({**_body(STEPPED), "steps": b"none"}), "bad-message"),
         (_sealed({"v": 1, "t": "want", "transfer_id": ID, "have": b"", "window": -1}), "bad-message"),
         (_sealed({"v": 1, "t": "presence", "site": "A B", "session": SESSION, "online": True}), "bad-message"),
     ],

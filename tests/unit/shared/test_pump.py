@@ -93,6 +93,24 @@ def test_chunks_go_out_in_the_order_in_which_they_were_ordered() -> None:
     run_async(work())
 
 
+def test_who_asks_without_end_makes_no_queue_longer() -> None:
+    """What waits already keeps its place, and goes out once; what went out is sent again when it is asked for again."""
+
+    async def work() -> None:
+        async with _running(Wire()) as wire:
+            wire.free.clear()
+            wire.pump.put(TOPIC, ID, range(20))
+            await wire.until(IN_FLIGHT)
+            for _ in range(1000):
+                wire.pump.put(TOPIC, ID, range(20))
+            wire.free.set()
+            await wire.until(20 + IN_FLIGHT, 1001 * 20)
+            assert wire.published == [*range(20), *range(IN_FLIGHT)]
+            assert len(wire.acknowledged) == 1001 * 20  # each that was asked for is accounted for
+
+    run_async(work())
+
+
 def test_only_a_few_wait_for_their_acknowledgement() -> None:
     """Memory is bounded: the next frame is read when an earlier one was taken."""
 

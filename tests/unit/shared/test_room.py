@@ -54,7 +54,7 @@ def test_a_transfer_begins_only_where_there_is_room(tmp_path: Path, monkeypatch:
             store,
             open_chunk=lambda _manifest, chunk: chunk.frame,
             stored=lambda _id, _indices: None,
-            refused=lambda _id, _rule: None,
+            refused=lambda _chunk, _rule: None,
             room=Room(tmp_path, keep_free=10 * MIB),
         ) as spooler:
             with pytest.raises(NoRoomError, match="stay free"):

@@ -46,8 +46,8 @@ class Desk:
         self.stored.append((transfer_id, indices))
         self.news.set()
 
-    def _refused(self, transfer_id: str, rule: str) -> None:
-        self.refused.append((transfer_id, rule))
+    def _refused(self, chunk: Chunk, rule: str) -> None:
+        self.refused.append((chunk.transfer_id, rule))
         self.news.set()
 
     @property
@@ -152,7 +152,7 @@ def test_a_spooler_without_work_rests(tmp_path: Path, monkeypatch: pytest.Monkey
         async with _desk(tmp_path) as desk:
             write = desk.spooler._write
 
-            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[str, str]]]:
+            def counted(batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[Chunk, str]]]:
                 batches.append(len(batch))
                 return write(batch)
 

@@ -1,0 +1,107 @@
+"""Methods by name from federation.toml over a real Mosquitto: codecs, with the toy, and tasks, with tiny real models.
+
+Rules of merging run in test_merging_rules.py, what is trained in test_layers.py, adapters in test_adapters.py, personal
+tensors in test_personal.py, privacy in test_private_run.py and test_private_site.py, modes in test_run.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from coordinator.proof import prove
+from coordinator.records import VersionCommitted
+from edge_client.statefile import read_state
+from shared.config import CodecName, FederationConfig, StateCodecName
+from shared.configfile import load_config
+from shared.plan import load_plan
+from tests.helpers import run_async
+from tests.tiny_run import metrics_of, run_tiny, write_tiny
+from tests.toys import INITIAL, ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
+from tests.unit.edge_client import tiny
+
+pytestmark = pytest.mark.integration
+
+PARAMETERS = 640
+SENT = {"topk2": PARAMETERS // 64, "topk2x4": PARAMETERS // 16}
+"""Values of an update, where they are not all."""
+TEXTS = (("fever", "fever was noted"), ("cough", "then cough showed"), ("fever", "patient given fever"))
+SCORES = {
+    "ner": "strict_f1",
+    "classification": "micro_f1",
+    "multilabel": "micro_f1",
+    "extraction": "strict_f1",
+}
+
+
+class Adding(ToyTrainer):
+    """Adds one to whatever state it was sent."""
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """See Trainer."""
+        on_progress(1.0, 0.0)
+        save_file({name: np.ones_like(values) for name, values in read_state(state).items()}, delta)
+        return ToyTrained(10, {})
+
+
+@pytest.mark.parametrize(("up", "down"), [*zip(get_args(CodecName), cycle(get_args(StateCodecName)), strict=False)])
+def test_every_codec_runs_by_its_name(up: str, down: str, tmp_path: Path, mosquitto_url: str) -> None:
+    """Up and down: two versions of a site, proven; what arrived is what the codec leaves of a one everywhere."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=2, parameters=PARAMETERS, slice_kib=4, codec=up, down=down)
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            group.create_task(toy_site(tmp_path / "site-1.toml", trainer=Adding(step=1, seconds=0, examples=1)))
+
+    run_async(everybody(), timeout_s=60)
+    federation = load_config(tmp_path / "federation.toml", FederationConfig)
+    storage = tmp_path / "coordinator"
+    assert prove(storage, federation, load_plan(storage / "plan.json", federation)).findings == ()
+    versions = [record.version for record in toy_records(tmp_path) if isinstance(record, VersionCommitted)]
+    assert versions == [1, 2]
+    master = load_file(storage / "masters" / "v00000001.safetensors")
+    moved = sum(int((values > INITIAL + 0.9).sum()) for values in master.values())
+    assert moved == SENT.get(up, PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "extraction"])
+def test_every_task_runs_by_its_name(kind: str, tmp_path: Path, mosquitto_url: str) -> None:
+    """Two sites, one version: each update tells the task's own score of what it held back."""
+    writes = kind == "extraction"
+    labels = '"problem", "treatment", "test"' if writes else '"fever", "cough"'
+    task = f'kind = "{kind}"\nlabels = [{labels}]\nmax_length = {400 if writes else 32}\n'
+    write_tiny(tmp_path, mosquitto_url, versions=1, task=task, federation='[layers]\nplan = "top:1"\n')
+    if writes:
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | longer))
+    for name in ("site-1", "site-2"):
+        if writes:
+            tiny.write_conll(tmp_path / f"{name}.conll", tiny.notes(2, lines=1))
+            continue
+        rows = [
+            {
+                "id": f"n{number}",
+                "text": text,
+                **({"label": label} if kind == "classification" else {"labels": [label]}),
+            }
+            for number, (label, text) in enumerate(TEXTS)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = tmp_path / f"{name}.toml"
+        path.write_text(path.read_text().replace(f"{name}.conll", f"{name}.jsonl"))
+    run_tiny(tmp_path)
+    said = metrics_of(tmp_path)
+    assert set(said) == {("site-1", 0), ("site-2", 0)}
+    assert all(SCORES[kind] in metrics for metrics in said.values())
