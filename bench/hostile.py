@@ -6,6 +6,8 @@ member that floods its own topics as fast as its link allows, for the whole run:
     data      packets of 64 KiB for updates that nobody asked for, and garbage
     control   offers, wants and hellos, each sealed with its own valid keys and repeated for ever, garbage, presence
     mixed     both in turns
+    pulls     a fresh want every 20 ms, each for the newest state from its beginning, with the largest window: cheap for
+              it, and what it asks for is dear
 
 It speaks MQTT by hand, with QoS 0, so that no acknowledgement slows it down; `--mbit` is the rate of its link, kept at
 the sender. Measured are the times from version to version in the coordinator's journal, and the peak memory of the
@@ -37,14 +39,17 @@ from typing import Any
 
 from broker.launcher import run_broker
 from coordinator.journal import Journal
-from coordinator.records import VersionCommitted
+from coordinator.records import Opened, VersionCommitted
+from coordinator.views import JOURNAL
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.ids import new_session_id, new_update_id
+from shared.manifest import manifest_from_bytes
 from shared.messages import Hello, Message, Offer, Presence, Want, chunk_header
 from shared.plan import SealedPlan
 from shared.topics import Channel, topic
 from shared.trust.choose import site_guard
+from shared.trust.guard import SitesGuard
 from tests.chaos.results import machine
 from tests.factories import make_state, make_update
 from tests.toys import write_toy
@@ -61,17 +66,23 @@ VERSIONS = 300
 """Rounds of some 0.8 s: the member is listened to again after one minute, and after two more, and there is a rest."""
 SENT = "hostile-bytes"
 LOG = "coordinator.log"
-KINDS = ("data", "control", "mixed")
+PULLS_S = 0.02
+"""Between two wants: slow enough that their number alone is no flood."""
+KINDS = ("data", "control", "mixed", "pulls")
+
+
+def _member(root: Path) -> tuple[SealedPlan, SitesGuard]:
+    """The plan, and what makes the hostile site's messages those of a member."""
+    config = load_config(root / f"{HOSTILE}.toml", SiteConfig)
+    federation = load_config(config.federation, FederationConfig)
+    plan = SealedPlan.model_validate_json((root / "coordinator" / "plan.json").read_bytes())
+    storage = root / "hostile-storage"
+    return plan, site_guard(federation, config.trust, site=HOSTILE, fingerprint=plan.fingerprint, storage=storage)
 
 
 def packets(root: Path, kind: str) -> list[bytes]:
     """What the hostile site sends, over and over: whole PUBLISH packets of MQTT 3.1.1, QoS 0."""
-    config = load_config(root / f"{HOSTILE}.toml", SiteConfig)
-    federation = load_config(config.federation, FederationConfig)
-    plan = SealedPlan.model_validate_json((root / "coordinator" / "plan.json").read_bytes())
-    guard = site_guard(
-        federation, config.trust, site=HOSTILE, fingerprint=plan.fingerprint, storage=root / "hostile-storage"
-    )
+    plan, guard = _member(root)
     control = [
         _publish(channel, guard.seal(message, channel, HOSTILE, time.time()))
         for _ in range(SEALED)
@@ -86,6 +97,21 @@ def packets(root: Path, kind: str) -> list[bytes]:
     if kind == "mixed":
         return [*itertools.chain.from_iterable(zip(itertools.cycle(data), control, strict=False))]
     return {"data": data, "control": control}[kind]
+
+
+def pulls(root: Path) -> Iterator[bytes]:
+    """Wants without end, from the moment in which there is a state."""
+    _, guard = _member(root)
+    while not any((root / "coordinator").glob("updates/*.manifest")):  # so there is a version that they started from
+        time.sleep(PULLS_S)
+    while True:
+        with Journal.open_read(root / "coordinator" / JOURNAL) as reader:
+            versions = [each for each in reader.replay() if isinstance(each, Opened | VersionCommitted)]
+        newest = manifest_from_bytes(versions[-1].state).transfer_id
+        for _ in range(round(1 / PULLS_S)):
+            want = Want(transfer_id=newest, have=b"", window=4096, restart=True)
+            yield _publish(Channel.UP_CTL, guard.seal(want, Channel.UP_CTL, HOSTILE, time.time()))
+            time.sleep(PULLS_S)
 
 
 def _messages(plan: SealedPlan) -> Iterator[tuple[Channel, Message]]:
@@ -120,14 +146,14 @@ def _publish(channel: Channel, payload: bytes) -> bytes:
 
 def flood(root: Path, port: int, kind: str, mbit: float) -> None:
     """Send until killed; in a process of its own."""
-    pieces = [b"".join(some) for some in _batches(packets(root, kind))]
+    pieces = pulls(root) if kind == "pulls" else itertools.cycle(map(b"".join, _batches(packets(root, kind))))
     client_id = HOSTILE.encode()
     connect = struct.pack("!H4sBBHH", 4, b"MQTT", 4, 2, 0, len(client_id)) + client_id
     with socket.create_connection(("127.0.0.1", port)) as link:
         link.sendall(b"\x10" + _varint(len(connect)) + connect)
         link.recv(4)
         sent, due, counter = 0, time.monotonic(), os.open(root / SENT, os.O_CREAT | os.O_WRONLY)
-        for piece in itertools.cycle(pieces):
+        for piece in pieces:
             due = max(due, time.monotonic() - 0.1)
             time.sleep(max(0.0, due - time.monotonic()))
             link.sendall(piece)
