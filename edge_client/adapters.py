@@ -37,7 +37,7 @@ class Residual:
 
     weight: nn.Parameter
     base: torch.Tensor
-    """The weight as the base model has it."""
+    """The weight as the base model has it, in the host's memory."""
     factors: tuple[str, str]
     """Names of the adapter's A (rank, in) and B (out, rank)."""
     across: bool
@@ -51,7 +51,7 @@ class Residual:
     @torch.no_grad()
     def apply(self, values: torch.Tensor) -> None:
         """Put the base model's weight plus `values` into the model."""
-        torch.add(self.base, values.T if self.across else values, out=self.weight.data)
+        self.weight.copy_(self.base + (values.T if self.across else values))
 
 
 def attach(model: Any, family: Family, blocks: Sequence[int], section: AdapterSection, *, seed: int) -> None:

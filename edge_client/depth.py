@@ -5,9 +5,9 @@ them, and the merge takes each tensor from those who have it. Blocks that are no
 every version; so the outputs that are kept (`edge_client.prefix`) are those of the federation's frozen blocks, and what
 lies between them and the lowest block trained here runs in each step, without gradients.
 
-Memory and time are estimates. Memory: what the process has now, with model and notes; for each trained parameter its
-gradient, AdamW's two moments and its delta; the published state and its local copy; and RETAINED times what one forward
-pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all tokens of an
+Memory and time are estimates. Memory: what the process has now, with model and notes, or has taken of its GPU's; for
+each trained parameter its gradient, AdamW's two moments and its delta; the published state and its local copy; and
+RETAINED times what one forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all tokens of an
 update.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from edge_client.batches import Batch
+from edge_client.device import Device
 from edge_client.model import LoadedModel, read_personal, read_trainable, shapes_within, train_only
 from edge_client.prefix import Prepared, forward_pass
 from edge_client.trainer import Dataset, train
@@ -100,7 +101,7 @@ def measures(loaded: LoadedModel, data: Dataset, training: TrainingSection, up: 
 def _memory_bytes(loaded: LoadedModel, prepared: Prepared) -> int:
     trained = sum(parameter.numel() for parameter in loaded.trained.values())
     held = PER_TRAINED * trained + PER_STATE * loaded.trained_parameters
-    return _resident_bytes() + held + int(RETAINED * _kept_bytes(loaded, prepared))
+    return _held_bytes(loaded.device) + held + int(RETAINED * _kept_bytes(loaded, prepared))
 
 
 def _kept_bytes(loaded: LoadedModel, prepared: Prepared) -> int:
@@ -120,7 +121,7 @@ def _kept_bytes(loaded: LoadedModel, prepared: Prepared) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         # Held until all are counted: while the graph lives no address is used twice.
-        loss = loaded.task.loss(forward(batch), batch.targets)
+        loss = loaded.loss(forward(batch), batch.targets)
     del loss
     return sum(kept.values())
 
@@ -140,8 +141,10 @@ def _tokens(batch: Batch) -> int:
     return batch.ids.numel()
 
 
-def _resident_bytes() -> int:
-    """This process's memory now; where the system does not tell, the most that it ever had."""
+def _held_bytes(device: Device) -> int:
+    """The GPU's memory that is taken, or this process's memory, now; or, untold by the system, the most it ever was."""
+    if device.is_gpu:
+        return torch.cuda.memory_allocated(device.at)
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -52,7 +52,7 @@ def measure(loaded: LoadedModel, prepared: Prepared, by: ImportanceName, *, seed
     with forward_pass(candidates, prepared) as forward:
         for index in order:
             batch = prepared.batches[index]
-            loss = loaded.task.loss(forward(batch), batch.targets)
+            loss = loaded.loss(forward(batch), batch.targets)
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 sums[name] += gradient

@@ -17,6 +17,7 @@ from torch import nn
 
 from edge_client import adapters, layers
 from edge_client.adapters import Residual
+from edge_client.device import CPU, Device
 from edge_client.layers import Family
 from edge_client.pretrained import load_tokenizer, open_pretrained, quiet, seed_parts
 from edge_client.source import local_folder, read_config
@@ -69,6 +70,11 @@ class LoadedModel:
         return type(self.model).__name__
 
     @property
+    def device(self) -> Device:
+        """Where the model is, and computes."""
+        return self.weights.device
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """All that is trained here, whether it travels or stays."""
         known = self.trainable | self.personal
@@ -91,9 +97,15 @@ class LoadedModel:
         found = {name: tuple(parameter.shape) for name, parameter in self.trainable.items()}
         return dict(sorted((found | {name: residual.shape for name, residual in self.residuals.items()}).items()))
 
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the task's loss of logits, computed where they are."""
+        return self.task.loss(logits, self.device.take(targets))
 
-def load_model(source: str | Path, federation: FederationConfig, *, suffix: bool = False) -> LoadedModel:
-    """Load the base model `source` (a folder or a hub id) for `federation`.
+
+def load_model(
+    source: str | Path, federation: FederationConfig, *, suffix: bool = False, device: Device = CPU
+) -> LoadedModel:
+    """Load the base model `source` (a folder or a hub id) for `federation`, onto `device`.
 
     With `suffix` what lies below the trained blocks stays on the disk: `LoadedModel.weights` has it when it is needed.
 
@@ -146,7 +158,9 @@ def load_model(source: str | Path, federation: FederationConfig, *, suffix: bool
         max_length=federation.task.max_length,
     )
     _check_frozen(loaded, federation, folder)
-    return loaded
+    # What is drawn is drawn by the processor, and what is hashed is hashed in its memory: the same everywhere.
+    device.hold(model)
+    return replace(loaded, weights=replace(weights, device=device))
 
 
 def train_only(loaded: LoadedModel, blocks: Blocks) -> LoadedModel:
@@ -226,12 +240,12 @@ def version_zero(loaded: LoadedModel) -> State:
 
 def read_trainable(loaded: LoadedModel) -> State:
     """Return a copy of the tensors that are trained and travel, sorted by name."""
-    return {name: parameter.detach().numpy().copy() for name, parameter in loaded.trainable.items()}
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in loaded.trainable.items()}
 
 
 def read_personal(loaded: LoadedModel) -> State:
     """Return a copy of the tensors that are trained and stay, sorted by name."""
-    return {name: parameter.detach().numpy().copy() for name, parameter in loaded.personal.items()}
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in loaded.personal.items()}
 
 
 def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:

@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import Clipping, FederationConfig, LocalLayersSection, PrefixSection
+from shared.config import Clipping, ComputeSection, FederationConfig, LocalLayersSection, PrefixSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -51,6 +51,7 @@ class Load(_Frame):
     trains: bool = True
     """False where losses are measured and no more: nobody's privacy is spent, whatever the federation says."""
     clipping: Clipping = "record"
+    compute: ComputeSection = ComputeSection()
 
 
 class Train(_Frame):

@@ -45,7 +45,8 @@ In f32 equal bits are what the processors tried give; an accelerator may choose 
 others have 11 and 8 significant bits, and each block above may double what they round."""
 
 Forward = Callable[[Batch], torch.Tensor]
-"""A batch into logits, float32 (windows, longest, classes), or (windows, classes) of a head for whole windows."""
+"""A batch into logits, float32 (windows, longest, classes), or (windows, classes) of a head for whole windows; they are
+where the model is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _suffix(loaded: LoadedModel, first: int) -> Iterator[Forward]:
 
     def forward(batch: Batch) -> torch.Tensor:
         assert batch.hidden is not None
-        feed.hidden = batch.hidden()
+        feed.hidden = loaded.device.take(batch.hidden())
         logits = _logits(loaded, batch)
         feed.hidden = None
         return logits
@@ -126,8 +127,11 @@ def _suffix(loaded: LoadedModel, first: int) -> Iterator[Forward]:
 def _logits(loaded: LoadedModel, batch: Batch) -> torch.Tensor:
     # Decoders fill a cache for generation unless told not to.
     options = {"use_cache": False} if loaded.family.causal else {}
-    logits: torch.Tensor = loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **options).logits
-    return logits
+    take = loaded.device.take
+    ids, mask = take(batch.ids), None if batch.mask is None else take(batch.mask)
+    with loaded.device.computing():
+        logits: torch.Tensor = loaded.model(input_ids=ids, attention_mask=mask, **options).logits
+    return logits.float()
 
 
 class _Feed(nn.Module):
@@ -167,6 +171,7 @@ def _spec(loaded: LoadedModel, batches: Sequence[Batch], dtype: StateDType) -> H
         "dtype": dtype,
         "versions": [torch.__version__, transformers.__version__],
         "threads": torch.get_num_threads(),
+        "device": [loaded.device.title, loaded.device.precision],
     }
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True, default=str).encode())
     for batch in batches:
@@ -199,7 +204,7 @@ def _states(loaded: LoadedModel, batches: Sequence[Batch], dtype: StateDType) ->
     ):
         for batch in batches:
             _logits(loaded, batch)
-            states = caught.pop().to(DTYPES[dtype])
+            states = caught.pop().to("cpu", DTYPES[dtype])
             if not states.isfinite().all():
                 raise NotKeptError(f"the states do not fit {dtype}")
             yield states.flatten(0, 1)
@@ -212,8 +217,9 @@ def _check_agrees(loaded: LoadedModel, batch: Batch, dtype: StateDType) -> None:
     with _suffix(loaded, loaded.layers[0]) as forward:
         cached = forward(kept)
     whole = _logits(loaded, batch)
+    allowed = max(DISAGREEMENT[dtype], DISAGREEMENT[loaded.device.precision])
     # A comparison with a number that is not finite is false.
-    if not (cached - whole).abs().max() <= DISAGREEMENT[dtype] * whole.abs().max():
+    if not (cached - whole).abs().max() <= allowed * whole.abs().max():
         raise NotKeptError("the logits computed from kept states differ from the whole model's")
 
 

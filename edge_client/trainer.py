@@ -134,9 +134,8 @@ def train(
     trained = loaded.trained
     held = [parameter for name, parameter in trained.items() if name in loaded.trainable]
     start = [parameter.detach().clone() for parameter in held] if section.proximal else []
-    # Dropout draws from torch's own generator: seeded for this run, and given back as it was.
-    with torch.random.fork_rng(devices=[]), forward_pass(loaded, data.prepared) as forward:
-        torch.manual_seed(seed)
+    # Dropout draws from torch's own generator.
+    with loaded.device.seeded(seed), forward_pass(loaded, data.prepared) as forward:
         _training_mode(loaded)
         for step in range(steps):
             losses.append(descent.gradient(forward, step))
@@ -175,7 +174,7 @@ def predict(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
     units: list[Ids] = [np.empty(0, dtype=np.int64)]
     with forward_pass(loaded, data.prepared) as forward:
         for batch in data.prepared.batches:
-            found.append(task.decide(_speaking(forward(batch), batch, per_token=task.head.per_token)))
+            found.append(task.decide(_speaking(forward(batch).cpu(), batch, per_token=task.head.per_token)))
             units += [window.units for window in batch.windows]
     rows = np.concatenate(found)
     predictions = np.zeros((task.units(data.notes), *rows.shape[1:]), dtype=rows.dtype)
@@ -195,7 +194,7 @@ def mean_loss(loaded: LoadedModel, data: Dataset) -> float:
         for batch in data.prepared.batches:
             count = int((batch.targets != IGNORED).sum()) if loaded.task.head.per_token else len(batch.windows)
             if count:
-                total += count * loaded.task.loss(forward(batch), batch.targets).item()
+                total += count * loaded.loss(forward(batch), batch.targets).item()
                 targets += count
     if not targets:
         raise RefusedError("the notes hold nothing to measure a loss on", rule="note-missing", hint="annotate them")
@@ -216,15 +215,16 @@ def _written(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, begin - len(prompt) :], mask[row, begin - len(prompt) :] = prompt, 1
-        written = loaded.model.generate(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            do_sample=False,
-            max_new_tokens=max(1, loaded.max_length - begin),
-            eos_token_id=loaded.encoder.stop,
-            pad_token_id=loaded.pad_id,
-        )
-        read = task.decide(loaded.tokenizer.batch_decode(written[:, begin:], skip_special_tokens=True))
+        with loaded.device.computing():
+            written = loaded.model.generate(
+                input_ids=loaded.device.take(torch.from_numpy(ids)),
+                attention_mask=loaded.device.take(torch.from_numpy(mask)),
+                do_sample=False,
+                max_new_tokens=max(1, loaded.max_length - begin),
+                eos_token_id=loaded.encoder.stop,
+                pad_token_id=loaded.pad_id,
+            )
+        read = task.decide(loaded.tokenizer.batch_decode(written[:, begin:].cpu(), skip_special_tokens=True))
         for window, answer in zip(batch.windows, read, strict=True):
             answers[window.units] = answer
     return answers
@@ -269,7 +269,7 @@ def _batch_by_batch(loaded: LoadedModel, data: Dataset, section: TrainingSection
         batch = batches[order[step]]
         for parameter in trained:
             parameter.grad = None
-        loss = loaded.task.loss(forward(batch), batch.targets)
+        loss = loaded.loss(forward(batch), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
         value = loss.item()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edge_client.device import CPU, Device
 from edge_client.layers import Family
 from shared.errors import ConfigError, RefusedError
 from shared.tensorfile import NUMPY_DTYPES, F32Array, TensorSpec, bf16_to_f32, header_size, parse_header
@@ -65,6 +66,8 @@ class Weights:
     """
 
     stored: Mapping[str, Stored]
+    device: Device = CPU
+    """Where the model is."""
 
     def values(self, name: str) -> Iterator[F32Array]:
         """Yield a parameter's values from its file, as `Stored.values`."""
@@ -82,7 +85,7 @@ class Weights:
                 for block in self.values(name):
                     flat[at : at + block.size] = block
                     at += block.size
-                done[id(old)] = nn.Parameter(fresh, requires_grad=False)
+                done[id(old)] = nn.Parameter(fresh.to(self.device.at), requires_grad=False)
             _put(model, name, done[id(old)])
 
     def free(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -92,6 +95,7 @@ class Weights:
             _put(model, name, nn.Parameter(torch.empty(known[name].shape, device="meta"), requires_grad=False))
         del known
         _give_back()
+        self.device.give_back()
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:

@@ -26,6 +26,7 @@ import torch
 from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.depth import Depth, choose_depth, measures
+from edge_client.device import find_device
 from edge_client.importance import measure
 from edge_client.layout import PREFIX
 from edge_client.model import (
@@ -54,7 +55,7 @@ from edge_client.trainer import (
     train,
 )
 from edge_client.weights import absent
-from shared.config import FederationConfig
+from shared.config import ComputeSection, FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
 from shared.manifest import BLOCKS
 from shared.plan import Blocks, SealedPlan
@@ -86,8 +87,8 @@ class Worker:
         self._plan: SealedPlan
         self._seeded: State
         """The personal tensors as everybody has them before the first update."""
-        self._loaded_for: tuple[str, FederationConfig] | None = None
-        """Source and federation of the model: other notes under the same two need no other model."""
+        self._loaded_for: tuple[str, FederationConfig, ComputeSection] | None = None
+        """Source and federation of the model, and where it is: other notes under the same three need no other model."""
         self._depth: Depth
         self._training: Dataset
         self._private: Private | None
@@ -122,10 +123,12 @@ class Worker:
     def _load(self, job: pipe.Load) -> pipe.Loaded:
         if job.threads:
             torch.set_num_threads(job.threads)
-        if job.initial is not None or self._loaded_for != (job.source, job.federation):
+        if job.initial is not None or self._loaded_for != (job.source, job.federation, job.compute):
             self._other = None
-            self._loaded = load_model(job.source, job.federation, suffix=True)
-            self._loaded_for = (job.source, job.federation)
+            device = find_device(job.compute)
+            log.info("computes", device=device.title, precision=device.precision)
+            self._loaded = load_model(job.source, job.federation, suffix=True, device=device)
+            self._loaded_for = (job.source, job.federation, job.compute)
             self._plan = seal(self._loaded, job.federation)
             self._seeded = read_personal(self._loaded)
         if job.initial is not None:

@@ -73,6 +73,7 @@ def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bo
         keep_free=config.min_free_mib * MIB,
         trains=trains,
         clipping=config.privacy.clipping,
+        compute=config.training,
     )
 
 

@@ -11,8 +11,8 @@ from coordinator.masters import TensorFile, file_sha256, master_path
 from coordinator.views import RunView, find_version, load_run
 from mailboat.about import base_name, provenance, write_about
 from mailboat.console import measure_title
-from shared.config import AdapterSection, CoordinatorConfig, FederationConfig, SiteConfig
-from shared.configfile import load_config
+from shared.config import AdapterSection, ComputeSection, CoordinatorConfig, FederationConfig, SiteConfig
+from shared.configfile import load_config, parse_config
 from shared.errors import ConfigError, CorruptError
 from shared.manifest import Manifest, StateFacts
 from shared.states import open_state
@@ -21,6 +21,9 @@ from shared.store import FrameStore
 if TYPE_CHECKING:
     from edge_client.model import LoadedModel, State
     from edge_client.tasks import Scores
+
+_PROCESSOR = ComputeSection(device="cpu")
+"""For what is written out as it is, and never computed with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,52 +139,60 @@ def export_state(subject: Subject, out: Path, *, merged: bool = False, full_prec
     return tuple(loaded.personal)
 
 
-def score_state(subject: Subject, notes: Path, *, skip_bad: bool) -> Measured:
+def score_state(subject: Subject, notes: Path, *, compute: ComputeSection, skip_bad: bool) -> Measured:
     """Score a state on the notes under `notes`."""
-    return _score(_with_state(subject), subject.federation, notes, skip_bad=skip_bad)
+    return _score(_with_state(subject, compute=compute), subject.federation, notes, skip_bad=skip_bad)
 
 
-def score_model(folder: Path, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:
+def score_model(
+    folder: Path, federation: FederationConfig, notes: Path, *, compute: ComputeSection, skip_bad: bool
+) -> Measured:
     """Score the model in `folder`, or the base model with the adapters in it, on the notes under `notes`."""
-    return _score(load_folder(folder, federation), federation, notes, skip_bad=skip_bad)
+    return _score(load_folder(folder, federation, compute), federation, notes, skip_bad=skip_bad)
 
 
-def _load(source: str | Path, federation: FederationConfig) -> LoadedModel:
+def on_device(device: str) -> ComputeSection:
+    """Return what `--device` asks for; ConfigError when it names none."""
+    return parse_config({"device": device}, ComputeSection, "the command line")
+
+
+def _load(source: str | Path, federation: FederationConfig, compute: ComputeSection) -> LoadedModel:
     try:
+        from edge_client.device import find_device
         from edge_client.model import load_model
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the package {error.name} is not installed here", hint="pip install 'mailboat[edge]'"
         ) from None
-    return load_model(source, federation)
+    return load_model(source, federation, device=find_device(compute))
 
 
-def load_folder(folder: Path, federation: FederationConfig) -> LoadedModel:
-    """Load what `export_state` wrote, in either form; errors as `load_model` and `read_adapters`.
+def load_folder(folder: Path, federation: FederationConfig, compute: ComputeSection) -> LoadedModel:
+    """Load what `export_state` wrote, in either form; errors as `find_device`, `load_model` and `read_adapters`.
 
     ConfigError when adapters' base model is not where the federation says.
     """
     if not federation.adapter.used:
-        return _load(folder, federation)
+        return _load(folder, federation, compute)
     if not (folder / "adapter_config.json").exists():
         # The adapters are in the weights, which are thus not those that everybody started from.
         whole = {"adapter": AdapterSection(), "model": federation.model.model_copy(update={"frozen_sha256": None})}
-        return _load(folder, federation.model_copy(update=whole))
+        return _load(folder, federation.model_copy(update=whole), compute)
     base = federation.model.base
     if base_name(base) != base and not Path(base).expanduser().is_dir():
         raise ConfigError(
             f"{folder} holds adapters, and their base model is not at {base}",
             hint="name its folder here: predict --base, or [model] base in federation.toml",
         )
-    loaded = _load(base, federation)
+    loaded = _load(base, federation, compute)
     from edge_client.adapter_folder import read_adapters
 
     read_adapters(loaded, folder)
     return loaded
 
 
-def _with_state(subject: Subject, *, full_precision: bool = False) -> LoadedModel:
-    loaded = _load(subject.source, subject.federation)
+def _with_state(subject: Subject, *, full_precision: bool = False, compute: ComputeSection = _PROCESSOR) -> LoadedModel:
+    loaded = _load(subject.source, subject.federation, compute)
     from edge_client.model import apply_state, read_personal, seal
     from edge_client.outbox import newest_own
     from edge_client.statefile import read_own

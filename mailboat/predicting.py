@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mailboat.files import making
 from mailboat.modelling import load_folder
-from shared.config import FederationConfig
+from shared.config import ComputeSection, FederationConfig
 from shared.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
@@ -35,7 +35,14 @@ class Predicted:
 
 
 def predict(
-    model: Path, federation: FederationConfig, notes: Path, out: Path, *, skip_bad: bool, told: Told
+    model: Path,
+    federation: FederationConfig,
+    notes: Path,
+    out: Path,
+    *,
+    compute: ComputeSection,
+    skip_bad: bool,
+    told: Told,
 ) -> Predicted:
     """Write what the model in the folder `model` finds in the notes under `notes` to the new file `out`.
 
@@ -45,7 +52,7 @@ def predict(
     """
     if out.exists():
         raise ConfigError(f"{out} is there already", hint="name a new file, or move it away")
-    loaded = load_folder(model, federation)
+    loaded = load_folder(model, federation, compute)
     found = _Notes(notes, skip_bad=skip_bad)
     part = out.with_name(f".{out.name}.part")
     with making(out):

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from shared.config import CoordinatorConfig, DataSection, FederationConfig, SiteConfig
+from shared.config import ComputeSection, CoordinatorConfig, DataSection, FederationConfig, SiteConfig
 from shared.errors import ConfigError
 from shared.plan import SealedPlan
 
@@ -60,4 +60,5 @@ def _as_site(config: CoordinatorConfig) -> SiteConfig | None:
         data=DataSection(notes=section.notes, skip_bad=section.skip_bad, holdout=0.0),
         model_dir=section.model_dir,
         threads=section.threads,
+        training=ComputeSection(device=section.device, precision=section.precision),
     )

@@ -144,7 +144,7 @@ def private_descent(
         for group in grouped(short, WINDOWS_AT_ONCE * loaded.max_length):
             loss += add_clipped_together(sums, loaded, forward, group, clip_norm)
         for parameter, total in sums.items():
-            noise = torch.from_numpy(chance.normal(total.numel())).view_as(total)
+            noise = loaded.device.take(torch.from_numpy(chance.normal(total.numel()))).view_as(total)
             parameter.grad = ((total + charge.noise_multiplier * clip_norm * noise) / expected).float()
         return loss / expected
 
@@ -161,8 +161,8 @@ def record_gradient(loaded: LoadedModel, forward: Forward, batches: Sequence[Bat
     total, windows = 0.0, 0
     for batch in batches:
         logits = forward(batch)
-        rows = zip(torch.split(logits, 1), torch.split(batch.targets, 1), strict=True)
-        loss = torch.stack([loaded.task.loss(*row) for row in rows]).sum()
+        rows = zip(torch.split(logits, 1), torch.split(loaded.device.take(batch.targets), 1), strict=True)
+        loss = torch.stack([loaded.loss(*row) for row in rows]).sum()
         parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
         torch._foreach_add_(sums, list(parts))
         total, windows = total + loss.item(), windows + len(batch.windows)

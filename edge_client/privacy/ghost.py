@@ -81,7 +81,8 @@ def add_clipped_together(
     means = [losses[span].mean().item() for span in spans]
     norms = [math.sqrt(max(0.0, sum(_squared_length(use, span) for use in uses))) for span in spans]
     factors = [clip_factor(norm, mean, clip_norm) for norm, mean in zip(norms, means, strict=True)]
-    by_window = torch.tensor(factors, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+    each = torch.tensor(factors, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+    by_window = loaded.device.take(each)
     kept = by_window > 0
     for use in uses:
         scaled = use.asked[kept] * by_window[kept].view(-1, *[1] * (use.asked.ndim - 1))
@@ -94,8 +95,8 @@ def _passed(loaded: LoadedModel, forward: Forward, batch: Batch) -> tuple[list[_
     """Run a batch there and back; return what its layers saw, and the loss of each window."""
     with _watched(loaded.model) as calls:
         logits = forward(batch)
-    rows = zip(torch.split(logits, 1), torch.split(batch.targets, 1), strict=True)
-    losses = torch.stack([loaded.task.loss(*row) for row in rows])
+    rows = zip(torch.split(logits, 1), torch.split(loaded.device.take(batch.targets), 1), strict=True)
+    losses = torch.stack([loaded.loss(*row) for row in rows])
     wanted = torch.autograd.grad(losses.sum(), [call.came_out for call in calls], materialize_grads=True)
     assert len({call.layer for call in calls}) == len(calls), (
         "a layer that runs twice would need both its parts at once"
@@ -104,7 +105,8 @@ def _passed(loaded: LoadedModel, forward: Forward, batch: Batch) -> tuple[list[_
         "a layer that mixes windows tells no records apart"
     )
     pairs = zip(calls, wanted, strict=True)
-    return [_Use(call.layer, _inside(call.layer, call.entered), asked) for call, asked in pairs], losses.detach()
+    uses = [_Use(call.layer, _inside(call.layer, call.entered), asked.float()) for call, asked in pairs]
+    return uses, losses.detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,8 @@ def _watched(model: nn.Module) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
 
     def note(layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        calls.append(_Call(layer, args[0].detach(), out))
+        # In bf16 what is measured and what is added up are the same products, taken in float32.
+        calls.append(_Call(layer, args[0].detach().float(), out))
 
     with ExitStack() as hooks:
         for layer in _trained_layers(model):

@@ -52,7 +52,7 @@ def export(
         console.say(f"{len(personal)} tensors of layers.personal, {personal[0]} first, are {whose}")
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - an argument for each option
     *,
     notes: Annotated[Path, typer.Option(help="Annotated notes to compare with.")],
     version: Annotated[
@@ -67,6 +67,9 @@ def evaluate(
         typer.Option("--federation", help="With --model: federation.toml, when there is no coordinator.toml."),
     ] = None,
     site: Annotated[Path | None, _SITE] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; auto: the first GPU of CUDA where there is one.")
+    ] = "auto",
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out notes that cannot be read, and count them.")
     ] = (False),
@@ -83,13 +86,15 @@ def evaluate(
 
     if model is not None and (version is not None or site is not None):
         raise ConfigError(f"--model and --{'site' if site else 'version'} were both given", hint="give one of them")
+    compute = modelling.on_device(device)
     if model is not None:
         path = federation_file or load_config(config, CoordinatorConfig).federation
-        measured = modelling.score_model(model, _federation(path), notes, skip_bad=skip_bad)
+        measured = modelling.score_model(model, _federation(path), notes, compute=compute, skip_bad=skip_bad)
         subject = str(model)
     else:
         chosen = _subject(config, site, version)
-        measured, subject = modelling.score_state(chosen, notes, skip_bad=skip_bad), chosen.title
+        measured = modelling.score_state(chosen, notes, compute=compute, skip_bad=skip_bad)
+        subject = chosen.title
     if as_json:
         console.print_json({"model": subject, **measured.plain()})
         return

@@ -25,6 +25,9 @@ def predict(
     base: Annotated[
         Path | None, typer.Option(help="The base model's folder, for adapters whose own word of it does not hold here.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; auto: the first GPU of CUDA where there is one.")
+    ] = "auto",
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out notes that cannot be read, and count them.")
     ] = False,
@@ -34,6 +37,7 @@ def predict(
     Entities come with their line, counted from 1, the first word and the one behind the last, counted from 0.
     """
     from mailboat import about, predicting
+    from mailboat.modelling import on_device
     from shared.config import FederationConfig
     from shared.configfile import load_config
 
@@ -41,7 +45,7 @@ def predict(
     if base is not None:
         told = told.model_copy(update={"model": told.model.model_copy(update={"base": str(base)})})
     with _counted() as count:
-        done = predicting.predict(model, told, notes, out, skip_bad=skip_bad, told=count)
+        done = predicting.predict(model, told, notes, out, compute=on_device(device), skip_bad=skip_bad, told=count)
     left_out = f", {done.skipped} left out as unreadable" if done.skipped else ""
     console.say(f"{done.notes} notes{left_out}: {out}")
 

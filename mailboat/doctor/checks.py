@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coordinator.views import JOURNAL, load_run
 from mailboat.doctor.finding import Finding, fail, ok, warn
-from mailboat.doctor.machine import check_disk, check_versions
+from mailboat.doctor.machine import check_device, check_disk, check_versions
 from mailboat.doctor.network import Party, ask_clock, check_broker, read_announcement
 from mailboat.doctor.trust import check_trust
 from mailboat.sealing import PLAN, resolve
@@ -73,6 +73,7 @@ def _validation(config: CoordinatorConfig, federation: FederationConfig) -> Iter
         return
     try:
         yield _notes(section.notes, federation, skip_bad=section.skip_bad)
+        yield check_device(section)
     except ModuleNotFoundError as error:
         yield fail("notes", ConfigError(f"{error.name} is not installed here", hint="pip install 'mailboat[edge]'"))
 
@@ -152,6 +153,7 @@ def _examine_site(path: Path) -> Iterator[Finding]:
         else:
             yield _announcement(announced, federation)
     try:
+        yield check_device(config.training)
         found = resolve(federation, config.model_dir or federation.model.base)
     except ModuleNotFoundError as error:
         yield fail("model", ConfigError(f"{error.name} is not installed here", hint="pip install 'mailboat[edge]'"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from broker.launcher import find_mosquitto
 from mailboat.doctor.finding import Finding, fail, ok, warn
 from shared import durable
+from shared.config import ComputeSection
 from shared.errors import ConfigError, MailboatError, UnavailableError
 
 NEEDED = ("mailboat", "aiomqtt", "paho-mqtt", "msgpack", "numpy", "pydantic", "structlog", "zstandard")
@@ -59,6 +60,17 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     text = f"a synced write of 1 MiB takes {1000 * seconds:.1f} ms (median of {SYNCS})"
     slow = "each update waits for several syncs; a local disk or SSD is faster than a network share"
     yield ok("disk", text) if seconds < SYNC_SLOW_S else warn("disk", text, slow)
+
+
+def check_device(section: ComputeSection) -> Finding:
+    """Where models are computed here, and how precisely; ModuleNotFoundError where PyTorch is missing."""
+    from edge_client.device import find_device
+
+    try:
+        device = find_device(section)
+    except MailboatError as error:
+        return fail("device", error)
+    return ok("device", f"{device.title}, precision {device.precision}")
 
 
 def sync_s(folder: Path) -> float:

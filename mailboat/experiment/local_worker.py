@@ -12,7 +12,7 @@ from edge_client.privacy.ledger import Charge, Limit
 from edge_client.training import Standing
 from edge_client.worker import Worker
 from edge_client.worker_client import load_request, raised
-from shared.config import FederationConfig, SiteConfig
+from shared.config import ComputeSection, FederationConfig, SiteConfig
 
 _A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured)
 
@@ -30,7 +30,9 @@ class LocalWorker:
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
         # One worker serves many sites in turn, each for a while: what they keep is not worth their disks.
-        request = load_request(config, federation).model_copy(update={"initial": initial, "storage": None})
+        # And a trial gives the same numbers on every machine, GPU or none.
+        kept = {"initial": initial, "storage": None, "compute": ComputeSection(device="cpu")}
+        request = load_request(config, federation).model_copy(update=kept)
         return self._ask(request, pipe.Loaded)
 
     async def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -84,7 +85,27 @@ class AdmissionSection(Section):
         return self
 
 
-class ValidationSection(Section):
+Precision = Literal["f32", "bf16"]
+
+
+class ComputeSection(Section):
+    """Where this machine computes with the model, and how precisely; each machine's own choice."""
+
+    device: str = "auto"
+    """`cpu`, `cuda` or `cuda:N`; `auto` is the first GPU of CUDA where there is one, else the processor."""
+    precision: Precision = "f32"
+    """Of the products in a forward pass and its backward pass; weights, optimizer and deltas are float32 in both."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", device):
+            msg = "must be auto, cpu, cuda or cuda:N"
+            raise ValueError(msg)
+        return device
+
+
+class ValidationSection(ComputeSection):
     """Annotated notes of the coordinator's operator, by which updates are weighed ([aggregation] quality)."""
 
     notes: Path | None = None
@@ -162,6 +183,7 @@ class SiteConfig(Section):
     layers: LocalLayersSection = LocalLayersSection()
     prefix: PrefixSection = PrefixSection()
     privacy: LocalPrivacySection = LocalPrivacySection()
+    training: ComputeSection = ComputeSection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""
     threads: int = Field(default=0, ge=0)

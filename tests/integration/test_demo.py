@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from mailboat.demo.plan import DemoOptions, Plan, make_plan
 from mailboat.demo.report import Result, to_json
 from mailboat.demo.run import run_demo
 from mailboat.modelling import score_model
+from shared.config import ComputeSection
 from shared.errors import UnavailableError
 from tests.audited import spoilt
 from tests.commands import Running, call, running
@@ -50,6 +52,12 @@ def run(plan: Plan) -> tuple[Result, str]:
     """The result, and the lines that were shown on the way."""
     out = io.StringIO()
     return run_async(run_demo(plan, Lines(Console(file=out))), timeout_s=RUN_S), out.getvalue()
+
+
+def exported_scores(plan: Plan) -> Mapping[str, float]:
+    """What the exported model gets on the held-out notes."""
+    layout, compute = plan.layout, ComputeSection(device="cpu")
+    return score_model(layout.export, plan.federation, layout.heldout, compute=compute, skip_bad=False).scores.overall
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -87,8 +95,8 @@ def test_a_whole_run_with_baselines_and_a_site_that_never_comes(tmp_path: Path, 
     assert (told["bytes"]["uplink_transfers"], told["bytes"]["downlink_transfers"]) == (4, 6)
     assert told["bytes"]["full_model_file"] > 4 * told["total_parameters"]
     assert load_run(plan.layout.storage).current.state.file_sha256 == told["versions"][2]["state_sha256"]
-    exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
-    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
+    exported = exported_scores(plan)
+    assert exported == pytest.approx(result.federated.measures, abs=1e-9)
     assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")
     for expected in ("version 2 published", "the run is complete", "centralized: strict F1", "site-2 alone: strict F1"):
         assert expected in lines
@@ -102,8 +110,8 @@ def test_stays_and_their_codes_are_a_task_by_name(tmp_path: Path, model: Path) -
     assert list(result.federated.measures) == ["micro_f1", "macro_f1"]
     assert result.local_only.keys() == {"site-1", "site-2"}
     assert result.centralized is not None
-    exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
-    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
+    exported = exported_scores(plan)
+    assert exported == pytest.approx(result.federated.measures, abs=1e-9)
     assert "version 2: micro F1 " in lines
     assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")
 
@@ -115,8 +123,8 @@ def test_adapters_are_trained_when_asked_for(tmp_path: Path, model: Path) -> Non
     assert "fedex-lora of rank 16" in lines
     assert "go to the sites with each version, not back" in lines
     assert result.centralized is not None
-    exported = score_model(plan.layout.export, plan.federation, plan.layout.heldout, skip_bad=False)
-    assert exported.scores.overall == pytest.approx(result.federated.measures, abs=1e-9)
+    exported = exported_scores(plan)
+    assert exported == pytest.approx(result.federated.measures, abs=1e-9)
 
 
 def test_cut_links_and_a_killed_site_change_nothing_but_the_time(tmp_path: Path, model: Path) -> None:
