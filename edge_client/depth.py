@@ -7,8 +7,8 @@ lies between them and the lowest block trained here runs in each step, without g
 
 Memory and time are estimates. Memory: what the process has now, with model and notes, or has taken of its GPU's; for
 each trained parameter its gradient, AdamW's two moments and its delta; the published state and its local copy; and
-RETAINED times what one forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all tokens of an
-update.
+RETAINED times what one forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of
+middling size, for all tokens of an update.
 """
 
 from __future__ import annotations

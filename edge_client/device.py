@@ -52,10 +52,9 @@ class Device:
                 tensor.data = tensor.data.to(self.at)
 
     def give_back(self) -> None:
-        """Give a GPU's other users what was freed, which torch would keep."""
+        """Give a GPU's other users what was freed there, which torch would keep."""
         if self.is_gpu:
-            with torch.cuda.device(self.at):
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def computing(self) -> AbstractContextManager[object]:
         """While the block runs, products are taken in the precision; for forward passes alone."""

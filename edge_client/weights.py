@@ -88,14 +88,15 @@ class Weights:
                 done[id(old)] = nn.Parameter(fresh.to(self.device.at), requires_grad=False)
             _put(model, name, done[id(old)])
 
-    def free(self, model: nn.Module, names: Iterable[str]) -> None:
+    def free(self, model: nn.Module, names: Collection[str]) -> None:
         """Take the values of these parameters out of memory."""
         known = dict(model.named_parameters())
         for name in names:
             _put(model, name, nn.Parameter(torch.empty(known[name].shape, device="meta"), requires_grad=False))
         del known
         _give_back()
-        self.device.give_back()
+        if names:
+            self.device.give_back()
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:

@@ -81,11 +81,11 @@ def add_clipped_together(
     means = [losses[span].mean().item() for span in spans]
     norms = [math.sqrt(max(0.0, sum(_squared_length(use, span) for use in uses))) for span in spans]
     factors = [clip_factor(norm, mean, clip_norm) for norm, mean in zip(norms, means, strict=True)]
-    each = torch.tensor(factors, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
-    by_window = loaded.device.take(each)
-    kept = by_window > 0
+    by_window = [factor for factor, count in zip(factors, counts, strict=True) for _ in range(count)]
+    kept = [place for place, factor in enumerate(by_window) if factor]
+    scale = loaded.device.take(torch.tensor([by_window[place] for place in kept], dtype=torch.float32))
     for use in uses:
-        scaled = use.asked[kept] * by_window[kept].view(-1, *[1] * (use.asked.ndim - 1))
+        scaled = use.asked[kept] * scale.view(-1, *[1] * (use.asked.ndim - 1))
         for parameter, gradient in _gradients(use.layer, use.entered[kept].flatten(0, -2), scaled.flatten(0, -2)):
             sums[parameter].add_(gradient)
     return sum(mean for mean, factor in zip(means, factors, strict=True) if factor)
