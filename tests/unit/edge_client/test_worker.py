@@ -21,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForTokenClassification
 
 from edge_client import pipe, worker
+from edge_client.device import Device
 from edge_client.model import seal_plan
 from edge_client.statefile import read_state
 from edge_client.worker import Worker, split_holdout
-from edge_client.worker_client import RETRIES, WorkerClient
-from shared.config import SiteConfig, StateCodecName
+from edge_client.worker_client import RETRIES, WorkerClient, load_request
+from shared.config import ComputeSection, SiteConfig, StateCodecName
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
@@ -196,9 +197,10 @@ def test_a_killed_worker_starts_again_and_gives_the_same_delta(ground: Path, tmp
                 await client.train(ground / "v0-bottom.safetensors", 3, tmp_path / "disturbed", on_progress=kill_once)
             return logs
 
-    death, notice = run_async(story(), timeout_s=100)
+    death, computes, notice = run_async(story(), timeout_s=100)
     assert (death["event"], death["during"], death["retries"]) == ("worker-died", "train", RETRIES)
     assert "SIGKILL" in death["cause"]
+    assert (computes["event"], computes["device"], computes["precision"]) == ("computes", "cpu", "f32")
     assert "memory" in death["cause"]
     assert "batch_size" in death["hint"]
     assert (notice["event"], notice["log_level"]) == ("prefix-not-cached", "warning")
@@ -421,3 +423,16 @@ def test_who_only_measures_spends_nobodys_privacy(ground: Path) -> None:
     source = {"source": str(ground / "model"), "notes": site.data.notes, "skip_bad": False, "holdout": 0.0}
     worker.handle(pipe.Load(federation=private, **source, threads=1, site="north", trains=False))  # type: ignore[arg-type]
     assert worker._private is None
+
+
+def test_a_worker_trains_where_the_site_s_file_says(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 where that is asked for; for a GPU that is not there the processor never takes its place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = config(ground).model_copy(update={"training": ComputeSection(precision="bf16")})
+    used = Worker(lambda _: None)
+    assert isinstance(used.handle(load_request(asked, FEDERATION)), pipe.Loaded)
+    assert used._loaded.device == Device(torch.device("cpu"), "bf16")
+    elsewhere = asked.model_copy(update={"training": ComputeSection(device="cuda")})
+    answer = used.handle(load_request(elsewhere, FEDERATION))
+    assert isinstance(answer, pipe.Failed)
+    assert (answer.error, 'device = "cuda"' in answer.message) == ("ConfigError", True)

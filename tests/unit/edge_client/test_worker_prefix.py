@@ -28,7 +28,7 @@ Start = Callable[..., "Started"]
 
 
 class Started:
-    """A worker that has loaded, what it answered, and the names of its log lines."""
+    """A worker that has loaded, what it answered, and the names of its log lines on the prefix."""
 
     def __init__(self, config: SiteConfig, *, trains: bool = True) -> None:
         self.worker = Worker(lambda _: None)
@@ -36,7 +36,7 @@ class Started:
             answer = self.worker.handle(load_request(config, FEDERATION, trains=trains))
         assert isinstance(answer, pipe.Loaded), answer
         self.loaded = answer
-        self.events = [line["event"] for line in logs]
+        self.events = [line["event"] for line in logs if line["event"].startswith("prefix-")]
 
     @property
     def absent(self) -> tuple[str, ...]:

@@ -64,7 +64,8 @@ def test_the_doctor_reads_the_notes_of_a_coordinator_that_weighs_by_loss(tmp_pat
     assert told(tmp_path, make_federation()) == []
     ((level, message),) = told(None)
     assert (level, "exp-loss" in message) == ("FAIL", True)
-    ((level, message),) = told(tmp_path / "nowhere")
+    (level, message), _ = told(tmp_path / "nowhere")
     assert (level, "nowhere" in message) == ("FAIL", True)
-    ((level, message),) = told(tiny.write_conll(tmp_path / "held.conll", tiny.notes(3)))
+    (level, message), device = told(tiny.write_conll(tmp_path / "held.conll", tiny.notes(3)))
     assert (level, message.startswith("3 notes in ")) == ("OK", True)
+    assert device == ("OK", "cpu, precision f32")

@@ -274,6 +274,11 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             '[federation]\nname="a"\nsites=["b","coordinator"]\n[model]\nbase="m"',
             "federation.sites.1: no site may be named coordinator",
         ),
+        (
+            SiteConfig,
+            'name="a"\nfederation="f"\nstorage="s"\n[data]\nnotes="n"\n[training]\ndevice="gpu"',
+            "training.device: must be auto, cpu, cuda or cuda:N",
+        ),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) and "\n" not in value else "",
 )
