@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-local bench-merge bench-startup fuzz fuzz-guided sbom dependencies experiments experiments-smoke
+.PHONY: bench-codec bench-gpu bench-local bench-merge bench-startup fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -120,6 +120,9 @@ bench-codec: setup ## each codec alone: share of float32, error, MB a second and
 
 bench-local: setup ## full training, layer skipping, kept prefix and LoRA at a site: make bench-local ARGS="--turns 5"
 	@$(VENV)/python -m bench.local --json docs/results/local.json $(ARGS)
+
+bench-gpu: setup ## layer skipping on a GPU, LLaMA-3.2-1B's shape: tokens/s, memory, share of peak: make bench-gpu ARGS="--batch 16"
+	@$(VENV)/python -m bench.gpu --json docs/results/gpu.json $(ARGS)
 
 bench-startup: setup ## seconds and memory of each command's --help, and of a coordinator up to its first announcement
 	@$(VENV)/python -m bench.startup --json docs/results/startup.json $(ARGS)

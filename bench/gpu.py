@@ -130,7 +130,7 @@ def make_model(folder: Path, shape: Shape, device: Device) -> None:
     )
     with device.seeded(0), torch.device(device.at):
         model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -182,11 +182,11 @@ def measure(way: Way, model: Path, shape: Shape, device: Device, options: argpar
 def _trained(
     way: Way, loaded: LoadedModel, data: Dataset, federation: FederationConfig, shape: Shape
 ) -> dict[str, Any]:
-    device, clock, losses = loaded.device, [time.perf_counter()], list[float]()
-    state = version_zero(loaded)
+    device, state, losses = loaded.device, version_zero(loaded), list[float]()
     device.give_back()
     if device.is_gpu:
         torch.cuda.reset_peak_memory_stats(device.at)
+    clock = [time.perf_counter()]
 
     def note(_share: float, loss: float) -> None:
         clock.append(time.perf_counter())
@@ -197,7 +197,7 @@ def _trained(
     step_s = statistics.median(np.diff(clock)[WARM:])
     tokens = data.prepared.batches[0].ids.numel()
     rate, peak = step_operations(shape, way, tokens) / step_s, peak_of(device)
-    rounds = {codec: coded(result.delta, codec) for codec in CODECS}
+    found = {codec: coded(result.delta, codec) for codec in CODECS}
     return {
         "trained": loaded.trained_parameters,
         "steps": len(losses),
@@ -207,10 +207,8 @@ def _trained(
         "tflop_s": round(rate / 1e12, 4),
         "share_of_peak": None if peak is None else round(rate / peak, 4),
         "train_s": round(train_s, 3),
-        "codecs": rounds,
-        "round_s": {
-            codec: round(train_s + found["encode_s"] + found["decode_s"], 3) for codec, found in rounds.items()
-        },
+        "codecs": found,
+        "round_s": {codec: round(train_s + each["encode_s"] + each["decode_s"], 3) for codec, each in found.items()},
         "losses": [losses[0], losses[-1]],
     }
 

@@ -66,6 +66,6 @@ def test_all_of_it_runs_on_a_processor(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_a_gpu_it_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what can be done here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="bench.gpu: .*finds no GPU of CUDA here; --device cpu --tiny") as ended:
+    with pytest.raises(SystemExit, match=r"bench\.gpu: .*finds no GPU of CUDA here; --device cpu --tiny") as ended:
         run(monkeypatch)
     assert "\n" not in str(ended.value)

@@ -108,7 +108,8 @@ def test_gradients_are_taken_there(folders: dict[str, Path], monkeypatch: pytest
         ):
             with forward_pass(there, prepared) as forward:
                 descent.gradient(forward, 0)
-            assert {parameter.grad.device for parameter in there.trained.values()} == {GPU}
+            gradients = [parameter.grad for parameter in there.trained.values()]
+            assert {None if gradient is None else gradient.device for gradient in gradients} == {GPU}
 
 
 def in_bf16() -> Device:
@@ -207,7 +208,12 @@ def count(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
 def test_the_generators_of_both_are_seeded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU draws dropout from a generator of its own, whose state is kept along with the processor's."""
     of_gpu, asked = [torch.tensor([7])], list[torch.device]()
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or of_gpu[0])
+
+    def state(device: torch.device) -> torch.Tensor:
+        asked.append(device)
+        return of_gpu[0]
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: of_gpu.__setitem__(0, state))
     before = torch.get_rng_state()
     with Device(torch.device("cuda", 1)).seeded(3):
