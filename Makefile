@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec fuzz fuzz-guided sbom dependencies experiments experiments-smoke
+.PHONY: bench-codec bench-local bench-merge bench-startup fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,6 +117,15 @@ fuzz-guided: setup ## one decoder by coverage, with atheris: make fuzz-guided TA
 
 bench-codec: setup ## each codec alone: share of float32, error, MB a second and core: make bench-codec ARGS="--turns 9"
 	@$(VENV)/python -m bench.codec --json docs/results/codec.json $(ARGS)
+
+bench-local: setup ## full training, layer skipping, kept prefix and LoRA at a site: make bench-local ARGS="--turns 5"
+	@$(VENV)/python -m bench.local --json docs/results/local.json $(ARGS)
+
+bench-startup: setup ## seconds and memory of each command's --help, and of a coordinator up to its first announcement
+	@$(VENV)/python -m bench.startup --json docs/results/startup.json $(ARGS)
+
+bench-merge: setup ## parameters a second of a merge, beside the memory's own rate, and its memory (2 GB of RAM disk)
+	@$(VENV)/python -m bench.merge --json docs/results/merge.json $(ARGS)
 
 bench-hostile: setup ## how much slower a round gets when one site floods the federation
 	@$(VENV)/python -m bench.hostile --json docs/results/hostile.json

@@ -1,11 +1,13 @@
 """Local training at a site: seconds an epoch and peak memory of each way to train, side by side.
 
-    python -m bench.local --epochs 3 --json docs/results/local.json
+    make bench-local ARGS="--turns 3"
 
-A LLaMA of 16 blocks with random weights (width 384, about 30 million parameters), windows of synthetic notes, the real
-trainer. Each way is a process of its own, so that its peak memory is its own; turns alternate, so that a machine whose
-speed drifts drifts for all. The time to compute the frozen prefix is told apart: it is paid once for a data set, and
-not once for an epoch.
+Two models: a LLaMA of 16 blocks with random weights, width 512 (52 million parameters), and the shipped one. Windows of
+synthetic notes, the real trainer, one thread. Each way is a process of its own, so that its peak memory is its own;
+turns alternate, so that a machine whose speed drifts drifts for all. The time to load and prepare is told apart: it is
+paid once for a start, and not once for an epoch. Processor seconds are told beside seconds: other work on the machine
+spoils them less. Memory is what the process held at most above what it holds with all modules imported and nothing
+loaded.
 """
 
 from __future__ import annotations
@@ -21,16 +23,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.protocol import machine, peak_bytes
+from bench.protocol import machine, memory_bytes
+from mailboat.demo.plan import SHIPPED_MODEL
 from mailboat.synth import make_notes
 
-WAYS = {
+_TOP = {"layers": {"plan": "top:6"}}
+WAYS: dict[str, dict[str, Any]] = {
     "full": {"layers": {"plan": "all"}},
-    "layer skipping": {"layers": {"plan": "top:6"}},
-    "cached suffix": {"layers": {"plan": "top:6"}},
+    "layer skipping": _TOP,
+    "cached, first start": _TOP,
+    "cached, next start": _TOP,
+    "cached, bf16": _TOP,
+    "LoRA, cached": _TOP | {"adapter": {"kind": "lora", "rank": 8, "alpha": 16}},
 }
-"""What differs in federation.toml; the second and third differ in whether hidden states may be kept."""
-UNCACHED = {"layer skipping"}
+"""What differs in federation.toml. The first start computes what the next one finds on the disk."""
+REFERENCE = "cached, next start"
+UNCACHED = frozenset({"full", "layer skipping"})
+MODELS = ("llama-512", "shipped")
 MAX_LENGTH = 128
 BATCH = 8
 NOTES = 24
@@ -42,17 +51,15 @@ def make_model(folder: Path) -> None:
     import torch  # noqa: PLC0415 - the parent process measures, and shall stay small
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
-    from mailboat.demo.plan import SHIPPED_MODEL  # noqa: PLC0415
-
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=384,
-        intermediate_size=1024,
+        hidden_size=512,
+        intermediate_size=1376,
         num_hidden_layers=16,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         max_position_embeddings=512,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
@@ -61,48 +68,56 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_once(way: str, folder: Path, epochs: int) -> dict[str, Any]:
-    """Train in this process; seconds of preparation and of each epoch, peak bytes, and the losses' mean."""
+def train_once(way: str, model: Path, notes: Path, site: Path, epochs: int) -> dict[str, Any]:
+    """Train in this process, as a site's worker does; seconds of preparation and of each epoch, bytes, and losses."""
     import torch  # noqa: PLC0415
 
     from edge_client.data import load_notes  # noqa: PLC0415
-    from edge_client.model import load_model, read_trainable  # noqa: PLC0415
+    from edge_client.model import load_model, version_zero  # noqa: PLC0415
+    from edge_client.prefix_store import NOWHERE, OnDisk  # noqa: PLC0415
     from edge_client.trainer import make_dataset, train  # noqa: PLC0415
-    from shared.config import FederationConfig  # noqa: PLC0415
+    from shared.config import FederationConfig, StateDType  # noqa: PLC0415
 
     torch.set_num_threads(1)
     federation = FederationConfig.model_validate(
         {
             "federation": {"name": "bench"},
-            "model": {"base": str(folder / "model")},
+            "model": {"base": str(model)},
             "task": {"max_length": MAX_LENGTH},
             "training": {"batch_size": BATCH, "lr": 1e-4},
             **WAYS[way],
         }
     )
-    loaded = load_model(folder / "model", federation)
-    before = peak_bytes(os.getpid())
-    notes = load_notes(folder / "notes" / "site-1", loaded.task).notes
-    began = time.perf_counter()
-    limit = {"limit_bytes": 0} if way in UNCACHED else {}
-    data = make_dataset(loaded, notes, batch_size=BATCH, seed=0, **limit)
-    prepared = time.perf_counter() - began
-    state, seconds, losses = read_trainable(loaded), [], []
+    idle, began = memory_bytes(os.getpid(), "VmRSS"), time.perf_counter()
+    loaded = load_model(model, federation, suffix=way not in UNCACHED)
+    dtype: StateDType = "bf16" if way.endswith("bf16") else "f32"
+    folder = site / f"{model.name}-{'lora' if way.startswith('LoRA') else dtype}"
+    keep = NOWHERE if way in UNCACHED else OnDisk(folder, "training", dtype=dtype, limit=1 << 34, keep_free=0)
+    data = make_dataset(loaded, load_notes(notes, loaded.task).notes, batch_size=BATCH, seed=0, keep=keep)
+    if data.prepared.cached == (way in UNCACHED):
+        raise AssertionError(data.prepared.reason)
+    prepared, ready = time.perf_counter() - began, memory_bytes(os.getpid(), "VmRSS")
+    state, seconds, worked, losses = version_zero(loaded), [], [], []
     for epoch in range(epochs):
+        spent = time.process_time()
         result = train(loaded, state, data, federation.training, seed=epoch)
+        worked.append(time.process_time() - spent)
         seconds.append(result.metrics["seconds"])
         losses.append(result.metrics["loss"])
     return {
         "way": way,
+        "model": model.name,
         "trained": loaded.trained_parameters,
         "total": loaded.total_parameters,
         "batches": len(data.prepared.batches),
-        "cached": data.prepared.cached,
+        "kept_bytes": sum(path.stat().st_size for path in folder.glob("*")),
         "prepare_s": round(prepared, 3),
         "epoch_s": [round(each, 3) for each in seconds],
+        "epoch_processor_s": [round(each, 3) for each in worked],
         "loss": losses,
-        "loaded_bytes": before,
-        "peak_bytes": peak_bytes(os.getpid()),
+        "idle_bytes": idle,
+        "ready_bytes": ready,
+        "peak_bytes": memory_bytes(os.getpid(), "VmHWM"),
     }
 
 
@@ -111,26 +126,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.local", description=__doc__)
     parser.add_argument("--epochs", type=int, default=3, help="of each process")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--site", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(train_once(options.one, options.folder, options.epochs)))
+        way, model = options.one
+        print(json.dumps(train_once(way, Path(model), options.notes, options.site, options.epochs)))
         return
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mailboat-local-") as name:
-        folder = Path(name)
-        make_model(folder / "model")
-        make_notes(folder / "notes", sites=1, notes=NOTES, heldout=1, alpha=1.0, seed=0)
-        for _ in range(options.turns):
-            for way in WAYS:
-                command = [sys.executable, "-m", "bench.local", "--one", way, "--folder", name]
-                command += ["--epochs", str(options.epochs)]
-                told = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **QUIET})
-                found[way].append(json.loads(told.stdout.splitlines()[-1]))
-                print(json.dumps(found[way][-1]), flush=True)
-    summary = _summary(found)
+        models = {"llama-512": Path(name) / "llama-512", "shipped": SHIPPED_MODEL}
+        make_model(models["llama-512"])
+        notes = Path(name) / "notes" / "site-1"
+        make_notes(notes.parent, sites=1, notes=NOTES, heldout=1, alpha=1.0, seed=0)
+        for turn in range(options.turns):
+            for model in options.models:
+                site = Path(name) / f"turn-{turn}"
+                for way in WAYS:
+                    command = [sys.executable, "-m", "bench.local", "--one", way, str(models[model])]
+                    command += ["--notes", str(notes), "--site", str(site), "--epochs", str(options.epochs)]
+                    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **QUIET})
+                    found.append({**json.loads(told.stdout.splitlines()[-1]), "model": model})
+                    print(json.dumps(found[-1]), flush=True)
+    summary = {model: summarize([run for run in found if run["model"] == model]) for model in options.models}
     print(json.dumps(summary, indent=1))
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "summary": summary, "runs": found}, indent=1) + "\n")
@@ -139,15 +160,25 @@ def main() -> None:
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def _summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians, and what each way's epoch is of the cached one's; equal losses of the second and the third."""
-    epoch = {way: statistics.median(s for run in runs for s in run["epoch_s"]) for way, runs in found.items()}
-    return {
-        "epoch_s": {way: round(seconds, 3) for way, seconds in epoch.items()},
-        "times_cached": {way: round(seconds / epoch["cached suffix"], 2) for way, seconds in epoch.items()},
-        "peak_mb": {way: round(max(run["peak_bytes"] for run in runs) / 1e6) for way, runs in found.items()},
-        "equal_losses": found["layer skipping"][0]["loss"] == found["cached suffix"][0]["loss"],
-    }
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one model, by way; its epoch as a multiple of the reference's, and whether the losses are equal."""
+    told = {}
+    for way in WAYS:
+        own = [run for run in runs if run["way"] == way]
+        told[way] = {
+            "epoch_s": statistics.median(seconds for run in own for seconds in run["epoch_s"]),
+            "epoch_processor_s": statistics.median(worked for run in own for worked in run["epoch_processor_s"]),
+            "prepare_s": statistics.median(run["prepare_s"] for run in own),
+            "ready_mb": round(max(run["ready_bytes"] - run["idle_bytes"] for run in own) / 1e6),
+            "peak_mb": round(max(run["peak_bytes"] - run["idle_bytes"] for run in own) / 1e6),
+            "kept_mb": round(own[0]["kept_bytes"] / 1e6, 1),
+        }
+    for row in told.values():
+        for clock in ("epoch_s", "epoch_processor_s"):
+            row[f"{clock}_of_cached"] = round(row[clock] / told[REFERENCE][clock], 2)
+    losses = {way: [run["loss"] for run in runs if run["way"] == way] for way in WAYS}
+    exact = ("layer skipping", "cached, first start", "cached, next start")
+    return {"ways": told, "equal_losses": all(losses[way] == losses[exact[0]] for way in exact)}
 
 
 if __name__ == "__main__":

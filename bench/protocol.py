@@ -225,35 +225,46 @@ async def serving(root: Path) -> AsyncIterator[tuple[str, int, int]]:
 
     The broker's first, then the coordinator's, which has announced version 0.
     """
-    async with run_broker("mosquitto", root / "mosquitto") as broker:
-        (root / "coordinator.toml").write_text(
-            f'federation = "federation.toml"\nstorage = "coordinator"\n[broker]\nurl = "{broker.url}"\n'
-            f"[link]\nstall_s = {PATIENCE.stall_s}\nkeepalive_s = {PATIENCE.keepalive_s}\n"
-        )
-        command = (sys.executable, "-m", "mailboat", "coordinator", "run", "-c", str(root / "coordinator.toml"))
-        with (root / "coordinator.log").open("wb") as log:
-            coordinator = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
-        try:
-            await _serves(root / "coordinator.log")
-            yield broker.url, broker.pid, coordinator.pid
-        finally:
-            if coordinator.returncode is None:
-                coordinator.send_signal(signal.SIGTERM)
-            await coordinator.wait()
+    async with run_broker("mosquitto", root / "mosquitto") as broker, coordinating(root, broker.url) as coordinator:
+        yield broker.url, broker.pid, coordinator
+
+
+@asynccontextmanager
+async def coordinating(root: Path, url: str) -> AsyncIterator[int]:
+    """Run a coordinator on the files of `make_load`, and yield its process id once it has announced version 0."""
+    (root / "coordinator.toml").write_text(
+        f'federation = "federation.toml"\nstorage = "coordinator"\n[broker]\nurl = "{url}"\n'
+        f"[link]\nstall_s = {PATIENCE.stall_s}\nkeepalive_s = {PATIENCE.keepalive_s}\n"
+    )
+    command = (sys.executable, "-m", "mailboat", "coordinator", "run", "-c", str(root / "coordinator.toml"))
+    with (root / "coordinator.log").open("wb") as log:
+        coordinator = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+    try:
+        await _serves(root / "coordinator.log")
+        yield coordinator.pid
+    finally:
+        if coordinator.returncode is None:
+            coordinator.send_signal(signal.SIGTERM)
+        await coordinator.wait()
 
 
 async def _serves(log: Path) -> None:
     async with asyncio.timeout(READY_S):
         while "announced" not in log.read_text():
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process has held so far (VmHWM)."""
+    """The most memory that a process has held so far."""
+    return memory_bytes(pid, "VmHWM")
+
+
+def memory_bytes(pid: int, what: str) -> int:
+    """What the system tells of a process's memory, such as VmRSS, what it holds now."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
-    msg = "the system does not tell VmHWM"
+    msg = f"the system does not tell {what}"
     raise AssertionError(msg)
 
 

@@ -7,7 +7,7 @@ makes the cached path equal to the plain one bit for bit (a matrix product may r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +28,8 @@ class Batch:
     """None where it would change nothing: without padding, and in causal models, which never see what is right of a
     token; attention then takes its quicker path."""
     windows: tuple[Window, ...] = field(repr=False)
-    hidden: torch.Tensor | None = field(default=None, repr=False)
-    """What enters the first trained block, float32 (windows, longest, width), where it is kept."""
+    hidden: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
+    """Gives what enters the first trained block, float32 (windows, longest, width), where it is kept."""
 
 
 def make_batches(
@@ -60,13 +60,13 @@ def side_by_side(batches: Sequence[Batch], *, pad_id: int, causal: bool, per_tok
 
     masks = [torch.ones_like(batch.ids) if batch.mask is None else batch.mask for batch in batches]
     mask = torch.cat([padded(each, 0) for each in masks])
-    hidden = [batch.hidden for batch in batches if batch.hidden is not None]
+    kept = [batch.hidden for batch in batches if batch.hidden is not None]
     return Batch(
         ids=torch.cat([padded(batch.ids, pad_id) for batch in batches]),
         targets=torch.cat([padded(batch.targets, IGNORED) if per_token else batch.targets for batch in batches]),
         mask=None if causal or bool(mask.all()) else mask,
         windows=tuple(window for batch in batches for window in batch.windows),
-        hidden=torch.cat([padded(each, 0) for each in hidden]) if hidden else None,
+        hidden=(lambda: torch.cat([padded(read(), 0) for read in kept])) if kept else None,
     )
 
 

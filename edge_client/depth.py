@@ -107,8 +107,6 @@ def _kept_bytes(loaded: LoadedModel, prepared: Prepared) -> int:
     """What one forward pass of the largest batch keeps for the backward pass, beyond the model's own parameters."""
     batch = max(prepared.batches, key=_tokens)
     shared = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
-    if batch.hidden is not None:
-        shared.add(batch.hidden.untyped_storage().data_ptr())
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

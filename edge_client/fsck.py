@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from edge_client import residual
-from edge_client.layout import LOCK, check_layout
+from edge_client.layout import LOCK, PREFIX, check_layout
 from edge_client.outbox import is_sealed, named_charges, read_receipt, receipt_paths
 from edge_client.own import OTHERWISE, OWN, entries, leftovers
 from edge_client.privacy.ledger import LEDGER, check_known, cut_torn, read_ledger
@@ -189,7 +189,7 @@ def _broken(store: FrameStore, transfer_id: str) -> str:
 
 
 def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
-    for name in ("outbox", OWN, "receipts", "states", residual.FOLDER):
+    for name in ("outbox", OWN, "receipts", "states", residual.FOLDER, PREFIX):
         folder = storage / name
         loose = [
             path

@@ -18,6 +18,8 @@ from shared.errors import CorruptError, RefusedError
 SCHEMA_VERSION = 1
 LAYOUT = "layout.json"
 LOCK = "site.lock"
+PREFIX = "prefix"
+"""Folder of what the frozen blocks made of the notes, see `prefix_store`."""
 
 
 def check_layout(storage: Path) -> int:

@@ -18,11 +18,12 @@ from torch import nn
 from edge_client import adapters, layers
 from edge_client.adapters import Residual
 from edge_client.layers import Family
-from edge_client.pretrained import load_tokenizer, load_weights, quiet
+from edge_client.pretrained import load_tokenizer, open_pretrained, quiet, seed_parts
 from edge_client.source import local_folder, read_config
 from edge_client.tasks import Task
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.registry import load_task
+from edge_client.weights import Weights, names_below
 from shared.config import FederationConfig
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.plan import Blocks, SealedPlan
@@ -37,6 +38,8 @@ class LoadedModel:
 
     model: Any
     """The class of transformers that the task's head names, float32, in eval mode; only `trained` has gradients."""
+    weights: Weights
+    """The pre-trained tensors, also those that are not in memory."""
     tokenizer: Any
     task: Task[Any]
     encoder: TextEncoder
@@ -89,8 +92,10 @@ class LoadedModel:
         return dict(sorted((found | {name: residual.shape for name, residual in self.residuals.items()}).items()))
 
 
-def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
+def load_model(source: str | Path, federation: FederationConfig, *, suffix: bool = False) -> LoadedModel:
     """Load the base model `source` (a folder or a hub id) for `federation`.
+
+    With `suffix` what lies below the trained blocks stays on the disk: `LoadedModel.weights` has it when it is needed.
 
     The head is drawn from the federation's seed, so that everybody has the same one; a checkpoint that already has a
     head for exactly these labels keeps it. Raises ConfigError for a model that cannot serve, naming what is missing or
@@ -104,13 +109,18 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     # The library fills a missing head with random numbers before ours replaces them; the caller's generator stays put.
     with quiet(), torch.random.fork_rng(devices=[]):
         tokenizer = load_tokenizer(folder)
-        model = load_weights(folder, family, task, federation.federation.seed)
+        pretrained = open_pretrained(folder, family, task)
+    model, weights = pretrained.model, pretrained.weights
     if not task.head.per_token:
         # Decoders of this class read what a sequence amounts to at its last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     depth = layers.depth_of(dict(model.named_parameters()), family)
     section, seed = federation.layers, federation.federation.seed
     chosen = layers.resolve_plan(section.plan, depth, seed=seed, among=section.among)
+    away = names_below(model, family, chosen[0]) if suffix and not layers.is_full(section.plan) else ()
+    weights.load(model, weights.stored.keys() - set(away))
+    weights.free(model, away)
+    seed_parts(model, pretrained.lost, model.config.initializer_range, seed)
     with torch.random.fork_rng(devices=[]):
         trained = _choose(model, family, chosen, federation)
     residuals = adapters.residuals(model, federation.adapter)
@@ -119,6 +129,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
     _check_length(federation.task.max_length, model.config, folder)
     loaded = LoadedModel(
         model=model.eval(),
+        weights=weights,
         tokenizer=tokenizer,
         task=task,
         encoder=TextEncoder(tokenizer, max_length=federation.task.max_length, speaks_last=family.causal),
@@ -130,7 +141,7 @@ def load_model(source: str | Path, federation: FederationConfig) -> LoadedModel:
         trainable={name: parameter for name, parameter in trained.items() if name not in personal},
         personal={name: trained[name] for name in personal},
         residuals=residuals,
-        frozen_sha256=frozen_sha256(model, family),
+        frozen_sha256=frozen_sha256(model, family, weights),
         pad_id=tokenizer.pad_token_id,
         max_length=federation.task.max_length,
     )
@@ -152,11 +163,12 @@ def shapes_within(loaded: LoadedModel, blocks: Blocks) -> dict[str, tuple[int, .
     return {name: tuple(loaded.trainable[name].shape) for name in _within(loaded, loaded.trainable, blocks)}
 
 
-def frozen_sha256(model: nn.Module, family: Family) -> str:
+def frozen_sha256(model: nn.Module, family: Family, weights: Weights) -> str:
     """Return the SHA-256 over the frozen parameters, sorted by name; neither what is trained nor the head is in it.
 
     Of each: the name that it has without adapters, `F32`, its shape and its bytes (little endian, row major). When
-    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too.
+    everything is trained, it is the hash of nothing. An adapter's part that stays as it was drawn is frozen too. What
+    is not in memory is read from its file.
     """
     digest = hashlib.sha256()
     named = model.named_parameters()
@@ -164,10 +176,10 @@ def frozen_sha256(model: nn.Module, family: Family) -> str:
     for name, parameter in sorted(frozen.items()):
         if family.is_head(name):
             continue
-        array = parameter.detach().numpy()
-        shape = ",".join(map(str, array.shape))
+        shape = ",".join(map(str, parameter.shape))
         digest.update(f"{name} F32 [{shape}]\n".encode())
-        digest.update(np.ascontiguousarray(array).astype("<f4", copy=False).data)
+        for values in weights.values(name) if parameter.is_meta else [parameter.detach().numpy()]:
+            digest.update(np.ascontiguousarray(values).astype("<f4", copy=False).data)
     return digest.hexdigest()
 
 
@@ -202,7 +214,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def seal_plan(federation: FederationConfig, source: str | Path) -> tuple[SealedPlan, State]:
     """Return the sealed plan of `federation` over the model `source`, and the tensors of version 0."""
-    loaded = load_model(source, federation)
+    loaded = load_model(source, federation, suffix=True)
     return seal(loaded, federation), version_zero(loaded)
 
 
@@ -257,7 +269,7 @@ def export(loaded: LoadedModel, out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with quiet(), adapters.folded(loaded.model):
+        with quiet(), loaded.weights.whole(loaded.model), adapters.folded(loaded.model):
             loaded.model.save_pretrained(out)
             loaded.tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as error:

@@ -14,7 +14,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from edge_client.privacy.ledger import Charge, Limit, Spent
-from shared.config import Clipping, FederationConfig, LocalLayersSection
+from shared.config import Clipping, FederationConfig, LocalLayersSection, PrefixSection
 from shared.plan import SealedPlan
 
 LENGTH = struct.Struct(">I")
@@ -39,6 +39,11 @@ class Load(_Frame):
     threads: int
     site: str
     limits: LocalLayersSection = LocalLayersSection()
+    prefix: PrefixSection = PrefixSection()
+    storage: Path | None = None
+    """The site's folder, where the frozen prefix is kept; None keeps it in memory."""
+    keep_free: int = 0
+    """Bytes that stay free on the disk of `storage`."""
     depth: int | None = None
     """How many blocks to train, where that was decided before; else `limits` decide."""
     initial: Path | None = None

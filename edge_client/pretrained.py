@@ -1,21 +1,23 @@
-"""A pre-trained model's folder into tokenizer and weights, with the seeded head that its checkpoint may lack."""
+"""A pre-trained model's folder into tokenizer and model, with the seeded head that its checkpoint may lack."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from edge_client.layers import Family
 from edge_client.tasks import Task
+from edge_client.weights import Stored, Weights, read_checkpoint
 from shared.errors import ConfigError
 
 
@@ -38,10 +40,21 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> Any:
-    """Return the model in `folder` under the task's head, float32; a head for other classes is drawn from `seed`.
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """A model without its values: those of the checkpoint are to be loaded, the rest is as the library drew it."""
 
-    ConfigError when weights are missing, or cannot be read.
+    model: Any
+    weights: Weights
+    lost: tuple[str, ...]
+    """The parts of the head that are to be drawn anew: the checkpoint has none, or one for other classes."""
+
+
+def open_pretrained(folder: Path, family: Family, task: Task[Any]) -> Pretrained:
+    """Return the model in `folder` under the task's head, float32, before any of its tensors is read.
+
+    Which tensor of the checkpoint belongs where is the library's to say: it is handed zeros that take no memory in
+    their place, and they are known again by their address. ConfigError when weights are missing, or cannot be read.
     """
     classes, auto_class = task.classes, getattr(transformers, task.head.auto_class)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -51,19 +64,20 @@ def load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> An
         config.label2id = {name: index for index, name in enumerate(classes)}
     if task.head.problem_type is not None:
         config.problem_type = task.head.problem_type
-    try:
-        model, report = auto_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder}: the weights cannot be read", hint="copy the model again") from error
+    stored = read_checkpoint(folder)
+    zeros = {name: torch.zeros(()).expand(each.spec.shape) for name, each in stored.items()}
+    with torch.device("meta"):
+        kind = type(auto_class.from_config(config))
+    model, report = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=zeros,
+        dtype=torch.float32,
+        generation_config=_generation(folder) if task.head.writes else None,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model.config.name_or_path = str(folder)
     missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     lacking = [name for name in missing if not family.is_head(name)]
     if lacking:
@@ -75,11 +89,39 @@ def load_weights(folder: Path, family: Family, task: Task[Any], seed: int) -> An
     lost = [part for part in family.head_parts if any(name.startswith(f"{part}.") for name in missing)]
     if family.head and had != classes and family.head not in lost:
         lost.insert(0, family.head)
-    _seed_parts(model, lost, model.config.initializer_range, seed)
-    return model
+    return Pretrained(model, Weights(_placed(model, zeros, stored, missing, folder)), tuple(lost))
 
 
-def _seed_parts(model: nn.Module, parts: Sequence[str], spread: float, seed: int) -> None:
+def _placed(
+    model: nn.Module,
+    zeros: Mapping[str, torch.Tensor],
+    stored: Mapping[str, Stored],
+    missing: Collection[str],
+    folder: Path,
+) -> dict[str, Stored]:
+    """Where the values of each parameter lie, by its name in the model."""
+    address = {zero.data_ptr(): name for name, zero in zeros.items()}
+    found = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        origin = address.get(tensor.data_ptr())
+        if origin is not None and isinstance(tensor, nn.Parameter):
+            found[name] = stored[origin]
+        elif origin is not None or (isinstance(tensor, nn.Parameter) and name not in missing):
+            raise ConfigError(
+                f"{folder}: {name} is not in the checkpoint as the model holds it",
+                hint="load it with transformers and write it again with save_pretrained",
+            )
+    return found
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    """How the model writes, where its folder says so; None where it does not."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def seed_parts(model: nn.Module, parts: Sequence[str], spread: float, seed: int) -> None:
     """Draw the linear layers in `parts` as the library would, but from a generator of their own; biases are 0."""
     generator = torch.Generator().manual_seed(seed)
     linears = (module for part in parts for module in model.get_submodule(part).modules())

@@ -16,7 +16,8 @@ import torch
 from edge_client.batches import Batch, make_batches
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel, State, apply_state, read_personal, read_trainable
-from edge_client.prefix import LIMIT_BYTES, Forward, Prepared, forward_pass, prepare
+from edge_client.prefix import MEMORY, Forward, Prepared, forward_pass, prepare
+from edge_client.prefix_store import Keep
 from edge_client.tasks import IGNORED, Ids, Scores, Window
 from shared.config import TrainingSection
 from shared.errors import ConfigError, RefusedError
@@ -65,11 +66,11 @@ class Descent:
 
 
 def make_dataset(
-    loaded: LoadedModel, notes: Sequence[AnyNote], *, batch_size: int, seed: int, limit_bytes: int = LIMIT_BYTES
+    loaded: LoadedModel, notes: Sequence[AnyNote], *, batch_size: int, seed: int, keep: Keep = MEMORY
 ) -> Dataset:
-    """Return `notes` as batches for `loaded`, with the frozen prefix computed where it can be."""
+    """Return `notes` as batches for `loaded`, with the frozen prefix computed and put into `keep` where it can be."""
     batches = make_window_batches(loaded, notes, size=batch_size, seed=seed)
-    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
+    prepared = prepare(loaded, batches, keep)
     return Dataset(tuple(notes), prepared, loaded.task.examples(notes))
 
 
@@ -168,7 +169,8 @@ def predict(loaded: LoadedModel, data: Dataset) -> npt.NDArray[Any]:
     loaded.model.eval()
     task = loaded.task
     if task.head.writes:
-        return _written(loaded, data)
+        with loaded.weights.whole(loaded.model):
+            return _written(loaded, data)
     found = [task.decide(torch.empty((0, len(task.classes))))]
     units: list[Ids] = [np.empty(0, dtype=np.int64)]
     with forward_pass(loaded, data.prepared) as forward:

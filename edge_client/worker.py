@@ -27,6 +27,7 @@ from edge_client import pipe
 from edge_client.data import AnyNote, NoteSet, load_notes
 from edge_client.depth import Depth, choose_depth, measures
 from edge_client.importance import measure
+from edge_client.layout import PREFIX
 from edge_client.model import (
     LoadedModel,
     State,
@@ -38,6 +39,8 @@ from edge_client.model import (
     train_only,
     version_zero,
 )
+from edge_client.prefix import MEMORY
+from edge_client.prefix_store import NOWHERE, Keep, OnDisk, Slot
 from edge_client.statefile import read_blocks, read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
@@ -50,14 +53,19 @@ from edge_client.trainer import (
     round_seed,
     train,
 )
+from edge_client.weights import absent
 from shared.config import FederationConfig
 from shared.errors import MailboatError, RefusedError, UnavailableError
 from shared.manifest import BLOCKS
 from shared.plan import Blocks, SealedPlan
+from shared.room import MIB
 from shared.selection import best, score_name
 
 if TYPE_CHECKING:
     from edge_client.privacy.descent import Private
+
+UPDATE_BYTES = 4 * 4
+"""Bytes that an update wants on the disk for each trained parameter: state, delta, sealed, residual; see `disk`."""
 
 PROGRESS_S = 0.2
 """Progress is told at most this often; a tiny model takes a hundred steps a second."""
@@ -116,7 +124,7 @@ class Worker:
             torch.set_num_threads(job.threads)
         if job.initial is not None or self._loaded_for != (job.source, job.federation):
             self._other = None
-            self._loaded = load_model(job.source, job.federation)
+            self._loaded = load_model(job.source, job.federation, suffix=True)
             self._loaded_for = (job.source, job.federation)
             self._plan = seal(self._loaded, job.federation)
             self._seeded = read_personal(self._loaded)
@@ -125,14 +133,8 @@ class Worker:
         self._job = job
         found = self._read(job.notes)
         kept, held_out = split_holdout(found.notes, job.holdout, job.federation.federation.seed)
-        size = job.federation.training.batch_size
-        self._private = self._by_record(kept) if job.trains else None
-        self._training = self._private.records.data if self._private else self._dataset(kept, size)
-        self._held_out = self._dataset(held_out, EVALUATION_BATCH)
+        self._prepare(kept, held_out)
         self._depth = self._limited(job)
-        reason = self._training.prepared.reason
-        if reason:
-            log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
         return pipe.Loaded(
             plan=self._plan,
             depth=self._depth.blocks,
@@ -141,7 +143,34 @@ class Worker:
             notes=len(kept),
             held_out=len(held_out),
             skipped=found.skipped,
-            uncached=reason,
+            uncached=self._training.prepared.reason,
+        )
+
+    def _prepare(self, kept: Sequence[AnyNote], held_out: Sequence[AnyNote]) -> None:
+        """Make batches of the notes, and of the frozen blocks what they make of these."""
+        size, loaded = self._job.federation.training.batch_size, self._loaded
+        self._private = self._by_record(kept) if self._job.trains else None
+        records = self._private and self._private.records.data
+        self._training = records or self._dataset(kept, size, self._keep("training"))
+        # A model that writes its answers runs as a whole for each word.
+        scores = NOWHERE if loaded.task.head.writes else self._keep("held-out")
+        self._held_out = self._dataset(held_out, EVALUATION_BATCH, scores)
+        reason = self._training.prepared.reason
+        if reason:
+            log.warning("prefix-not-cached", reason=reason, consequence="each epoch runs the frozen blocks again")
+            loaded.weights.load(loaded.model, absent(loaded.model))
+
+    def _keep(self, slot: Slot) -> Keep:
+        """Where the frozen prefix of these notes goes. The disk keeps room for an update beside it."""
+        job = self._job
+        if job.storage is None:
+            return MEMORY
+        return OnDisk(
+            job.storage / PREFIX,
+            slot,
+            dtype=job.prefix.dtype,
+            limit=job.prefix.limit_mib * MIB,
+            keep_free=job.keep_free + UPDATE_BYTES * self._loaded.trained_parameters,
         )
 
     def _limited(self, job: pipe.Load) -> Depth:
@@ -236,7 +265,7 @@ class Worker:
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:
-            self._other = (notes, self._dataset(self._read(notes).notes, EVALUATION_BATCH))
+            self._other = (notes, self._dataset(self._read(notes).notes, EVALUATION_BATCH, MEMORY))
         return self._other[1]
 
     def _read(self, notes: Path) -> NoteSet[AnyNote]:
@@ -248,10 +277,12 @@ class Worker:
             return None
         from edge_client.privacy.descent import make_private  # and Opacus, which takes 1.5 s and 110 MB
 
-        return make_private(self._loaded, notes, self._job.federation, section, self._job.clipping)
+        job = self._job
+        return make_private(self._loaded, notes, job.federation, section, job.clipping, self._keep("training"))
 
-    def _dataset(self, notes: Sequence[AnyNote], batch_size: int) -> Dataset:
-        return make_dataset(self._loaded, notes, batch_size=batch_size, seed=self._job.federation.federation.seed)
+    def _dataset(self, notes: Sequence[AnyNote], batch_size: int, keep: Keep) -> Dataset:
+        seed = self._job.federation.federation.seed
+        return make_dataset(self._loaded, notes, batch_size=batch_size, seed=seed, keep=keep)
 
 
 LESS_MEMORY = "lower training.batch_size or task.max_length, train fewer layers, or give this machine more memory"

@@ -24,6 +24,7 @@ from edge_client.privacy.ledger import Charge, Limit
 from edge_client.training import Standing
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, CorruptError, MailboatError, RefusedError, UnavailableError
+from shared.room import MIB
 
 RETRIES = 2
 """A worker that dies three times over one request will die a fourth time."""
@@ -67,6 +68,9 @@ def load_request(config: SiteConfig, federation: FederationConfig, *, trains: bo
         threads=config.threads,
         site=config.name,
         limits=config.layers,
+        prefix=config.prefix,
+        storage=config.storage if trains else None,
+        keep_free=config.min_free_mib * MIB,
         trains=trains,
         clipping=config.privacy.clipping,
     )

@@ -97,9 +97,10 @@ def _rows(loaded: LoadedModel, found: _Notes, told: Told) -> Iterator[dict[str, 
 
 
 def _findings(loaded: LoadedModel, notes: Sequence[AnyNote]) -> Iterator[Any]:
+    from edge_client.prefix_store import NOWHERE
     from edge_client.trainer import EVALUATION_BATCH, make_dataset
     from edge_client.trainer import predict as predict_units
 
     # No states are kept: every note is looked at once.
-    data = make_dataset(loaded, notes, batch_size=EVALUATION_BATCH, seed=0, limit_bytes=0)
+    data = make_dataset(loaded, notes, batch_size=EVALUATION_BATCH, seed=0, keep=NOWHERE)
     return loaded.task.findings(notes, predict_units(loaded, data))

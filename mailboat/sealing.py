@@ -81,7 +81,7 @@ def seal_elsewhere(config: Path, storage: Path, federation: FederationConfig) ->
     if done.returncode < 0:
         raise UnavailableError(
             f"sealing was ended by signal {-done.returncode}",
-            hint="signal 9 is most often the system's answer to lack of memory: the whole model is loaded once",
+            hint="signal 9 is most often the system's answer to lack of memory: the model's trained part is loaded",
         )
     if done.returncode > 0:
         raise typer.Exit(done.returncode)

@@ -28,7 +28,8 @@ import torch
 from edge_client.batches import Batch
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel
-from edge_client.prefix import Forward
+from edge_client.prefix import MEMORY, Forward
+from edge_client.prefix_store import Keep
 from edge_client.privacy.accounting import charge_of, spend, steps_of
 from edge_client.privacy.chance import Chance
 from edge_client.privacy.clipping import clip_factor
@@ -67,14 +68,17 @@ def make_private(
     federation: FederationConfig,
     section: PrivacySection,
     clipping: Clipping = "record",
+    keep: Keep = MEMORY,
 ) -> Private:
     """Return what a federation with `[privacy]` trains on, and say in the log what one update costs, and how it clips.
+
+    `keep` takes the frozen prefix.
 
     RefusedError(rule='note-missing') when no record has a window, ConfigError when `clipping` is "ghost" and a layer
     cannot be; other errors as `make_records` and `charge_of`.
     """
     together, how = _together(loaded, clipping)
-    records = make_records(loaded, notes)
+    records = make_records(loaded, notes, keep)
     count = len(records.spans)
     if not records.data.prepared.batches:
         raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")

@@ -18,7 +18,8 @@ from itertools import accumulate, pairwise
 from edge_client.batches import Batch
 from edge_client.data import AnyNote
 from edge_client.model import LoadedModel
-from edge_client.prefix import LIMIT_BYTES, prepare
+from edge_client.prefix import MEMORY, prepare
+from edge_client.prefix_store import Keep
 from edge_client.trainer import Dataset, make_window_batches
 
 WINDOWS_AT_ONCE = 8
@@ -40,15 +41,15 @@ class Records:
     """The places of each record's batches; an empty range for a record without a window, which can be drawn as well."""
 
 
-def make_records(loaded: LoadedModel, notes: Sequence[AnyNote], *, limit_bytes: int = LIMIT_BYTES) -> Records:
-    """Return `notes` by patient, with the frozen prefix computed where it can be; errors as `make_dataset`."""
+def make_records(loaded: LoadedModel, notes: Sequence[AnyNote], keep: Keep = MEMORY) -> Records:
+    """Return `notes` by patient, with the frozen prefix put into `keep` where it can be; errors as `make_dataset`."""
     by_patient: dict[str, list[AnyNote]] = {}
     for note in notes:
         by_patient.setdefault(note.patient, []).append(note)
     made = [make_window_batches(loaded, own, size=WINDOWS_AT_ONCE, seed=0) for own in by_patient.values()]
     batches: list[Batch] = [batch for own in made for batch in own]
     spans = tuple(range(start, end) for start, end in pairwise(accumulate(map(len, made), initial=0)))
-    prepared = prepare(loaded, batches, limit_bytes=limit_bytes)
+    prepared = prepare(loaded, batches, keep)
     return Records(Dataset(tuple(notes), prepared, len(spans)), spans)
 
 

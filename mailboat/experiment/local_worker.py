@@ -29,7 +29,8 @@ class LocalWorker:
 
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
-        request = load_request(config, federation).model_copy(update={"initial": initial})
+        # One worker serves many sites in turn, each for a while: what they keep is not worth their disks.
+        request = load_request(config, federation).model_copy(update={"initial": initial, "storage": None})
         return self._ask(request, pipe.Loaded)
 
     async def train(

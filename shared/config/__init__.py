@@ -28,7 +28,9 @@ from shared.config.machine import (
     LinkSection,
     LocalLayersSection,
     LocalTrustSection,
+    PrefixSection,
     SiteConfig,
+    StateDType,
     ValidationSection,
 )
 from shared.config.merging import (
@@ -70,6 +72,7 @@ __all__ = [
     "Mode",
     "ModelSection",
     "Positive",
+    "PrefixSection",
     "PrivacySection",
     "Quality",
     "Section",
@@ -80,6 +83,7 @@ __all__ = [
     "StalenessKind",
     "StalenessSection",
     "StateCodecName",
+    "StateDType",
     "TaskSection",
     "TrainingSection",
     "TrustSection",

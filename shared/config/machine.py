@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -137,6 +137,18 @@ class LocalLayersSection(Section):
     """Time for one update, as estimated from single steps."""
 
 
+StateDType = Literal["f32", "bf16", "f16"]
+
+
+class PrefixSection(Section):
+    """What the frozen blocks make of the notes: computed once, and kept in the site's storage."""
+
+    dtype: StateDType = "f32"
+    """f32 trains as if nothing were kept, bit for bit; the others take half the disk, and round."""
+    limit_mib: int = Field(default=8192, ge=0)
+    """Most bytes that it may take there; what would take more is not kept, and computed again in each epoch."""
+
+
 class SiteConfig(Section):
     """`site.toml`."""
 
@@ -148,6 +160,7 @@ class SiteConfig(Section):
     link: LinkSection = LinkSection()
     trust: LocalTrustSection = LocalTrustSection()
     layers: LocalLayersSection = LocalLayersSection()
+    prefix: PrefixSection = PrefixSection()
     privacy: LocalPrivacySection = LocalPrivacySection()
     model_dir: Path | None = None
     """Where the base model lies here, when not where federation.toml says."""

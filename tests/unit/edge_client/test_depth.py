@@ -11,6 +11,7 @@ import torch
 from edge_client.depth import Depth, _kept_bytes, choose_depth, measures
 from edge_client.layers import FAMILIES, names_within
 from edge_client.model import LoadedModel, load_model, read_trainable, train_only, version_zero
+from edge_client.prefix_store import NOWHERE
 from edge_client.trainer import Dataset, make_dataset, train
 from shared.config import LocalLayersSection
 from shared.errors import ConfigError
@@ -134,7 +135,7 @@ def test_kept_states_stay_right_while_blocks_above_them_change(loaded: LoadedMod
     assert (data.prepared.cached, data.prepared.first_block) == (True, 1)
     state = read_trainable(shallow)
     state = {name: array + np.float32(0.01) if ".layers.1." in name else array for name, array in state.items()}
-    plain = make_dataset(shallow, tiny.notes(6), batch_size=4, seed=0, limit_bytes=0)
+    plain = make_dataset(shallow, tiny.notes(6), batch_size=4, seed=0, keep=NOWHERE)
     assert not plain.prepared.cached
     kept, whole = (train(shallow, state, each, FEDERATION.training, seed=1).delta for each in (data, plain))
     assert all(np.array_equal(kept[name], whole[name]) for name in whole)

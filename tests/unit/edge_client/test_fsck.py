@@ -70,7 +70,9 @@ def test_leftovers_go_and_the_waiting_update_stays(site: Path) -> None:
         shutil.copy(site / "outbox" / f"{ONE}.{suffix}", site / "outbox" / f"{TWO}.{suffix}")
     (site / "outbox" / ".tmp-12").write_bytes(b"half")
     (site / "states" / f"{ONE}.frames").write_bytes(b"half")
-    left = [("settled-update", False), ("litter", False), ("litter", False)]
+    (site / "prefix").mkdir()
+    (site / "prefix" / ".tmp-12").write_bytes(b"half")
+    left = [("settled-update", False), *[("litter", False)] * 3]
     assert rules(site) == left
     assert rules(site, repair=True) == [(rule, True) for rule, _ in left]
     assert rules(site) == []

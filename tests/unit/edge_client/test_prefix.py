@@ -10,6 +10,7 @@ from torch import nn
 
 from edge_client.model import LoadedModel, load_model, read_trainable
 from edge_client.prefix import forward_pass, prepare
+from edge_client.prefix_store import InMemory
 from edge_client.trainer import Dataset, make_dataset, train
 from tests.unit.edge_client import tiny
 
@@ -26,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def dataset(loaded: LoadedModel, limit_bytes: int = 1 << 20) -> Dataset:
     """A few notes, prepared for a model."""
-    return make_dataset(loaded, tiny.notes(4), batch_size=4, seed=3, limit_bytes=limit_bytes)
+    return make_dataset(loaded, tiny.notes(4), batch_size=4, seed=3, keep=InMemory(limit_bytes))
 
 
 def plain(data: Dataset) -> Dataset:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, get_args
@@ -54,7 +55,7 @@ def config(ground: Path, **data: object) -> SiteConfig:
         {
             "name": "north",
             "federation": "unused.toml",
-            "storage": "unused",
+            "storage": tempfile.mkdtemp(dir=ground),
             "data": {"notes": ground / "site.conll", **data},
             "model_dir": ground / "model",
             "threads": 1,

@@ -16,6 +16,7 @@ from opacus.optimizers import DPOptimizer
 from edge_client.data import Note, Sentence
 from edge_client.model import LoadedModel, load_model, read_trainable
 from edge_client.prefix import forward_pass, prepare
+from edge_client.prefix_store import NOWHERE
 from edge_client.privacy import descent as module
 from edge_client.privacy.descent import RecordGradient, add_clipped, make_private, private_descent, record_gradient
 from edge_client.privacy.ledger import Charge
@@ -94,7 +95,7 @@ def test_opacus_finds_the_same(folders: dict[str, Path], model_type: str) -> Non
     for part in loaded.model.modules():  # Opacus looks at what is in training mode alone
         part.training = any(parameter.requires_grad for parameter in part.parameters(recurse=False))
     found: list[list[torch.Tensor]] = []
-    with forward_pass(loaded, prepare(loaded, batches, limit_bytes=0)) as forward:
+    with forward_pass(loaded, prepare(loaded, batches, NOWHERE)) as forward:
         for batch in batches:
             rows = zip(torch.split(forward(batch), 1), torch.split(batch.targets, 1), strict=True)
             torch.stack([loaded.task.loss(*row) for row in rows]).sum().backward()  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from edge_client.batches import Batch, side_by_side
 from edge_client.data import TextNote
 from edge_client.model import LoadedModel, load_model
 from edge_client.prefix import forward_pass, prepare
+from edge_client.prefix_store import NOWHERE
 from edge_client.privacy import ghost
 from edge_client.privacy.descent import add_clipped, make_private, private_descent, record_gradient
 from edge_client.privacy.ghost import add_clipped_together, unsuited
@@ -134,7 +135,7 @@ def test_opacus_ghost_mode_finds_the_same(folders: dict[str, Path], model_type: 
     hooks = prepare_module(loaded.model, "ghost", wrap_model=False, loss_reduction="sum", strict=False)
     for part in loaded.model.modules():  # Opacus looks at what is in training mode alone
         part.training = any(parameter.requires_grad for parameter in part.parameters(recurse=False))
-    with forward_pass(loaded, prepare(loaded, [batch], limit_bytes=0)) as forward:
+    with forward_pass(loaded, prepare(loaded, [batch], NOWHERE)) as forward:
         rows = zip(torch.split(forward(replace(batch, hidden=None)), 1), torch.split(batch.targets, 1), strict=True)
         losses = torch.stack([loaded.task.loss(*row) for row in rows])
         losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -156,7 +157,8 @@ def test_a_record_that_is_no_number_adds_nothing(folders: dict[str, Path]) -> No
     records = make_records(loaded, tiny.notes(4, lines=6))
     first, *others = batches_of(records)
     assert first.hidden is not None
-    broken = replace(first, hidden=torch.full_like(first.hidden, float("nan")))
+    unusable = torch.full_like(first.hidden(), float("nan"))
+    broken = replace(first, hidden=lambda: unusable)
     with forward_pass(loaded, records.data.prepared) as forward:
         found, wanted = zeros(loaded), zeros(loaded)
         loss = add_clipped_together(found, loaded, forward, [broken, *others], 1.0)

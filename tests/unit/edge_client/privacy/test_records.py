@@ -80,5 +80,5 @@ def test_the_frozen_prefix_is_computed_once(llama: LoadedModel) -> None:
     assert records.data.prepared.cached
     for batch in records.data.prepared.batches:
         assert batch.hidden is not None
-        assert batch.hidden.shape == (*batch.ids.shape, tiny.WIDTH)
-        assert np.isfinite(batch.hidden.numpy()).all()
+        assert batch.hidden().shape == (*batch.ids.shape, tiny.WIDTH)
+        assert np.isfinite(batch.hidden().numpy()).all()
