@@ -248,6 +248,9 @@ def test_what_is_wrong_is_said(base: Path, notes: Path, tmp_path: Path, capsys: 
     (notes / "c.jsonl").unlink()
     (tmp_path / "model" / "mailboat.json").unlink()
     assert "has no mailboat.json" in refused(2)
+    words[2] = str(tmp_path / "nowhere")
+    assert "nowhere: no such folder" in refused(2)
+    words[2] = str(tmp_path / "model")
     (tmp_path / "federation.toml").write_text(
         f'[federation]\nname = "x"\n[model]\nbase = "{base}"\n[task]\nmax_length = {federation.task.max_length}\n'
         '[layers]\nplan = "top:2"\n'
