@@ -41,6 +41,7 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
     # Where versions travel as steps, the first thing to step on from is here already: in the base model.
     initial = config.storage / "work" / "initial.safetensors" if _begins(config, federation) else None
     trainer = metered(worker, outbox, config, federation)
+    log.info("loading", model=str(config.model_dir or federation.model.base))  # half a minute on a busy machine
     async with worker:
         loaded = await worker.load(initial=initial)
         log.info("loaded", examples=loaded.examples, skipped=loaded.skipped, layers=list(loaded.plan.layers))

@@ -133,6 +133,8 @@ def federation_of(folder: Path) -> FederationConfig:
 
     Whoever puts the adapters of a folder onto another base model than theirs is refused: its hash is agreed on.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder", hint="`mailboat export` writes one")
     path = folder / FACTS
     try:
         said: Any = json.loads(path.read_bytes())

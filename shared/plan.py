@@ -107,5 +107,8 @@ def load_plan(path: Path, federation: FederationConfig) -> SealedPlan:
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe_invalid('plan', error)}", hint=hint) from None
     if plan.config_sha256 != federation.config_sha256:
-        raise ConfigError(f"{path} was sealed from another federation.toml than the one given", hint=hint)
+        raise ConfigError(
+            f"{path} was sealed from another federation.toml than the one given",
+            hint="a run that has begun goes on with that one alone; before it, seal again: mailboat coordinator seal",
+        )
     return plan

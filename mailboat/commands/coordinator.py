@@ -53,8 +53,9 @@ def run_command(
         bool, typer.Option("--log-json", help="Write the log as JSON lines, also on a terminal.")
     ] = False,
 ) -> None:
-    """Coordinate a federation: take in updates, merge them, publish versions, until Ctrl-C or the run is complete.
+    """Coordinate a federation: take in updates, merge them, publish versions, until Ctrl-C.
 
+    With `exit_when_done = true` it ends by itself when the run is complete and no site is waited for.
     Everything it has promised is on disk: stopping it, or pulling the plug, and starting it again loses nothing. Ended
     by Ctrl-C it returns 130, by SIGTERM 0.
     """

@@ -45,6 +45,8 @@ def init(
         "coordinator.toml": _fill("coordinator.toml", values),
         **{_site_file(number, sites): _site_text(number, values) for number in range(1, sites + 1)},
     }
+    if sites > 1 and not sealed:
+        files = {file: _on_one_machine(text) for file, text in files.items()}
     if sealed:
         if not broker.startswith("mqtts://"):
             raise ConfigError(
@@ -71,6 +73,11 @@ def _site_file(number: int, sites: int) -> str:
 def _site_text(number: int, values: dict[str, str]) -> str:
     site = f"site-{number}"
     return _fill("site.toml", {**values, "SITE": site, "STORAGE": f"{site}-storage", "NOTES": f"notes/{site}"})
+
+
+def _on_one_machine(text: str) -> str:
+    """The same file with one thread for training: several sites that each take all cores hold one another up."""
+    return re.sub(r"^# threads = 0$", "threads = 1", text, flags=re.MULTILINE)
 
 
 def _holder(file: str) -> str:
@@ -113,8 +120,11 @@ def _check(files: dict[str, str]) -> None:
     from shared.configfile import parse_config
 
     kinds: dict[str, type[Section]] = {"federation.toml": FederationConfig, "coordinator.toml": CoordinatorConfig}
-    for name, text in files.items():
-        parse_config(tomllib.loads(text), kinds.get(name, SiteConfig), name)
+    try:
+        for name, text in files.items():
+            parse_config(tomllib.loads(text), kinds.get(name, SiteConfig), name)
+    except ConfigError as error:
+        raise ConfigError(error.message, hint="nothing was written; give another --name or --broker") from None
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

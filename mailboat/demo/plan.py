@@ -210,10 +210,15 @@ class Plan:
         return self.schedule.rounds(self.options.mode, len(self.started))
 
 
+def _name(broker: str) -> str:
+    return f"demo-{secrets.token_hex(3)}" if broker.startswith("mqtt://") else "demo"
+
+
 def make_plan(options: DemoOptions, *, name: str | None = None) -> Plan:
     """Return the plan for `options`; ConfigError when they contradict each other or name a broken value.
 
-    `name` of the federation: drawn when None, so that what an earlier run left retained at a shared broker is not ours.
+    `name` of the federation, None: "demo" over a broker of our own, so that one seed gives one digest; drawn over a
+    broker that runs already, so that what an earlier run left retained there is not ours.
     """
     options.check()
     options = dataclasses.replace(options, workdir=options.workdir.absolute())
@@ -223,7 +228,7 @@ def make_plan(options: DemoOptions, *, name: str | None = None) -> Plan:
     return Plan(
         options=options,
         layout=Layout(options.workdir),
-        federation=_federation(options, rules, names, name or f"demo-{secrets.token_hex(3)}"),
+        federation=_federation(options, rules, names, name or _name(options.broker)),
         schedule=rules,
         started=names[:present],
         absent=names[present:],

@@ -118,6 +118,7 @@ def test_a_site_by_hand_from_init_to_the_exported_model(
         return said.out
 
     with running(folder, "site", "run") as site:
+        site.wait_for('"event": "loading"', SLOW_S)
         site.wait_for('"event": "connected"', SLOW_S)
         os.kill(worker_of(site.process.pid), signal.SIGKILL)
         with running(folder, "coordinator", "run") as coordinator:

@@ -97,6 +97,22 @@ def test_several_sites_get_files_of_their_own(tmp_path: Path) -> None:
         assert len(set(values)) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "file", "threads"),
+    [
+        ({"sites": 2}, "site-2.toml", 1),
+        ({"sites": 1}, "site.toml", 0),
+        ({"sites": 2, "sealed": True, "broker": "mqtts://broker.example:8883"}, "site-2.toml", 0),
+    ],
+    ids=["on one machine", "one site", "sealed"],
+)
+def test_sites_that_share_a_machine_take_a_core_each(
+    tmp_path: Path, options: dict[str, Any], file: str, threads: int
+) -> None:
+    """Several open sites are for a try on one machine; one alone, and those of a sealed federation, have it all."""
+    assert load_config(begin(tmp_path, **options) / file, SiteConfig).threads == threads
+
+
 @pytest.mark.parametrize(("sites", "file"), [(1, "site.toml"), (2, "site-1.toml")])
 def test_sealed_files_name_kits_and_certificates(tmp_path: Path, sites: int, file: str) -> None:
     """The federation is sealed, and each machine's kit and certificate are those that the next commands make."""
@@ -133,8 +149,9 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
 )
 def test_init_refuses_values_that_would_not_load(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     """A wrong value from the command line is refused by name before anything is written."""
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         begin(tmp_path / "new", **options)
+    assert "mend" not in (refused.value.hint or "")
     assert not (tmp_path / "new").exists()
 
 

@@ -117,10 +117,11 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
         make_plan(DemoOptions(workdir=tmp_path))
 
 
-def test_two_plans_never_share_a_federation(tmp_path: Path) -> None:
-    """Each run draws a name, so that nothing retained at a shared broker is taken for its own."""
-    names = {make_plan(DemoOptions(workdir=tmp_path / "run")).federation.federation.name for _ in range(8)}
-    assert len(names) == 8
+@pytest.mark.parametrize(("broker", "names"), [("mqtt://broker:1883", 8), ("auto", 1), ("amqtt", 1)])
+def test_two_plans_share_no_federation_at_a_shared_broker(tmp_path: Path, broker: str, names: int) -> None:
+    """Each run draws a name, so that nothing retained there is taken for its own; at its own broker it need not."""
+    options = DemoOptions(workdir=tmp_path / "run", broker=broker)
+    assert len({make_plan(options).federation.federation.name for _ in range(8)}) == names
 
 
 def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import shutil
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from edge_client.model import export, load_model, read_trainable, seal
 from edge_client.tasks.extraction import ExtractionTask
 from edge_client.tasks.markup import read_markup
 from edge_client.trainer import make_dataset, train
-from mailboat import cli, console
+from mailboat import about, cli, console
 from mailboat.about import Provenance, write_about
+from mailboat.modelling import score_model
+from mailboat.synth.write import write_i2b2
 from shared.config import FederationConfig
 from tests.unit.edge_client import tiny
 
@@ -130,6 +134,26 @@ def test_entities_are_those_of_transformers_alone(base: Path, notes: Path, tmp_p
     text = (tmp_path / "found.jsonl").read_text()
     assert "aspirin" not in text
     assert stat.S_IMODE((tmp_path / "found.jsonl").stat().st_mode) == 0o600
+
+
+def test_the_script_in_the_page_counts_as_we_do(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers alone, fed as docs/models.md says, gives the strict F1 that `mailboat evaluate` reports."""
+    learns = tiny.notes(16, lines=12)  # of more tokens than a window takes
+    exported(base, tmp_path / "model", "ner", learns=learns, training={"epochs": 12, "lr": 1e-2})
+    write_i2b2(tmp_path / "notes", learns)
+    page = Path(__file__).resolve().parents[3] / "docs" / "models.md"
+    script = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[-1]
+    (tmp_path / "strict.py").write_text(script)
+    monkeypatch.setattr(sys, "argv", ["strict.py", str(tmp_path / "model"), str(tmp_path / "notes"), "64"])
+    capsys.readouterr()
+    runpy.run_path(str(tmp_path / "strict.py"))
+    told = float(capsys.readouterr().out.removeprefix("strict F1 "))
+    federation = about.federation_of(tmp_path / "model")
+    measured = score_model(tmp_path / "model", federation, tmp_path / "notes", skip_bad=False)
+    assert told == round(100 * measured.scores.overall["strict_f1"], 2)
+    assert told > 10
 
 
 @pytest.mark.parametrize("kind", ["classification", "multilabel"])
@@ -248,6 +272,9 @@ def test_what_is_wrong_is_said(base: Path, notes: Path, tmp_path: Path, capsys: 
     (notes / "c.jsonl").unlink()
     (tmp_path / "model" / "mailboat.json").unlink()
     assert "has no mailboat.json" in refused(2)
+    words[2] = str(tmp_path / "nowhere")
+    assert "nowhere: no such folder" in refused(2)
+    words[2] = str(tmp_path / "model")
     (tmp_path / "federation.toml").write_text(
         f'[federation]\nname = "x"\n[model]\nbase = "{base}"\n[task]\nmax_length = {federation.task.max_length}\n'
         '[layers]\nplan = "top:2"\n'

@@ -88,11 +88,12 @@ def test_what_is_not_a_plan_is_named_with_the_way_to_get_one(
 
 
 def test_a_plan_of_another_federation_is_not_used(tmp_path: Path) -> None:
-    """federation.toml was changed after sealing."""
+    """federation.toml was changed after sealing; a run that has begun needs the old one, as `seal` would refuse."""
     path = _write(tmp_path, PLAN.model_dump_json())
     other = make_federation(federation={"name": "ward", "versions": 4})
-    with pytest.raises(ConfigError, match="was sealed from another federation"):
+    with pytest.raises(ConfigError, match="was sealed from another federation") as refused:
         load_plan(path, other)
+    assert "goes on with that one alone" in (refused.value.hint or "")
     assert isinstance(load_plan(path, FEDERATION), SealedPlan)
 
 
