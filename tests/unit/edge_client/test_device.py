@@ -69,9 +69,10 @@ def on_counterfeit(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iter
     device = Counterfeit(GPU)
     monkeypatch.setattr(torch.Tensor, "item", lambda _: 1.0)
     with device.mode:
+        places = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
         device.hold(loaded.model)
         named = dict(loaded.model.named_parameters())
-        trainable = {name: named[name] for name in loaded.trainable}
+        trainable = {name: named[places[id(parameter)]] for name, parameter in loaded.trainable.items()}
         yield replace(loaded, trainable=trainable, weights=replace(loaded.weights, device=device))
 
 
@@ -93,9 +94,11 @@ def test_all_that_a_pass_needs_is_moved(
                 there.task.loss(logits, batch.targets)
 
 
-def test_gradients_are_taken_there(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_gradients_are_taken_there(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
     """Of batches, of records one by one and together, and of candidates for the layers that are trained."""
-    loaded = load_model(folders["llama"], FEDERATION)
+    section = {} if adapter == "none" else {"adapter": {"kind": adapter, "rank": 2, "alpha": 4}}
+    loaded = load_model(folders["llama"], tiny.federation(**section))
     data = make_dataset(loaded, tiny.notes(4), batch_size=4, seed=3)
     records = make_records(loaded, tiny.notes(4))
     charge = Charge(noise_multiplier=1.0, sample_rate=1.0, steps=1)

@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from mailboat import about, cli, console
 from mailboat.about import Provenance, write_about
 from mailboat.modelling import score_model
 from mailboat.synth.write import write_i2b2
-from shared.config import FederationConfig
+from shared.config import ComputeSection, FederationConfig
 from tests.unit.edge_client import tiny
 
 TEXTS = {
@@ -151,7 +152,8 @@ def test_the_script_in_the_page_counts_as_we_do(
     runpy.run_path(str(tmp_path / "strict.py"))
     told = float(capsys.readouterr().out.removeprefix("strict F1 "))
     federation = about.federation_of(tmp_path / "model")
-    measured = score_model(tmp_path / "model", federation, tmp_path / "notes", skip_bad=False)
+    compute = ComputeSection(device="cpu")
+    measured = score_model(tmp_path / "model", federation, tmp_path / "notes", compute=compute, skip_bad=False)
     assert told == round(100 * measured.scores.overall["strict_f1"], 2)
     assert told > 10
 
@@ -242,6 +244,19 @@ def test_adapters_on_another_base_model_are_refused(
     save_file(tensors, moved / "model.safetensors", {"format": "pt"})
     assert console.run(lambda: cli.app([*words, "--base", str(moved)])) != 0
     assert "frozen weights" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
+
+
+def test_a_gpu_that_is_not_there_is_missed(
+    base: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for by name it is an error, and nothing is written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exported(base, tmp_path / "model", "ner")
+    words = ["predict", "--model", str(tmp_path / "model"), "--notes", str(notes), "--out", str(tmp_path / "found")]
+    for device, said in (("cuda", "no GPU of CUDA"), ("gpu", "must be auto, cpu, cuda or cuda:N")):
+        assert console.run(partial(cli.app, [*words, "--device", device])) == 2
+        assert said in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "found").exists()
 
 
