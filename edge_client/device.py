@@ -28,7 +28,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it has memory of its own, which is what most of the differences come from."""
+        """Whether it is a GPU, which has memory and a generator of its own."""
         return self.at.type == "cuda"
 
     @property

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client.depth import Depth, _kept_bytes, choose_depth, measures
+from edge_client.depth import Depth, _held_bytes, _kept_bytes, choose_depth, measures
+from edge_client.device import CPU, Device
 from edge_client.layers import FAMILIES, names_within
 from edge_client.model import LoadedModel, load_model, read_trainable, train_only, version_zero
 from edge_client.prefix_store import NOWHERE
@@ -168,3 +169,10 @@ def test_memory_and_time_are_measured(loaded: LoadedModel) -> None:
     assert 50 < how["memory_mib"]((3,)) < how["memory_mib"]((1, 2, 3))
     whole = train(loaded, read_trainable(loaded), data, section, seed=0).metrics["seconds"]
     assert whole / 20 < how["seconds"]((1, 2, 3)) < 20 * whole
+
+
+def test_on_a_gpu_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensors have taken there, whatever the process holds in the host's memory."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000 + device.index)
+    assert _held_bytes(Device(torch.device("cuda", 1))) == 1001
+    assert _held_bytes(CPU) > 1 << 20
