@@ -44,6 +44,8 @@ class Conditions:
     jitter_s: float = 0.0
     """Up to this much more latency, drawn anew for each read; bytes never overtake."""
     bytes_per_s: float | None = None
+    deep: bool = False
+    """It takes at once whatever comes and passes it on at that rate, as a proxy or a tunnel before a slow line does."""
     cut_after: tuple[int | None, ...] = ()
     """Bytes, both directions together, after which the first, second, ... connection is closed; None means never."""
 
@@ -307,7 +309,7 @@ class _Pipe:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[int], None]
     ) -> None:
         """One direction: read, pace, count, delay, write."""
-        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUE_READS)
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(0 if self._conditions.deep else QUEUE_READS)
         delivery = asyncio.create_task(self._deliver(waiting, writer))
         try:
             with contextlib.suppress(OSError):
@@ -328,7 +330,7 @@ class _Pipe:
             free_at = max(free_at, loop.time())
             if rate is not None:
                 free_at += len(data) / rate
-                await asyncio.sleep(free_at - loop.time())
+                await asyncio.sleep(0.0 if link.deep else free_at - loop.time())
             if not self.swallows:
                 count(len(data))
             due = max(due, free_at + link.latency_s + self._chance.uniform(0.0, link.jitter_s))

@@ -115,7 +115,9 @@ class Connection(aiomqtt.Client):
         self._held = False
         self._slots = asyncio.Semaphore(MAX_INFLIGHT)
         self._packet_max = math.inf
-        self._acks: dict[int, asyncio.Future[ReasonCode]] = {}
+        self._acked = 0
+        """What `_queued` was after the last message that was acknowledged; `_acks` has it of those that wait."""
+        self._acks: dict[int, tuple[asyncio.Future[ReasonCode], int]] = {}
         self._reason = ""
         self._adapt(self._client)
         self._disconnected.add_done_callback(self._settle)
@@ -133,10 +135,7 @@ class Connection(aiomqtt.Client):
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """CONNECT and wait for CONNACK; the caller sets the deadline.
-
-        Raises ConnectRefusedError, HungUpError or ssl.SSLError.
-        """
+        """CONNECT and wait for CONNACK, without a deadline; raises ConnectRefusedError, HungUpError or ssl.SSLError."""
         self._client_connect()
         await self._connected
 
@@ -229,7 +228,7 @@ class Connection(aiomqtt.Client):
         self._shared.counters.bytes_sent += size
         self._shared.counters.packets_sent += 1
         answer: asyncio.Future[ReasonCode] = asyncio.get_running_loop().create_future()
-        self._acks[info.mid] = answer
+        self._acks[info.mid] = answer, self._queued
         reason = await answer
         if reason.value == refusals.NO_MATCHING_SUBSCRIBERS:
             self._shared.counters.unmatched += 1
@@ -267,7 +266,8 @@ class Connection(aiomqtt.Client):
             heard=self._heard + self.receiving,
             answers=self._answers,
             taken=self._queued - waiting - unacked[0],
-            owed=bool(self._acks),
+            acked=self._acked,
+            owed=next((end - self._acked for _, end in self._acks.values()), 0),
         )
 
     def ask_for_life(self) -> None:
@@ -337,7 +337,7 @@ class Connection(aiomqtt.Client):
             if packet["command"] & 0xF0 == _PUBLISH:
                 self._shared.counters.bytes_sent -= packet["to_process"]
                 self._shared.counters.packets_sent -= packet["pos"] == 0
-        for answer in self._acks.values():
+        for answer, _ in self._acks.values():
             self._slots.release()
             if not answer.done():
                 answer.set_exception(LinkDownError(f"the connection to broker {self.broker} went away"))
@@ -391,10 +391,10 @@ class Connection(aiomqtt.Client):
     def _on_publish(
         self, client: mqtt.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
-        answer = self._acks.pop(mid, None)
-        if answer is None:
+        if mid not in self._acks:
             return
-        self._heard += 1
+        answer, end = self._acks.pop(mid)
+        self._heard, self._acked = self._heard + 1, max(self._acked, end)
         self._slots.release()
         if not answer.done():
             answer.set_result(reason_code)

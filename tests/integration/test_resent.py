@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from bench.goodput import Result, Settings, measure
-from broker.launcher import find_mosquitto
+from bench.goodput import NOISE_BITS, NoiseTrainer, Result, Settings, measure
+from broker.launcher import find_mosquitto, run_broker
 from coordinator.records import Accepted, VersionCommitted
+from mailboat.flaky import Conditions, FlakyProxy
+from shared.link.endpoints import parse_endpoints
 from tests.helpers import run_async
-from tests.toys import toy_records
+from tests.toys import toy_coordinator, toy_records, toy_site, write_toy
 
 pytestmark = [
     pytest.mark.integration,
@@ -78,3 +81,31 @@ def test_a_link_that_fails_again_and_again(fault: Literal["reset", "hole", "down
     result = run_async(measure(settings, tmp_path), timeout_s=240)
     assert_little_was_resent(result)
     assert_counted_once(tmp_path)
+
+
+def test_a_deep_buffer_before_a_slow_line(tmp_path: Path) -> None:
+    """A box that takes whole updates at once and needs 2.1 s for a chunk is cut once, in the first of them."""
+    versions, payload = 3, 1_000_000
+
+    async def run() -> tuple[int, int]:
+        async with run_broker("mosquitto", tmp_path / "broker") as broker:
+            (place,) = parse_endpoints(broker.url)
+            slow = Conditions(bytes_per_s=190_000, deep=True)
+            async with FlakyProxy(place.host, place.port, conditions=slow) as proxy, asyncio.TaskGroup() as group:
+                write_toy(
+                    tmp_path,
+                    broker.url,
+                    sites=1,
+                    versions=versions,
+                    parameters=payload * 8 // NOISE_BITS,
+                    slice_kib=512,
+                    link="",
+                    urls={"site-1": proxy.url},
+                )
+                group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+                await group.create_task(toy_site(tmp_path / "site-1.toml", trainer=NoiseTrainer(0)))
+            return proxy.traffic.up, proxy.accepted
+
+    crossed, connections = run_async(run(), timeout_s=120)
+    assert versions * payload <= crossed <= 1.5 * versions * payload
+    assert connections == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -118,8 +119,42 @@ class Watched:
             if verdict in {Verdict.SILENT, Verdict.OWING}:
                 return verdict, self.now_s - began
             if verdict is Verdict.ASK and answers:
-                signs = Signs(signs.heard, signs.answers + 1, signs.taken, signs.owed)
+                signs = replace(signs, answers=signs.answers + 1)
         return Verdict.WAIT, longest_s
+
+
+SHORT = 1000
+"""What is said after each connect, and acknowledged at once."""
+CHUNK = 524_288
+
+
+def uploaded(vigil: Vigil, rate: int, chunks: int = 4) -> int:
+    """How often the vigil cuts one upload through a box that takes all at once and passes on `rate` bytes a second.
+
+    The retained announcement comes after each connect. Status of 100 bytes goes out and is acknowledged for a minute
+    before, each second.
+    """
+    vigil.begin()
+    for second in range(1, 61):
+        said = SHORT + 100 * second
+        for look in range(10):
+            signs = Signs(heard=300 + second, taken=said, acked=said if look else said - 100, owed=0 if look else 100)
+            vigil.look(signs, LOOK_S)
+    for cuts in range(10):
+        vigil.begin()
+        for look in range(1, 10_000):
+            through = min(chunks, int(look * LOOK_S * rate / CHUNK))
+            signs = Signs(
+                heard=300 + through,
+                taken=SHORT + chunks * CHUNK,
+                acked=SHORT + through * CHUNK,
+                owed=CHUNK if through < chunks else 0,
+            )
+            if vigil.look(signs, LOOK_S) in {Verdict.SILENT, Verdict.OWING}:
+                break
+            if through == chunks:
+                return cuts
+    return 10
 
 
 class TestVigil:
@@ -135,7 +170,7 @@ class TestVigil:
 
     def test_an_acknowledgement_that_never_comes(self) -> None:
         """A broker that answers and never acknowledges is given up after `stall_s`."""
-        verdict, after_s = Watched().until_cut(Signs(owed=True), answers=True)
+        verdict, after_s = Watched().until_cut(Signs(owed=100), answers=True)
         assert verdict is Verdict.OWING
         assert after_s == pytest.approx(5.0, abs=0.15)
 
@@ -145,7 +180,7 @@ class TestVigil:
         vigil = Vigil(stall_s=5.0, keepalive_s=30.0)
         vigil.begin()
         for look in range(1000):
-            verdict = vigil.look(Signs(**{name: look // 10, "owed": True}), LOOK_S)  # type: ignore[arg-type]
+            verdict = vigil.look(Signs(**{name: look // 10, "owed": 100}), LOOK_S)
             assert verdict not in {Verdict.SILENT, Verdict.OWING}
 
     def test_a_sleep_of_our_own_is_nobodys_silence(self) -> None:
@@ -164,3 +199,25 @@ class TestVigil:
         watched.vigil.begin()
         watched.vigil.look(Signs(heard=1), LOOK_S)
         assert watched.vigil.silence_s == 1.5
+
+    @pytest.mark.parametrize(("rate", "cuts"), [(400_000, 0), (200_000, 1), (120_000, 2), (50_000, 3)])
+    def test_a_deep_buffer_before_a_slow_line(self, rate: int, cuts: int) -> None:
+        """It is cut until the patience lasts for a chunk, and not in later uploads, whatever goes between them."""
+        vigil = Vigil(stall_s=5.0, keepalive_s=30.0)
+        assert [uploaded(vigil, rate) for _ in range(5)] == [cuts, 0, 0, 0, 0]
+
+    def test_after_an_upload_that_was_lost(self) -> None:
+        """On a line without such a buffer the next loss is noticed as soon, once a chunk was acknowledged at once."""
+        vigil = Vigil(stall_s=5.0, keepalive_s=30.0)
+        vigil.begin()
+        spoken = Signs(heard=300, taken=SHORT, acked=SHORT)
+        vigil.look(spoken, LOOK_S)
+        while vigil.look(replace(spoken, taken=SHORT + 50_000, owed=CHUNK), LOOK_S) is not Verdict.SILENT:
+            pass
+        vigil.begin()
+        vigil.look(spoken, LOOK_S)
+        assert vigil.silence_s == 3.0
+        for step in range(1, 30):  # 2.9 s for a chunk, half a second on its way
+            vigil.look(replace(spoken, taken=SHORT + min(CHUNK, step * CHUNK // 24), owed=CHUNK), LOOK_S)
+        vigil.look(Signs(heard=301, taken=SHORT + CHUNK, acked=SHORT + CHUNK), LOOK_S)
+        assert vigil.silence_s == 1.5
