@@ -134,7 +134,13 @@ def test_a_killed_worker_begins_anew_with_other_noise(ground: Path, tmp_path: Pa
                 trained = await client.train(
                     ground / "v0.safetensors", 3, tmp_path / "disturbed", on_progress=kill_once
                 )
-            assert [entry["event"] for entry in logs] == ["worker-died", "prefix-found", "private", "prefix-found"]
+            assert [entry["event"] for entry in logs] == [
+                "worker-died",
+                "computes",
+                "prefix-found",
+                "private",
+                "prefix-found",
+            ]
             assert trained.spent is not None
             assert trained.spent.charge == CHARGE.model_copy(update={"steps": 60})
 
