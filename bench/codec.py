@@ -13,6 +13,7 @@ bfloat16 bytes, and what others have published.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -86,12 +87,7 @@ def sealed(delta: Tensors, codec: Codec) -> tuple[Manifest, list[bytes]]:
         federation="bench",
         fingerprint="0" * 64,
         codec=codec,
-        group=summary.group,
-        slice_size=summary.slice_size,
-        file_size=summary.file_size,
-        file_sha256=summary.file_sha256,
-        frame_lengths=summary.frame_lengths,
-        frame_hashes=summary.frame_hashes,
+        **dataclasses.asdict(summary),
         created=0.0,
         facts=UpdateFacts(site="bench", base_version=0, base_sha256="0" * 64, examples=1, metrics={}),
     )

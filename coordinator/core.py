@@ -25,8 +25,9 @@ from functools import cached_property
 from typing import assert_never
 
 from coordinator import decisions as d
+from coordinator.announcing import announced
 from coordinator.decisions import Instant
-from coordinator.downlink import Downlink, announced
+from coordinator.downlink import Downlink
 from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import committed, in_order, plan_merge

@@ -6,10 +6,6 @@ topic, and it is the sites' links that are slow, not ours. A fresh pull waits a 
 hear of a version at the same time. Chunks leave in the order in which each site's sender counts them, whatever their
 topic: a sender takes what was sent before an acknowledged chunk for lost.
 
-Announced are a state that can be had whole and the steps that lead to the newest one, so that each site finds a way
-there by itself, whatever it holds. How far back the steps go is a matter of bytes: whoever is so far behind that the
-steps weigh more than the whole state is better off with that.
-
 A site needs each chunk of a state once, and again what its link has lost: that much is sent at once, and beyond it one
 window for each `stall_s`, so that a site which asks for the same without end takes little of our link from the others.
 """
@@ -20,11 +16,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from coordinator.decisions import Decision, Serve
-from coordinator.ledger import Ledger
 from shared.bucket import Bucket
-from shared.errors import ConfigError
 from shared.manifest import Manifest
-from shared.messages import MAX_CONTROL_BYTES, Want
+from shared.messages import Want
 from shared.transfer import Bitmap, Sender
 
 BYSTANDERS = 0.1
@@ -32,46 +26,6 @@ BYSTANDERS = 0.1
 
 LOST_WINDOWS = 8
 """Windows that a bad link may lose of one state before what is lost again is sent more slowly."""
-
-
-STEPS_BYTES = 4096
-"""Manifests of steps that lead to a state which can be had whole take at most so much of an announcement, or as much as
-the manifest of that state where that is more: about 0.01 % of the bytes that a site then need not fetch."""
-
-_MANIFEST_BYTES, _FRAME_BYTES = 600, 37
-"""The most that a step's manifest takes for itself, and for each of its frames: hash and length."""
-
-ANNOUNCEMENT_BYTES = MAX_CONTROL_BYTES - 10_000
-"""All manifests of an announcement; beside them stand its few other fields, and what sealing adds."""
-
-
-def announced(ledger: Ledger) -> tuple[Manifest, tuple[Manifest, ...]]:
-    """Return the newest state that can be had whole, and the steps that are announced with it, in order."""
-    version, steps = ledger.version, list[Manifest]()
-    while (whole := ledger.published[version].whole) is None:
-        step = ledger.published[version].step
-        assert step is not None, f"version {version} was published"
-        steps.append(step)
-        version -= 1
-    taken = [len(each.to_bytes()) for each in (whole, *steps)]
-    room, weight = min(max(STEPS_BYTES, taken[0]), ANNOUNCEMENT_BYTES - sum(taken)), whole.wire_bytes
-    while (step := ledger.published[version].step) is not None:
-        room, weight, version = room - len(step.to_bytes()), weight - step.wire_bytes, version - 1
-        if room < 0 or weight < 0:
-            break
-        steps.append(step)
-    return whole, tuple(reversed(steps))
-
-
-def check_announceable(whole: Manifest, step_file_bytes: int, steps: int) -> None:
-    """Raise ConfigError when the manifests of a state, and of the steps before the next, fit into no announcement."""
-    frames = -(-step_file_bytes // whole.slice_size)
-    needed = len(whole.to_bytes()) + (steps - 1) * (_MANIFEST_BYTES + _FRAME_BYTES * frames)
-    if steps and needed > ANNOUNCEMENT_BYTES:
-        raise ConfigError(
-            f"codec.steps = {steps}: announcements would take {needed:,} bytes, possible are {ANNOUNCEMENT_BYTES:,}",
-            hint="take fewer steps, or raise codec.slice_kib",
-        )
 
 
 @dataclass(slots=True)
@@ -156,10 +110,9 @@ class Downlink:
         """Send all that windows admit."""
         self._flush_at = None
         chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
-        for site, (_, indices) in chosen.items():
-            self._fetched[site].count(self._pulls[site].transfer_id, indices, now)
         demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
+            self._fetched[site].count(transfer_id, indices, now)
             for index in indices:
                 demand.setdefault((transfer_id, index), []).append(site)
         hearers = len(present | self._pulls.keys())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coordinator.downlink import check_announceable
+from coordinator.announcing import check_announceable
 from coordinator.masters import TensorFile, master_path, writing
 from coordinator.publishing import publish
 from coordinator.records import Opened

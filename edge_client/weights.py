@@ -90,13 +90,14 @@ class Weights:
 
     def free(self, model: nn.Module, names: Collection[str]) -> None:
         """Take the values of these parameters out of memory."""
+        if not names:
+            return
         known = dict(model.named_parameters())
         for name in names:
             _put(model, name, nn.Parameter(torch.empty(known[name].shape, device="meta"), requires_grad=False))
         del known
         _give_back()
-        if names:
-            self.device.give_back()
+        self.device.give_back()
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:

@@ -15,6 +15,7 @@ A state at rest is one transfer that is whole and the steps since, added up when
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,12 +166,7 @@ def seal_part(
             federation=federation.federation.name,
             fingerprint=imprint.fingerprint,
             codec=codec,
-            group=summary.group,
-            slice_size=summary.slice_size,
-            file_size=summary.file_size,
-            file_sha256=summary.file_sha256,
-            frame_lengths=summary.frame_lengths,
-            frame_hashes=summary.frame_hashes,
+            **dataclasses.asdict(summary),
             created=time.time() if created is None else created,
             facts=stated(summary),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,3 +17,9 @@ def run_async(coroutine: Coroutine[object, object, T], *, timeout_s: float = 30.
             return await coroutine
 
     return asyncio.run(bounded())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return once it holds; what is looked at are files of other tasks and processes."""
+    while not holds():  # noqa: ASYNC110 - files raise no events
+        await asyncio.sleep(0.02)

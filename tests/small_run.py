@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,6 @@ from coordinator.ledger import Known
 from coordinator.masters import TensorFile, master_path
 from coordinator.merging import MergePlan, MergeResult, plan_merge
 from coordinator.records import Accepted, Opened
-from shared.codec import group_size
 from shared.config import (
     AdapterSection,
     AggregationSection,
@@ -133,12 +133,7 @@ class SmallRun:
                 federation="north",
                 fingerprint=self.plan.fingerprint,
                 codec=self.federation.codec.up,
-                group=group_size(self.federation.codec.up),
-                slice_size=summary.slice_size,
-                file_size=summary.file_size,
-                file_sha256=summary.file_sha256,
-                frame_lengths=summary.frame_lengths,
-                frame_hashes=summary.frame_hashes,
+                **dataclasses.asdict(summary),
                 created=2.0,
                 facts=UpdateFacts(
                     site=site,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -47,12 +48,7 @@ def update_of(
         federation="ward",
         fingerprint="0f" * 32,
         codec=codec,
-        group=summary.group,
-        slice_size=summary.slice_size,
-        file_size=summary.file_size,
-        file_sha256=summary.file_sha256,
-        frame_lengths=summary.frame_lengths,
-        frame_hashes=summary.frame_hashes,
+        **dataclasses.asdict(summary),
         created=1.0,
         facts=said,
     ).to_wire()

@@ -13,8 +13,7 @@ import pytest
 
 from coordinator.records import Pruned, VersionCommitted
 from tests.commands import call, refused
-from tests.helpers import run_async
-from tests.integration.test_renewal import until
+from tests.helpers import run_async, until
 from tests.toys import RandomTrainer, toy_coordinator, toy_records, toy_site, write_toy
 
 VERSIONS = 6

@@ -10,8 +10,7 @@ import pytest
 
 from coordinator.records import Dropped, Quarantined, Released, VersionCommitted
 from tests.commands import call
-from tests.helpers import run_async
-from tests.integration.test_renewal import until
+from tests.helpers import run_async, until
 from tests.toys import toy_coordinator, toy_records, toy_site, write_toy
 
 SITES = ("site-1", "site-2")

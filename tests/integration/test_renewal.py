@@ -30,7 +30,7 @@ from shared.trust.membership import verify_membership
 from shared.trust.signing import authority_fingerprint
 from tests.commands import call
 from tests.commands import refused as refused_by
-from tests.helpers import run_async
+from tests.helpers import run_async, until
 from tests.integration.test_tls import SITES, Federation, federation
 from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site
 
@@ -104,12 +104,6 @@ class Mosquitto:
         size = self.log.stat().st_size
         self.process.send_signal(signal.SIGHUP)
         await until(lambda: b"Reloading config" in self.log.read_bytes()[size:])
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Return once it holds; what is looked at are files of other tasks and processes."""
-    while not holds():  # noqa: ASYNC110 - files raise no events
-        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -31,8 +31,8 @@ from shared.topics import Channel, topic
 from shared.trust import kit as kits
 from shared.trust.witness import HEADS
 from tests.eavesdrop import Spy, learnt
-from tests.helpers import run_async
-from tests.integration.test_renewal import Mosquitto, live, until
+from tests.helpers import run_async, until
+from tests.integration.test_renewal import Mosquitto, live
 from tests.integration.test_tls import SITES, Federation, provisioned
 from tests.toys import INITIAL, ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site, write_toy
 from tests.unit.shared.trust.sealed_world import altered

@@ -8,7 +8,7 @@ import pytest
 
 from coordinator import decisions as d
 from coordinator import snapshots
-from coordinator.downlink import ANNOUNCEMENT_BYTES, STEPS_BYTES, announced, check_announceable
+from coordinator.announcing import ANNOUNCEMENT_BYTES, STEPS_BYTES, announced, check_announceable
 from coordinator.ledger import Ledger
 from coordinator.merging import MergePlan, MergeResult, committed
 from coordinator.records import Anchored, Opened, VersionCommitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 
@@ -32,12 +33,7 @@ def manifest_builder(codec: str = "bf16", transfer_id: str = ID, version: int = 
             federation="north",
             fingerprint="0f" * 32,
             codec=codec,
-            group=summary.group,
-            slice_size=summary.slice_size,
-            file_size=summary.file_size,
-            file_sha256=summary.file_sha256,
-            frame_lengths=summary.frame_lengths,
-            frame_hashes=summary.frame_hashes,
+            **dataclasses.asdict(summary),
             created=1000.0,
             facts=StateFacts(version=version),
         )
