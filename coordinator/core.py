@@ -367,9 +367,8 @@ class Core:
         if count := updates_to_merge(view, section):
             self.merging = True
             self.sites.punctual(*punctuality(view, section))
-            merged = in_order(self.ledger.pending[:count])
             ledger = self.ledger
-            known, losses = ledger.known, ledger.losses
+            merged, known, losses = in_order(ledger.pending[:count]), ledger.known, ledger.losses
             plan = plan_merge(ledger.version + 1, merged, section, ledger.parts, known=known, losses=losses)
             out.jobs.append(d.Merge(plan))
 
