@@ -37,7 +37,7 @@ from coordinator.masters import file_sha256, master_path
 from coordinator.merging import given_up
 from coordinator.records import Accepted, Dropped, Pruned, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
-from coordinator.views import JOURNAL
+from coordinator.views import JOURNAL, not_begun
 from shared import audit, durable
 from shared.audit import GENESIS, Row
 from shared.config import AggregationSection, FederationConfig
@@ -130,7 +130,7 @@ def _survey(journal: JournalReader, storage: Path, section: AggregationSection, 
         if upto is not None and contents.version == upto:
             break
     if not contents.rows:
-        raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
+        raise not_begun(storage)
     if upto is not None and contents.version != upto:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {contents.version} have been published")
     contents.updates = tuple(accepted if upto is None else merged)

@@ -35,7 +35,7 @@ from coordinator.records import Accepted, Dropped
 from coordinator.replay import replay
 from coordinator.rows import JournalReader
 from coordinator.trail import Finding
-from coordinator.views import JOURNAL
+from coordinator.views import JOURNAL, not_begun
 from shared import durable
 from shared.audit import AuditLog
 from shared.config import FederationConfig, MergeRule
@@ -76,7 +76,7 @@ def check(
     Raises UnavailableError while a coordinator runs there or when the disk is full, ConfigError when no run has begun.
     """
     if not (storage / JOURNAL).is_file():
-        raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
+        raise not_begun(storage)
     lost = _drop_lost(storage, federation, plan) if drop_lost else []
     with FolderLock(storage / f"{JOURNAL}.lock", holder="coordinator"):
         before = prove(storage, federation, plan, progress=progress)

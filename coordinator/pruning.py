@@ -24,7 +24,7 @@ from coordinator.merging import given_up
 from coordinator.optimizers import SLOTS
 from coordinator.proof import Progress, prove
 from coordinator.records import Pruned
-from coordinator.views import JOURNAL
+from coordinator.views import JOURNAL, not_begun
 from shared import durable
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError
@@ -46,6 +46,8 @@ def survey(storage: Path, federation: FederationConfig, upto: int | None) -> Pru
 
     ConfigError when no run has begun, or when that version cannot stand in the place of those before it.
     """
+    if not (storage / JOURNAL).exists():
+        raise not_begun(storage)
     with Journal.open_read(storage / JOURNAL) as journal:
         return _survey(storage, federation, fold(journal), upto)
 

@@ -34,7 +34,7 @@ from coordinator.optimizers import SLOTS
 from coordinator.publishing import publish
 from coordinator.records import Opened, Pruned, VersionCommitted
 from coordinator.trail import Finding, Trail, miscounted, row_place
-from coordinator.views import JOURNAL
+from coordinator.views import JOURNAL, not_begun
 from shared import durable
 from shared.config import FederationConfig
 from shared.errors import ConfigError, CorruptError, RefusedError
@@ -244,7 +244,7 @@ def _outline(storage: Path, federation: FederationConfig, upto: int | None) -> _
                 if federation.aggregation.mode == "fedasync":
                     needed |= {part.base_version: record.version for part in record.contributions}
     if newest < 0:
-        raise ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
+        raise not_begun(storage)
     if upto is not None and not 0 <= upto <= newest:
         raise ConfigError(f"there is no version {upto}", hint=f"versions 0 to {newest} have been published")
     if upto is not None and upto < first:

@@ -117,7 +117,7 @@ def load_run(storage: Path) -> RunView:
     """
     path = storage / JOURNAL
     if not path.exists():
-        raise _not_begun(storage)
+        raise not_begun(storage)
     with Journal.open_read(path) as journal:
         restored = journal.restore() if journal.pruned() else None
         if restored is None:
@@ -166,11 +166,12 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
             case Finished():
                 finished_at = record.at
     if opened is None:
-        raise _not_begun(where)
+        raise not_begun(where)
     return RunView(opened, tuple(versions), updates, finished_at)
 
 
-def _not_begun(storage: Path) -> ConfigError:
+def not_begun(storage: Path) -> ConfigError:
+    """The error that says that there is no journal, or an empty one."""
     return ConfigError(f"{storage}: no run has begun there", hint="start one with: mailboat coordinator run")
 
 

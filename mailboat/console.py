@@ -40,6 +40,14 @@ def run(command: Callable[[], object]) -> int:
         # Python flushes once more when it ends; that too shall be quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+    except OSError as error:
+        from shared.durable import storage_failure
+
+        told = storage_failure(error, str(error.filename or "what this command writes"))
+        if told is None:
+            raise
+        print_error(told)
+        return told.exit_code
     except SystemExit as leaving:  # how typer ends: 0, 2 for wrong usage, 130 for Ctrl-C
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if status == INTERRUPTED:

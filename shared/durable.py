@@ -67,12 +67,19 @@ class storage_errors:  # noqa: N801 - reads as what it is used as, a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, OSError) or error.errno not in _STORAGE_ERRORS:
-            return
-        reason, hint = _STORAGE_ERRORS[error.errno]
-        amount = f"; at least {self._needed:,} bytes were needed" if self._needed else ""
-        family = UnavailableError if error.errno == errno.EROFS else NoRoomError
-        raise family(f"{self._folder}: {reason}{amount}", hint=hint) from error
+        told = storage_failure(error, str(self._folder), self._needed) if isinstance(error, OSError) else None
+        if told is not None:
+            raise told from error
+
+
+def storage_failure(error: OSError, where: str, needed: int = 0) -> UnavailableError | None:
+    """Return what `storage_errors` raises for `error`; None when it is not about room or a read-only disk."""
+    if error.errno not in _STORAGE_ERRORS:
+        return None
+    reason, hint = _STORAGE_ERRORS[error.errno]
+    amount = f"; at least {needed:,} bytes were needed" if needed else ""
+    family = UnavailableError if error.errno == errno.EROFS else NoRoomError
+    return family(f"{where}: {reason}{amount}", hint=hint)
 
 
 def sync_file(fd: int) -> None:

@@ -141,8 +141,8 @@ def prune(
     from shared.plan import load_plan
 
     coordinator, federation = _load(config)
-    plan = load_plan(coordinator.storage / PLAN, federation)
     found = survey(coordinator.storage, federation, upto)
+    plan = load_plan(coordinator.storage / PLAN, federation)
     console.say(f"{found.updates} updates, {found.size / 2**20:.1f} MiB, merged up to version {found.version}")
     if not yes and not typer.confirm("Give their bytes up for good?", err=True):
         raise ConfigError("nothing was given up", hint="--yes says it without the question")

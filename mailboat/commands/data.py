@@ -35,9 +35,11 @@ def make(
     """
     from mailboat.demo.tasks import find_task
     from shared.config import TaskSection
+    from shared.durable import storage_errors
 
     chosen = find_task(task)
-    report = chosen.make(out, sites=sites, notes=notes, alpha=alpha, seed=seed, heldout=heldout)
+    with storage_errors(out):
+        report = chosen.make(out, sites=sites, notes=notes, alpha=alpha, seed=seed, heldout=heldout)
     if as_json:
         folders = {
             name: {"notes": made.notes, "tokens": made.tokens, "labels": dict(made.labels)}

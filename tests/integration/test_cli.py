@@ -115,31 +115,48 @@ def test_an_audit_file_that_was_edited_is_not_believed(toy: Path) -> None:
     assert "audit.jsonl, line 1, was changed" in refused(toy, "audit", "tail", status=3)
 
 
-@pytest.mark.parametrize("words", [["status"], ["audit", "tail"], ["audit", "show", "00"], ["export", "--out", "m"]])
+@pytest.mark.parametrize(
+    "words",
+    [["status"], ["audit", "tail"], ["audit", "show", "00"], ["export", "--out", "m"], ["coordinator", "prune"]],
+)
 def test_a_run_that_has_not_begun_has_nothing_to_show(toy: Path, words: list[str]) -> None:
     """Before the first start of the coordinator, the commands that look at a run say that there is none."""
     assert "no run has begun there" in refused(toy, *words, status=2)
 
 
-def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    """A coordinator whose disk has no room for its first version ends with 4 and names the folder."""
+def on_a_small_disk(root: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `root`, where the folder `name` is a file system of 300 kB that holds what was there."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-rm", "true"], check=False).returncode:
         pytest.skip("needs permission to mount a small file system of its own (unshare -rm)")
-    write_toy(tmp_path, NOWHERE, sites=1, versions=1, parameters=50_000)
-    (tmp_path / "coordinator").rename(tmp_path / "sealed")
-    (tmp_path / "coordinator").mkdir()
-    script = 'mount -t tmpfs -o size=300k none coordinator && cp sealed/* coordinator/ && exec "$@"'
-    done = subprocess.run(
-        [unshare, "-rm", "sh", "-c", script, "sh", sys.executable, "-m", "mailboat", "coordinator", "run"],
-        cwd=tmp_path,
+    (root / name).rename(root / "before")
+    (root / name).mkdir()
+    script = f'mount -t tmpfs -o size=300k none {name} && cp -r before/. {name}/ && exec "$@"'
+    return subprocess.run(
+        [unshare, "-rm", "sh", "-c", script, "sh", sys.executable, "-m", "mailboat", *words],
+        cwd=root,
         check=False,
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    """A coordinator whose disk has no room for its first version ends with 4 and names the folder."""
+    write_toy(tmp_path, NOWHERE, sites=1, versions=1, parameters=50_000)
+    done = on_a_small_disk(tmp_path, "coordinator", "coordinator", "run")
     assert done.returncode == 4, done.stderr
     assert "coordinator/masters: the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_for_notes_is_said(tmp_path: Path) -> None:
+    """`data make` ends with 4 and one line that names its folder."""
+    (tmp_path / "disk").mkdir()
+    done = on_a_small_disk(tmp_path, "disk", "data", "make", "--out", "disk/notes", "--notes", "200")
+    assert done.returncode == 4, done.stderr
+    assert "disk/notes: the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
 
 

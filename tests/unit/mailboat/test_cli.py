@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -122,6 +123,25 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     """`mailboat --version` prints name and number."""
     assert mailboat("--version") == 0
     assert re.fullmatch(r"mailboat \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "full", "out/model"), "error: out/model: the disk is full"),
+        (OSError(errno.EDQUOT, "quota"), "error: what this command writes: the disk quota is used up"),
+    ],
+)
+def test_a_disk_without_room_is_one_line(error: OSError, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a command did not say what it was writing, the file is named if the system named it."""
+    assert console.run(raising(error)) == UnavailableError.exit_code
+    assert capsys.readouterr().err.splitlines()[0] == line
+
+
+def test_any_other_error_of_the_system_is_a_bug_and_keeps_its_traceback() -> None:
+    """It is not swallowed."""
+    with pytest.raises(OSError, match="what is this"):
+        console.run(raising(OSError(errno.EXDEV, "what is this")))
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
