@@ -15,7 +15,6 @@ from coordinator import admission
 from coordinator import decisions as d
 from coordinator.disk import Disk
 from shared.errors import CorruptError, NoRoomError, RefusedError
-from shared.ids import is_update_id_of
 from shared.manifest import Manifest
 from shared.plan import SealedPlan
 from shared.spooler import Spooler
@@ -26,13 +25,13 @@ DAMAGED_RETRY_S = 1.0
 log = structlog.get_logger("coordinator")
 
 
-def displaces(manifest: Manifest, other_id: str) -> bool:
-    """Whether an offered update takes the place of another that is arriving.
+def sender(manifest: Manifest) -> str:
+    """The site that an offered update is from, for `Spooler`.
 
-    A site sends one after the other, and the next when it knows what became of the one before; so this takes nothing
-    from an honest one, and who offers without end has disk space for one.
+    A site sends one after the other, and the next when it knows what became of the one before; so an honest one loses
+    nothing when its next displaces it, and who offers without end has disk space for one.
     """
-    return other_id != manifest.transfer_id and is_update_id_of(other_id, manifest.update.site)
+    return manifest.update.site
 
 
 class Arrivals:

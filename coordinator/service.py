@@ -18,7 +18,7 @@ import structlog
 
 from coordinator import aggregate
 from coordinator import decisions as d
-from coordinator.arrivals import Arrivals, displaces
+from coordinator.arrivals import Arrivals, sender
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import Disk, check_newest, discard_rejected, discard_uncommitted
@@ -133,7 +133,7 @@ class Service:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
             room=self.disk.room,
-            displaces=displaces,
+            sender=sender,
         )
         self._compact_at = journal.length - journal.loose + COMPACT_ROWS
         self.arrivals = Arrivals(self.spooler, self.disk, plan, no_room_s=config.link.backoff_cap_s)

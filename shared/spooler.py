@@ -31,7 +31,8 @@ class Spooler:
     `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
     `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(chunk, rule)` when one was
     not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
-    What is arriving already goes when a transfer is opened that `displaces(manifest, other_id)` it.
+    Where `sender(manifest)` tells whom a transfer is from, one of each sender arrives at a time: what began to arrive
+    goes when another one is opened.
     """
 
     def __init__(
@@ -42,14 +43,16 @@ class Spooler:
         stored: Callable[[str, tuple[int, ...]], None],
         refused: Callable[[Chunk, str], None],
         room: Room | None = None,
-        displaces: Callable[[Manifest, str], bool] = lambda _manifest, _other_id: False,
+        sender: Callable[[Manifest], str] | None = None,
     ) -> None:
         self._store = store
         self._open_chunk = open_chunk
         self._stored = stored
         self._refused = refused
         self._room = room
-        self._displaces = displaces
+        self._sender = sender
+        self._begun: dict[str, set[str]] | None = None
+        """By sender, what began to arrive, what an earlier process left of it too; None until it is asked for."""
         self._open: dict[str, Partial] = {}
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
@@ -120,9 +123,7 @@ class Spooler:
                 raise RefusedError("this id has arrived under another manifest", rule="manifest-changed")
             return Bitmap(manifest.frames, range(manifest.frames)).to_bytes()
         self._close(manifest.transfer_id, delete=False)
-        for other_id in self._store.partial_ids():
-            if self._displaces(manifest, other_id):
-                self._close(other_id, delete=True)
+        self._displace(manifest)
         # One that began to arrive has had its room since then.
         if self._room is not None and not self._store.begun(manifest.transfer_id):
             lacking = self._room.lacking(manifest.wire_bytes)
@@ -130,6 +131,20 @@ class Spooler:
                 raise NoRoomError(f"no room for transfer {manifest.transfer_id}: {lacking}", hint="make room")
         partial = self._open[manifest.transfer_id] = self._store.open_partial(manifest)
         return partial.have.to_bytes()
+
+    def _displace(self, manifest: Manifest) -> None:
+        """What else is arriving from the same sender goes."""
+        if self._sender is None:
+            return
+        if self._begun is None:
+            self._begun = {}
+            for begun in self._store.arriving():
+                self._begun.setdefault(self._sender(begun), set()).add(begun.transfer_id)
+        sender = self._sender(manifest)
+        for other_id in self._begun.get(sender, set()) - {manifest.transfer_id}:
+            if self._store.begun(other_id):  # it has not become whole since
+                self._close(other_id, delete=True)
+        self._begun[sender] = {manifest.transfer_id}
 
     def _write(self, batch: list[Chunk]) -> tuple[dict[str, list[int]], list[tuple[Chunk, str]]]:
         written: dict[str, list[int]] = {}

@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -187,6 +187,12 @@ class FrameStore:
     def partial_ids(self) -> list[str]:
         """Ids of the transfers that are still arriving, ascending."""
         return sorted(path.name.removesuffix(".part.manifest") for path in self.root.glob("*.part.manifest"))
+
+    def arriving(self) -> Iterator[Manifest]:
+        """Yield the manifests of the transfers that are still arriving; one that cannot be read is left out."""
+        for path in self.root.glob("*.part.manifest"):
+            with suppress(CorruptError):
+                yield _load_manifest(path)
 
     def begun(self, transfer_id: str) -> bool:
         """Whether a transfer is still arriving."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import decisions as d
-from coordinator.arrivals import DAMAGED_RETRY_S, displaces
+from coordinator.arrivals import DAMAGED_RETRY_S, sender
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import discard_rejected, discard_uncommitted
@@ -109,7 +109,7 @@ class CoordinatorMachine(Machine):
         check_files(self.masters, version, (), newest.master_sha256, None)
         discard_rejected(self.updates, self.core.ledger)
         discard_uncommitted(self.states, self.core.ledger)
-        self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None, displaces=displaces)
+        self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None, sender=sender)
         self.pump = VirtualPump(self, self._read_state_chunk, None)
         self._held: d.Decision | None = None
         """What waits for room in the journal, and with it all that is to be decided after it."""
