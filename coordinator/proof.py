@@ -47,6 +47,9 @@ AUDIT = "audit.jsonl"
 UNREADABLE = (CorruptError, UnicodeDecodeError)
 """What reading a damaged database raises; the second comes from Python's module, when SQLite quotes damaged text."""
 
+SHORT = "audit-short"
+"""Rule of a trail whose last lines are missing: what every kill between a row and its line leaves behind."""
+
 AHEAD = 10_000
 """Rows in which to look for a version that was committed since the check began."""
 
@@ -229,7 +232,7 @@ def _audit_lines(path: Path, journal: JournalReader, lines: _Lines) -> Iterator[
     except UNREADABLE:
         return  # told already, as journal-unreadable
     if number < lines.length:
-        yield Finding("audit-short", AUDIT, f"ends after line {number}, the journal has {lines.length} rows")
+        yield Finding(SHORT, AUDIT, f"ends after line {number}, the journal has {lines.length} rows")
 
 
 def _says(line: bytes, row: Row) -> bool:

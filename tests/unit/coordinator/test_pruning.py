@@ -150,6 +150,18 @@ def test_what_is_not_sound_is_not_given_up(run: AuditedRun) -> None:
 
 
 @sync_alone
+def test_after_a_kill_between_a_row_and_its_line(run: AuditedRun) -> None:
+    """The trail's last line is missing, which a start would write: updates are given up all the same, and it is."""
+    trail = run.storage / "audit.jsonl"
+    whole = trail.read_bytes()
+    trail.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])
+    assert rules(run) == {"audit-short"}
+    assert prune(run.storage, run.federation, run.plan).updates > 0
+    assert trail.read_bytes().startswith(whole)
+    assert rules(run) == set()
+
+
+@sync_alone
 def test_a_version_must_stand_in_for_those_before_it(run: AuditedRun) -> None:
     """One whose master is not kept cannot; one that was, or is to come, neither; nor beside a running coordinator."""
     for upto, said in ((1, "float32 files of version 1"), (0, "from version 1 to 3"), (9, "not 9")):
