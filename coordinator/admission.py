@@ -1,8 +1,9 @@
 """Admission: what the bytes of a complete update must satisfy, checked in one streaming pass.
 
-In this order, so that nothing is trusted before it is checked: each frame against its hash, its declared size against
-the one that is right, the header against the format, names and shapes against the sealed plan, then the values, and
-last the whole file's hash. Memory: a few slices and spans (4 MB), however large the tensors.
+Each frame was compared with its hash when it arrived. Here, in this order, so that nothing is trusted before it is
+checked: its declared size against the one that is right, the header against the format, names and shapes against the
+sealed plan, then the values, and last the whole file's hash. Memory: a few slices and spans (4 MB), however large
+the tensors.
 
 Rules (RefusedError.rule), besides those of `shared.tensorfile` (header-*, tensor-*, file-size), `shared.slices`
 (frame-*), `shared.codec` (codec-*) and `shared.reader` (file-hash):

@@ -146,15 +146,16 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += written
 
 
-def write_chunks(fd: int, chunks: Iterable[bytes | memoryview], folder: Path) -> int:
+def write_chunks(fd: int, chunks: Iterable[bytes | memoryview], folder: Path, *, synced: bool = True) -> int:
     """Write chunks one after the other from the start of an open file, sync it, and return the bytes written."""
     size = 0
     for chunk in chunks:
         with storage_errors(folder, size + len(chunk)):
             write_all(fd, chunk, size)
         size += len(chunk)
-    with storage_errors(folder, size):
-        sync_file(fd)
+    if synced:
+        with storage_errors(folder, size):
+            sync_file(fd)
     return size
 
 
@@ -174,6 +175,16 @@ def write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         else:
             temporary.rename(path)
     fsync_dir(path.parent)
+
+
+def write_scratch(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Put a file that is read again before long at `path`, whole or not at all; it may be gone after a power loss.
+
+    UnavailableError when the disk does not take it.
+    """
+    with temporary_file(path.parent) as (temporary, fd):
+        write_chunks(fd, chunks, path.parent, synced=False)
+        temporary.replace(path)
 
 
 def replace_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:

@@ -56,28 +56,37 @@ class Stored:
     def open_tensors(self, *, verify: bool = False) -> Iterator[TensorReader]:
         """Yield a reader of the transfer's tensors; errors as `TensorReader`, and CorruptError when the disk failed.
 
-        With `verify`, each frame is compared with its hash before it is decompressed, and leaving the block without
-        an error compares the whole file's hash: only then is what was read what the manifest promised.
+        With `verify`, leaving the block without an error compares the whole file's hash: only then is what was read
+        what the manifest promised. The frames' hashes, which each was compared with when it arrived, could say no more;
+        they are looked at when anything is refused, since it may be the disk's doing and not the sender's.
         """
         with _reading(self.path) as fd:
-            reader = TensorReader(self.manifest, lambda index: self._read(fd, index, verify=verify), verify=verify)
-            yield reader
-            if verify:
-                reader.verify_file()
+            try:
+                reader = TensorReader(self.manifest, lambda index: self._read(fd, index, verify=False), verify=verify)
+                yield reader
+                if verify:
+                    reader.verify_file()
+            except RefusedError:
+                if verify:
+                    self._check_frames(fd)
+                raise
 
     def verify(self) -> None:
-        """Read it once from end to end: frames, slices, file hash; errors as `open_tensors`."""
+        """Read all frames, and then what they hold, from end to end; errors as `open_tensors`."""
+        with _reading(self.path) as fd:
+            self._check_frames(fd)
         with self.open_tensors(verify=True):
             pass
 
-    def extract(self, path: Path) -> None:
-        """Write the plain safetensors file to `path`, durably; verifies everything first, errors as `open_tensors`."""
-        durable.write_once(path, self._verified_slices())
-
-    def _verified_slices(self) -> Iterator[memoryview]:
+    def plain(self) -> Iterator[memoryview]:
+        """Yield the bytes of the plain safetensors file; errors as `open_tensors`, some only at the end."""
         with self.open_tensors(verify=True) as reader:
             for raw in reader.slices():
                 yield raw.data
+
+    def _check_frames(self, fd: int) -> None:
+        for index in range(self.manifest.frames):
+            self._read(fd, index, verify=True)
 
     def _read(self, fd: int, index: int, *, verify: bool) -> bytes:
         length = self.manifest.frame_lengths[index]

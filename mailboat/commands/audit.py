@@ -13,6 +13,7 @@ import typer
 
 from mailboat import console
 from mailboat.commands import audit_proof
+from shared import durable
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def show(
             )
         if extract.exists():
             raise ConfigError(f"{extract} is already there", hint="name a new file")
-        stored.extract(extract)
+        durable.write_once(extract, stored.plain())
     manifest = stored.manifest if stored is not None else None
     if as_json:
         console.print_json({**dataclasses.asdict(life), "manifest": _facts(manifest) if manifest else None})

@@ -23,7 +23,6 @@ from coordinator.validation import write_model
 from edge_client.outbox import Outbox
 from mailboat.experiment.clock import Clock, Line
 from mailboat.experiment.packets import chunk_bytes, message_bytes
-from shared import durable
 from shared.config import AdmissionSection, CoordinatorConfig, FederationConfig
 from shared.errors import ConfigError, RefusedError
 from shared.messages import Announce, Message, Presence
@@ -101,7 +100,6 @@ class CoordinatorSide:
 
     def extract(self, version: int, path: Path) -> None:
         """Write the plain file of a published state, as whoever has fetched what makes it up."""
-        durable.remove(path)
         extract_state(self.states, self.core.ledger.parts(version), path)
 
     @property

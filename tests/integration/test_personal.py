@@ -18,6 +18,7 @@ from edge_client.worker_client import load_request
 from mailboat import cli, console
 from mailboat.commands.init import init
 from mailboat.synth import make_notes
+from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.faultpoint import VARIABLE
@@ -104,7 +105,7 @@ def _head_of_two_updates(folder: Path) -> dict[str, np.ndarray]:
     states = {stored.manifest.state.version: stored for each in store.ids() if (stored := store.get(each))}
     for version in (0, 1):
         state, out = folder / f"state-{version}", folder / f"delta-{version}"
-        states[version].extract(state)
+        durable.write_scratch(state, states[version].plain())
         trained = worker.handle(pipe.Train(state=state, base_version=version, out=out, own=own))
         assert isinstance(trained, pipe.Trained)
         own = trained.own

@@ -17,6 +17,7 @@ from coordinator.masters import master_path, slot_path
 from coordinator.means import blocks
 from coordinator.merging import in_order
 from coordinator.optimizers import SLOTS, server_step
+from shared import durable
 from shared.config import (
     SPARSE,
     AggregationSection,
@@ -234,7 +235,7 @@ def test_the_published_state_is_an_ordinary_file(tmp_path: Path) -> None:
     assert (manifest.codec, manifest.state.version, manifest.created) == ("bf16", 1, 4.0)
     stored = run.states.get(manifest.transfer_id)
     assert stored is not None
-    stored.extract(tmp_path / "state.safetensors")
+    durable.write_scratch(tmp_path / "state.safetensors", stored.plain())
     assert hashlib.sha256((tmp_path / "state.safetensors").read_bytes()).hexdigest() == manifest.file_sha256
     with safe_open(tmp_path / "state.safetensors", "numpy") as opened:
         assert opened.metadata() == {
