@@ -20,6 +20,7 @@ from coordinator.optimizers import SLOTS, server_step
 from coordinator.publishing import publish
 from coordinator.residual import correct
 from coordinator.selection import next_blocks
+from shared.ahead import ahead
 from shared.config import FederationConfig
 from shared.plan import Blocks, SealedPlan, blocks_from
 from shared.states import Imprint, open_part, stored_part
@@ -67,7 +68,8 @@ def merge(
         )
         kept, section = Kept(updates, states), federation.aggregation
         plan = settled(plan, kept, section, shapes, lambda share: progress(0.45 * share))
-        for name, mean in means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share)):
+        found = means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share))
+        for name, mean in files.enter_context(contextlib.closing(ahead(found))):
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
             if name in sealed.residuals:

@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -18,6 +19,9 @@ from shared.errors import CorruptError, NoRoomError, RefusedError
 from shared.manifest import Manifest
 from shared.plan import SealedPlan
 from shared.spooler import Spooler
+
+VERIFIED_AT_ONCE = 4
+"""Updates, and no more than there are processors: each takes one, and some megabytes, however many arrive together."""
 
 DAMAGED_RETRY_S = 1.0
 """When a site offers an update again that our disk spoilt."""
@@ -42,8 +46,7 @@ class Arrivals:
         self._disk = disk
         self._plan = plan
         self._no_room_s = no_room_s
-        # One thread, so that many updates which arrive together are verified in the memory of one.
-        self._admission = ThreadPoolExecutor(1, "admission")
+        self._admission = ThreadPoolExecutor(min(VERIFIED_AT_ONCE, os.cpu_count() or 1), "admission")
 
     def __enter__(self) -> None:
         """Threads start when they have work."""

@@ -30,7 +30,7 @@ from shared.states import open_part, open_state
 from shared.store import FrameStore
 from shared.tensorfile import F32Array, Shape
 
-BLOCK_BYTES = 64 * 1024 * 1024
+BLOCK_BYTES = 32 * 1024 * 1024
 """Sums held at a time, or one tensor where that is larger. Opening an update costs about one slice."""
 
 STRETCH_UNIT = SPAN // 32

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
-from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from edge_client.disk import Disk
@@ -39,6 +38,7 @@ from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Renew
 from shared.pump import Pump, SettledError
 from shared.spooler import Spooler
 from shared.tasks import first_error
+from shared.tensorfile import map_tensors
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
 from shared.trust.guard import Changes, StaleKeyError
@@ -345,7 +345,7 @@ class Agent:
     def _seal(self, base: Manifest, trained: TrainedUpdate, delta_file: Path) -> Manifest:
         return seal_delta(
             self.outbox,
-            load_file(delta_file),
+            map_tensors(delta_file),
             UpdateFacts(
                 site=self.config.name,
                 base_version=base.state.version,

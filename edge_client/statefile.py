@@ -15,7 +15,7 @@ from shared import codec, durable
 from shared.config import CodecName
 from shared.errors import RefusedError, UnavailableError
 from shared.plan import Blocks, blocks_from
-from shared.tensorfile import NUMPY_DTYPES, F32Array, Header, Shape, header_size, parse_header
+from shared.tensorfile import NUMPY_DTYPES, F32Array, Header, Shape, map_file
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _FINGERPRINT = "mailboat.fingerprint"
@@ -70,23 +70,15 @@ def write_tensors(path: Path, tensors: Mapping[str, F32Array], metadata: Mapping
     Not synced: what was trained is sealed elsewhere before anything is promised. RefusedError(rule='non-finite') names
     a tensor with NaN or infinity; UnavailableError when the disk does not take the file.
     """
-    with durable.temporary_file(path.parent) as (temporary, fd):
-        at = 0
-        for part in codec.encode_file(tensors, "f32", metadata):
-            with durable.storage_errors(path.parent, len(part)):
-                durable.write_all(fd, part, at)
-            at += len(part)
-        temporary.replace(path)
+    durable.write_scratch(path, codec.encode_file(tensors, "f32", metadata))
 
 
 def _read(path: Path) -> tuple[Header, npt.NDArray[np.uint8]]:
     """The header, and the data section."""
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        return map_file(path)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be read: {error.strerror}", hint="start the site again") from error
-    size = header_size(data[:8].tobytes(), len(data))
-    return parse_header(data[:size].tobytes(), len(data)), data[size:]
 
 
 def _recognise(header: Header, path: Path) -> tuple[CodecName, dict[str, Shape]]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
-from safetensors.numpy import load_file
 
 from edge_client import decisions as d
 from shared.config import FederationConfig
@@ -22,6 +21,7 @@ from shared.manifest import Manifest, StateFacts
 from shared.plan import blocks_from
 from shared.states import Imprint, State, extract_state, open_state, seal_state
 from shared.store import FrameStore
+from shared.tensorfile import map_tensors
 
 log = structlog.get_logger("site")
 
@@ -53,7 +53,7 @@ class States:
         Base models and heads are drawn alike everywhere, so that this is the state which the coordinator published:
         then it need not travel. If it is not, it is one that no steps lead on from, and is replaced.
         """
-        tensors = load_file(initial)
+        tensors = map_tensors(initial)
         shapes = {name: values.shape for name, values in tensors.items()}
         try:
             seal_state(self.store, Imprint(self._federation, self._fingerprint, 0), tensors, shapes)

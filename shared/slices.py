@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -35,6 +36,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from shared.ahead import ahead
 from shared.codec import Codec, Group, encode_file, group_size
 from shared.errors import RefusedError
 from shared.manifest import DEFAULT_SLICE_BYTES, MAX_FRAME_BYTES, MAX_SLICE_BYTES
@@ -171,7 +173,8 @@ def _ungroup(grouped: ByteArray, raw: ByteArray, group: int) -> None:
 class FrameWriter:
     """Turns chunks of bytes, of any sizes, into frames, and sums up the file afterwards; iterate it once.
 
-    Holds one slice and one frame at a time. `summary` is there when the iteration has ended.
+    The next frame is compressed in a thread while this one is hashed and stored. Holds one slice and two frames at a
+    time. `summary` is there when the iteration has ended.
     """
 
     def __init__(
@@ -193,14 +196,20 @@ class FrameWriter:
         file_size = 0
         lengths: list[int] = []
         hashes: list[bytes] = []
-        for raw in cut(self._chunks, self._slice_size):
-            file_hash.update(raw)
-            file_size += len(raw)
-            data = compress_slice(raw, self._group)
-            frame = Frame(data, hashlib.sha256(data).digest())
-            lengths.append(len(data))
-            hashes.append(frame.sha256)
-            yield frame
+
+        def compressed() -> Iterator[bytes]:
+            nonlocal file_size
+            for raw in cut(self._chunks, self._slice_size):
+                file_hash.update(raw)
+                file_size += len(raw)
+                yield compress_slice(raw, self._group)
+
+        with closing(ahead(compressed())) as coming:
+            for data in coming:
+                frame = Frame(data, hashlib.sha256(data).digest())
+                lengths.append(len(data))
+                hashes.append(frame.sha256)
+                yield frame
         self._summary = FileSummary(
             self._slice_size, self._group, file_size, file_hash.hexdigest(), tuple(lengths), b"".join(hashes)
         )
@@ -245,6 +254,6 @@ def make_transfer_frames(
 ) -> FrameWriter:
     """Return a writer of the frames of the safetensors file that holds `tensors` in `codec`.
 
-    In memory at a time: one encoded tensor, one slice and one frame. Errors as `encode_file`, on iteration.
+    In memory at a time: one encoded tensor, one slice and two frames. Errors as `encode_file`, on iteration.
     """
     return FrameWriter(encode_file(tensors, codec, metadata), group=group_size(codec), slice_size=slice_size)

@@ -20,6 +20,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, cast, get_args
 
@@ -162,6 +163,29 @@ def parse_header(head: bytes, file_size: int) -> Header:
     if size + position != file_size:
         _refuse("file-size", f"header and tensors make {size + position} bytes, the file has {file_size}")
     return Header(tuple(specs), MappingProxyType(metadata), size)
+
+
+def map_file(path: Path) -> tuple[Header, NDArray[np.uint8]]:
+    """Return a file's header and its data section, mapped: memory is what is looked at, for as long as it is needed.
+
+    RefusedError as `header_size` and `parse_header`; OSError when it cannot be opened. For files that nobody changes.
+    """
+    size = path.stat().st_size
+    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    begin = header_size(data[:8].tobytes(), size)
+    return parse_header(data[:begin].tobytes(), size), data[begin:]
+
+
+def map_tensors(path: Path) -> dict[str, F32Array]:
+    """Return the tensors of a file of float32 ones, read-only and mapped, in file order; errors as `map_file`.
+
+    RefusedError(rule='wrong-dtype') when one is of another type.
+    """
+    header, data = map_file(path)
+    for spec in header.specs:
+        if spec.dtype != "F32":
+            _refuse("wrong-dtype", f"tensor {spec.name} is {spec.dtype}, not F32")
+    return {spec.name: data[spec.begin : spec.end].view("<f4").reshape(spec.shape) for spec in header.specs}
 
 
 def _load_json(text: bytes) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from bench.peers import work
@@ -24,7 +23,7 @@ from shared.config import CodecName, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.ids import new_session_id
 from shared.plan import load_plan
-from shared.tensorfile import NUMPY_DTYPES, F32Array, header_size, parse_header
+from shared.tensorfile import NUMPY_DTYPES, F32Array, map_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,9 @@ class KnownNoise:
 
 def decoded(path: Path, name: CodecName) -> dict[str, F32Array]:
     """The tensors of a state's file as float32; what a site's worker does, which would load torch."""
-    data = np.fromfile(path, dtype=np.uint8)
-    size = header_size(data[:8].tobytes(), len(data))
-    header = parse_header(data[:size].tobytes(), len(data))
+    header, data = map_file(path)
     parts = {
-        spec.name: data[size + spec.begin : size + spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
+        spec.name: data[spec.begin : spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
         for spec in header.specs
     }
     return {

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from edge_client.worker_client import WorkerClient
 from mailboat.demo import defaults
@@ -24,6 +24,7 @@ from mailboat.demo.scoring import score
 from mailboat.demo.screen import told
 from mailboat.sealing import INITIAL
 from shared.config import DataSection, FederationConfig, SiteConfig
+from shared.tensorfile import map_tensors
 
 POOLED = "pooled"
 
@@ -114,5 +115,5 @@ def _label(name: str) -> str:
 
 def add(initial: Path, delta: Path, out: Path) -> None:
     """Write the sum of two float32 safetensors files; a tensor that `delta` lacks stays as it is."""
-    start, change = load_file(initial), load_file(delta)
+    start, change = map_tensors(initial), map_tensors(delta)
     save_file({name: values + change.get(name, np.float32(0)) for name, values in start.items()}, out)

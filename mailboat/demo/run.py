@@ -10,8 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast
 
-from safetensors.numpy import load_file
-
 from broker.launcher import RunningBroker, run_broker
 from edge_client.pipe import Loaded
 from edge_client.worker_client import WorkerClient
@@ -34,6 +32,7 @@ from shared.errors import UnavailableError
 from shared.link.endpoints import parse_endpoints
 from shared.plan import SealedPlan
 from shared.tasks import first_error
+from shared.tensorfile import map_tensors
 
 
 async def run_demo(plan: Plan, view: View) -> Result:
@@ -198,7 +197,7 @@ class _Demonstration:
         loaded = await worker.load(initial=initial)
         # The worker is there for the baselines, which differ from the federation in nothing but how they train.
         sealed = loaded.plan.model_copy(update={"config_sha256": federation.config_sha256})
-        await asyncio.to_thread(write_sealed, layout.storage, federation, sealed, load_file(initial))
+        await asyncio.to_thread(write_sealed, layout.storage, federation, sealed, map_tensors(initial))
         for line in describe(sealed, federation):
             self._view.say(line)
         return sealed

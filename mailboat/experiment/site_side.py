@@ -12,8 +12,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, assert_never
 
-from safetensors.numpy import load_file
-
 from edge_client import decisions as d
 from edge_client.outbox import Outbox
 from edge_client.privacy.metered import metered
@@ -28,6 +26,7 @@ from shared import durable
 from shared.config import SiteConfig
 from shared.manifest import Manifest, StateFacts, StepFacts, UpdateFacts
 from shared.messages import Message
+from shared.tensorfile import map_tensors
 from shared.topics import Channel
 from shared.transfer import Bitmap
 
@@ -264,7 +263,7 @@ class SiteSide:
         coordinator = self.coordinator
         return seal_delta(
             self.outbox,
-            load_file(delta),
+            map_tensors(delta),
             facts,
             coordinator.federation,
             coordinator.plan.fingerprint,

@@ -25,6 +25,7 @@ from shared.tensorfile import (
     build_header,
     f32_to_bf16,
     header_size,
+    map_tensors,
     parse_header,
     tensor_bytes,
 )
@@ -251,6 +252,37 @@ def test_metadata_key_is_not_a_tensor_name() -> None:
     for metadata in ({}, {"a": "b"}):
         with pytest.raises(RefusedError):
             build_header([("__metadata__", "F32", ())], metadata)
+
+
+def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+    """Read-only, in any shape, and still there when the file's name is gone."""
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((0, 4), np.float32)}
+    path = tmp_path / "delta.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    mapped = map_tensors(path)
+    path.unlink()
+    assert {name: values.tolist() for name, values in mapped.items()} == {k: v.tolist() for k, v in arrays.items()}
+    assert mapped["b"].shape == (0, 4)
+    assert not mapped["a"].flags.writeable
+
+
+@pytest.mark.parametrize(("data", "rule"), [(b"", "header-truncated"), (head_of({"a": entry("BF16", (4,))}), "file-size")])
+def test_what_cannot_be_mapped_is_refused(data: bytes, rule: str, tmp_path: Path) -> None:
+    """An empty file, and one whose tensors are not there."""
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(RefusedError) as caught:
+        map_tensors(path)
+    assert caught.value.rule == rule
+
+
+def test_only_float32_is_mapped(tmp_path: Path) -> None:
+    """Whose bytes are something else is named and not read as numbers."""
+    path = tmp_path / "odd.safetensors"
+    write_file(path, {"w": ("I8", np.arange(4, dtype=np.int8))}, {})
+    with pytest.raises(RefusedError, match="tensor w is I8, not F32") as caught:
+        map_tensors(path)
+    assert caught.value.rule == "wrong-dtype"
 
 
 def reference_bf16(value: float) -> int:
