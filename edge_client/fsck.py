@@ -180,8 +180,8 @@ def _broken(store: FrameStore, transfer_id: str) -> str:
     try:
         stored = store.get(transfer_id)
         if stored is not None:
-            stored.verify()
-            with stored.open_tensors() as reader:
+            stored.check_frames()
+            with stored.open_tensors(verify=True) as reader:
                 for _ in reader.tensors():
                     pass
     except (CorruptError, RefusedError) as error:

@@ -87,6 +87,7 @@ class States:
         try:
             stored = self.store.get(transfer_id)
             if stored is not None:
+                stored.check_frames()
                 stored.verify()
         except (CorruptError, RefusedError, FileNotFoundError):
             return False

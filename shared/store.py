@@ -72,11 +72,14 @@ class Stored:
                 raise
 
     def verify(self) -> None:
-        """Read all frames, and then what they hold, from end to end; errors as `open_tensors`."""
-        with _reading(self.path) as fd:
-            self._check_frames(fd)
+        """Read what it holds from end to end and compare the file's hash; errors as `open_tensors`."""
         with self.open_tensors(verify=True):
             pass
+
+    def check_frames(self) -> None:
+        """Compare each frame with its hash; CorruptError names the first that is not what was written."""
+        with _reading(self.path) as fd:
+            self._check_frames(fd)
 
     def plain(self) -> Iterator[memoryview]:
         """Yield the bytes of the plain safetensors file; errors as `open_tensors`, some only at the end."""

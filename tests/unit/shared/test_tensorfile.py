@@ -266,7 +266,9 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
     assert not mapped["a"].flags.writeable
 
 
-@pytest.mark.parametrize(("data", "rule"), [(b"", "header-truncated"), (head_of({"a": entry("BF16", (4,))}), "file-size")])
+@pytest.mark.parametrize(
+    ("data", "rule"), [(b"", "header-truncated"), (head_of({"a": entry("BF16", (4,))}), "file-size")]
+)
 def test_what_cannot_be_mapped_is_refused(data: bytes, rule: str, tmp_path: Path) -> None:
     """An empty file, and one whose tensors are not there."""
     path = tmp_path / "odd.safetensors"
