@@ -85,6 +85,9 @@ class FederationConfig(Section):
     def _enough_sites(self) -> Self:
         if sites := len(self.federation.sites):
             self.aggregation.check_enough(sites, f"[federation] sites has {sites}")
+            quorum = self.aggregation.quorum
+            if self.aggregation.mode == "sync" and quorum > sites:
+                raise ValueError(f"[aggregation] quorum = {quorum} is never reached: [federation] sites has {sites}")
         return self
 
     @model_validator(mode="after")

@@ -312,6 +312,14 @@ def test_as_many_as_a_rule_needs_are_enough(rule: str, tmp_path: Path) -> None:
         assert load_config(_write(tmp_path, text + rule), FederationConfig).aggregation.fewest[0] == 5
 
 
+def test_a_quorum_that_all_sites_cannot_reach_is_refused(tmp_path: Path) -> None:
+    """Of four sites four may be asked for; five would keep the first version open for ever."""
+    assert load_config(_write(tmp_path, FOUR_SITES + "quorum=4"), FederationConfig).aggregation.quorum == 4
+    error = _refused(_write(tmp_path, FOUR_SITES + "quorum=5"), FederationConfig)
+    assert "quorum = 5 is never reached: [federation] sites has 4" in error.message
+    load_config(_write(tmp_path, FOUR_SITES + 'quorum=5\nmode="fedbuff"'), FederationConfig)  # which has none
+
+
 def test_feedback_follows_from_the_codec() -> None:
     """The sparse codecs keep 95 % of what they left out, the others nothing, unless the file says otherwise."""
     decays = {up: _federation(codec={"up": up}).codec.decay for up in get_args(CodecName)}
