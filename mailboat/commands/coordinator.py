@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,8 @@ def run_command(
         console.say(f"resolving the layer plan against {federation.model.base} (some seconds)")
         plan = seal_elsewhere(config, coordinator.storage, federation)
     _tell_plan(plan, federation)
+
+    gc.freeze()  # what was imported stays: no collection need look at all of it again
 
     async def job() -> None:
         async with validator_for(coordinator, federation, plan) as validator:
