@@ -12,7 +12,7 @@ import gc
 import platform
 
 KEPT_BYTES = 16 * 1024 * 1024
-"""What lies free at the end of a thread's heap before any of it is given back; as much as was in use at once, no more."""
+"""What may lie free at the end of a thread's heap before any of it is given back."""
 MAPPED_BYTES = 32 * 1024 * 1024
 """Blocks from this size on are mapped and returned each for itself: the most to which glibc adapts this by itself."""
 
