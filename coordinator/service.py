@@ -285,11 +285,11 @@ class Service:
         """In a thread; False when the journal has the facts and the disk no room for their lines of the audit trail."""
         for fact in facts:
             passing(f"journal-{fact.kind}.before")
-        self.journal.append(facts)
+        rows = self.journal.append(facts)
         for fact in facts:
             passing(f"journal-{fact.kind}.after")
         try:
-            self.audit.follow()
+            self.audit.follow(rows)
         except NoRoomError:
             return False
         return True

@@ -16,6 +16,9 @@ KEPT_BYTES = 16 * 1024 * 1024
 MAPPED_BYTES = 32 * 1024 * 1024
 """Blocks from this size on are mapped and returned each for itself: the most to which glibc adapts this by itself."""
 
+YOUNG_OBJECTS = 10_000
+"""Made since the last collection before the next one; with Python's 700 a crowd of sites causes some hundred a second."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """malloc.h of glibc."""
 
@@ -23,6 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def settle_in() -> None:
     """Call when all is imported and before any thread starts; other allocators than glibc's are left as they are."""
     gc.freeze()  # modules stay: no collection need look at all of them again
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from coordinator.disk import Disk
 from coordinator.journal import Journal
 from coordinator.records import Finished
 from coordinator.service import Service
-from shared.audit import AuditLog
+from shared.audit import AuditLog, Row
 from shared.config import CoordinatorConfig
 from shared.errors import NoRoomError
 from tests.helpers import run_async
@@ -27,10 +28,10 @@ def test_a_fact_is_stored_once_though_its_line_finds_no_room(tmp_path: Path, mon
         shell.audit = AuditLog(tmp_path / "audit.jsonl", shell.journal.rows)
         follow, tries = shell.audit.follow, [NoRoomError("full", hint=""), NoRoomError("full", hint="")]
 
-        def followed() -> int:
+        def followed(rows: Sequence[Row] = ()) -> int:
             if tries:
                 raise tries.pop()
-            return follow()
+            return follow(rows)
 
         monkeypatch.setattr(shell.audit, "follow", followed)
         run_async(shell._write_down([Finished(3, 1.0)]))
