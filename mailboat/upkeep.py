@@ -17,7 +17,7 @@ MAPPED_BYTES = 32 * 1024 * 1024
 """Blocks from this size on are mapped and returned each for itself: the most to which glibc adapts this by itself."""
 
 YOUNG_OBJECTS = 10_000
-"""Made since the last collection before the next one; with Python's 700 a crowd of sites causes some hundred a second."""
+"""Made since the last collection before the next one; after Python's 700 a crowd of sites causes a hundred a second."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """malloc.h of glibc."""
