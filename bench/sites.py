@@ -92,7 +92,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(sites, [f"{count:,}" for count in sites], minor=False)
         axes.minorticks_off()
         axes.set_xlabel("sites that bring an update at once")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.35 * axes.dataLim.ymax)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(path)
