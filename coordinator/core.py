@@ -32,16 +32,7 @@ from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import committed, in_order, plan_merge
 from coordinator.offers import OVERTAKEN, REUSED, check_id, objection, unrecorded
-from coordinator.records import (
-    Dropped,
-    Finished,
-    Quarantined,
-    Record,
-    Rejected,
-    Released,
-    Signed,
-    acceptance,
-)
+from coordinator.records import Dropped, Finished, Quarantined, Record, Rejected, Released, Signed, acceptance
 from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from coordinator.sites import Claim, Sites, stranger
 from coordinator.uploads import Upload, Uploads
