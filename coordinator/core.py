@@ -32,16 +32,7 @@ from coordinator.intake import Intake
 from coordinator.ledger import Ledger
 from coordinator.merging import committed, in_order, plan_merge
 from coordinator.offers import OVERTAKEN, REUSED, check_id, objection, unrecorded
-from coordinator.records import (
-    Dropped,
-    Finished,
-    Quarantined,
-    Record,
-    Rejected,
-    Released,
-    Signed,
-    acceptance,
-)
+from coordinator.records import Dropped, Finished, Quarantined, Record, Rejected, Released, Signed, acceptance
 from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from coordinator.sites import Claim, Sites, stranger
 from coordinator.uploads import Upload, Uploads
@@ -142,7 +133,8 @@ class Core:
                 self._tick(now, out)
             case _:
                 assert_never(event)
-        self._close_round(now, out)
+        if out.records:
+            self._close_round(now, out)
         return out
 
     def signed(self, head: Head, member: bytes, at: float) -> d.Decision:
@@ -244,6 +236,7 @@ class Core:
         if was_speaking:
             self.uploads.site_gone(name, now.mono, out)
             self.downlink.site_gone(name)
+            self._close_round(now, out)
         if promoted is not None:
             self._welcome(name, promoted, now, out)
 
@@ -352,7 +345,10 @@ class Core:
             self.downlink.want(name, want, manifest, self.sites.present, now.mono, out)
 
     def _close_round(self, now: Instant, out: d.Decision) -> None:
-        """Start the next merge when the round's rule says so."""
+        """Start the next merge when the round's rule says so; what was recorded, who left, and time may bring it about.
+
+        It looks at all sites, so nothing that comes with each chunk of each of them may lead here.
+        """
         if self.merging or self.ledger.finished or not self.ledger.pending or self._started is None:
             return
         view = RoundView(
@@ -395,6 +391,7 @@ class Core:
             self._welcome(name, session, now, out)
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
+        self._close_round(now, out)
         done = self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s
         if done and not self.sites.expected(now.mono, back_within_s=self.back_within_s):
             out.jobs.append(d.Stop())

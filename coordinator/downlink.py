@@ -12,6 +12,7 @@ window for each `stall_s`, so that a site which asks for the same without end ta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -87,8 +88,10 @@ class Downlink:
             del self._pulls[site]
         elif fresh and not present <= self._pulls.keys():
             self._flush_at = now + self.merge_s if self._flush_at is None else self._flush_at
-        elif self._flush_at is None or fresh:
+        elif fresh:
             self.flush(present, now, out)
+        elif self._flush_at is None:  # the others were sent all that their windows admit when they asked
+            self._send({site: pull}, 1, now, out)
 
     def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
@@ -109,13 +112,16 @@ class Downlink:
     def flush(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send all that windows admit."""
         self._flush_at = None
-        chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in self._pulls.items()}
+        self._send(self._pulls, len(present | self._pulls.keys()), now, out)
+
+    def _send(self, pulls: Mapping[str, Pull], hearers: int, now: float, out: Decision) -> None:
+        """Send what the windows of these admit; `hearers` sites hear what goes to everybody."""
+        chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in pulls.items()}
         demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
             self._fetched[site].count(transfer_id, indices, now)
             for index in indices:
                 demand.setdefault((transfer_id, index), []).append(site)
-        hearers = len(present | self._pulls.keys())
         # Senders take their chunks in ascending order.
         told = [(key[0], _audience(demand[key], hearers), key[1]) for key in sorted(demand)]
         for (transfer_id, audience), run in groupby(told, key=lambda each: each[:2]):

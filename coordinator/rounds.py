@@ -40,19 +40,19 @@ def updates_to_merge(view: RoundView, section: AggregationSection) -> int:
     if not view.pending:
         return 0
     overdue = view.open_s >= section.deadline_s
-    contributed = _contributed(view)
-    nobody_left = view.settled and bool(view.awaited) and view.awaited <= contributed
     match section.mode:
         case "fedasync":
             return 1
         case "fedbuff":
             if len(view.pending) >= section.buffer:
                 return section.buffer
+            nobody_left = bool(view.awaited) and _everybody(view)
             return len(view.pending) if overdue or nobody_left else 0
         case "sync":
+            if not overdue and not _everybody(view):
+                return 0
             quorum = len(view.answered.union(update.site for update in view.pending)) >= section.quorum
-            everybody = view.settled and view.awaited <= contributed
-            return len(view.pending) if quorum and (everybody or overdue) else 0
+            return len(view.pending) if quorum else 0
 
 
 def punctuality(view: RoundView, section: AggregationSection) -> tuple[frozenset[str], frozenset[str]]:
@@ -60,6 +60,12 @@ def punctuality(view: RoundView, section: AggregationSection) -> tuple[frozenset
     contributed = _contributed(view)
     late = view.awaited - contributed if view.open_s >= section.deadline_s else frozenset[str]()
     return contributed, late
+
+
+def _everybody(view: RoundView) -> bool:
+    """Whether all that are awaited have contributed; their numbers mostly say no before anybody is looked at."""
+    enough = view.settled and len(view.awaited) <= len(view.answered) + len(view.pending)
+    return enough and view.awaited <= _contributed(view)
 
 
 def _contributed(view: RoundView) -> frozenset[str]:

@@ -53,6 +53,9 @@ from shared.trust.guard import Changes, TurnedAwayError
 
 TICK_S = 0.25
 STATUS_S = 0.5
+STATUS_MAX_S = 2.0
+STATUS_SHARE = 0.01
+"""Of a processor, for writing the status: that of a thousand sites takes some 10 ms, and is written each second."""
 COMPACT_ROWS = 10_000
 """Rows after which the journal is summed up: a restart replays fewer than these, in about half a second."""
 
@@ -272,15 +275,24 @@ class Service:
                 self._start(job)
 
     async def _write_down(self, facts: Sequence[Record]) -> None:
-        for fact in facts:
-            passing(f"journal-{fact.kind}.before")
-        await self.disk.given_room(self.journal.append, facts)
-        for fact in facts:
-            passing(f"journal-{fact.kind}.after")
-        await self.disk.given_room(self.audit.follow)
+        if not await self.disk.given_room(self._append, facts):
+            await self.disk.given_room(self.audit.follow)
         passing("audit.after")
         for fact in facts:
             log.info(fact.kind, **told(fact))
+
+    def _append(self, facts: Sequence[Record]) -> bool:
+        """In a thread; False when the journal has the facts and the disk no room for their lines of the audit trail."""
+        for fact in facts:
+            passing(f"journal-{fact.kind}.before")
+        rows = self.journal.append(facts)
+        for fact in facts:
+            passing(f"journal-{fact.kind}.after")
+        try:
+            self.audit.follow(rows)
+        except NoRoomError:
+            return False
+        return True
 
     async def _sign_head(self) -> list[d.Send]:
         """Sign the chain's head (nothing without trust), write that down, and return the word to the sites."""
@@ -353,9 +365,11 @@ class Service:
 
     async def _write_status(self) -> None:
         while True:
+            began = time.thread_time()  # not how long it waited for its turn on a busy machine
             with contextlib.suppress(NoRoomError):  # told by `held`, which is seen again when there is room
                 self._save_status()
-            await asyncio.sleep(STATUS_S)
+            took_s = time.thread_time() - began
+            await asyncio.sleep(min(max(STATUS_S, took_s / STATUS_SHARE), STATUS_MAX_S))
             await self.disk.look()
 
     def _save_status(self) -> None:

@@ -73,6 +73,8 @@ class Sites:
 
     def __init__(self, *, probe_s: float) -> None:
         self.probe_s = probe_s
+        self.present: frozenset[str] = frozenset()
+        """Sites with a process that speaks for them."""
         self._sites: dict[str, Site] = {}
         self._slow: set[str] = set()
 
@@ -82,11 +84,6 @@ class Sites:
     def items(self) -> list[tuple[str, Site]]:
         """Names and sites, by name."""
         return sorted(self._sites.items())
-
-    @property
-    def present(self) -> frozenset[str]:
-        """Sites with a process that speaks for them."""
-        return frozenset(name for name, site in self._sites.items() if site.session is not None)
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -108,7 +105,7 @@ class Sites:
             return Claim.REFUSE, None
         if site.session in {None, session}:
             loser, site.challenger = site.challenger, None
-            site.session = session
+            self._speaks(name, session)
             return Claim.WELCOME, loser
         if site.challenger is not None:
             if session in site.newcomers:
@@ -129,8 +126,8 @@ class Sites:
             if site.challenger == session:
                 site.challenger = None
             return None
-        site.session, site.left_at = None, now
-        return self._promote(site)
+        site.left_at = now
+        return self._promote(name)
 
     def expected(self, now: float, *, back_within_s: float) -> bool:
         """Whether anybody is here, or broke off in mid-work less than `back_within_s` ago and may come back."""
@@ -160,15 +157,19 @@ class Sites:
             if site.challenger is not None and site.insists and now - site.challenged_at >= self.probe_s:
                 if site.session is not None:
                     site.superseded.append(site.session)
-                session = self._promote(site)
+                session = self._promote(name)
                 if session is not None:
                     promoted.append((name, session))
         return promoted
 
-    @staticmethod
-    def _promote(site: Site) -> str | None:
-        site.session, site.challenger = site.challenger, None
-        return site.session
+    def _promote(self, name: str) -> str | None:
+        challenger, self[name].challenger = self[name].challenger, None
+        self._speaks(name, challenger)
+        return challenger
+
+    def _speaks(self, name: str, session: str | None) -> None:
+        self[name].session = session
+        self.present = self.present - {name} if session is None else self.present | {name}
 
 
 def stranger(name: str, hello: Hello, plan: SealedPlan, federation: FederationConfig) -> tuple[str, str] | None:

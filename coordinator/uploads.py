@@ -39,13 +39,12 @@ class Uploads:
         self.budget_bytes = budget_bytes
         self.window = window
         self.idle_s = idle_s
+        self.reserved = 0
+        """Bytes granted and not given back, the sum over all uploads; at most the budget."""
         self._by_id: dict[str, Upload] = {}
+        self._newest: dict[str, str] = {}
+        """By site, the last that it offered."""
         self._waiting: deque[str] = deque()
-
-    @property
-    def reserved(self) -> int:
-        """Bytes granted and not given back; at most the budget."""
-        return sum([upload.reserved for upload in self._by_id.values()])
 
     def get(self, transfer_id: str) -> Upload | None:
         """The upload of that id, if it is under way."""
@@ -66,8 +65,9 @@ class Uploads:
         """A site offers a valid, unknown update: start, resume, or repeat the answer."""
         upload = self._by_id.get(manifest.transfer_id)
         if upload is None:
-            for other_id in [key for key, other in self._by_id.items() if other.site == site]:
-                self._close(other_id, now, out)
+            if (before := self._by_site(site)) is not None:
+                self._close(before, now, out)
+            self._newest[site] = manifest.transfer_id
             self._by_id[manifest.transfer_id] = Upload(site, manifest, Receiver(manifest.frames), now)
             out.jobs.append(OpenSpool(manifest))
             return
@@ -98,7 +98,7 @@ class Uploads:
         upload.receiver.stored(indices)
         if upload.receiver.complete:
             out.jobs.append(Verify(transfer_id))
-            upload.reserved = 0
+            self._give_back(upload)
         self._answer(upload, out)
         self._grant_waiting(now, out)
 
@@ -106,6 +106,7 @@ class Uploads:
         """Admission has spoken: forget the upload and let the next one in."""
         upload = self._by_id.pop(transfer_id, None)
         if upload is not None:
+            self._give_back(upload)
             upload.receiver.close()
         self._grant_waiting(now, out)
         return upload
@@ -126,24 +127,32 @@ class Uploads:
 
     def tick(self, now: float, out: Decision) -> None:
         """Close uploads that went quiet; their bytes stay on disk, their credit goes to others."""
-        for transfer_id, upload in list(self._by_id.items()):
+        for upload in list(self._by_id.values()):
             if upload.receiver.open and now - upload.quiet_since > self.idle_s:
-                self._close(transfer_id, now, out)
+                self._close(upload, now, out)
 
     def site_gone(self, site: str, now: float, out: Decision) -> None:
         """The broker says that the site is away: give its credit to others at once."""
-        for transfer_id, upload in list(self._by_id.items()):
-            if upload.site == site and upload.receiver.open:
-                self._close(transfer_id, now, out)
+        upload = self._by_site(site)
+        if upload is not None and upload.receiver.open:
+            self._close(upload, now, out)
 
-    def _close(self, transfer_id: str, now: float, out: Decision) -> None:
-        upload = self._by_id[transfer_id]
+    def _by_site(self, site: str) -> Upload | None:
+        """The last that a site offered, if it is under way; what it offered before that is complete or closed."""
+        return self._by_id.get(self._newest.get(site, ""))
+
+    def _close(self, upload: Upload, now: float, out: Decision) -> None:
         if upload.receiver.complete:
             return  # being verified; admission will settle it
-        del self._by_id[transfer_id]
+        del self._by_id[upload.manifest.transfer_id]
+        self._give_back(upload)
         upload.receiver.close()
-        out.jobs.append(CloseSpool(transfer_id))
+        out.jobs.append(CloseSpool(upload.manifest.transfer_id))
         self._grant_waiting(now, out)
+
+    def _give_back(self, upload: Upload) -> None:
+        self.reserved -= upload.reserved
+        upload.reserved = 0
 
     def _answer(self, upload: Upload, out: Decision, *, restart: bool = False) -> None:
         """Say what we hold, with as much window as the budget admits."""
@@ -172,7 +181,9 @@ class Uploads:
         size = upload.manifest.slice_size
         lacking = min(self.window, upload.manifest.frames) - upload.reserved // size
         free = (self.budget_bytes - self.reserved) // size
-        upload.reserved += max(0, min(lacking, free)) * size
+        more = max(0, min(lacking, free)) * size
+        upload.reserved += more
+        self.reserved += more
 
     def _grant_waiting(self, now: float, out: Decision) -> None:
         while self._waiting:

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
@@ -278,17 +278,19 @@ class AuditLog:
         """Where the file stands."""
         return Mark(self._seq, self._size, self._sha256.hexdigest())
 
-    def follow(self) -> int:
+    def follow(self, fresh: Sequence[Row] = ()) -> int:
         """Write the lines of all rows that are not there yet and return their number.
 
+        `fresh` may be the rows that were stored last: where they are the next ones, the source is not asked for them.
         UnavailableError when the disk is full; a later call then writes what this one could not.
         """
         before = self._seq
+        rows = fresh if fresh and fresh[0].seq == before + 1 else self._source(before)
         with self._named(), self.path.open("r+b", buffering=0) as file:
             # What lies behind the last whole line of ours is a torn write, or nothing.
             file.truncate(self._size)
             file.seek(self._size)
-            for row in self._source(self._seq):
+            for row in rows:
                 line = line_bytes(row)
                 self._size += _write_all(file, line)
                 self._sha256.update(line)

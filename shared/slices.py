@@ -124,7 +124,7 @@ def expand_into(frame: bytes, raw: ByteArray, group: int) -> None:
     if declared.content_size != raw.size:
         _refuse("frame-size", f"a frame does not declare the {raw.size} bytes that its slice has")
     try:
-        grouped = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        grouped = _decompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError:
         raise RefusedError("a frame does not decompress to its declared size", rule="frame-data") from None
     assert len(grouped) == raw.size, "zstandard checks this itself"
@@ -137,6 +137,14 @@ def _compressor() -> zstandard.ZstdCompressor:
         _thread.compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
     compressor: zstandard.ZstdCompressor = _thread.compressor
     return compressor
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """The one of this thread; a frame that was refused leaves nothing in it."""
+    if not hasattr(_thread, "decompressor"):
+        _thread.decompressor = zstandard.ZstdDecompressor()
+    decompressor: zstandard.ZstdDecompressor = _thread.decompressor
+    return decompressor
 
 
 def _refuse(rule: str, message: str) -> NoReturn:

@@ -60,7 +60,7 @@ def run_command(
     by Ctrl-C it returns 130, by SIGTERM 0.
     """
     from coordinator.service import run_coordinator
-    from mailboat import foreground
+    from mailboat import foreground, upkeep
     from mailboat.reach import until_done
     from mailboat.sealing import INITIAL, load_for, seal_elsewhere
     from mailboat.validating import validator_for
@@ -79,6 +79,7 @@ def run_command(
         async with validator_for(coordinator, federation, plan) as validator:
             await run_coordinator(coordinator, federation, plan, coordinator.storage / INITIAL, validator)
 
+    upkeep.settle_in()
     foreground.run(until_done(job(), coordinator.broker, give_up_s=give_up_s))
 
 

@@ -15,7 +15,6 @@ import fcntl
 import logging
 import math
 import socket
-import ssl
 import termios
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from shared.errors import RefusedError
 from shared.link import refusals
+from shared.link.ahead import ReadAhead
 from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
 from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
@@ -125,9 +125,11 @@ class Connection(aiomqtt.Client):
     def _adapt(self, paho: mqtt.Client) -> None:
         """Put our parts in the place of paho's; the tests of the link fail when a release of paho moves them."""
         paho.manual_ack_set(True)
+        self._ahead = ReadAhead(self._socket, paho._sock_recv)  # noqa: SLF001
         self._plain_queue = paho._packet_queue  # noqa: SLF001
         self._plain_pingresp = paho._handle_pingresp  # noqa: SLF001
         paho._create_socket = lambda: self._socket  # type: ignore[method-assign] # noqa: SLF001
+        paho._sock_recv = self._ahead.recv  # type: ignore[assignment, method-assign] # noqa: SLF001
         paho._handle_publish = self._take_publish  # type: ignore[method-assign] # noqa: SLF001
         paho._handle_pingresp = self._take_pingresp  # type: ignore[method-assign] # noqa: SLF001
         paho._packet_queue = self._queue_packet  # type: ignore[method-assign] # noqa: SLF001
@@ -135,7 +137,7 @@ class Connection(aiomqtt.Client):
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """CONNECT and wait for CONNACK, without a deadline; raises ConnectRefusedError, HungUpError or ssl.SSLError."""
+        """CONNECT and wait for CONNACK, without a deadline; raises ConnectRefusedError, HungUpError or SSLError."""
         self._client_connect()
         await self._connected
 
@@ -190,13 +192,13 @@ class Connection(aiomqtt.Client):
         if self._held and self._socket.fileno() >= 0:
             self._held = False
             self._loop.add_reader(self._socket.fileno(), self._read)
-            self._loop.call_soon(self._read)  # TLS may hold bytes that the socket does not show
+            self._loop.call_soon(self._read)  # there may be bytes that the socket does not show
 
     def _read(self) -> None:
         try:
             while not self._held and self._socket.fileno() >= 0:
                 self._client.loop_read()
-                if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+                if not self._ahead.pending:
                     return
         except (OSError, ValueError, MqttError) as error:  # as aiomqtt does: it ends the connection
             if not self._disconnected.done():
@@ -238,12 +240,8 @@ class Connection(aiomqtt.Client):
             raise refusals.publish_refusal(publication.topic, str(reason), self.broker)
 
     def _packet_bytes(self, publication: Publication) -> int:
-        return publish_packet_bytes(
-            topic=len(publication.topic.encode()),
-            payload=len(publication.payload),
-            qos=1,
-            properties=1 if self._modern else 0,
-        )
+        topic, payload = len(publication.topic.encode()), len(publication.payload)
+        return publish_packet_bytes(topic=topic, payload=payload, qos=1, properties=1 if self._modern else 0)
 
     # -- watching ------------------------------------------------------------------------------------------------------
 

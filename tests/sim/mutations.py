@@ -25,7 +25,7 @@ from coordinator.journal import Journal
 from coordinator.ledger import Known, Ledger
 from coordinator.records import Record, Rejected, VersionCommitted
 from coordinator.rounds import RoundView
-from coordinator.uploads import Uploads
+from coordinator.uploads import Upload, Uploads
 from edge_client.outbox import Outbox
 from edge_client.patience import Patience
 from edge_client.pulling import Pulling
@@ -172,15 +172,17 @@ def _first_merged(known: Mapping[str, Known]) -> dict[str, str]:
 
 
 def _leaky_close(real: Callable[..., None]) -> Callable[..., None]:
-    def close(self: Uploads, transfer_id: str, now: float, out: Any) -> None:
-        self.budget_bytes -= self._by_id[transfer_id].reserved
-        real(self, transfer_id, now, out)
+    def close(self: Uploads, upload: Upload, now: float, out: Any) -> None:
+        self.budget_bytes -= upload.reserved
+        real(self, upload, now, out)
 
     return close
 
 
-def _generous(self: Uploads, upload: Any) -> None:
+def _generous(self: Uploads, upload: Upload) -> None:
+    self.reserved -= upload.reserved
     upload.reserved = min(self.window, upload.manifest.frames) * upload.manifest.slice_size
+    self.reserved += upload.reserved
 
 
 def _take_all(self: Sender) -> list[int]:

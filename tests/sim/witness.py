@@ -314,6 +314,8 @@ class Witness:
         budget, arrived = uploads.budget_bytes, len(spooler.arrived)
         if uploads.reserved > budget:
             raise ViolationError("more is reserved than the budget holds")
+        if uploads.reserved != sum(upload.reserved for upload in uploads._by_id.values()):
+            raise ViolationError("what is reserved is not what the uploads hold")
         if len(uploads._by_id) > most:
             raise ViolationError("more uploads than one under way and one in admission for each site")
         if len(spooler.spooler._open) > most:

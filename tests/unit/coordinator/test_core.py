@@ -414,7 +414,7 @@ def test_recovery_goes_on_where_the_journal_ends() -> None:
         before.ledger.known,
         before.ledger.pending,
     )
-    assert bench.handle(d.LinkUp()).jobs == merging.jobs
+    assert bench.tick().jobs == merging.jobs
     assert after.announcement().boot == "c" * 16
 
 

@@ -141,6 +141,26 @@ def test_nobody_else_to_wait_for() -> None:
     assert _want(alone, "x", present="x") == [Serve(A, "x", (0, 1, 2, 3))]
 
 
+def test_a_site_that_goes_on_is_served_alone_and_leaves_nobody_behind() -> None:
+    """The others were sent all that their windows admit: to send it all again to everybody finds nothing to send."""
+    downlink, again = _downlink(), Decision()
+    for site in "xyz":
+        _want(downlink, site)
+    assert _want(downlink, "y", 0, 1) == [Serve(A, "y", (4, 5))]
+    assert _want(downlink, "x", 0) == [Serve(A, "x", (4,))]
+    downlink.flush(frozenset("xyz"), 0.0, again)
+    assert _served(again) == []
+
+
+def test_a_site_that_goes_on_waits_with_newcomers() -> None:
+    """While a fresh pull waits for others to join, what is wanted goes out with it, on the topic for all."""
+    downlink = _downlink()
+    assert _want(downlink, "x", present="x") == [Serve(A, "x", (0, 1, 2, 3))]
+    assert _want(downlink, "y", 0, 1, 2, 3, present="xy" + "z") == []
+    assert _want(downlink, "x", 0, 1, 2, 3, present="xyz") == []
+    assert _tick(downlink, MERGE_S, present="xy") == [Serve(A, None, (4, 5, 6, 7))]
+
+
 def test_what_one_site_lacks_alone_goes_to_that_site() -> None:
     """Common chunks go on the bulk topic, the rest directly, each in its place; nobody is sent what it holds."""
     downlink = _downlink()

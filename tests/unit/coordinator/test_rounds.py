@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from coordinator import core
 from coordinator import decisions as d
 from coordinator.records import Accepted
 from coordinator.rounds import RoundView, punctuality, updates_to_merge
 from shared.config import AggregationSection, Mode
-from tests.cores import CoordinatorBench, jobs
+from shared.messages import Offer, Want
+from tests.cores import CoordinatorBench, bits, jobs
 from tests.factories import digest, make_federation, make_update, update_id_of
 
 VERSION = 7
@@ -152,6 +154,32 @@ def test_who_answered_in_time(pending: str, answered: str, open_s: float, in_tim
     """Of a, b and c, who are waited for; nobody is late before the deadline, and a late base is no answer."""
     view = _view(pending, "abc", answered, open_s)
     assert punctuality(view, AggregationSection(deadline_s=DEADLINE_S)) == (frozenset(in_time), frozenset(late))
+
+
+def test_what_comes_with_each_chunk_looks_at_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round looks at all sites; so it is looked at when an update is decided, somebody leaves, or time has passed."""
+    looked: list[RoundView] = []
+
+    def look(view: RoundView, _section: AggregationSection) -> int:
+        looked.append(view)
+        return 0
+
+    monkeypatch.setattr(core, "updates_to_merge", look)
+    bench = CoordinatorBench()
+    for site in ("north", "south"):
+        bench.hello(site)
+    _upload(bench, "north")
+    assert len(looked) == 1
+    update = make_update(bench.plan, "south", bench.state)
+    bench.receive("south", Offer(manifest=update))
+    bench.handle(d.SpoolOpened(update.transfer_id, bits(update.frames)))
+    bench.handle(d.ChunksStored(update.transfer_id, (0,)))
+    bench.receive("south", Want(transfer_id=bench.state.transfer_id, have=b"", window=1))
+    assert len(looked) == 1
+    bench.tick()
+    assert len(looked) == 2
+    bench.gone("south")
+    assert [view.awaited for view in looked[1:]] == [{"north", "south"}, {"north"}]
 
 
 def test_who_missed_a_deadline_holds_up_no_later_round_until_it_answers_in_time() -> None:

@@ -342,6 +342,7 @@ def test_the_budget_holds_whatever_happens_in_whatever_order(
                 uploads.tick(now, out)
         assert uploads.reserved <= budget * SLICE
         under_way = [upload for each in KNOWN if (upload := uploads.get(each.transfer_id)) is not None]
+        assert uploads.reserved == sum(upload.reserved for upload in under_way)
         for upload in under_way:
             receiving = upload.receiver.state is ReceiverState.RECEIVING
             assert (upload.reserved > 0) == receiving

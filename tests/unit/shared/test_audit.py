@@ -290,6 +290,25 @@ def test_the_file_follows_the_rows(tmp_path: Path) -> None:
     assert path.read_bytes() == WHOLE
 
 
+def test_rows_that_were_just_stored_are_not_asked_for(tmp_path: Path) -> None:
+    """Handed over they make the same file; where others come before them the source is asked for all."""
+    path, journal = tmp_path / "audit.jsonl", Journal(3)
+    asked: list[int] = []
+
+    def rows(after: int) -> list[Row]:
+        asked.append(after)
+        return journal.rows(after)
+
+    log = AuditLog(path, rows)
+    asked.clear()
+    assert log.follow(ROWS[3:4]) == 1
+    assert asked == []
+    journal.length = 6
+    assert log.follow(ROWS[5:6]) == 2
+    assert asked == [4]
+    assert path.read_bytes() == b"".join(map(line_bytes, ROWS[:6]))
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "sound": lambda data: data,
     "empty": lambda _: b"",

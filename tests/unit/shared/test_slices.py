@@ -68,6 +68,18 @@ def test_what_was_compressed_before_leaves_no_trace() -> None:
             assert compress_slice(raw, 4) == fresh.submit(compress_slice, raw, 4).result()
 
 
+def test_a_frame_that_was_refused_leaves_no_trace() -> None:
+    """A thread that met a damaged frame, a cut one and one with more behind it expands the next sound one as ever."""
+    raw = np.random.default_rng(4).bytes(40_000)
+    frame = compress_slice(raw, 4)
+    for spoilt in (frame[:-9], frame + b"more", frame[:20] + bytes(40) + frame[60:]):
+        with pytest.raises(RefusedError, match="frame"):
+            expand_frame(spoilt, len(raw) - 4, 4)
+        with contextlib.suppress(RefusedError):  # without a checksum, damage may go unseen here; its hash shows it
+            expand_frame(spoilt, len(raw), 4)
+        assert expand_frame(frame, len(raw), 4) == raw
+
+
 def test_frames_declare_their_size_and_nothing_else() -> None:
     """A frame declares its content size, and has neither checksum nor dictionary."""
     declared = zstandard.get_frame_parameters(compress_slice(bytes(5000), 2))
