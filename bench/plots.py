@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 RESULTS, IMAGES = Path("docs/results"), Path("docs/img")
 MINE, THEIRS, SECOND, THIRD = "#1b6ca8", "#9e9e9e", "#8fc1e3", "#c77700"
 MEGA = 1e6
+WANTED_MS = 5.0
+"""What an update may cost the coordinator, at most."""
 
 Results = Mapping[str, Any]
 
@@ -55,6 +57,7 @@ def draw_sites(found: Results, figure: Figure) -> None:
         ("coordinator_ms_per_update_with_merge", "with its share of the merge", SECOND),
     ):
         time.plot(sites, [run[key] for run in found["runs"]], "o-", color=colour, label=label)
+    time.axhline(WANTED_MS, color=THEIRS, linewidth=1, label="wanted")
     time.set_ylabel("coordinator, processor ms an update")
     for role, colour in (("coordinator", MINE), ("broker", THIRD)):
         memory.plot(sites, [run["peak_bytes"][role] / MEGA for run in found["runs"]], "o-", color=colour, label=role)
@@ -112,14 +115,20 @@ PLOTS: Mapping[str, tuple[Callable[[Results, Figure], None], tuple[float, float]
 
 def main() -> int:
     """Draw them all."""
+    for path in draw_all(RESULTS, IMAGES):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def draw_all(results: Path, images: Path) -> Iterator[Path]:
+    """Draw each picture of the results in one folder into the other, and yield its path."""
     for name, (draw, size) in PLOTS.items():
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(json.loads((RESULTS / f"{name}.json").read_text()), figure)
-        path = IMAGES / f"bench-{name}.png"
+        draw(json.loads((results / f"{name}.json").read_text()), figure)
+        path = images / f"bench-{name}.png"
         figure.savefig(path)
-        sys.stdout.write(f"{path}\n")
-    return 0
+        yield path
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Many sites over one real broker: what an update costs the coordinator, and how soon everybody hears of a version.
 
-    python -m bench.sites --sites 10,100,1000 --mb 1 --json docs/results/sites.json --plot docs/img/sites.png
+    python -m bench.sites --sites 10,100,1000 --mb 1 --json docs/results/sites.json
 
 A buffered round (FedBuff with a buffer of all sites): everybody connects, then all bring an update at once, then the
 coordinator merges and announces. Broker and coordinator are real processes; the sites speak the protocol from one
@@ -21,8 +21,6 @@ from typing import Any
 from bench.peers.stage import processor_s
 from bench.protocol import ProtocolSite, machine, make_load, peak_bytes, serving
 
-WANTED_MS = 5.0
-"""What an update may cost the coordinator, at most."""
 CONNECTING = 50
 """Sites that connect at a time: a thousand at once is a test of the kernel's queue of connections."""
 
@@ -67,44 +65,12 @@ async def _until(condition: Any) -> None:
         await asyncio.sleep(0.05)
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Write a picture: processor time an update, and memory, against the number of sites."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - for whoever wants a picture
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    sites = [run["sites"] for run in found]
-    costs, memory = figure.subplots(1, 2)
-    for label, key, style in (
-        ("coordinator, until accepted", "coordinator_ms_per_update", "o-"),
-        ("coordinator, merged as well", "coordinator_ms_per_update_with_merge", "s--"),
-        ("broker", "broker_ms_per_update", "D:"),
-    ):
-        costs.plot(sites, [run[key] for run in found], style, label=label)
-    costs.axhline(WANTED_MS, color="grey", linewidth=1, label="wanted of the coordinator")
-    costs.set_ylabel("processor ms an update")
-    for role, style in (("coordinator", "o-"), ("broker", "D:")):
-        memory.plot(sites, [run["peak_bytes"][role] / 1e6 for run in found], style, label=role)
-    memory.set_ylabel("most memory held, MB")
-    for axes in (costs, memory):
-        axes.set_xscale("log")
-        axes.set_xticks(sites, [f"{count:,}" for count in sites], minor=False)
-        axes.minorticks_off()
-        axes.set_xlabel("sites that bring an update at once")
-        axes.set_ylim(0, 1.35 * axes.dataLim.ymax)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    figure.savefig(path)
-
-
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.sites", description=__doc__)
     parser.add_argument("--sites", default="10,100,1000", help="numbers of sites")
     parser.add_argument("--mb", type=float, default=1.0, help="megabytes of each update")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="a picture, as PNG; needs matplotlib")
     options = parser.parse_args()
     found = []
     for sites in map(int, options.sites.split(",")):
@@ -113,8 +79,6 @@ def main() -> None:
         print(json.dumps(found[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "mb": options.mb, "runs": found}, indent=1) + "\n")
-    if options.plot:
-        draw(found, options.plot)
 
 
 if __name__ == "__main__":

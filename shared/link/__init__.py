@@ -3,7 +3,7 @@
 link.py       Link: connects, stays, reconnects; events out, publications in
 client.py     one connection, over aiomqtt and paho
 dial.py       TCP and TLS without threads
-ahead.py      reads more at once than the library asks for
+readahead.py  reads more at once than the library asks for
 backoff.py    when to try again (pure)
 vigil.py      whether a connection still lives (pure)
 refusals.py   what reason codes mean (pure)

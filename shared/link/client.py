@@ -31,7 +31,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from shared.errors import RefusedError
 from shared.link import refusals
-from shared.link.ahead import ReadAhead
+from shared.link.readahead import ReadAhead
 from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
 from shared.link.model import LinkDownError, LinkOptions, Packet, Publication

@@ -7,7 +7,7 @@ import socket
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.link.ahead import AHEAD_BYTES, ReadAhead
+from shared.link.readahead import AHEAD_BYTES, ReadAhead
 
 
 class _Line:
