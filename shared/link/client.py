@@ -31,11 +31,11 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from shared.errors import RefusedError
 from shared.link import refusals
-from shared.link.readahead import ReadAhead
 from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
 from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
 from shared.link.packets import MalformedPublishError, packet_bytes, parse_publish, publish_packet_bytes
+from shared.link.readahead import ReadAhead
 from shared.link.vigil import Signs
 
 MAX_INFLIGHT = 20
