@@ -53,7 +53,7 @@ class Kept:
 
 
 Progress = Callable[[float], None]
-"""Called with the share of the work that is done, 0 to 1; from the thread that merges."""
+"""Called with the share of the work that is done, 0 to 1; from a thread."""
 
 Means = Iterator[tuple[str, F32Array | None]]
 """Name and mean of each tensor, names ascending; None where no update of the round holds it."""

@@ -272,6 +272,7 @@ def _first_value(kept: Stored, ours: Stored) -> Iterator[Finding]:
     """Name the first value, in order of names, in which the kept published state differs from the one made again."""
     where = f"states/{kept.path.name}"
     try:
+        kept.check_frames()
         with kept.open_tensors(verify=True) as theirs, ours.open_tensors() as made:
             if theirs.shapes != made.shapes:
                 yield Finding("state-value", where, "the published state holds other tensors than the plan")

@@ -26,5 +26,9 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
 
 def _wrapped(items: Iterable[T]) -> Generator[tuple[T], None, None]:
     """In tuples, so that the end can be told from any item."""
-    for item in items:
-        yield (item,)
+    try:
+        for item in items:
+            yield (item,)
+    finally:
+        if isinstance(items, Generator):
+            items.close()

@@ -147,7 +147,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def write_chunks(fd: int, chunks: Iterable[bytes | memoryview], folder: Path, *, synced: bool = True) -> int:
-    """Write chunks one after the other from the start of an open file, sync it, and return the bytes written."""
+    """Write chunks one after the other from the start of an open file, sync it if `synced`, and return their size."""
     size = 0
     for chunk in chunks:
         with storage_errors(folder, size + len(chunk)):
@@ -178,9 +178,9 @@ def write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_scratch(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Put a file that is read again before long at `path`, whole or not at all; it may be gone after a power loss.
+    """Put a file that is read again before long at `path`, whole or not at all.
 
-    UnavailableError when the disk does not take it.
+    Not synced: after a power loss it may be gone, empty or torn. UnavailableError when the disk does not take it.
     """
     with temporary_file(path.parent) as (temporary, fd):
         write_chunks(fd, chunks, path.parent, synced=False)

@@ -26,7 +26,7 @@ _KEPT_SLICES = 3
 class TensorReader:
     """Reads the safetensors file that `manifest` describes from its frames.
 
-    `read_frame(index)` returns a frame that has the manifest's length and hash. What the frames hold is a sender's
+    `read_frame(index)` returns a frame that has the manifest's length. What the frames hold is a sender's
     word: RefusedError as from `expand_into`, `parse_header`, `codec_named` and `tensor_shapes`, or with rule
     'codec-group' when the manifest's grouping is not the codec's. `shapes` names the tensors that can be read;
     compare it with the plan before reading, as memory is that of the tensor read and four slices (with `spans`, four

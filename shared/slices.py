@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NoReturn
@@ -199,7 +199,7 @@ class FrameWriter:
         self._slice_size = slice_size
         self._summary: FileSummary | None = None
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Generator[Frame, None, None]:
         file_hash = hashlib.sha256()
         file_size = 0
         lengths: list[int] = []

@@ -29,9 +29,8 @@ class Spooler:
     """Arriving transfers of one store; an async context manager.
 
     `open_chunk(manifest, chunk)` returns a chunk's frame, or raises RefusedError; it is called in the thread.
-    `stored(transfer_id, indices)` is called on the loop when chunks are durable, and their transfer whole if these were
-    the last; `refused(chunk, rule)` when one was not what its manifest says (it is dropped; the sender will be asked
-    for it again). `room` bounds what is begun.
+    `stored(transfer_id, indices)` is called on the loop when chunks are durable; `refused(chunk, rule)` when one was
+    not what its manifest says (it is dropped; the sender will be asked for it again). `room` bounds what is begun.
     Where `sender(manifest)` tells whom a transfer is from, one of each sender arrives at a time: what began to arrive
     goes when another one is opened.
     """
@@ -55,8 +54,6 @@ class Spooler:
         self._begun: dict[str, set[str]] | None = None
         """By sender, what began to arrive, what an earlier process left of it too; None until it is asked for."""
         self._open: dict[str, Partial] = {}
-        self._whole: dict[str, Stored] = {}
-        """Those that the last batches made whole, until they are asked for."""
         self._arrived: list[Chunk] = []
         self._wake = asyncio.Event()
         self._unwritten = 0
@@ -93,9 +90,7 @@ class Spooler:
             await self._written.wait()
 
     async def finish(self, transfer_id: str) -> Stored:
-        """Return a complete transfer, made whole."""
-        if transfer_id in self._whole:  # by the batch that completed it: the disk has nothing more to do
-            return self._whole.pop(transfer_id)
+        """Make a complete transfer whole and return it."""
         return await self._run(self._finish, transfer_id)
 
     async def close(self, transfer_id: str, *, delete: bool = False) -> None:
@@ -166,8 +161,6 @@ class Spooler:
                 written.setdefault(chunk.transfer_id, []).append(chunk.index)
         for transfer_id in written:
             self._open[transfer_id].sync()
-            if self._open[transfer_id].have.full:
-                self._whole[transfer_id] = self._finish(transfer_id)
         return written, refused
 
     def _finish(self, transfer_id: str) -> Stored:
@@ -178,7 +171,6 @@ class Spooler:
 
     def _close(self, transfer_id: str, delete: bool) -> None:  # noqa: FBT001 - passed on by position
         partial = self._open.pop(transfer_id, None)
-        self._whole.pop(transfer_id, None)
         if partial is not None:
             partial.close()
         if delete:

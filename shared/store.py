@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -262,7 +262,8 @@ class FrameStore:
         another has its id. UnavailableError when the disk has no room. When `frames` raises, nothing is left behind.
         """
         with durable.temporary_file(self.root) as (temporary, fd):
-            durable.write_chunks(fd, (frame.data for frame in frames), self.root)
+            with closing(iter(frames)) as coming:  # also on a full disk: a thread works ahead of it
+                durable.write_chunks(fd, (frame.data for frame in coming), self.root)
             manifest = build(frames.summary)
             existing = self.get(manifest.transfer_id)
             if existing is not None:

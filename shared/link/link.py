@@ -40,6 +40,8 @@ from shared.link.vigil import LOOK_S, Verdict, Vigil
 
 WAITING_BYTES_MAX = 1024 * 1024
 """Messages taken from the network that nobody has asked for yet; above this, no more are taken for a while."""
+PACKET_BYTES = 512
+"""What a message that waits takes besides its payload, about: a flood of empty ones fills memory, too."""
 FAREWELL_S = 2.0
 """Longest wait for the acknowledgement of the last message when closing."""
 FIRST_ANSWER_S = 1.0
@@ -137,7 +139,7 @@ class Link:
                 self._queue.put_nowait(item)  # whoever asks again is told again
                 raise item
             if isinstance(item, Packet):
-                self._waiting_bytes -= len(item.payload)
+                self._waiting_bytes -= _weight(item)
                 if self._waiting_bytes <= WAITING_BYTES_MAX // 2 and self._connection is not None:
                     self._connection.go_on()
             yield item
@@ -311,7 +313,7 @@ class Link:
 
     def _take_in(self, packet: Packet) -> bool:
         """A retained message may overtake the last SUBACK; nothing is reported before `Connected`."""
-        self._waiting_bytes += len(packet.payload)
+        self._waiting_bytes += _weight(packet)
         if self._held is None:
             self._queue.put_nowait(packet)
         else:
@@ -356,6 +358,10 @@ class Link:
             return ending.result()
         finally:
             ending.cancel()
+
+
+def _weight(packet: Packet) -> int:
+    return PACKET_BYTES + len(packet.payload)
 
 
 def _text(error: Exception) -> str:

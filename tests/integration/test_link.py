@@ -16,7 +16,7 @@ from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from mailboat.flaky import Conditions, FlakyProxy
 from shared.config import BrokerSection, LinkSection
 from shared.link import Connected, Disconnected, Event, Link, LinkDownError, LinkOptions, Packet, Publication
-from shared.link.link import WAITING_BYTES_MAX
+from shared.link.link import PACKET_BYTES, WAITING_BYTES_MAX
 from tests.helpers import run_async
 
 pytestmark = pytest.mark.integration
@@ -91,6 +91,27 @@ def test_who_does_not_read_is_not_flooded(mosquitto_url: str) -> None:
             got = [await until(incoming, Packet) for _ in range(64)]
             assert [getattr(packet, "payload", b"") for packet in got] == payloads
             assert receiver.counters.reconnects == 0
+
+    run_async(run())
+
+
+def test_a_flood_of_empty_messages_is_not_taken_in(mosquitto_url: str) -> None:
+    """They count although their payload is nothing, and all of them come when somebody reads."""
+    many = 4 * WAITING_BYTES_MAX // PACKET_BYTES
+
+    async def run() -> None:
+        async with (
+            connected(options(mosquitto_url, "b", "d")) as (receiver, incoming),
+            connected(options(mosquitto_url, "a")) as (sender, _),
+        ):
+            before = receiver.counters.bytes_received
+            async with asyncio.TaskGroup() as group:
+                for _ in range(many):
+                    group.create_task(sender.publish("d", b""))
+            assert receiver.counters.bytes_received - before < many * 4
+            for _ in range(many):
+                assert await until(incoming, Packet) == Packet("d", b"", retained=False)
+            assert receiver.counters.bytes_received - before > many * 4
 
     run_async(run())
 

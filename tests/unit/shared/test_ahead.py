@@ -57,7 +57,8 @@ def test_who_stops_early_closes_the_source() -> None:
         finally:
             closed.append(True)
 
-    items = ahead(source())
+    named = source()
+    items = ahead(named)
     assert next(items) == 0
     items.close()
     assert closed == [True]

@@ -97,44 +97,6 @@ def test_chunks_in_any_order_become_the_transfer_that_was_sent(tmp_path: Path) -
     run_async(work())
 
 
-def test_the_batch_that_completes_a_transfer_makes_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the time its last chunk is reported it has its name, and finishing it takes no turn in the thread."""
-
-    async def work() -> None:
-        async with _desk(tmp_path) as desk:
-            await desk.spooler.open(MANIFEST)
-            for index in sorted(ALL):
-                desk.spooler.put(_chunk(index))
-            await desk.until_stored(ALL)
-            assert desk.store.ids() == [ID]
-            monkeypatch.setattr(desk.spooler, "_run", _never)
-            assert (await desk.spooler.finish(ID)).manifest == MANIFEST
-            monkeypatch.undo()
-
-    run_async(work())
-
-
-async def _never(*_args: object) -> None:
-    raise AssertionError("no turn in the thread is needed")
-
-
-def test_a_whole_transfer_that_nobody_asks_for_is_forgotten_and_found_again(tmp_path: Path) -> None:
-    """Closing it holds nothing of it in memory; it lies in the store."""
-
-    async def work() -> None:
-        async with _desk(tmp_path) as desk:
-            await desk.spooler.open(MANIFEST)
-            for index in sorted(ALL):
-                desk.spooler.put(_chunk(index))
-            await desk.until_stored(ALL)
-            await desk.spooler.close(ID)
-            assert desk.spooler._whole == {}
-            assert _have(await desk.spooler.open(MANIFEST)) == ALL
-            assert (await desk.spooler.finish(ID)).manifest == MANIFEST
-
-    run_async(work())
-
-
 def test_a_slow_disk_holds_up_whoever_brings_more(tmp_path: Path) -> None:
     """With too much unwritten there is no room, until the disk has taken it."""
     disk, many = threading.Event(), BACKLOG_BYTES // len(FRAMES[0]) + 1

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,9 +252,11 @@ class TestSealing:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(fd, data, offset)
 
+        before = threading.active_count()
         monkeypatch.setattr(os, "pwrite", filling_up)
         with pytest.raises(UnavailableError, match=f"{sum(MANIFEST.frame_lengths[:4]):,} bytes"):
             store.seal(writer_of(tensors_of()), manifest_builder())
+        assert threading.active_count() == before  # at once: whoever tries again each second must not gather threads
         assert names(store.root) == []
 
 
