@@ -62,4 +62,4 @@ def test_who_stops_early_closes_the_source() -> None:
     assert next(items) == 0
     items.close()
     assert closed == [True]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before

@@ -256,7 +256,7 @@ class TestSealing:
         monkeypatch.setattr(os, "pwrite", filling_up)
         with pytest.raises(UnavailableError, match=f"{sum(MANIFEST.frame_lengths[:4]):,} bytes"):
             store.seal(writer_of(tensors_of()), manifest_builder())
-        assert threading.active_count() == before  # at once: whoever tries again each second must not gather threads
+        assert threading.active_count() <= before  # at once: whoever tries again each second must not gather threads
         assert names(store.root) == []
 
 
