@@ -19,12 +19,12 @@ from shared.config import BrokerSection, LinkSection
 from shared.errors import MailboatError, RefusedError, UnavailableError
 from shared.ids import new_session_id
 from shared.link import LinkOptions, Packet
-from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
+from shared.link.client import Connection, Shared
 from shared.link.counters import Counters
 from shared.link.dial import dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password, tls_context
 from shared.link.link import PROTOCOL_NAMES
-from shared.link.model import LinkDownError, Publication
+from shared.link.model import ConnectRefusedError, HungUpError, LinkDownError, NotGrantedError, Publication
 from shared.link.refusals import connect_refusal, subscribe_refusal, tls_refusal
 from shared.messages import (
     SCHEMA_VERSION,

@@ -33,7 +33,15 @@ from shared.errors import RefusedError
 from shared.link import refusals
 from shared.link.counters import Counters
 from shared.link.dial import WatchedTlsSocket
-from shared.link.model import LinkDownError, LinkOptions, Packet, Publication
+from shared.link.model import (
+    ConnectRefusedError,
+    HungUpError,
+    LinkDownError,
+    LinkOptions,
+    NotGrantedError,
+    Packet,
+    Publication,
+)
 from shared.link.packets import MalformedPublishError, packet_bytes, parse_publish, publish_packet_bytes
 from shared.link.readahead import ReadAhead
 from shared.link.vigil import Signs
@@ -52,27 +60,6 @@ _PUBLISH = PacketTypes.PUBLISH << 4
 _QUIET = logging.getLogger("mailboat.mqtt")
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False  # what it says we say ourselves, once and in our words
-
-
-class ConnectRefusedError(Exception):
-    """The broker answered CONNECT with the reason code `code`."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class NotGrantedError(Exception):
-    """The broker did not grant the subscription to `topic`; the reason code is `code`."""
-
-    def __init__(self, topic: str, code: int, text: str) -> None:
-        super().__init__(text)
-        self.topic = topic
-        self.code = code
-
-
-class HungUpError(Exception):
-    """The broker ended the connection before it answered CONNECT."""
 
 
 @dataclass(frozen=True, slots=True)

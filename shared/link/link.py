@@ -30,11 +30,22 @@ from aiomqtt import MqttError, ProtocolVersion
 from shared.errors import MailboatError, UnavailableError
 from shared.link import backoff, refusals
 from shared.link.backoff import Backoff
-from shared.link.client import Connection, ConnectRefusedError, HungUpError, NotGrantedError, Shared
+from shared.link.client import Connection, Shared
 from shared.link.counters import Counters
 from shared.link.dial import dial
 from shared.link.endpoints import Endpoint, parse_endpoints, read_password
-from shared.link.model import Connected, Disconnected, Event, LinkDownError, LinkOptions, Packet, Publication
+from shared.link.model import (
+    Connected,
+    ConnectRefusedError,
+    Disconnected,
+    Event,
+    HungUpError,
+    LinkDownError,
+    LinkOptions,
+    NotGrantedError,
+    Packet,
+    Publication,
+)
 from shared.link.tls import Certificates
 from shared.link.vigil import LOOK_S, Verdict, Vigil
 

@@ -8,6 +8,27 @@ from shared.config import BrokerSection, LinkSection
 from shared.errors import UnavailableError
 
 
+class ConnectRefusedError(Exception):
+    """The broker answered CONNECT with the reason code `code`."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class NotGrantedError(Exception):
+    """The broker did not grant the subscription to `topic`; the reason code is `code`."""
+
+    def __init__(self, topic: str, code: int, text: str) -> None:
+        super().__init__(text)
+        self.topic = topic
+        self.code = code
+
+
+class HungUpError(Exception):
+    """The broker ended the connection before it answered CONNECT."""
+
+
 class LinkDownError(UnavailableError):
     """There is no connection, or it went away before the broker acknowledged; whether it got through is unknown."""
 
