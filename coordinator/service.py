@@ -383,4 +383,4 @@ class Service:
             renewals=self.renewals.offers.waiting,
         )
         text = status.model_dump_json(indent=1).encode()
-        durable.replace_atomic(self.config.storage / "status.json", text, durable=False)
+        durable.write_scratch(self.config.storage / "status.json", [text])

@@ -178,28 +178,21 @@ def write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_scratch(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Put a file that is read again before long at `path`, whole or not at all.
+    """As `replace_atomic`, but not durable: after a power loss there may be the old file, or none, or a torn one.
 
-    Not synced: after a power loss it may be gone, empty or torn. UnavailableError when the disk does not take it.
+    For what is read again before long, or can be made again.
     """
     with temporary_file(path.parent) as (temporary, fd):
         write_chunks(fd, chunks, path.parent, synced=False)
         temporary.replace(path)
 
 
-def replace_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Put `data` in the place of whatever is at `path`: a reader sees the old or the new bytes, never a mixture.
-
-    Not durable means that a power loss may bring back the old bytes, or leave none.
-    """
+def replace_atomic(path: Path, data: bytes) -> None:
+    """Put `data` in the place of whatever is at `path`, durably: a reader sees the old or the new bytes, no mixture."""
     with temporary_file(path.parent) as (temporary, fd):
-        with storage_errors(path.parent, len(data)):
-            write_all(fd, data, 0)
-            if durable:
-                sync_file(fd)
+        write_chunks(fd, [data], path.parent)
         temporary.replace(path)
-    if durable:
-        fsync_dir(path.parent)
+    fsync_dir(path.parent)
 
 
 def append(path: Path, data: bytes) -> None:

@@ -90,7 +90,7 @@ class Heard:
 def _store(path: Path, value: object) -> bool:
     """Replace a file; False when the disk is full, which stops no conversation: the next call tries again."""
     try:
-        durable.replace_atomic(path, msgpack.packb(value), durable=False)
+        durable.write_scratch(path, [msgpack.packb(value)])
     except NoRoomError:
         return False
     return True

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -144,24 +144,32 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
-@pytest.mark.parametrize(("durably", "expected"), [(True, (1, 1)), (False, (0, 0))])
-def test_replace_atomic(tmp_path: Path, syncs: durable.SyncCount, durably: bool, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize("durably", [True, False])
+def test_replacing(tmp_path: Path, syncs: durable.SyncCount, durably: bool) -> None:
     """New bytes take the place of old ones, with two syncs or, where durability is not asked for, none."""
     path = tmp_path / "a"
     path.write_bytes(b"old and longer")
-    durable.replace_atomic(path, b"new", durable=durably)
+    if durably:
+        durable.replace_atomic(path, b"new")
+    else:
+        durable.write_scratch(path, [b"n", b"ew"])
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a"]
-    assert (syncs.files, syncs.folders) == expected
+    assert (syncs.files, syncs.folders) == ((1, 1) if durably else (0, 0))
 
 
-def test_replace_atomic_keeps_the_old_bytes_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "replace", [durable.replace_atomic, lambda path, data: durable.write_scratch(path, [data])], ids=["durably", "not"]
+)
+def test_replacing_keeps_the_old_bytes_on_failure(
+    replace: Callable[[Path, bytes], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a full disk the old bytes stay whole."""
     path = tmp_path / "a"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "pwrite", full_disk)
     with pytest.raises(UnavailableError):
-        durable.replace_atomic(path, b"new")
+        replace(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
 

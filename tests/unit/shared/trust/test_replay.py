@@ -81,7 +81,7 @@ def test_a_full_disk_stops_no_conversation(tmp_path: Path, monkeypatch: pytest.M
         raise NoRoomError("full", hint="make room")
 
     with monkeypatch.context() as disk:
-        disk.setattr(durable, "replace_atomic", full)
+        disk.setattr(durable, "write_scratch", full)
         first = counter.next(1_000.0)
         heard.take("up", "k1", 10)
         heard.save()
