@@ -11,6 +11,7 @@ from types import MappingProxyType
 from mailboat.demo import defaults
 from mailboat.synth import SynthReport, load_codes, make_notes, make_stays, pool_stays
 from shared.config import TaskSection
+from shared.durable import storage_errors
 from shared.errors import ConfigError
 
 
@@ -33,9 +34,16 @@ class DemoTask:
 
 
 def pool_notes(folders: Sequence[Path], out: Path) -> None:
-    """Copy the notes of several folders of `make_notes` into one; their names differ, so none is lost."""
+    """Copy the notes of several folders of `make_notes` into one; their names differ, so none is lost.
+
+    UnavailableError when the disk is full, which `shutil.copytree` tells of each file by itself, and by no number.
+    """
     for folder in folders:
-        shutil.copytree(folder, out, dirs_exist_ok=True)
+        for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+            target = out / source.relative_to(folder)
+            with storage_errors(out):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
 
 def _on_stays(kind: str) -> DemoTask:
