@@ -86,6 +86,8 @@ class Core:
         self.settle_s = link.stall_s
         # What a site needs at the longest to notice that its link is dead and to connect again.
         self.back_within_s = link.stall_s + link.backoff_cap_s
+        # By then the broker has said that a process is gone, unless it dropped the word.
+        self.quiet_s = 1.5 * link.keepalive_s + self.back_within_s
         self.exit_when_done = config.exit_when_done
         idle_s = IDLE_STALLS * link.stall_s
         self.ledger = Ledger()
@@ -177,8 +179,7 @@ class Core:
     def _receive(self, name: str, message: Message, now: Instant, out: d.Decision) -> None:
         if isinstance(message, Hello | Status | Presence) and message.site != name:
             return  # the topic says who speaks; a body that says otherwise is not worth an answer
-        site = self.sites[name]
-        site.seen_at = now.wall
+        site = self.sites.heard(name, now)
         match message:
             case Hello():
                 self._hello(name, message, now, out)
@@ -392,6 +393,8 @@ class Core:
         self.uploads.tick(now.mono, out)
         self.downlink.tick(self.sites.present, now.mono, out)
         self._close_round(now, out)
-        done = self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s
-        if done and not self.sites.expected(now.mono, back_within_s=self.back_within_s):
-            out.jobs.append(d.Stop())
+        if self.ledger.finished and self.exit_when_done and now.mono - self._round_opened >= self.settle_s:
+            for name, session in self.sites.quiet(now.mono, for_s=self.quiet_s):
+                out.to(name, Probe(session=session))
+            if not self.sites.expected(now.mono, back_within_s=self.back_within_s):
+                out.jobs.append(d.Stop())

@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from coordinator.decisions import Instant
 from shared.config import FederationConfig
 from shared.messages import Hello, Status
 from shared.plan import SealedPlan
@@ -64,6 +65,10 @@ class Site:
     status: Status | None = None
     seen_at: float = 0.0
     """Unix seconds of the last message, for people."""
+    heard_at: float = 0.0
+    """Monotonic seconds of the last message."""
+    asked_at: float | None = None
+    """Monotonic seconds since when it is asked whether it is still here; None when it has spoken since."""
     left_at: float | None = None
     """Monotonic seconds at which the broker said that its process is gone; None when it never did."""
 
@@ -129,14 +134,38 @@ class Sites:
         site.left_at = now
         return self._promote(name)
 
+    def heard(self, name: str, now: Instant) -> Site:
+        """It has said something."""
+        site = self[name]
+        site.seen_at, site.heard_at, site.asked_at = now.wall, now.mono, None
+        return site
+
+    def quiet(self, now: float, *, for_s: float) -> list[tuple[str, str]]:
+        """(name, session) of present ones that said nothing `for_s` long, to be asked until they speak.
+
+        A broker that may drop messages may drop the word that a process is gone.
+        """
+        quiet = []
+        for name, site in self._sites.items():
+            if site.session is not None and now - site.heard_at >= for_s:
+                site.asked_at = now if site.asked_at is None else site.asked_at
+                quiet.append((name, site.session))
+        return quiet
+
     def expected(self, now: float, *, back_within_s: float) -> bool:
-        """Whether anybody is here, or broke off in mid-work less than `back_within_s` ago and may come back."""
+        """Whether anybody is here, or broke off in mid-work less than `back_within_s` ago and may come back.
+
+        Who has not answered for probe_s is not here.
+        """
+
+        def is_here(site: Site) -> bool:
+            return site.session is not None and (site.asked_at is None or now - site.asked_at < self.probe_s)
 
         def returns(site: Site) -> bool:
             said_farewell = site.status is not None and site.status.phase in LAST_WORDS
             return site.left_at is not None and not said_farewell and now - site.left_at < back_within_s
 
-        return any(site.session is not None or returns(site) for site in self._sites.values())
+        return any(is_here(site) or returns(site) for site in self._sites.values())
 
     def unanswered(self, now: float) -> list[tuple[str, str]]:
         """(name, session) of present ones that are to be probed once more."""

@@ -14,17 +14,33 @@ from broker import launcher
 from broker.config import local_config
 from broker.launcher import find_mosquitto, run_broker
 from coordinator.records import Accepted, VersionCommitted
+from mailboat.flaky import Conditions, FlakyProxy
+from shared.link.endpoints import parse_endpoints
 from tests.helpers import run_async
-from tests.toys import INITIAL, toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import HASTY, INITIAL, toy_coordinator, toy_records, toy_site, write_toy
 
 pytestmark = pytest.mark.integration
 
 SITES = (1, 2, 3)
 VERSIONS = 3
+WIDE = "stall_s = 1.0\nbackoff_cap_s = 2.0\nkeepalive_s = 5\nwindow = 8\n"
+"""[link] whose window is more than the narrow broker keeps, with impatient time-outs."""
 
 
-async def _whole_run(root: Path, url: str) -> None:
-    write_toy(root, url, sites=len(SITES), versions=VERSIONS, parameters=400_000, quorum=len(SITES), slice_kib=16)
+async def _whole_run(root: Path, url: str, *, far: str | None = None, link: str = HASTY) -> None:
+    """Sites at `url`, the coordinator there too or at `far`."""
+    urls = {"coordinator": far or url}
+    write_toy(
+        root,
+        url,
+        sites=len(SITES),
+        versions=VERSIONS,
+        parameters=200_000,
+        quorum=len(SITES),
+        slice_kib=64,
+        link=link,
+        urls=urls,
+    )
     async with asyncio.TaskGroup() as group:
         group.create_task(toy_coordinator(root / "coordinator.toml"))
         for number in SITES:
@@ -57,7 +73,11 @@ def test_a_whole_run_over_the_embedded_broker(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_drops_what_it_cannot_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mosquitto with one message in flight and room for five more, far below a window: it drops, the run ends."""
+    """Mosquitto with one message in flight and room for five more, far below a window: it drops, the run ends.
+
+    The coordinator's acknowledgements take a while: a quick one could empty the queue as fast as a site fills it. What
+    is dropped may be the word that a site has left.
+    """
     if find_mosquitto() is None:
         pytest.skip("Mosquitto is not installed: apt-get install mosquitto")
 
@@ -71,7 +91,9 @@ def test_a_broker_that_drops_what_it_cannot_queue(tmp_path: Path, monkeypatch: p
 
     async def scenario() -> str:
         async with run_broker("mosquitto", tmp_path / "broker") as broker:
-            await _whole_run(tmp_path, broker.url)
+            (place,) = parse_endpoints(broker.url)
+            async with FlakyProxy(place.host, place.port, conditions=Conditions(latency_s=0.02)) as proxy:
+                await _whole_run(tmp_path, broker.url, far=proxy.url, link=WIDE)
             return broker.log.read_text()
 
     log = run_async(scenario(), timeout_s=100)
