@@ -84,12 +84,15 @@ class JournalReader:
     schema: int
 
     def __init__(self, path: Path) -> None:
+        none = ConfigError(f"{path}: no journal there", hint="name the storage folder of a run that has begun")
         if not path.is_file():
-            raise ConfigError(f"{path}: no journal there", hint="name the storage folder of a run that has begun")
+            raise none
         self._prepare(path)
         self._connect()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
+            if self._query("SELECT count(*) FROM sqlite_schema") == [(0,)]:
+                raise none  # a coordinator is making it, or was stopped in that instant
             self.schema = self._read_schema()
             on_error.pop_all()
 

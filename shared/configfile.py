@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from shared.config import Section
+from shared.config import FOLDER_OR_ID, Section
 from shared.errors import ConfigError
 
 _C = TypeVar("_C", bound=Section)
@@ -18,6 +18,8 @@ _C = TypeVar("_C", bound=Section)
 
 def load_config(path: Path, model: type[_C]) -> _C:
     """Read a TOML file into `model`; relative paths inside are taken from the file's folder.
+
+    What may be a folder or a hub id is a folder where there is one.
 
     Raises ConfigError that names the file, the key and, for an unknown key, the nearest right one.
     """
@@ -76,4 +78,6 @@ def _anchored(config: _C, folder: Path) -> _C:
             changed[name] = folder / value.expanduser()
         elif isinstance(value, Section):
             changed[name] = _anchored(value, folder)
+        elif FOLDER_OR_ID in type(config).model_fields[name].metadata and (folder / value).is_dir():
+            changed[name] = str(folder / value)
     return config.model_copy(update=changed)

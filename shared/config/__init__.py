@@ -46,10 +46,11 @@ from shared.config.merging import (
     StalenessSection,
 )
 from shared.config.privacy import Clipping, LocalPrivacySection, PrivacySection
-from shared.config.section import Positive, Section
+from shared.config.section import FOLDER_OR_ID, Positive, Section
 
 __all__ = [
     "COORDINATOR_USER",
+    "FOLDER_OR_ID",
     "IMPORTANCE_PLAN",
     "SPARSE",
     "AdapterKind",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.config.section import Positive, Section
+from shared.config.section import FOLDER_OR_ID, Positive, Section
 from shared.ids import Sha256Hex
 
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedsa-lora", "fedex-lora"]
@@ -26,7 +26,7 @@ TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,256}$")]
 class ModelSection(Section):
     """The pre-trained model that everybody starts from."""
 
-    base: str
+    base: Annotated[str, FOLDER_OR_ID]
     """Local directory or hub id. Where it lies may differ per machine, so it stays out of the fingerprint."""
     revision: str = "main"
     frozen_sha256: Sha256Hex | None = None

@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FOLDER_OR_ID = "folder or id"
+"""Marks a text that names a folder or, where there is none, something of that id elsewhere."""
 
 
 class Section(BaseModel):

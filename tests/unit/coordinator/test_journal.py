@@ -148,6 +148,9 @@ def test_reading_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no journal there"):
         Journal.open_read(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "begun").touch()  # what a reader finds in the instant in which a coordinator makes it
+    with pytest.raises(ConfigError, match="no journal there"):
+        Journal.open_read(tmp_path / "begun")
 
 
 def test_a_closed_journal_says_so(tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_relative_paths_start_from_the_files_folder(tmp_path: Path, monkeypatch:
     assert config.broker.ca_file is None
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_model_is_a_folder_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool) -> None:
+    """Beside the file, not beside whoever typed the command; else what is named is an id on the hub."""
+    monkeypatch.chdir("/")
+    model = tmp_path / "ward" / "model"
+    if here:
+        model.mkdir(parents=True)
+    text = '[federation]\nname = "x"\nversions = 1\n[model]\nbase = "ward/model"\n'
+    config = load_config(_write(tmp_path, text), FederationConfig)
+    assert config.model.base == (str(model) if here else "ward/model")
+
+
 def test_a_relative_name_of_the_file_itself_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--config x.toml` gives the same paths as its full name, also after a change of folder."""
     _write(tmp_path, COORDINATOR)
