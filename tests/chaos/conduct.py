@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import sys
 import time
@@ -190,7 +191,7 @@ class Run:
                 actor.keep_away()
                 return self._later(self._miss(actor, fault.versions))
             case "full":
-                actor.may_fail = True
+                actor.full_until = math.inf
                 await asyncio.to_thread(disks.fill, self.root / fault.target)
                 return self._later(self._make_room(actor, fault.for_s))
             case _:
@@ -239,8 +240,7 @@ class Run:
     async def _make_room(self, actor: Actor, after_s: float) -> None:
         await asyncio.sleep(after_s)
         disks.empty(self.root / actor.name)
-        await asyncio.sleep(1.0)  # a life that began before may still meet what it found
-        actor.may_fail = False
+        actor.full_until = time.time()
 
     async def end(self) -> None:
         """Let the run come to its end, and stop what serves for ever."""

@@ -106,7 +106,7 @@ def test_rate_is_held() -> None:
         streams = await connect(proxy)
         began = asyncio.get_running_loop().time()
         await echoed(streams, bytes(100_000))
-        assert 0.25 <= asyncio.get_running_loop().time() - began < 2
+        assert asyncio.get_running_loop().time() - began >= 0.25
         streams[1].close()
 
     through(body, conditions=Conditions(bytes_per_s=400_000))
