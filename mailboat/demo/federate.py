@@ -76,9 +76,9 @@ class Federation:
             await asyncio.sleep(POLL_S)
 
     async def kill_one(self) -> None:
-        """End one site with SIGKILL, in the middle of its work if it is ever seen there, and start it again: a power cut.
+        """End one site with SIGKILL in the middle of its work, once, and start it again: a power cut.
 
-        A site says once a second what it does; one that is quicker than that is killed before the last version.
+        A site says once a second what it does; one that is never seen at work is killed before the last version.
         """
         victim = random.Random(self._plan.options.seed).choice(self._plan.started)
         at_last = max(1, self._plan.federation.federation.versions - 1)

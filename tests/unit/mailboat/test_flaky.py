@@ -221,7 +221,7 @@ def test_script_plays() -> None:
         for _, writer in (first, second):
             writer.close()
 
-    through(body, faults=(Fault(0.05, "cut"), Fault(0.1, "down", 5.0)))
+    through(body, faults=(Fault(0.5, "cut"), Fault(1.0, "down", 60.0)))
 
 
 def test_demo_faults_follow_the_seed() -> None:
