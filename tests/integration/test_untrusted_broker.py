@@ -23,6 +23,7 @@ from broker.launcher import find_mosquitto
 from coordinator.records import Finished, VersionCommitted
 from mailboat import authority as bench
 from mailboat.commands.provision import revoke
+from mailboat.flaky import Conditions, FlakyProxy
 from mailboat.issuing import new_serial
 from shared.config import BrokerSection
 from shared.errors import RefusedError
@@ -191,9 +192,11 @@ def test_a_broker_that_repeats_alters_and_misdirects_everything_changes_nothing(
 ) -> None:
     """Control messages, manifests, chunks of updates and of states: each copy is refused under its rule.
 
-    The run comes to its end with the very numbers that it has undisturbed, and each update counted once.
+    The run comes to its end with the very numbers that it has undisturbed, and each update counted once. A transfer has
+    a hundred chunks, over lines that take their time, and the owner sits beside the broker: copies come while more of
+    it is awaited.
     """
-    federation = provisioned(tmp_path, free_port, slice_kib=4)  # a hundred chunks: copies come while more are awaited
+    federation = provisioned(tmp_path, free_port, slice_kib=4)
     broker, owner = Mosquitto(federation), Meddler(let_in(federation, "readwrite"))
     trainers = [Noisy(number) for number in range(len(SITES))]
 
@@ -203,10 +206,14 @@ def test_a_broker_that_repeats_alters_and_misdirects_everything_changes_nothing(
         try:
             await owner.listening.wait()
             again = asyncio.create_task(owner.meddle())
-            async with asyncio.TaskGroup() as group:
-                group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
-                for name, trainer in zip(SITES, trainers, strict=True):
-                    group.create_task(toy_site(tmp_path / f"{name}.toml", trainer=trainer))
+            async with FlakyProxy("127.0.0.1", free_port, conditions=Conditions(latency_s=0.01)) as line:
+                for name in ("coordinator", *SITES):
+                    path = tmp_path / f"{name}.toml"
+                    path.write_text(path.read_text().replace(f":{free_port}", f":{line.port}"))
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+                    for name, trainer in zip(SITES, trainers, strict=True):
+                        group.create_task(toy_site(tmp_path / f"{name}.toml", trainer=trainer))
             again.cancel()
         finally:
             meddling.cancel()
