@@ -193,10 +193,10 @@ def test_a_broker_that_repeats_alters_and_misdirects_everything_changes_nothing(
     """Control messages, manifests, chunks of updates and of states: each copy is refused under its rule.
 
     The run comes to its end with the very numbers that it has undisturbed, and each update counted once. A transfer has
-    a hundred chunks, over lines that take their time, and the owner sits beside the broker: copies come while more of
-    it is awaited.
+    many chunks, over lines that take their time, and the owner sits beside the broker: copies come while more of it is
+    awaited.
     """
-    federation = provisioned(tmp_path, free_port, slice_kib=4)
+    federation = provisioned(tmp_path, free_port, slice_kib=16)
     broker, owner = Mosquitto(federation), Meddler(let_in(federation, "readwrite"))
     trainers = [Noisy(number) for number in range(len(SITES))]
 
