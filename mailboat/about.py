@@ -26,7 +26,7 @@ from shared.manifest import describe_invalid
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
-    from mailboat.modelling import Subject
+    from mailboat.subject import Subject
     from shared.plan import SealedPlan
 
 FACTS = "mailboat.json"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.masters import TensorFile, file_sha256, master_path
-from coordinator.views import RunView, find_version, load_run
 from mailboat.about import base_name, provenance, write_about
 from mailboat.console import measure_title
-from shared.config import AdapterSection, ComputeSection, CoordinatorConfig, FederationConfig, SiteConfig
-from shared.configfile import load_config, parse_config
+from mailboat.subject import Subject
+from shared.config import AdapterSection, ComputeSection, FederationConfig
+from shared.configfile import parse_config
 from shared.errors import ConfigError, CorruptError
-from shared.manifest import Manifest, StateFacts
 from shared.states import open_state
 from shared.store import FrameStore
 
@@ -59,61 +58,6 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     for row, measures in rows.items():
         values = zip(titles, measures.values(), strict=True)
         yield f"{row:{wide}s} " + "  ".join(f"{100 * value:{max(6, len(title))}.2f}" for title, value in values)
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A published state and where it lies: in a coordinator's folder, or in a site's with what is that site's own."""
-
-    storage: Path
-    federation: FederationConfig
-    state: Manifest
-    """Or of the step that makes it."""
-    parts: tuple[str, ...]
-    """Transfers that make it up."""
-    source: str | Path
-    """The base model."""
-    master_sha256: str | None = None
-    """Of the coordinator's float32 master."""
-    run: RunView | None = None
-    """What the coordinator's journal tells."""
-    site: str | None = None
-
-    @property
-    def title(self) -> str:
-        """What it is, for people."""
-        at = f" at {self.site}" if self.site else ""
-        return f"version {self.state.version}{at}"
-
-    def detail(self, *, full_precision: bool) -> str:
-        """Which file of it is meant, for people."""
-        if full_precision and self.master_sha256:
-            return f" in full precision (master {self.master_sha256[:12]})"
-        return f" (state {self.state.leads_to[:12]})"
-
-
-def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
-    """Return a version of a coordinator's run, the newest for None; ConfigError when there is none."""
-    federation = load_config(config.federation, FederationConfig)
-    run = load_run(config.storage)
-    found = find_version(run, version)
-    source = federation.model.base
-    return Subject(config.storage, federation, found.state, found.parts, source, found.master_sha256, run)
-
-
-def of_site(config: SiteConfig) -> Subject:
-    """Return the newest state that a site holds; ConfigError when it holds none."""
-    folder = config.storage / "states"
-    store = FrameStore(folder) if folder.is_dir() else None
-    stored = [store.get(state_id) for state_id in store.ids()] if store else []
-    states = [each.manifest for each in stored if each and isinstance(each.manifest.facts, StateFacts)]
-    newest = max(states, key=lambda state: state.version, default=None)
-    if newest is None:
-        raise ConfigError(f"{config.storage}: no state was pulled yet", hint="run the site first: mailboat site run")
-    federation = load_config(config.federation, FederationConfig)
-    source = config.model_dir or federation.model.base
-    parts = (newest.transfer_id,)
-    return Subject(config.storage, federation, newest, parts, source, site=config.name)
 
 
 def export_state(subject: Subject, out: Path, *, merged: bool = False, full_precision: bool = False) -> tuple[str, ...]:

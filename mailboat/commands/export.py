@@ -11,7 +11,7 @@ from mailboat import console
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mailboat.modelling import Subject
+    from mailboat.subject import Subject
     from shared.config import FederationConfig
 
 _CONFIG = typer.Option("--config", "-c", help="The coordinator's configuration file.")
@@ -103,15 +103,15 @@ def evaluate(  # noqa: PLR0913 - an argument for each option
 
 
 def _subject(config: Path, site: Path | None, version: int | None) -> Subject:
-    from mailboat import modelling
+    from mailboat.subject import of_coordinator, of_site
     from shared.config import CoordinatorConfig, SiteConfig
     from shared.configfile import load_config
 
     if site is None:
-        return modelling.of_coordinator(load_config(config, CoordinatorConfig), version)
+        return of_coordinator(load_config(config, CoordinatorConfig), version)
     if version is not None:
         raise ConfigError("--version and --site were both given", hint="a site holds its newest state alone")
-    return modelling.of_site(load_config(site, SiteConfig))
+    return of_site(load_config(site, SiteConfig))
 
 
 def _federation(path: Path) -> FederationConfig:

@@ -10,7 +10,7 @@ import pytest
 from coordinator.records import Accepted, Record, VersionCommitted
 from coordinator.views import RunView, read_run
 from mailboat.about import CARD, FACTS, base_name, federation_of, provenance, write_about
-from mailboat.modelling import Subject
+from mailboat.subject import Subject
 from shared.config import FederationConfig
 from shared.errors import ConfigError
 from tests.small_run import SmallRun
