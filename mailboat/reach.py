@@ -45,14 +45,14 @@ async def _watch(endpoints: tuple[Endpoint, ...], give_up_s: float | None) -> No
     while not await reachable(endpoints):
         waited = time.monotonic() - began
         places = ", ".join(str(endpoint) for endpoint in endpoints)
+        if said is None or time.monotonic() - said >= REPEAT_S:
+            said = time.monotonic()
+            say(f"broker not reachable at {places}, retrying", style="yellow")
         if give_up_s is not None and waited >= give_up_s:
             raise UnavailableError(
                 f"broker not reachable at {places} within {give_up_s:g} s",
                 hint="check that it runs, that broker.url names it, and that a firewall lets this machine out",
             )
-        if said is None or time.monotonic() - said >= REPEAT_S:
-            said = time.monotonic()
-            say(f"broker not reachable at {places}, retrying", style="yellow")
         await asyncio.sleep(PROBE_S)
 
 

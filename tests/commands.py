@@ -56,11 +56,13 @@ class Running:
     def wait_for(self, words: str, timeout_s: float = 60.0) -> str:
         """Return the output once `words` are in it; AssertionError when it ends or takes too long without."""
         until = time.monotonic() + timeout_s
-        while words not in self.text():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text()}"
+        while True:
+            ended = self.process.poll()  # before its words are looked at: its last may be these
+            if words in self.text():
+                return self.text()
+            assert ended is None, f"ended with {ended}:\n{self.text()}"
             assert time.monotonic() < until, f"never said {words!r}:\n{self.text()}"
             time.sleep(0.05)
-        return self.text()
 
     def end(self, how: signal.Signals, timeout_s: float = 30.0) -> int:
         """Send a signal and return the exit status."""

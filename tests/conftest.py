@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import hypothesis
 import pytest
 
 from broker.launcher import RunningBroker, find_mosquitto, run_broker
+from shared.link import link
+from tests.helpers import any_free_port
 
 # A busy machine makes any example slow; what must not hang has the time-out of the whole test.
 hypothesis.settings.register_profile("mailboat", deadline=None)
@@ -19,19 +20,21 @@ hypothesis.settings.load_profile("mailboat")
 
 @pytest.fixture
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listened on a moment ago."""
+    """A TCP port on 127.0.0.1 that nobody listens on."""
     return any_free_port()
 
 
-def any_free_port() -> int:
-    """The same for what outlives a test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def patient_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that is slow to answer is Mosquitto on a busy machine, and not one that speaks MQTT 3.1.1 alone.
+
+    That one has no words for a refusal, or for a message that nobody hears.
+    """
+    monkeypatch.setattr(link, "FIRST_ANSWER_S", 20.0)
 
 
 @pytest.fixture
-def mosquitto(tmp_path: Path) -> Iterator[RunningBroker]:
+def mosquitto(tmp_path: Path, patient_links: None) -> Iterator[RunningBroker]:
     """A real Mosquitto of this test's own, on a free port of the loopback address, gone afterwards."""
     if find_mosquitto() is None:
         pytest.skip("Mosquitto is not installed: apt-get install mosquitto")

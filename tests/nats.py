@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -20,6 +19,7 @@ import aiomqtt
 from paho.mqtt.reasoncodes import ReasonCode
 
 from broker import launcher
+from tests.helpers import any_free_port
 
 _QUIET = logging.getLogger("tests.nats")
 _QUIET.addHandler(logging.NullHandler())
@@ -83,7 +83,7 @@ async def run_cluster(folder: Path) -> AsyncIterator[Cluster]:
     """Three servers with JetStream and an MQTT listener each; they serve when the block begins."""
     binary = find_nats()
     assert binary is not None, "the caller has looked"
-    ports = _free_ports(4 * NODES)
+    ports = [any_free_port() for _ in range(4 * NODES)]
     routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports[:NODES])
     nodes: list[Node] = []
     try:
@@ -146,14 +146,3 @@ def _ask(port: int, what: str) -> dict[str, Any]:
     with closing(urllib.request.urlopen(f"http://127.0.0.1:{port}/{what}", timeout=5)) as answer:
         told: dict[str, Any] = json.loads(answer.read())
         return told
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

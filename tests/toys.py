@@ -70,6 +70,23 @@ class ToyTrainer:
         return ToyTrained(self.examples, {"loss": 1.0 / (1 + base_version)})
 
 
+class Gated(ToyTrainer):
+    """Trains when the test says so: until then the run stands still at version `upto` and its processes stay."""
+
+    def __init__(self, gate: asyncio.Event, upto: int) -> None:
+        super().__init__(step=1.0, seconds=0.0, examples=10)
+        self.gate = gate
+        self.upto = upto
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """As the toy, after the gate."""
+        if base_version >= self.upto:
+            await self.gate.wait()
+        return await super().train(state, base_version, delta, on_progress=on_progress)
+
+
 class RandomTrainer(ToyTrainer):
     """Adds random numbers, so that steps round; keeps the digest of each state that it was given."""
 

@@ -76,9 +76,16 @@ class Federation:
             await asyncio.sleep(POLL_S)
 
     async def kill_one(self) -> None:
-        """End one site with SIGKILL in the middle of its work, once, and start it again: a power cut."""
+        """End one site with SIGKILL in the middle of its work, once, and start it again: a power cut.
+
+        A site says once a second what it does; one that is never seen at work is killed before the last version.
+        """
         victim = random.Random(self._plan.options.seed).choice(self._plan.started)
-        while self.facts.version < 1 or site_state(self.facts, victim) not in {"training", "uploading"}:
+        at_last = max(1, self._plan.federation.federation.versions - 1)
+        while not self.facts.finished:
+            at_work = self.facts.version >= 1 and site_state(self.facts, victim) in {"training", "uploading"}
+            if at_work or self.facts.version >= at_last:
+                break
             await self._moved.wait()
         if self.facts.finished:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import sys
 import time
@@ -20,6 +21,7 @@ from tests.chaos.plan import BROKER, COORDINATOR_NAME, Fault, Plan
 from tests.chaos.processes import TOKEN, Actor, Death, with_token
 from tests.chaos.tap import Tap, Traffic
 from tests.chaos.worker import CALM, SECONDS
+from tests.helpers import any_free_port
 
 READY_S = 60.0
 """Longest wait for a process that a fault is meant for; on a busy machine an interpreter starts slowly."""
@@ -86,7 +88,7 @@ class Run:
         binary = find_mosquitto()
         assert binary is not None, "Mosquitto is not installed"
         self._stack.enter_context(disks.small_disks([self.root / name for name in self.plan.disks]))
-        port = _free_port()
+        port = any_free_port()
         config = write_broker(self.root / BROKER, self.plan, port)
         self._add(BROKER, (str(binary), "-c", str(config)))
         self._stack.push_async_callback(self._abandon)
@@ -189,7 +191,7 @@ class Run:
                 actor.keep_away()
                 return self._later(self._miss(actor, fault.versions))
             case "full":
-                actor.may_fail = True
+                actor.full_until = math.inf
                 await asyncio.to_thread(disks.fill, self.root / fault.target)
                 return self._later(self._make_room(actor, fault.for_s))
             case _:
@@ -238,8 +240,7 @@ class Run:
     async def _make_room(self, actor: Actor, after_s: float) -> None:
         await asyncio.sleep(after_s)
         disks.empty(self.root / actor.name)
-        await asyncio.sleep(1.0)  # a life that began before may still meet what it found
-        actor.may_fail = False
+        actor.full_until = time.time()
 
     async def end(self) -> None:
         """Let the run come to its end, and stop what serves for ever."""
@@ -315,11 +316,3 @@ async def _closing(run: Run) -> AsyncIterator[None]:
         yield
     finally:
         await run.close()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

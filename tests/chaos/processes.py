@@ -58,8 +58,8 @@ class Actor:
         """Set when it ended with status 0, or with one that nobody asked for."""
         self.up = asyncio.Event()
         self.failure: str | None = None
-        self.may_fail = False
-        """While true, status 4 is an honest answer: its disk is full, say."""
+        self.full_until = 0.0
+        """Unix seconds; to a life that began before, status 4 is an honest answer: its disk was full."""
         self._command = tuple(command)
         self._environment = dict(environment)
         self._lives = deque(lives)
@@ -173,7 +173,7 @@ class Actor:
             self.deaths.append(Death(self.name, time.time(), how))
             self._on_death(self.name)
             if how.startswith("exit"):
-                if not (status == 4 and self.may_fail):
+                if not (status == 4 and started <= self.full_until):
                     self.failure = f"{self.name} ended with status {status}, which nobody asked for"
                     self.done.set()
                     return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_second_process_under_one_name_is_refused(folder: Path) -> None:
     with running(folder, "coordinator", "run") as coordinator:
         coordinator.wait_for("announced", SLOW_S)
         shutil.copy(folder / "site.toml", folder / "first.toml")
-        with running(folder, module=["tests.toys", "site", "first.toml"], TOY_SECONDS="60") as first:
+        with running(folder, module=["tests.toys", "site", "first.toml"], TOY_SECONDS="600") as first:
             edit(folder / "site.toml", '"site-1-storage"', '"twin-storage"')
             first.wait_for("pulled", SLOW_S)
             said = refused(folder, "site", "run", status=3, timeout_s=SLOW_S)
@@ -124,11 +125,11 @@ def test_a_site_by_hand_from_init_to_the_exported_model(
         with running(folder, "coordinator", "run") as coordinator:
             coordinator.wait_for('"event": "finished"', SLOW_S)
             assert "blocks 2, 3 of 0 to 3 in LlamaForTokenClassification" in coordinator.text()
-            assert site.process.wait(30) == 0
+            assert site.process.wait(SLOW_S) == 0
             assert "it was killed (SIGKILL), most likely by the system because memory ran out" in site.text()
             checked = here("doctor", "-c", "coordinator.toml", "-c", "site.toml")
             assert coordinator.end(signal.SIGTERM) == 0
-    assert "OK   clock        0." in checked
+    assert re.search(r"OK   clock        \d+\.\d s (ahead of|behind) the coordinator's", checked)
     assert "the same as in the coordinator's announcement" in checked
 
     here("export", "--out", "exported")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.records import Accepted, Finished, VersionCommitted
+from mailboat.flaky import Conditions, FlakyProxy
 from tests.helpers import run_async
 from tests.nats import Cluster, find_nats, run_cluster
 from tests.toys import INITIAL, toy_coordinator, toy_records, toy_site, write_toy
@@ -47,11 +49,20 @@ async def _kill_a_node_in_mid_upload(root: Path, cluster: Cluster) -> str:
 
 @pytest.mark.skipif(find_nats() is None, reason="nats-server is not installed: apt-get install nats-server")
 def test_a_node_killed_in_mid_upload_costs_nothing_but_time(tmp_path: Path) -> None:
-    """Everybody moves to the nodes that are left; each update counts once, and the arithmetic is right."""
+    """Everybody moves to the nodes that are left; each update counts once, and the arithmetic is right.
+
+    The sites' lines are slow, and run in this process: an upload lasts until its node is found and killed.
+    """
 
     async def scenario() -> str:
-        async with run_cluster(tmp_path) as cluster:
-            write_toy(tmp_path, cluster.url, sites=2, versions=2, parameters=800_000, quorum=2, slice_kib=32)
+        async with run_cluster(tmp_path) as cluster, contextlib.AsyncExitStack() as lines:
+            slow = Conditions(bytes_per_s=500_000)
+            proxies = [FlakyProxy("127.0.0.1", node.mqtt_port, conditions=slow) for node in cluster.nodes]
+            for each in proxies:
+                await lines.enter_async_context(each)
+            far = "mqtt://" + ",".join(f"127.0.0.1:{each.port}" for each in proxies)
+            urls = {f"site-{number}": far for number in SITES}
+            write_toy(tmp_path, cluster.url, sites=2, versions=2, parameters=400_000, quorum=2, slice_kib=32, urls=urls)
             async with asyncio.TaskGroup() as group:
                 group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
                 for number in SITES:

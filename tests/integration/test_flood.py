@@ -62,7 +62,7 @@ def test_a_flood_ends_at_the_broker(
 def test_without_a_roster_nobody_is_muted(tmp_path: Path, mosquitto_url: str) -> None:
     """In an open federation anybody can speak under any name: no honest site is silenced by somebody else's flood."""
     write_toy(tmp_path, mosquitto_url, sites=1, versions=3, quorum=1)
-    done = asyncio.Event()
+    begun, done = asyncio.Event(), asyncio.Event()
 
     async def flood() -> int:
         broker = BrokerSection(url=mosquitto_url)
@@ -72,10 +72,12 @@ def test_without_a_roster_nobody_is_muted(tmp_path: Path, mosquitto_url: str) ->
                     break
             while not done.is_set():
                 await link.publish(topic("toy", Channel.UP_DATA, "site-1"), GARBAGE)
+                begun.set()
             return link.counters.packets_sent
 
     async def everybody() -> int:
         flooding = asyncio.create_task(flood())
+        await begun.wait()
         async with asyncio.TaskGroup() as group:
             group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
             group.create_task(toy_site(tmp_path / "site-1.toml"))

@@ -16,7 +16,7 @@ from shared.mailroom import Mailroom
 from shared.messages import Message, Offer, Receipt
 from shared.topics import Channel
 from tests.helpers import run_async
-from tests.toys import toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import Gated, toy_coordinator, toy_records, toy_site, write_toy
 
 pytestmark = pytest.mark.integration
 
@@ -83,6 +83,7 @@ def test_a_site_that_was_killed_before_its_receipt_learns_that_it_was_merged(
 
 def test_a_site_whose_link_was_down_until_the_run_was_over_is_told_so(tmp_path: Path, mosquitto_url: str) -> None:
     """Its update is turned away under a named rule, and the site ends in good order instead of offering for ever."""
+    gate = asyncio.Event()
 
     async def scenario() -> None:
         host, _, port = mosquitto_url.removeprefix("mqtt://").partition(":")
@@ -90,9 +91,10 @@ def test_a_site_whose_link_was_down_until_the_run_was_over_is_told_so(tmp_path: 
             write_toy(tmp_path, mosquitto_url, sites=2, versions=2, urls={"site-2": proxy.url})
             _stay_after_the_end(tmp_path)
             coordinator = asyncio.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
-            late = asyncio.create_task(toy_site(tmp_path / "site-2.toml", seconds=1.0))
+            late = asyncio.create_task(toy_site(tmp_path / "site-2.toml", trainer=Gated(gate, 0)))
             await _until(lambda: bool(list((tmp_path / "site-2" / "work").glob("*"))))
             await proxy.down()  # while it trains
+            gate.set()
             await _until(lambda: bool(list((tmp_path / "site-2" / "outbox").glob("*.manifest"))))
             await toy_site(tmp_path / "site-1.toml")
             assert _recorded(tmp_path, Finished)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.helpers import run_async
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.usefixtures("patient_links"),
     pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed: apt-get install mosquitto"),
     pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt-get install openssl"),
 ]
@@ -113,11 +113,9 @@ def tls(port: int, keys: Path, **changes: Path | None) -> BrokerSection:
 
 
 def refused(section: BrokerSection) -> str:
-    """The rule under which the link ends, within seconds."""
-    began = time.monotonic()
+    """The rule under which the link ends, instead of trying for ever."""
     with pytest.raises(RefusedError) as caught:
         connect(section)
-    assert time.monotonic() - began < 5
     assert caught.value.hint
     return caught.value.rule
 

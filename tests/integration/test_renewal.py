@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from tests.commands import call
 from tests.commands import refused as refused_by
 from tests.helpers import run_async, until
 from tests.integration.test_tls import SITES, Federation, federation
-from tests.toys import ToyTrained, ToyTrainer, toy_coordinator, toy_records, toy_site
+from tests.toys import Gated, toy_coordinator, toy_records, toy_site
 
 __all__ = ["federation"]
 
@@ -45,23 +45,6 @@ pytestmark = [
     pytest.mark.timeout(PATIENCE_S + 20),
     pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed: apt-get install mosquitto"),
 ]
-
-
-class Gated(ToyTrainer):
-    """Trains when the test says so: until then the run stands still at version `upto` and its processes stay."""
-
-    def __init__(self, gate: asyncio.Event, upto: int) -> None:
-        super().__init__(step=1.0, seconds=0.0, examples=10)
-        self.gate = gate
-        self.upto = upto
-
-    async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
-    ) -> ToyTrained:
-        """As the toy, after the gate."""
-        if base_version >= self.upto:
-            await self.gate.wait()
-        return await super().train(state, base_version, delta, on_progress=on_progress)
 
 
 class Mosquitto:

@@ -84,7 +84,10 @@ def test_a_link_that_fails_again_and_again(fault: Literal["reset", "hole", "down
 
 
 def test_a_deep_buffer_before_a_slow_line(tmp_path: Path) -> None:
-    """A box that takes whole updates at once and needs 2.1 s for a chunk is cut once, in the first of them."""
+    """A box that takes whole updates at once and needs 2.1 s for a chunk is cut once, in the first of them.
+
+    That doubles the patience to 3 s. A broker that is busy for a second just then costs one cut more, and no third.
+    """
     versions, payload = 3, 1_000_000
 
     async def run() -> tuple[int, int]:
@@ -108,4 +111,4 @@ def test_a_deep_buffer_before_a_slow_line(tmp_path: Path) -> None:
 
     crossed, connections = run_async(run(), timeout_s=120)
     assert versions * payload <= crossed <= 1.5 * versions * payload
-    assert connections == 2
+    assert connections in {2, 3}

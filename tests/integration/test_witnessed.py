@@ -34,8 +34,7 @@ from shared.trust.membership import Believed
 from shared.trust.witness import HEADS, head_line, parse_head, signed_head
 from tests.audited import flipped, restored
 from tests.commands import call, running
-from tests.conftest import any_free_port as free_port
-from tests.helpers import run_async
+from tests.helpers import any_free_port, run_async
 from tests.integration.test_renewal import Mosquitto
 from tests.integration.test_tls import SITES, provisioned
 from tests.toys import toy_coordinator, toy_plan, toy_site
@@ -52,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished sealed run of two sites and three versions; each test leaves it as it was."""
     root = tmp_path_factory.mktemp("witnessed")
 
-    federation = provisioned(root, free_port())
+    federation = provisioned(root, any_free_port())
 
     async def everybody() -> None:
         broker = Mosquitto(federation)

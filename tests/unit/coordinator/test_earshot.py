@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from coordinator import earshot as earshot_module
 from coordinator.earshot import (
     BURST_BYTES,
     MESSAGE_COST_BYTES,
@@ -28,6 +30,7 @@ from tests.helpers import run_async
 CHUNK = 1024 * 1024
 EVERYBODY = tuple(subscriptions("ward", "coordinator"))
 MEMBERS = frozenset({"north", "south", "west"})
+NOW = 1000.0
 
 
 def _flood(nuisance: Nuisance, site: str, now: float, size: int = CHUNK) -> tuple[int, float]:
@@ -99,6 +102,12 @@ def test_the_others_are_heard_one_by_one() -> None:
     assert heard == tuple(topic for site in ("north", "west") for topic in subscriptions("ward", "coordinator", site))
 
 
+@pytest.fixture
+def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, no allowance is refilled meanwhile."""
+    monkeypatch.setattr(earshot_module, "time", SimpleNamespace(monotonic=lambda: NOW))
+
+
 class _Link:
     """Notes what is subscribed to."""
 
@@ -113,7 +122,7 @@ class _Link:
             self.changed.set()
 
 
-def test_a_muted_member_is_not_heard_and_away() -> None:
+def test_a_muted_member_is_not_heard_and_away(no_time: None) -> None:
     """What the broker still held of it is dropped, and the core is told that it is gone, so that no round waits."""
 
     async def run() -> None:
@@ -136,25 +145,25 @@ def test_a_muted_member_is_not_heard_and_away() -> None:
     run_async(run())
 
 
-def test_what_is_dropped_unread_has_its_size() -> None:
+def test_what_is_dropped_unread_has_its_size(no_time: None) -> None:
     """Beyond the rate of control messages each one counts with all of its bytes, as chunks do."""
     link: Any = _Link()
     earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection(messages_per_s=1.0)), lambda _site: None)
     counts = 0
-    while not earshot._nuisance.muted(time.monotonic()):
+    while not earshot._nuisance.muted(NOW):
         counts += not earshot.hears("north", CHUNK)
     assert counts == BURST_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1
 
 
-def test_an_upload_that_was_granted_is_no_cover_for_a_flood() -> None:
+def test_an_upload_that_was_granted_is_no_cover_for_a_flood(no_time: None) -> None:
     """Chunks that are refused count as others that nobody asked for, although their places were."""
     link: Any = _Link()
     earshot = Earshot(link, "ward", lambda: MEMBERS, Intake(AdmissionSection()), lambda _site: None)
     chunk = Chunk("ab" * 16, 0, memoryview(bytes(CHUNK)))
     for _ in range(BURST_BYTES // (CHUNK + MESSAGE_COST_BYTES) + 1):
-        assert earshot._nuisance.muted(time.monotonic()) == frozenset()
+        assert earshot._nuisance.muted(NOW) == frozenset()
         earshot.chunk_refused("north", chunk, "bad-seal")
-    assert earshot._nuisance.muted(time.monotonic()) == {"north"}
+    assert earshot._nuisance.muted(NOW) == {"north"}
 
 
 def test_a_stranger_is_not_muted() -> None:

@@ -20,7 +20,7 @@ from edge_client.training import Standing
 from shared import durable
 from shared.config import LocalLayersSection, SiteConfig
 from shared.errors import ConfigError, NoRoomError, RefusedError
-from tests.helpers import run_async
+from tests.helpers import run_async, until
 from tests.unit.edge_client import tiny
 
 DELTA = 1e-5
@@ -137,6 +137,7 @@ def test_with_the_budget_spent_the_training_stands_still(tmp_path: Path) -> None
         await site.train(0)
         with structlog.testing.capture_logs() as logs:
             second = asyncio.create_task(site.train(1))
+            await until(lambda: site.trainer.standing.held != "" or second.done())
             await asyncio.wait([second], timeout=0.2)
             assert not second.done()
             assert "privacy.budget_epsilon of this site allows" in site.trainer.standing.held
