@@ -18,7 +18,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-gpu bench-local bench-merge bench-plots bench-startup fuzz fuzz-guided sbom dependencies experiments experiments-smoke
+.PHONY: bench-codec bench-gpu bench-local bench-merge bench-plots bench-startup explore fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ imports: setup ## import-linter: who may import whom
 
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
+
+explore: setup ## the unit tests with a thousand new examples for each property
+	@MAILBOAT_EXAMPLES=explore $(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
 chaos: SEEDS = 0-23
 chaos: setup ## real processes killed, stopped, cut off and starved of disk, from seeds: make chaos SEEDS=0-23

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from shared.link import link
 from tests.helpers import any_free_port
 
-# A busy machine makes any example slow; what must not hang has the time-out of the whole test.
-hypothesis.settings.register_profile("mailboat", deadline=None)
-hypothesis.settings.load_profile("mailboat")
+# A busy machine makes any example slow to run and to draw; what must not hang has the time-out of the whole test.
+PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# `make test` says the same of the same tree each time; `make explore` draws other examples, and more.
+hypothesis.settings.register_profile("mailboat", PATIENT, derandomize=True)
+hypothesis.settings.register_profile("explore", PATIENT, max_examples=1_000)
+hypothesis.settings.load_profile(os.environ.get("MAILBOAT_EXAMPLES", "mailboat"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import zstandard
 from safetensors.numpy import load_file
@@ -30,6 +31,8 @@ WINDOW = 16
 """Bytes that are looked for in one piece; chance does not repeat as many."""
 STRIDE = 997
 """From one window to the next: a thousand for each megabyte, some in every frame."""
+LEAST = 6
+"""Bytes that are worth looking for: what is sealed holds any three in sixteen megabytes, any four in four gigabytes."""
 
 
 class Spy:
@@ -69,7 +72,7 @@ class Spy:
 def learnt(root: Path, said: list[bytes]) -> set[str]:
     """Which of the secrets of the run below `root` stand in what was said, as they are or inside a zstd frame."""
     clear = b"\0".join(said)
-    found = {name for name in FIELDS if name.encode() in clear}
+    found = {name for name in FIELDS if _word(name) in clear}
     found |= {what for what, secret in _secrets(root) if secret in clear}
     for each in said:
         for match in re.finditer(rb"\x28\xb5\x2f\xfd", each):
@@ -81,6 +84,11 @@ def learnt(root: Path, said: list[bytes]) -> set[str]:
                 found |= {name for name in ("a.weight", "b.weight", "mailboat") if name.encode() in raw}
                 found |= {"tensor value" for secret in _tensors(root) if secret in raw}
     return found
+
+
+def _word(name: str) -> bytes:
+    """What to look for as a name: one that chance spells too has its length before it, as MessagePack writes it."""
+    return name.encode() if len(name) >= LEAST else msgpack.packb(name)
 
 
 def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -97,9 +105,10 @@ def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
             yield from (("frame", piece) for piece in _pieces((storage / folder / f"{name}.frames").read_bytes()))
             if folder == "updates":
                 for metric, value in stored.manifest.update.metrics.items():
-                    yield "metric", metric.encode()
+                    yield "metric", _word(metric)
                     yield "metric", struct.pack(">d", value)
-                    yield "metric", repr(value).encode()
+                    if len(repr(value)) >= LEAST:
+                        yield "metric", repr(value).encode()
     for path in root.glob("*/receipts/*.json"):
         told = json.loads(path.read_bytes())
         yield from (("receipt", each) for each in (told["manifest_sha256"].encode(), struct.pack(">d", told["weight"])))

@@ -85,6 +85,16 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
     }
 
 
+def test_chance_is_not_taken_for_a_leak(tmp_path: Path, mosquitto_url: str) -> None:
+    """Sixteen megabytes drawn at random teach nothing of an open run, although short words stand in them."""
+    write_toy(tmp_path, mosquitto_url, sites=2, versions=3, quorum=2)
+    sites = [toy_site(tmp_path / f"site-{number}.toml") for number in (1, 2)]
+    _spied(mosquitto_url, toy_coordinator(tmp_path / "coordinator.toml"), *sites)
+    noise = np.random.default_rng(3).bytes(16_000_000)
+    assert noise.count(b"0.5") > 0
+    assert learnt(tmp_path, [noise]) == set()
+
+
 async def _exists(path: Path) -> None:
     while not path.exists():  # noqa: ASYNC110 - another task's file, which raises no event
         await asyncio.sleep(0.01)
