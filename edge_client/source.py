@@ -87,8 +87,8 @@ def _download(name: str, revision: str) -> Path:
 
 def _unreachable(name: str) -> UnavailableError:
     return UnavailableError(
-        f"the Hugging Face hub cannot be reached and {name} is not in the cache of this machine",
-        hint="connect once, or copy the model here and name its folder",
+        f"{name} is no folder here, the Hugging Face hub cannot be reached, and this machine's cache does not have it",
+        hint="mend model.base if a folder is meant; otherwise connect once, or copy the model here and name its folder",
     )
 
 

@@ -286,7 +286,7 @@ def test_a_hub_out_of_reach_is_unavailable(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        UnavailableError, match="hub cannot be reached and nobody/nothing is not in the cache"
+        UnavailableError, match="nobody/nothing is no folder here, the Hugging Face hub cannot be reached, and"
     ) as caught:
         load_model("nobody/nothing", FEDERATION)
     assert caught.value.exit_code == 4
