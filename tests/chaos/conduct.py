@@ -90,22 +90,33 @@ class Run:
         self._stack.enter_context(disks.small_disks([self.root / name for name in self.plan.disks]))
         port = any_free_port()
         config = write_broker(self.root / BROKER, self.plan, port)
-        self._add(BROKER, (str(binary), "-c", str(config)))
+        self._add(BROKER, (str(binary), "-c", str(config))).begin()
         self._stack.push_async_callback(self._abandon)
         self.tap = await self._stack.enter_async_context(Tap(port, NAME))
         for name in self.plan.names:
             proxy = FlakyProxy("127.0.0.1", port, seed=self.plan.seed, conditions=self.plan.links[name])
             self.proxies[name] = await self._stack.enter_async_context(proxy)
         write_run(self.root, self.plan, {name: proxy.url for name, proxy in self.proxies.items()})
-        self._add(COORDINATOR_NAME, (sys.executable, "-m", "mailboat", *self._words(COORDINATOR_NAME)))
-        for name in self.plan.names[1:]:
+        self._add(COORDINATOR_NAME, (sys.executable, "-m", "mailboat", *self._words(COORDINATOR_NAME))).begin()
+        sites = [
             self._add(name, (sys.executable, "-m", "tests.chaos.start", *self._words(name)))
+            for name in self.plan.names[1:]
+        ]
+        for site in sites:
+            if self.plan.first in ("", site.name):
+                site.begin()
+            else:
+                self._later(self._begin_after(self.actors[self.plan.first], site))
+
+    async def _begin_after(self, first: Actor, actor: Actor) -> None:
+        await first.died.wait()
+        actor.begin()
 
     def _words(self, name: str) -> tuple[str, ...]:
         role = "coordinator" if name == COORDINATOR_NAME else "site"
         return (role, "run", "--log-json", "--config", str(self.root / f"{name}.toml"))
 
-    def _add(self, name: str, command: tuple[str, ...]) -> None:
+    def _add(self, name: str, command: tuple[str, ...]) -> Actor:
         environment = {TOKEN: self.token, SECONDS: str(self.plan.training_s), "OMP_NUM_THREADS": "1"}
         self.actors[name] = actor = Actor(
             name,
@@ -115,7 +126,7 @@ class Run:
             lives=self.plan.points.get(name, ()),
             on_death=self._look,
         )
-        actor.begin()
+        return actor
 
     def _look(self, name: str) -> None:
         """Note what a site has sealed; called at each death, when nobody changes its folder."""

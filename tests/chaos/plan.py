@@ -84,6 +84,8 @@ class Plan:
     """Processes whose storage is a small file system of its own."""
     limit: int = 1000
     """staleness.limit"""
+    first: str = ""
+    """The site that is there before the others, who come when it has died for the first time."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ def absent_plan(versions: int) -> Plan:
         points={"site-2": ("send-offer.before:1",)},
         faults=(Fault(0.0, "absent", "site-2", versions=versions),),
         limit=2 * versions,
+        first="site-2",
     )
 
 

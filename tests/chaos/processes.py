@@ -56,6 +56,8 @@ class Actor:
         self.deaths: list[Death] = []
         self.done = asyncio.Event()
         """Set when it ended with status 0, or with one that nobody asked for."""
+        self.died = asyncio.Event()
+        """Set when it ended otherwise, or was killed, for the first time."""
         self.up = asyncio.Event()
         self.failure: str | None = None
         self.full_until = 0.0
@@ -171,6 +173,7 @@ class Actor:
                 return
             how = "kill" if killed else point if status == -signal.SIGKILL and point else f"exit {status}"
             self.deaths.append(Death(self.name, time.time(), how))
+            self.died.set()
             self._on_death(self.name)
             if how.startswith("exit"):
                 if not (status == 4 and started <= self.full_until):
