@@ -14,6 +14,10 @@ from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from shared.link import link
 from tests.helpers import any_free_port
 
+# How wide a terminal is, and whether there is one with colours, is said by the tests that are about it.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+
 # A busy machine makes any example slow to run and to draw; what must not hang has the time-out of the whole test.
 PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 # `make test` says the same of the same tree each time; `make explore` draws other examples, and more.
