@@ -9,10 +9,16 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from shared.link import link
 from tests.helpers import any_free_port
+
+# How wide a terminal is, and whether there is one with colours, is said by the tests that are about it.
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
 
 # A busy machine makes any example slow to run and to draw; what must not hang has the time-out of the whole test.
 PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -20,6 +26,9 @@ PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.H
 hypothesis.settings.register_profile("mailboat", PATIENT, derandomize=True)
 hypothesis.settings.register_profile("explore", PATIENT, max_examples=1_000)
 hypothesis.settings.load_profile(os.environ.get("MAILBOAT_EXAMPLES", "mailboat"))
+if "MAILBOAT_EXAMPLES" not in os.environ:
+    # Hypothesis draws constants, too, that stand in modules imported so far, which is a matter of the order of tests.
+    providers._get_local_constants = Constants
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ STRIDE = 997
 """From one window to the next: a thousand for each megabyte, some in every frame."""
 LEAST = 6
 """Bytes that are worth looking for: what is sealed holds any three in sixteen megabytes, any four in four gigabytes."""
+FLOAT = b"\xcb"
+"""What stands before a number of eight bytes in MessagePack."""
 
 
 class Spy:
@@ -87,8 +89,22 @@ def learnt(root: Path, said: list[bytes]) -> set[str]:
 
 
 def _word(name: str) -> bytes:
-    """What to look for as a name: one that chance spells too has its length before it, as MessagePack writes it."""
-    return name.encode() if len(name) >= LEAST else msgpack.packb(name)
+    """What to look for as a name: one that chance spells too stands in MessagePack behind its length.
+
+    The shortest ones are names of numbers, whose mark follows.
+    """
+    packed: bytes = msgpack.packb(name)
+    return name.encode() if len(name) >= LEAST else packed if len(packed) >= LEAST else packed + FLOAT
+
+
+def _number(name: str, value: float) -> Iterator[bytes]:
+    """What to look for as a number: behind its name, and alone where it is more than a byte or two and zeros.
+
+    0.5 is two bytes and six zeros. So is the end of an id, one in 65,536, before the index 0 and the length of a chunk.
+    """
+    bare = struct.pack(">d", value)
+    yield msgpack.packb(name) + FLOAT + bare
+    yield from (each for each in (bare, repr(value).encode()) if len(each.rstrip(b"\0")) >= LEAST)
 
 
 def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -105,13 +121,11 @@ def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
             yield from (("frame", piece) for piece in _pieces((storage / folder / f"{name}.frames").read_bytes()))
             if folder == "updates":
                 for metric, value in stored.manifest.update.metrics.items():
-                    yield "metric", _word(metric)
-                    yield "metric", struct.pack(">d", value)
-                    if len(repr(value)) >= LEAST:
-                        yield "metric", repr(value).encode()
+                    yield from (("metric", each) for each in (_word(metric), *_number(metric, value)))
     for path in root.glob("*/receipts/*.json"):
         told = json.loads(path.read_bytes())
-        yield from (("receipt", each) for each in (told["manifest_sha256"].encode(), struct.pack(">d", told["weight"])))
+        yield "receipt", told["manifest_sha256"].encode()
+        yield from (("receipt", each) for each in _number("weight", told["weight"]))
     for path in root.glob(f"*/receipts/{HEADS}"):
         yield from (("head", parse_head(line, path.name).signature) for line in path.read_bytes().splitlines())
     with Journal.open_read(storage / "journal.sqlite") as journal:
@@ -133,7 +147,10 @@ def _pieces(data: bytes) -> Iterable[bytes]:
 
 
 def _expanded(data: bytes) -> bytes | None:
+    """What a frame holds that is whole and as long as it says; chance makes the beginning of one of its magic."""
     try:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        declared = zstandard.get_frame_parameters(data).content_size
+        held = zstandard.ZstdDecompressor().decompressobj().decompress(data)
     except zstandard.ZstdError:
         return None
+    return held if held and len(held) == declared else None

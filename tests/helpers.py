@@ -13,6 +13,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+AS_MYSELF = "user root\n" if os.geteuid() == 0 else ""
+"""What Mosquitto is told where it would give its rights away, and could not read our files any more."""
+
 PORTS = range(20_000, 32_000)
 """Below those that the system hands out by itself, to whoever connects or listens anywhere: between a test that looks
 for a free port and the broker that takes it, or while that broker is away, nobody is given one of these."""

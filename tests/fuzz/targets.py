@@ -19,17 +19,14 @@ from typing import Any, get_args
 import msgpack
 import numpy as np
 import zstandard
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from broker import provision
-from broker.provision import key_bytes
-from broker.provision import make_request as make_csr
 from coordinator import records, snapshots
 from coordinator.intake import Intake
 from coordinator.offers import check_id, check_offer
-from mailboat.enrolment import make_request, parse_request
+from mailboat.enrolment import parse_request
 from shared import messages
 from shared.codec import Codec, decode_add, encode, part_specs
 from shared.config import AdmissionSection, CodecName, CoordinatorConfig, FederationConfig, SiteConfig
@@ -49,7 +46,6 @@ from shared.trust.document import to_json
 from shared.trust.grant import Holder, check_renewal, make_grant, parse_grant
 from shared.trust.kit import PublicKeys, authority_pem
 from shared.trust.membership import (
-    Membership,
     public_bytes,
     sign_membership,
     stated_membership,
@@ -314,39 +310,28 @@ _TOML = {
     CoordinatorConfig: b'federation = "f"\nstorage = "s"\n[broker]\nurl = "mqtts://h:1"\n[admission]\nnorm_max = 1.5\n',
     SiteConfig: b'name = "north"\nfederation = "f"\nstorage = "s"\n[data]\nnotes = "n"\n[link]\nwindow = 4\n',
 }
-_KEY = ec.generate_private_key(ec.SECP256R1())
-_REQUEST = to_json(make_request("north", Ed25519PrivateKey.generate(), bytes(32), make_csr(_KEY, name="north")))
 
 # -- renewals: signed by the right authority around certificates that are not what they should be ---
 
-_BEFORE = Ed25519PrivateKey.generate()
-_AUTHORITY = Ed25519PrivateKey.generate()
+_BEFORE, _AUTHORITY = (Ed25519PrivateKey.from_private_bytes(bytes([n] * 32)) for n in (1, 2))
 _INTRODUCTION = introduce(_BEFORE, public_bytes(_AUTHORITY), "ward")
-_ISSUED = 1_800_000_000
-_CA = (_KEY, provision.make_ca(_KEY, name="ward", serial=1, now=_ISSUED, days=45))
-_CERTIFICATE = provision.issue_client(_CA, _KEY.public_key(), name="north", serial=2, now=_ISSUED, days=45)
-_MEMBER = Membership(
-    role="site",
-    name="north",
-    federation="ward",
-    sign_key=bytes(32),
-    box_key=bytes(32),
-    serial=2,
-    not_before=_ISSUED,
-    not_after=_ISSUED + 100,
-)
+_GRANT = parse_grant((GOLDEN / "trust" / "north-2.grant").read_bytes())
+"""Its certificates are taken, which nobody can make twice the same: signing them is random."""
+_MEMBER = stated_membership(_GRANT.member)
+_ISSUED = _MEMBER.not_before
+_CERTIFICATE, _CA = (x509.load_pem_x509_certificate(each.encode()) for each in (_GRANT.certificate, _GRANT.ca))
 _COORDINATOR = _MEMBER.model_copy(update={"role": "coordinator", "name": "coordinator"})
 _HOLDER = Holder(
     _MEMBER.model_copy(update={"not_before": 0}),
-    PublicKeys(bytes(32), bytes(32)),
-    key_bytes(_KEY.public_key()),
+    PublicKeys(_MEMBER.sign_key, _MEMBER.box_key),
+    _CERTIFICATE.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint),
     (public_bytes(_BEFORE),),
 )
 _RENEWAL: bytes = msgpack.packb(
     [
         [_INTRODUCTION.by, _INTRODUCTION.key, _INTRODUCTION.signature],
         sign_membership(_AUTHORITY, _MEMBER),
-        *(each.public_bytes(Encoding.DER) for each in (_CERTIFICATE, _CA[1], _CA[1])),
+        *(each.public_bytes(Encoding.DER) for each in (_CERTIFICATE, _CA, _CA)),
     ]
 )
 
@@ -426,7 +411,7 @@ TARGETS: dict[str, Target] = {
         *(_parts_target(codec) for codec in ("int8", "int4", "topk2", "topk2x4")),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
-        Target("request", [_REQUEST], mutated_json, parse_request, 1),
+        Target("request", _golden("trust", "*.request"), mutated_json, parse_request, 1),
         Target("grant", _golden("trust", "*.grant"), mutated_json, parse_grant, 1),
         Target("renewal", [_RENEWAL], mutated_msgpack, _renewal, 2),
         *AUDITORS,

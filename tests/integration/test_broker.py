@@ -21,7 +21,7 @@ from broker.config import PACKET_BYTES_MAX
 from broker.launcher import BrokerKind, RunningBroker, find_mosquitto, run_broker
 from shared.errors import UnavailableError
 from shared.topics import Channel, topic
-from tests.helpers import run_async
+from tests.helpers import AS_MYSELF, run_async
 
 pytestmark = pytest.mark.integration
 
@@ -171,10 +171,8 @@ def hardened(tmp_path: Path, free_port: int) -> Iterator[int]:
     shipped = (ROOT / "mosquitto.conf").read_text()
     text = re.sub(r"^listener 1883$", f"listener {free_port} 127.0.0.1", shipped, count=1, flags=re.MULTILINE)
     assert text != shipped
-    if os.geteuid() == 0:
-        text += "\nuser root\n"
     config, log = tmp_path / "mosquitto.conf", tmp_path / "log"
-    config.write_text(text)
+    config.write_text(f"{text}\n{AS_MYSELF}")
     mosquitto = find_mosquitto()
     assert mosquitto is not None
     with log.open("wb") as output:

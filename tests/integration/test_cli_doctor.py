@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -24,7 +23,7 @@ from shared.link.endpoints import parse_endpoints
 from shared.messages import Announce, Refused, Welcome
 from shared.plan import load_plan
 from tests.commands import refused
-from tests.helpers import run_async
+from tests.helpers import AS_MYSELF, run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
 
 pytestmark = pytest.mark.integration
@@ -55,7 +54,7 @@ def guarded(tmp_path: Path, free_port: int) -> Iterator[Guarded]:
     (tmp_path / "acl").chmod(0o600)
     (tmp_path / "mosquitto.conf").write_text(
         f"listener {free_port} 127.0.0.1\nallow_anonymous false\npassword_file {DOCKER / 'broker' / 'passwords'}\n"
-        f"acl_file {tmp_path / 'acl'}\n" + ("user root\n" if os.geteuid() == 0 else "")
+        f"acl_file {tmp_path / 'acl'}\n{AS_MYSELF}"
     )
     guarded = Guarded(f"mqtt://127.0.0.1:{free_port}")
     process = subprocess.Popen([mosquitto, "-c", tmp_path / "mosquitto.conf"], stderr=subprocess.DEVNULL)

@@ -15,7 +15,7 @@ from broker.launcher import find_mosquitto
 from shared.config import BrokerSection, LinkSection
 from shared.errors import ConfigError, RefusedError
 from shared.link import Connected, Link, LinkOptions
-from tests.helpers import run_async
+from tests.helpers import AS_MYSELF, run_async
 
 pytestmark = [
     pytest.mark.integration,
@@ -65,7 +65,7 @@ def mosquitto_with(folder: Path, port: int, lines: list[str]) -> Iterator[None]:
     """Mosquitto on a loopback port with these settings."""
     program = find_mosquitto()
     assert program is not None
-    settings = [f"listener {port} 127.0.0.1", f"user {Path.home().owner()}", "log_dest stderr", *lines]
+    settings = [f"listener {port} 127.0.0.1", AS_MYSELF, "log_dest stderr", *lines]
     (folder / "mosquitto.conf").write_text("\n".join(settings) + "\n")
     process = subprocess.Popen(
         [program, "-c", folder / "mosquitto.conf"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL

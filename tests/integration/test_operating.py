@@ -12,6 +12,7 @@ import pytest
 
 from broker.launcher import find_mosquitto
 from coordinator.records import Finished, Signed, VersionCommitted, Witnessed
+from tests.helpers import AS_MYSELF
 from tests.toys import journal_records
 from tests.walk import Typed, Walk, typed
 
@@ -69,7 +70,7 @@ def test_the_page_leads_to_a_sealed_federation_of_three_sites(tmp_path: Path, fr
         for line in lines:
             if line.words.startswith("mosquitto"):
                 config = folder / "mosquitto.conf"
-                config.write_text(config.read_text() + f"\nuser {Path.home().owner()}\n")  # whose files these are
+                config.write_text(f"{config.read_text()}\n{AS_MYSELF}")
                 walk.start(line).wait_for("running")
             elif line.words.startswith("mailboat coordinator run"):
                 coordinator = walk.start(line)

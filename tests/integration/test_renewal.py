@@ -30,7 +30,7 @@ from shared.trust.membership import verify_membership
 from shared.trust.signing import authority_fingerprint
 from tests.commands import call
 from tests.commands import refused as refused_by
-from tests.helpers import run_async, until
+from tests.helpers import AS_MYSELF, run_async, until
 from tests.integration.test_tls import SITES, Federation, federation
 from tests.toys import Gated, toy_coordinator, toy_records, toy_site
 
@@ -63,7 +63,7 @@ class Mosquitto:
         assert program is not None
         config = self.root / "mosquitto.conf"
         generated = (self.root / "authority" / "broker" / "mosquitto.conf").read_text()
-        config.write_text(generated + f"\nuser {Path.home().owner()}\n{self.extra}")
+        config.write_text(f"{generated}\n{AS_MYSELF}{self.extra}")
         with self.log.open("wb") as output:
             self.process = await asyncio.create_subprocess_exec(program, "-c", config, stderr=output, stdout=output)
         await until(lambda: "running" in self.log.read_text())

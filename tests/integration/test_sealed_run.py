@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,7 +19,7 @@ from coordinator.records import Finished, VersionCommitted
 from shared.config import BrokerSection, FederationConfig
 from shared.configfile import load_config
 from shared.errors import RefusedError
-from shared.messages import Hello, encode
+from shared.messages import Hello, chunk_header, encode
 from tests.eavesdrop import Spy, learnt
 from tests.factories import digest
 from tests.helpers import run_async
@@ -86,13 +87,19 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
 
 
 def test_chance_is_not_taken_for_a_leak(tmp_path: Path, mosquitto_url: str) -> None:
-    """Sixteen megabytes drawn at random teach nothing of an open run, although short words stand in them."""
+    """Sixteen megabytes drawn at random teach nothing of an open run, although short words stand in them.
+
+    Nor do chunks whose id ends as 1.0 or 0.5 begins, or what has the magic of zstd before it and happens to be a block.
+    """
     write_toy(tmp_path, mosquitto_url, sites=2, versions=3, quorum=2)
     sites = [toy_site(tmp_path / f"site-{number}.toml") for number in (1, 2)]
     _spied(mosquitto_url, toy_coordinator(tmp_path / "coordinator.toml"), *sites)
     noise = np.random.default_rng(3).bytes(16_000_000)
     assert noise.count(b"0.5") > 0
-    assert learnt(tmp_path, [noise]) == set()
+    chunks = [chunk_header(f"{'ab' * 14}{end}", 0, 60_000) for end in ("3ff0", "3fe0")]
+    assert [struct.pack(">d", value) in chunk for value, chunk in zip((1.0, 0.5), chunks, strict=True)] == [True, True]
+    begun = b"\x28\xb5\x2f\xfd\x00\x58" + (60_000 << 3).to_bytes(3, "little") + noise[:50_000]
+    assert learnt(tmp_path, [noise, *chunks, begun]) == set()
 
 
 async def _exists(path: Path) -> None:

@@ -27,7 +27,7 @@ from shared.errors import RefusedError
 from shared.link import Connected, Event, Link, LinkOptions, Packet
 from shared.topics import Channel, topic
 from shared.trust.signing import authority_fingerprint
-from tests.helpers import run_async
+from tests.helpers import AS_MYSELF, run_async
 from tests.toys import toy_coordinator, toy_site, write_toy
 
 pytestmark = [
@@ -103,7 +103,7 @@ def serving(federation: Federation) -> Iterator[subprocess.Popen[bytes]]:
     assert program is not None
     folder = federation.root / "authority" / "broker"
     config = federation.root / "mosquitto.conf"
-    config.write_text((folder / "mosquitto.conf").read_text() + f"\nuser {Path.home().owner()}\n")
+    config.write_text(f"{(folder / 'mosquitto.conf').read_text()}\n{AS_MYSELF}")
     log = federation.root / "mosquitto.log"
     with log.open("wb") as output:
         process = subprocess.Popen([program, "-c", config], stderr=output, stdout=output)
