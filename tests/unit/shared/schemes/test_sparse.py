@@ -16,26 +16,18 @@ from shared.tensorfile import F32Array, bf16_to_f32, f32_to_bf16
 from tests.unit.shared.encoded import LARGEST, arrays_of, relative_error, round_trip, weights
 
 
-def unpacked(parts: list[NDArray[Any]], count: int) -> tuple[list[int], list[int]]:
-    """Indices and codes, read bit by bit."""
-    _, index, value, _ = parts
-    bits = "".join(f"{byte:08b}"[::-1] for byte in index.tolist())
-    indices = [int(bits[12 * i : 12 * i + 12][::-1], 2) for i in range(count)]
-    codes = [value[i // 4] >> 2 * (i % 4) & 3 for i in range(count)]
-    return indices, codes
-
-
 def test_by_hand() -> None:
     """Of 130 values three are kept: 8 at 5, -9 at 70, 1 at 129.
 
-    Parted with the least squared error they are {1}, {8, 9}: levels 1 and 8.5. The indices are 005, 046, 081 in hex,
-    codes 1 (upper), 3 (upper, negative), 0.
+    Parted with the least squared error they are {1}, {8, 9}: levels 1 and 8.5. Before them 5, 64 and 58 are left out;
+    codes are 1 (upper), 3 (upper, negative), 0.
     """
     values = np.zeros((2, 65), dtype=np.float32)
     values.flat[[5, 70, 129]] = [8, -9, 1]
-    shape, index, value, scale = arrays_of(values, "topk2")
+    shape, gap, leap, value, scale = arrays_of(values, "topk2")
     assert shape.shape == (0, 2, 65)
-    assert index.tobytes().hex() == "056004" + "8100"
+    assert gap.tolist() == [5, 64, 58]
+    assert leap.tolist() == [0, 0]
     assert value.tolist() == [0b00_00_11_01]
     np.testing.assert_array_equal(bf16_to_f32(scale), [[1, 8.5]])
     decoded = round_trip(values, "topk2")
@@ -58,18 +50,29 @@ def test_the_largest_of_each_chunk_are_kept(size: int, codec: Codec, sparsity: i
 
 def test_of_equal_magnitudes_the_first_are_kept() -> None:
     """A chunk of zeros keeps its first 64; one with 65 ones keeps all but the last of them."""
-    zeros = arrays_of(np.zeros(CHUNK, dtype=np.float32), "topk2")
-    assert unpacked(zeros, 64)[0] == list(range(64))
+    _, gap, leap, *_ = arrays_of(np.zeros(CHUNK, dtype=np.float32), "topk2")
+    assert gap.tolist() == [0] * 64
+    assert leap.tolist() == [0] * 32
     values = np.zeros(2 * CHUNK, dtype=np.float32)
     values[np.arange(100, 165)] = 1
     values[CHUNK : CHUNK + 64] = -2
     assert np.flatnonzero(round_trip(values, "topk2")).tolist() == [*range(100, 164), *range(CHUNK, CHUNK + 64)]
 
 
+def test_a_gap_of_more_than_a_byte() -> None:
+    """Where only the last value is not zero, 63 zeros are kept before it, and 4032 left out: 0xfc0."""
+    values = np.zeros(CHUNK, dtype=np.float32)
+    values[-1] = 3
+    _, gap, leap, *_ = arrays_of(values, "topk2")
+    assert gap.tolist() == [0] * 63 + [0xC0]
+    assert leap.tolist() == [0] * 31 + [0xF0]
+    assert np.flatnonzero(round_trip(values, "topk2")).tolist() == [CHUNK - 1]
+
+
 def test_the_levels_are_the_best_two() -> None:
     """No other parting of the kept magnitudes into two groups, each at its mean, has a smaller squared error."""
     values = weights(CHUNK, seed=5)
-    _, _, _, scale = arrays_of(values, "topk2")
+    *_, scale = arrays_of(values, "topk2")
     kept = np.sort(np.abs(values))[-64:].astype(np.float64)
     errors = [kept[:split].var() * split + kept[split:].var() * (64 - split) for split in range(1, 64)]
     best = 1 + int(np.argmin(errors))
@@ -103,16 +106,16 @@ SIZE = CHUNK + 130
 
 def spoilt(what: str) -> list[NDArray[Any]]:
     """Sound parts of SIZE values, but for one thing."""
-    shape, index, value, scale = arrays_of(weights(SIZE), "topk2")
+    shape, gap, leap, value, scale = arrays_of(weights(SIZE), "topk2")
     match what:
-        case "twice":
-            index[:3] = index[3:6]
-        case "backwards":
-            index[:6] = np.concatenate([index[3:6], index[:3]])
-        case "behind the end":  # the last index, 131 of 130
-            index[-2:] = [131, 0]
-        case "index padding":
-            index[-1] |= 0x10
+        case "out of a chunk":  # the first one ends at 4095 at the latest
+            leap[:32] |= 0x11
+        case "far out of a chunk":
+            leap[:32] |= 0xFF
+        case "behind the end":  # the last place, 130 of 0 to 129
+            gap[-1] += 130 - (gap[-3:].astype(int) + 1).sum() + 1
+        case "leap padding":
+            leap[-1] |= 0x10
         case "value padding":
             value[-1] |= 0x40
         case "swapped levels":
@@ -121,16 +124,16 @@ def spoilt(what: str) -> list[NDArray[Any]]:
             scale[0, 0] |= 0x8000
         case "nan" | "infinity":
             scale[0, 1] = f32_to_bf16(np.array([float(what)], dtype=np.float32))[0]
-    return [shape, index, value, scale]
+    return [shape, gap, leap, value, scale]
 
 
 @pytest.mark.parametrize(
     ("what", "rule"),
     [
-        ("twice", "codec-index"),
-        ("backwards", "codec-index"),
+        ("out of a chunk", "codec-index"),
+        ("far out of a chunk", "codec-index"),
         ("behind the end", "codec-index"),
-        ("index padding", "codec-padding"),
+        ("leap padding", "codec-padding"),
         ("value padding", "codec-padding"),
         ("swapped levels", "codec-scale"),
         ("negative level", "codec-scale"),
