@@ -42,7 +42,7 @@ from shared.schemes.scheme import (
 from shared.tensorfile import F32Array, Shape, bf16_to_f32, f32_to_bf16
 
 CHUNK = 4096
-"""Values among which the largest are looked for; an index into it has 12 bits."""
+"""Values among which the largest are looked for; a distance within it has 12 bits."""
 
 SPARSITY = 64
 """One value of so many is kept: 64 of 4096, as in the paper."""

@@ -125,11 +125,8 @@ def updates() -> Iterator[tuple[str, bytes]]:
         "codec-scale--topk2-upper-below-lower",
         update_of(sound, "topk2", spoil=_in_part("a.weight.scale", b"\x80\x3f\0\0")),
     )
-    yield "codec-index--topk2-one-value-twice", update_of(sound, "topk2", spoil=_in_part("a.weight.index", b"\5\x50\0"))
-    yield (
-        "codec-index--topk2-outside-its-tensor",
-        update_of(sound, "topk2", spoil=_in_part("b.weight.index", b"\x20\0")),
-    )
+    yield "codec-index--topk2-outside-its-tensor", update_of(sound, "topk2", spoil=_in_part("b.weight.gap", b"\x20"))
+    yield "codec-index--topk2-far-outside", update_of(sound, "topk2", spoil=_in_part("a.weight.leap", b"\xff"))
     yield "codec-padding--topk2-bits-of-nobody", update_of(sound, "topk2", spoil=_in_part("b.weight.value", b"\4"))
     yield "file-hash--of-another-file", update_of(sound, spoil=_hash_lie)
     yield "file-size--bytes-behind", update_of(sound, spoil=_longer)
@@ -161,7 +158,7 @@ def steps() -> Iterator[tuple[str, bytes]]:
         "non-finite--nan": step_of(small, spoil=_with_value(float("nan"))),
         "non-finite--infinity": step_of(small, spoil=_with_value(float("-inf"))),
         "codec-scale--negative": step_of(small, "int8", spoil=_in_part("a.weight.scale", b"\x80\xbf")),
-        "codec-index--one-value-twice": step_of(small, "topk2", spoil=_in_part("a.weight.index", b"\5\x50\0")),
+        "codec-index--outside-its-tensor": step_of(small, "topk2", spoil=_in_part("b.weight.gap", b"\x20")),
         "codec-parts--f32-said-to-be-int8": step_of(small, spoil=_codec_lie),
         "state-digest--of-another-state": step_of(small),
     }
