@@ -88,28 +88,25 @@ def _bars(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
 
 def _bytes(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
     """The main measure against all bytes that travelled."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     name = measures(found)[0]
     sent = [row for row in found if row.section.method in {"federated", "splitnn"} and not row.section.zero_shot]
     for place, row in enumerate(sent):
         total = Stat.of((result.up + result.down) / MEGA for _, result in row.results)
         mean, spread = _percent(row.score(name))
         if total is not None:
-            axes.errorbar(
-                total.mean,
-                mean,
-                yerr=spread,
-                fmt=MARKERS[place % len(MARKERS)],
-                color=COLOURS[place % len(COLOURS)],
-                capsize=3,
-                label=row.name,
-            )
+            style = {**_style(place), "linestyle": ""}
+            axes.errorbar(total.mean, mean, yerr=spread, capsize=3, label=row.name, **style)
     for row in found:
         if row.section.method == "centralized":
             axes.axhline(_percent(row.score(name))[0], color="#546e7a", linestyle="--", linewidth=1, label=row.name)
     axes.set_xscale("log")
     axes.set_xlabel("MB on the wire, both ways, all sites and versions")
     axes.set_ylabel(_measure(found))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(axes: Axes, found: Sequence[Row], section: PlotSection) -> None:
@@ -191,10 +188,11 @@ _KINDS: Mapping[str, Callable[[Any, Sequence[Row], PlotSection], None]] = {
 
 
 def _style(place: int) -> dict[str, Any]:
+    turn = place // len(COLOURS)
     return {
         "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+        "marker": MARKERS[(place + turn) % len(MARKERS)],
+        "linestyle": DASHES[turn % len(DASHES)],
         "markersize": 5,
     }
 
