@@ -61,7 +61,7 @@ imports: setup ## import-linter: who may import whom
 unit: setup ## the unit tests alone
 	@$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
-explore: setup ## the unit tests with a thousand new examples for each property
+explore: setup ## the unit tests with new examples, a thousand for each property that names no number
 	@MAILBOAT_EXAMPLES=explore $(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
 chaos: SEEDS = 0-23

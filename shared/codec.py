@@ -8,7 +8,8 @@ A codec turns one named tensor into one or more *parts*, each an ordinary tensor
     int4   `w` F32, empty, `w.packed` U8, 2 values    |error| <= 0.502 x (largest magnitude of the block) / 7
            a byte, `w.scale` BF16, one per 128 values
     topk2  `w` F32, empty, `w.gap`, `w.leap`,         |error| <= 1.004 x (largest magnitude of 4096 values);
-           `w.value` U8, `w.scale` BF16, two per 4096 of 64 values one is sent, the others become zero
+           `w.value` U8, `w.scale` BF16, two per      of 64 values one is sent, the others become zero
+           4096 values
     topk2x4  the same                                 the same; of 16 values one is sent
 
 The parts' names, types and shapes follow from the tensor's name and shape alone, so a receiver that knows the plan
@@ -127,7 +128,7 @@ def decode_tensor(parts: Sequence[NDArray[Any]], codec: Codec, shape: Shape) -> 
 def decode_add(parts: Sequence[NDArray[Any]], codec: Codec, weight: float, accumulator: F32Array) -> None:
     """Add weight x the decoded tensor to a contiguous float32 accumulator of the tensor's shape, in place.
 
-    The weight is rounded to float32 first. Temporaries: the scales, and 512 KiB a piece. RefusedError with rule
+    The weight is rounded to float32 first. Temporaries: the scales, and some pieces of 512 KiB. RefusedError with rule
     'codec-parts' when the parts do not fit the shape, 'codec-scale' when a scale is not a finite number from 0 to what
     2^127 asks for, 'codec-index' when gaps lead out of their chunk, 'codec-padding' when bits that hold no
     value are not zero; the accumulator is then as it was.

@@ -1,7 +1,7 @@
 """Tensors out of the frames of one transfer, slice by slice, in bounded memory.
 
-A reader sees frames through a function, so it does not know where they rest. It keeps the three slices used last: a
-span of a tensor may lie across two, and its companion in a third.
+A reader sees frames through a function, so it does not know where they rest. It keeps the slices used last, one more
+than the codec has parts: each part of a span may end in a slice in which the next span begins, and one lies across two.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from shared.manifest import Manifest
 from shared.slices import ByteArray, expand_into
 from shared.tensorfile import NUMPY_DTYPES, F32Array, Shape, header_size, parse_header, tensor_bytes
 
-_KEPT_SLICES = 3
-
 
 class TensorReader:
     """Reads the safetensors file that `manifest` describes from its frames.
@@ -29,8 +27,8 @@ class TensorReader:
     `read_frame(index)` returns a frame that has the manifest's length. What the frames hold is a sender's
     word: RefusedError as from `expand_into`, `parse_header`, `codec_named` and `tensor_shapes`, or with rule
     'codec-group' when the manifest's grouping is not the codec's. `shapes` names the tensors that can be read;
-    compare it with the plan before reading, as memory is that of the tensor read and four slices (with `spans`, four
-    slices and three spans, whatever the tensor's size).
+    compare it with the plan before reading, as memory is that of the tensor read and of two slices more than the codec
+    has parts (with `spans`, of these slices and three spans, whatever the tensor's size).
 
     With `verify`, slices are hashed on their way for `verify_file`.
     """
@@ -46,6 +44,7 @@ class TensorReader:
         self._read_frame = read_frame
         self._verify = verify
         self._kept: dict[int, ByteArray] = {}
+        self._keep = 1 + len(part_specs("", (), self.codec))
         self._hash = hashlib.sha256()
         self._hashed = 0
         prefix = self._bytes(0, min(8, manifest.file_size)).tobytes()
@@ -136,7 +135,7 @@ class TensorReader:
         raw = self._kept.pop(index, None)
         if raw is None:
             # Dictionaries keep their order: the first one is the one not used for longest. Its memory is reused.
-            oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) == _KEPT_SLICES else None
+            oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) == self._keep else None
             size = self.manifest.raw_size(index)
             raw = oldest if oldest is not None and oldest.size == size else np.empty(size, dtype=np.uint8)
             self._expand(index, raw)

@@ -10,8 +10,8 @@ ceil(m / sparsity) are kept, so that the short last chunk is as dense as the oth
     scale   two levels a chunk, lower and upper, as bfloat16
 
 Gaps are distributed nearly geometrically, and their entropy is that of the places (Golomb, Run-length encodings, 1966):
-zstd's Huffman code packs one to 5.4 bits where one value in 16 is kept, and to 7.5 where it is one in 64; a place takes
-12. Leaps are nearly all zero, and pack to next to nothing.
+zstd's Huffman code packs gap and leap to 5.5 bits where one value in 16 is kept, and to 7.6 where it is one in 64; a
+place takes 12.
 
 The two levels are the means of the smaller and of the larger magnitudes, parted where the squared error is least (the
 optimal two-level quantiser of these very values: Lloyd, Least squares quantization in PCM, 1982). Hence
@@ -140,7 +140,7 @@ def _add(parts: Arrays, weight: np.float32 | None, out: F32Array, *, sparsity: i
     _check_scales(scales)
     _check_padding(count, leap, value)
     for kept in spans(count, _KEPT_SPAN):
-        _check_places(_places(gap, leap, kept, a_chunk), a_chunk, out.size % CHUNK if kept.stop == count else 0)
+        _check_ends(_steps(gap, leap, kept, a_chunk), out.size % CHUNK if kept.stop == count else 0)
     # In the order of their codes.
     levels = np.concatenate([scales, -scales], axis=1)
     if weight is None:
@@ -149,21 +149,23 @@ def _add(parts: Arrays, weight: np.float32 | None, out: F32Array, *, sparsity: i
         levels *= weight
     for kept in spans(count, _KEPT_SPAN):
         chunk = np.arange(kept.start, kept.stop) // a_chunk
-        places = chunk * CHUNK + _places(gap, leap, kept, a_chunk)
+        within = _steps(gap, leap, kept, a_chunk).cumsum(axis=1).reshape(-1)[: chunk.size] - 1
+        places = chunk * CHUNK + within
         values = levels[chunk, _unpack(value, kept, 2)]
         if weight is not None:
             np.add(out[places], values, out=values)
         out[places] = values
 
 
-def _places(gap: NDArray[np.uint8], leap: NDArray[np.uint8], kept: slice, a_chunk: int) -> Int64Array:
-    """Places within their chunks of a span of kept values, which begins with a chunk."""
-    steps = np.ones(-(-(kept.stop - kept.start) // a_chunk) * a_chunk, dtype=np.int64)
-    here = steps[: kept.stop - kept.start]
-    here += gap[kept]
-    here += _unpack(leap, kept, 4).astype(np.int64) << 8
-    within: Int64Array = steps.reshape(-1, a_chunk).cumsum(axis=1).reshape(-1)[: here.size] - 1
-    return within
+def _steps(gap: NDArray[np.uint8], leap: NDArray[np.uint8], kept: slice, a_chunk: int) -> Int64Array:
+    """From place to place in the chunks of a span, a row each, the first from -1; zero behind a short one's last."""
+    count = kept.stop - kept.start
+    steps = np.zeros(-(-count // a_chunk) * a_chunk, dtype=np.int64)
+    steps[:count] = _unpack(leap, kept, 4)
+    steps[:count] <<= 8
+    steps[:count] += gap[kept]
+    steps[:count] += 1
+    return steps.reshape(-1, a_chunk)
 
 
 # -- what no encoder writes: RefusedError ---
@@ -172,13 +174,14 @@ def _places(gap: NDArray[np.uint8], leap: NDArray[np.uint8], kept: slice, a_chun
 def _check_scales(scales: F32Array) -> None:
     lower, upper = scales.T
     # Written so that a NaN fails it.
-    if not ((lower >= 0) & (lower <= upper) & (upper <= MAGNITUDE_MAX)).all():
+    if np.signbit(lower).any() or not ((lower <= upper) & (upper <= MAGNITUDE_MAX)).all():
         raise RefusedError("a level is negative, NaN or out of range, or above the upper one", rule="codec-scale")
 
 
-def _check_places(places: Int64Array, a_chunk: int, short: int) -> None:
-    """Places ascend, since no gap is negative: each is inside its chunk if the last one is."""
-    if not (places[a_chunk - 1 :: a_chunk] < CHUNK).all() or (short and places[-1] >= short):
+def _check_ends(steps: Int64Array, short: int) -> None:
+    """Places ascend, since no step is back: all are inside their chunk if the last one is."""
+    ends = steps.sum(axis=1)
+    if ends.max() > CHUNK or (short and ends[-1] > short):
         raise RefusedError("the gaps of a chunk lead out of it", rule="codec-index")
 
 

@@ -166,7 +166,9 @@ def test_files_that_are_no_safetensors_files(tmp_path: Path, kind: str) -> None:
     assert refused(run, raw_file(run, GARBAGE[kind](content))).startswith(("header-", "tensor-", "file-"))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60
+)
 @given(data=st.data())
 def test_no_change_to_a_file_escapes_as_another_error(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever bytes of a true file a site changes, the answer is admission or a named rule, never a traceback."""

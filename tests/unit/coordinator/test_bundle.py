@@ -21,7 +21,9 @@ from shared.manifest import manifest_from_bytes
 from shared.slices import compress_slice
 from tests.audited import VERSIONS, AuditedRun, restored, spoilt
 
-FEW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,9 @@ from shared.manifest import manifest_from_bytes
 from shared.messages import Receipt
 from tests.audited import SECTIONS, VERSIONS, AuditedRun, Edit, flipped, on, put, restored, spoilt
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ from shared.states import Imprint
 from shared.store import FrameStore
 from tests.audited import SECTIONS, VERSIONS, AuditedRun, restored, spoilt
 
-FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(scope="module", params=SECTIONS)

@@ -122,6 +122,8 @@ def spoilt(what: str) -> list[NDArray[Any]]:
             scale[1] = scale[1, ::-1]
         case "negative level":
             scale[0, 0] |= 0x8000
+        case "negative zero":
+            scale[0, 0] = 0x8000
         case "nan" | "infinity":
             scale[0, 1] = f32_to_bf16(np.array([float(what)], dtype=np.float32))[0]
     return [shape, gap, leap, value, scale]
@@ -137,6 +139,7 @@ def spoilt(what: str) -> list[NDArray[Any]]:
         ("value padding", "codec-padding"),
         ("swapped levels", "codec-scale"),
         ("negative level", "codec-scale"),
+        ("negative zero", "codec-scale"),
         ("nan", "codec-scale"),
         ("infinity", "codec-scale"),
     ],
@@ -151,6 +154,23 @@ def test_what_no_encoder_writes_is_refused(what: str, rule: str) -> None:
     with pytest.raises(RefusedError) as caught:
         decode_tensor(spoilt(what), "topk2", (SIZE,))
     assert caught.value.rule == rule
+
+
+@pytest.mark.parametrize("chunk", [0, 260, 269])
+def test_the_last_place_of_a_chunk_and_the_one_behind_it(chunk: int) -> None:
+    """4095 is taken and 4096 refused, in the first chunk and in those of a later span of kept values."""
+    shape, gap, leap, value, scale = arrays_of(np.ones(CHUNK * 270, dtype=np.float32), "topk2x4")
+    last = 256 * (chunk + 1) - 1  # 255 values before it, without gaps
+    for place in (CHUNK - 1, CHUNK):
+        gap[last], leap[last // 2] = (place - 255) & 0xFF, ((place - 255) >> 8) << 4
+        parts = [shape, gap, leap, value, scale]
+        if place == CHUNK:
+            with pytest.raises(RefusedError) as caught:
+                decode_tensor(parts, "topk2x4", (CHUNK * 270,))
+            assert caught.value.rule == "codec-index"
+        else:
+            kept = np.flatnonzero(decode_tensor(parts, "topk2x4", (CHUNK * 270,)))
+            assert kept[last] == chunk * CHUNK + place
 
 
 def test_the_sound_parts_are_taken() -> None:
