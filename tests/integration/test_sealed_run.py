@@ -83,6 +83,8 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
         "a.weight",
         "digest",
         "frame",
+        "metric",
+        "receipt",
     }
 
 
