@@ -22,6 +22,7 @@ from shared.manifest import UpdateFacts
 from shared.messages import LOST
 from shared.room import MIB, POLL_S, Room
 from shared.store import FrameStore
+from shared.tasks import in_thread
 
 log = structlog.get_logger("coordinator")
 P = ParamSpec("P")
@@ -40,7 +41,7 @@ class Disk:
         """Do work in a thread, as often as it takes: what found the disk full is done when there is room."""
         while True:
             try:
-                result = await asyncio.to_thread(work, *args, **kwargs)
+                result = await in_thread(work, *args, **kwargs)
             except NoRoomError as error:
                 self.hold(error)
                 await asyncio.sleep(POLL_S)
@@ -55,7 +56,7 @@ class Disk:
 
     async def look(self) -> None:
         """See whether there is room again."""
-        if self.held and await asyncio.to_thread(self.room.lacking, self._needed) is None:
+        if self.held and await in_thread(self.room.lacking, self._needed) is None:
             self.held = ""
             log.info("there is room again")
 

@@ -46,7 +46,7 @@ from shared.plan import SealedPlan
 from shared.pump import Pump
 from shared.spooler import Spooler
 from shared.store import FrameStore
-from shared.tasks import first_error
+from shared.tasks import first_error, in_thread
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import coordinator_guard
 from shared.trust.guard import Changes, TurnedAwayError
@@ -153,7 +153,7 @@ class Service:
             self.core.apply(record)
         discard_rejected(self.updates, self.core.ledger)
         discard_uncommitted(self.states, self.core.ledger)
-        await asyncio.to_thread(check_newest, self.masters, self.core.ledger, self.federation)
+        await in_thread(check_newest, self.masters, self.core.ledger, self.federation)
         if not self.core.ledger.head_is_signed:  # killed between the two
             await self._sign_head()
         await self._compact()
@@ -180,7 +180,7 @@ class Service:
         self._compact_at = self.journal.length + COMPACT_ROWS
         started = time.monotonic()
         try:
-            moved = await asyncio.to_thread(self.journal.compact, self.core.ledger, self.audit.mark, time.time())
+            moved = await in_thread(self.journal.compact, self.core.ledger, self.audit.mark, time.time())
         except NoRoomError as error:
             log.warning("did not sum up the journal", reason=error.message)
             return
@@ -351,7 +351,7 @@ class Service:
         )
         # The one before stays until the new one is in the journal; where replays begin, there it stays for ever.
         keep = {self.core.ledger.pruned, job.plan.base_version, job.plan.version}
-        await asyncio.to_thread(prune_masters, self.masters, keep)
+        await in_thread(prune_masters, self.masters, keep)
         passing("prune.after")
         took = round(time.monotonic() - started, 3)
         log.info("merged", version=job.plan.version, updates=len(job.plan.contributions), s=took)

@@ -37,7 +37,7 @@ from shared.manifest import Manifest, StepFacts, UpdateFacts
 from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Renewal, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.spooler import Spooler
-from shared.tasks import first_error
+from shared.tasks import first_error, in_thread
 from shared.tensorfile import map_tensors
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
@@ -289,7 +289,7 @@ class Agent:
     async def _verify(self, transfer_id: str) -> None:
         try:
             stored = await self.spooler.finish(transfer_id)
-            await asyncio.to_thread(stored.verify)
+            await in_thread(stored.verify)
         except (RefusedError, CorruptError) as error:
             await self._fetch_again(transfer_id, error)
             return
@@ -300,7 +300,7 @@ class Agent:
 
     async def _step_on(self, job: d.StepOn) -> None:
         # What it was made of goes when the next pull begins: the session has not let go of it yet.
-        self._events.put_nowait(await self.disk.given_room(asyncio.to_thread, self.states.step_on, job.base, job.steps))
+        self._events.put_nowait(await self.disk.given_room(in_thread, self.states.step_on, job.base, job.steps))
 
     async def _fetch_again(self, transfer_id: str, error: RefusedError | CorruptError) -> None:
         """A state is not what was announced: it came so, or the disk has spoilt it since."""
@@ -310,7 +310,7 @@ class Agent:
         self._events.put_nowait(d.StateBroken(transfer_id))
 
     async def _forget_states_but(self, transfer_id: str) -> None:
-        await asyncio.to_thread(self.states.forget_all_but, lambda: {transfer_id, *self.session.states_in_use})
+        await in_thread(self.states.forget_all_but, lambda: {transfer_id, *self.session.states_in_use})
 
     async def _train(self, base: Manifest) -> None:
         number = base.state.version
@@ -321,7 +321,7 @@ class Agent:
         try:
             await self.disk.until_room(base, self.federation.codec)
             try:
-                await self.disk.given_room(asyncio.to_thread, self.states.extract, base, state_file)
+                await self.disk.given_room(in_thread, self.states.extract, base, state_file)
             except CorruptError as error:
                 await self._fetch_again(base.transfer_id, error)
                 return
@@ -329,7 +329,7 @@ class Agent:
             passing("train.after")
             self._metrics = trained.metrics
             self._sealing = True
-            manifest = await self.disk.given_room(asyncio.to_thread, self._seal, base, trained, delta_file)
+            manifest = await self.disk.given_room(in_thread, self._seal, base, trained, delta_file)
         finally:
             for left in self.scratch.glob(f"{base.transfer_id}.*"):
                 durable.remove(left)
@@ -360,7 +360,7 @@ class Agent:
         )
 
     async def _settle(self, receipt: Receipt) -> None:
-        if (base_sha256 := await self.disk.given_room(asyncio.to_thread, self.outbox.settle, receipt)) is None:
+        if (base_sha256 := await self.disk.given_room(in_thread, self.outbox.settle, receipt)) is None:
             return
         if receipt.rule == LOST:
             self._events.put_nowait(d.Lost(base_sha256))

@@ -17,6 +17,7 @@ from shared.config import CodecName, CodecSection, SiteConfig
 from shared.errors import NoRoomError
 from shared.manifest import Manifest
 from shared.room import MIB, POLL_S, Room
+from shared.tasks import in_thread
 
 VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk2": 1, "topk2x4": 1}
 """Of one value, its share of a scale left out; topk2 takes a quarter of it."""
@@ -40,7 +41,7 @@ class Disk:
         residual = values * VALUE_BITS[RESIDUAL_CODEC] // 8 if codec.decay else 0
         needed = base.file_size + 4 * values + sealed + residual
         try:
-            while (why := await asyncio.to_thread(self._lacking, needed, sealed)) is not None:
+            while (why := await in_thread(self._lacking, needed, sealed)) is not None:
                 await self._wait(why)
             self._go_on()
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import version
 
 import structlog
@@ -18,6 +17,7 @@ from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.ids import new_session_id
 from shared.lock import FolderLock
+from shared.tasks import in_thread
 
 log = structlog.get_logger("site")
 
@@ -57,7 +57,7 @@ async def _take_part(config: SiteConfig, federation: FederationConfig, outbox: O
         )
         if initial is not None:
             states = States(config.storage / "states", federation, identity.fingerprint)
-            await asyncio.to_thread(states.begin, initial)
+            await in_thread(states.begin, initial)
         await Agent(config, federation, identity, outbox, trainer).run()
 
 

@@ -29,6 +29,7 @@ from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
 from shared.logs import beside
 from shared.manifest import BLOCKS
+from shared.tasks import in_thread
 
 log = structlog.get_logger("site")
 
@@ -102,7 +103,7 @@ class Metered:
             await self._stand_still(error)
         spent = trained.spent
         assert spent is not None, "a worker under [privacy] says what each training cost"
-        row = await self._disk.given_room(asyncio.to_thread, self._charge, base_version, spent)
+        row = await self._disk.given_room(in_thread, self._charge, base_version, spent)
         log.info("trained", **beside({"version": base_version}, trained.metrics))
         told = {name: value for name, value in trained.metrics.items() if name in TOLD}
         return trained.model_copy(update={"metrics": told | _metrics(spent, row)})
