@@ -22,7 +22,7 @@ from shared.manifest import UpdateFacts
 from shared.messages import LOST
 from shared.room import MIB, POLL_S, Room
 from shared.store import FrameStore
-from shared.tasks import in_thread
+from shared.threads import in_thread
 
 log = structlog.get_logger("coordinator")
 P = ParamSpec("P")

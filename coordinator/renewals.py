@@ -24,6 +24,7 @@ from coordinator.sites import Sites
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import ConfigError, RefusedError
 from shared.messages import Message, Renewal, Renewed
+from shared.threads import in_thread
 from shared.topics import Channel
 from shared.trust.grant import GRANT_SUFFIX, parse_grant
 from shared.trust.kit import AUTHORITY, GRANTS, load_authorities, read_peers, read_private
@@ -112,7 +113,7 @@ class Renewals:
         """Look and offer until cancelled."""
         while self._kit is not None:
             try:
-                await asyncio.to_thread(self._look, self._kit)
+                await in_thread(self._look, self._kit)
             except ConfigError as error:
                 log.warning("kept the grants as they were", reason=error.message, hint=error.hint)
             here = {name: site.session for name, site in self._sites.items() if site.session is not None}

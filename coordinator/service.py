@@ -46,7 +46,8 @@ from shared.plan import SealedPlan
 from shared.pump import Pump
 from shared.spooler import Spooler
 from shared.store import FrameStore
-from shared.tasks import first_error, in_thread
+from shared.tasks import first_error
+from shared.threads import in_thread
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import coordinator_guard
 from shared.trust.guard import Changes, TurnedAwayError

@@ -37,8 +37,9 @@ from shared.manifest import Manifest, StepFacts, UpdateFacts
 from shared.messages import LOST, Chunk, Head, Message, Presence, Receipt, Renewal, Status, Wait
 from shared.pump import Pump, SettledError
 from shared.spooler import Spooler
-from shared.tasks import first_error, in_thread
+from shared.tasks import first_error
 from shared.tensorfile import map_tensors
+from shared.threads import in_thread
 from shared.topics import Channel, subscriptions, topic
 from shared.trust.choose import site_guard
 from shared.trust.guard import Changes, StaleKeyError

@@ -17,7 +17,7 @@ from shared.config import CodecName, CodecSection, SiteConfig
 from shared.errors import NoRoomError
 from shared.manifest import Manifest
 from shared.room import MIB, POLL_S, Room
-from shared.tasks import in_thread
+from shared.threads import in_thread
 
 VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk2": 1, "topk2x4": 1}
 """Of one value, its share of a scale left out; topk2 takes a quarter of it."""

@@ -6,7 +6,6 @@ than what is here; keys are neither sent nor asked for. What is refused changes 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ import structlog
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.messages import MAX_TEXT, Renewal, Renewed
+from shared.threads import in_thread
 from shared.trust import kit as kits
 from shared.trust.grant import check_renewal, holder_of, install, is_here
 from shared.trust.signing import authority_fingerprint
@@ -38,7 +38,7 @@ class Renewals:
         if self._kit is None:
             return
         try:
-            answer = await asyncio.to_thread(self._answer, self._kit, renewal.grant)
+            answer = await in_thread(self._answer, self._kit, renewal.grant)
         except (UnavailableError, ConfigError) as error:
             log.warning("did not take a renewal", reason=error.message, hint=error.hint)
             return

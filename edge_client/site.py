@@ -17,7 +17,7 @@ from shared import durable
 from shared.config import FederationConfig, SiteConfig
 from shared.ids import new_session_id
 from shared.lock import FolderLock
-from shared.tasks import in_thread
+from shared.threads import in_thread
 
 log = structlog.get_logger("site")
 

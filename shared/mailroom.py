@@ -17,6 +17,7 @@ from shared.errors import RefusedError
 from shared.faultpoint import passing
 from shared.link import Connected, Disconnected, Link, LinkDownError, Packet
 from shared.messages import Chunk, Message, UnknownMessageError, parse_chunk
+from shared.threads import in_thread
 from shared.topics import Channel, parse, topic
 from shared.trust.guard import Changes, Guard, StaleKeyError
 from shared.trust.replay import RepeatedError
@@ -88,7 +89,7 @@ class Mailroom:
         while True:
             await asyncio.sleep(WATCH_S)
             self._guard.save()
-            changes = await asyncio.to_thread(self._guard.refresh, time.time())
+            changes = await in_thread(self._guard.refresh, time.time())
             if changes != Changes():
                 self._desk.trust_changed(changes)
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from shared.link import LinkDownError
+from shared.threads import in_thread
 
 IN_FLIGHT = 4
 """Frames handed to the link at a time: enough to overlap the broker's acknowledgements, small beside any window."""
@@ -75,7 +76,7 @@ class Pump:
                     continue
                 order, _ = self._orders.popitem(last=False)
                 try:
-                    packet = await asyncio.to_thread(self._read, order.transfer_id, order.index)
+                    packet = await in_thread(self._read, order.transfer_id, order.index)
                 except SettledError:
                     self._slots.release()
                     continue

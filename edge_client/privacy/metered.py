@@ -29,7 +29,7 @@ from shared.config import FederationConfig, SiteConfig
 from shared.errors import ConfigError, RefusedError
 from shared.logs import beside
 from shared.manifest import BLOCKS
-from shared.tasks import in_thread
+from shared.threads import in_thread
 
 log = structlog.get_logger("site")
 

@@ -8,12 +8,15 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from coordinator import aggregate
 from coordinator.journal import Journal
+from coordinator.merging import MergeResult
 from coordinator.records import Finished, Record, Rejected, VersionCommitted
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
@@ -22,7 +25,7 @@ from edge_client.session import Identity
 from mailboat.flaky import Conditions, FlakyProxy
 from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
-from shared.errors import RefusedError
+from shared.errors import RefusedError, UnavailableError
 from shared.ids import new_session_id
 from shared.link.endpoints import parse_endpoints
 from shared.manifest import Manifest
@@ -193,3 +196,37 @@ def test_kill_9_of_site_and_coordinator_in_mid_upload(tmp_path: Path, mosquitto_
     sealed = {path.stem for number in (1, 2) for path in (tmp_path / f"site-{number}" / "receipts").glob("*.json")}
     assert set(counted) <= sealed
     assert not [left for number in (1, 2) for left in (tmp_path / f"site-{number}" / "outbox").iterdir()]
+
+
+def test_a_coordinator_told_to_stop_keeps_its_lock_until_its_merge_has_ended(
+    tmp_path: Path, mosquitto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is refused until then, begins on what the merge left, and reaches the last version."""
+    write_toy(tmp_path, mosquitto_url, sites=1, versions=3)
+    merging, may_end = threading.Event(), threading.Event()
+
+    def merge(*arguments: Any) -> MergeResult:
+        merging.set()
+        assert may_end.wait(60)
+        return whole(*arguments)
+
+    whole = aggregate.merge
+    monkeypatch.setattr(aggregate, "merge", merge)
+
+    async def everybody() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(toy_site(tmp_path / "site-1.toml"))
+            first = asyncio.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+            await until(merging.is_set)
+            first.cancel()
+            _, waiting = await asyncio.wait([first], timeout=1.0)
+            assert waiting
+            with pytest.raises(UnavailableError, match="another coordinator runs there"):
+                await toy_coordinator(tmp_path / "coordinator.toml")
+            may_end.set()
+            await asyncio.wait([first])
+            assert first.cancelled()
+            group.create_task(toy_coordinator(tmp_path / "coordinator.toml"))
+
+    run_async(everybody(), timeout_s=60)
+    assert [version.version for version in _versions(tmp_path)] == [1, 2, 3]

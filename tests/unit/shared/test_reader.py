@@ -31,6 +31,17 @@ def reader_of(manifest: Manifest, frames: list[bytes], *, verify: bool = True) -
     return TensorReader(manifest, frames.__getitem__, verify=verify)
 
 
+def counting(manifest: Manifest, frames: list[bytes]) -> tuple[TensorReader, list[int]]:
+    """A reader of frames in memory, and the frames that it has taken so far."""
+    taken: list[int] = []
+
+    def read_frame(index: int) -> bytes:
+        taken.append(index)
+        return frames[index]
+
+    return TensorReader(manifest, read_frame, verify=True), taken
+
+
 def rule_of(manifest: Manifest, frames: list[bytes]) -> str:
     """The rule under which reading and verifying everything is refused."""
     with pytest.raises(RefusedError) as caught:
@@ -98,13 +109,7 @@ def test_stored_parts_can_be_read() -> None:
 def test_reading_in_order_reads_each_frame_once() -> None:
     """Sequential reading with verification takes each frame from the disk once only."""
     manifest, frames = transfer_of(tensors_of(), "f32")
-    taken: list[int] = []
-
-    def read_frame(index: int) -> bytes:
-        taken.append(index)
-        return frames[index]
-
-    reader = TensorReader(manifest, read_frame, verify=True)
+    reader, taken = counting(manifest, frames)
     for _ in reader.tensors():
         pass
     reader.verify_file()
@@ -132,13 +137,7 @@ def test_spans_read_each_frame_once(codec: Codec) -> None:
     writer = make_transfer_frames({"a": values, "b": values[:1000]}, codec, {})
     frames = [frame.data for frame in writer]
     manifest = manifest_builder(codec)(writer.summary)
-    taken: list[int] = []
-
-    def read_frame(index: int) -> bytes:
-        taken.append(index)
-        return frames[index]
-
-    reader = TensorReader(manifest, read_frame, verify=True)
+    reader, taken = counting(manifest, frames)
     for name in reader.shapes:
         for _ in reader.spans(name):
             pass
@@ -153,13 +152,7 @@ def test_spans_of_a_large_tensor_read_no_frame_for_each_span(codec: Codec) -> No
     writer = make_transfer_frames({"a": values}, codec, {}, 16 * 1024)
     frames = [frame.data for frame in writer]
     manifest = manifest_builder(codec)(writer.summary)
-    taken: list[int] = []
-
-    def read_frame(index: int) -> bytes:
-        taken.append(index)
-        return frames[index]
-
-    reader = TensorReader(manifest, read_frame, verify=True)
+    reader, taken = counting(manifest, frames)
     for _ in reader.spans("a"):
         pass
     reader.verify_file()
@@ -170,13 +163,7 @@ def test_a_companion_of_many_slices_is_hashed_in_its_turn() -> None:
     """A tensor whose companion fills slices of its own leaves nothing behind it for the file's hash to read anew."""
     values = (np.random.default_rng(2).standard_normal(3 * SPAN + 5) * 1e-3).astype(np.float32)
     manifest, frames = transfer_of({"a": values, "b": values[:100_000]}, "int8")
-    taken: list[int] = []
-
-    def read_frame(index: int) -> bytes:
-        taken.append(index)
-        return frames[index]
-
-    reader = TensorReader(manifest, read_frame, verify=True)
+    reader, taken = counting(manifest, frames)
     for name in reader.shapes:
         for _ in reader.spans(name):
             pass
