@@ -37,4 +37,4 @@ if __name__ == "__main__":
         runner.WORKER = "tests.stuck"
         cli.main()
     with mock.patch.object(worker, "Bench", Stuck):
-        worker.main(Path(sys.argv[1]), int(sys.argv[2]))
+        worker.main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -81,7 +81,7 @@ def show(
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913 - an argument for each option
     name: NameArgument,
     *,
     experiments: FolderOption = ExperimentsFolder,
@@ -90,6 +90,13 @@ def run(
         str | None, typer.Option(help="Run only cells whose line holds this text: a base, a name, or seed 2.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Cells at a time, each a process of one thread.")] = 1,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where cells train and score: cpu, cuda or cuda:N. On a processor a cell gives the same numbers "
+            "again, on a GPU nearly. Split learning stays on the processor."
+        ),
+    ] = "cpu",
     accept_older: Annotated[
         bool, typer.Option("--accept-older", help="Keep results that were made by other sources than the present ones.")
     ] = False,
@@ -112,8 +119,10 @@ def run(
     for row, problem in {cell.row: cell.problem for cell in chosen if cell.problem}.items():
         console.say(f"not known here: {': '.join(row)}: {problem}", style="yellow")
     left = waiting(chosen, cabinet, accept_older=accept_older)
+    if device != "cpu":
+        _must_be_there(device)
     with tempfile.TemporaryDirectory(prefix="mailboat-experiment-") as temporary:
-        failures = _run(left, cabinet, (scratch or Path(temporary)).absolute(), jobs)
+        failures = _run(left, cabinet, (scratch or Path(temporary)).absolute(), jobs, device)
     for path in _write(experiment, cabinet, out / name):
         console.say(str(path))
     _print(experiment, cabinet, as_json=as_json)
@@ -122,7 +131,15 @@ def run(
         raise RefusedError(f"{len(failures)} of {len(left)} cells failed: {told}", rule="cells-failed")
 
 
-def _run(cells: list[Cell], cabinet: Cabinet, scratch: Path, jobs: int) -> list[Failure]:
+def _must_be_there(device: str) -> None:
+    """Miss a GPU before the first cell begins, not in each."""
+    from edge_client.device import find_device
+    from mailboat.modelling import on_device
+
+    find_device(on_device(device))
+
+
+def _run(cells: list[Cell], cabinet: Cabinet, scratch: Path, jobs: int, device: str) -> list[Failure]:
     from mailboat import foreground
     from mailboat.experiment.runner import run_cells
 
@@ -132,7 +149,8 @@ def _run(cells: list[Cell], cabinet: Cabinet, scratch: Path, jobs: int) -> list[
 
     async def job() -> None:
         with _view(console.errors(), len(cells)) as view:
-            found.append(await run_cells(cells, cabinet, scratch, view, jobs=jobs, niceness=niceness))
+            made = run_cells(cells, cabinet, scratch, view, jobs=jobs, niceness=niceness, device=device)
+            found.append(await made)
 
     foreground.run(job())
     if not found:

@@ -18,7 +18,7 @@ from mailboat.experiment.spec import ClockSection, MachineSection, Patch
 from mailboat.experiment.traces import DAY_S, changes
 from mailboat.validating import NAME
 from shared import durable
-from shared.config import DataSection, FederationConfig, SiteConfig
+from shared.config import ComputeSection, DataSection, FederationConfig, SiteConfig
 from shared.configfile import parse_config
 from shared.errors import RefusedError, UnavailableError
 from shared.plan import SealedPlan
@@ -80,11 +80,12 @@ class Outcome:
 class Workers:
     """The sites' trainers, kept from one federation to the next: one with the same model loads other notes alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, compute: ComputeSection) -> None:
+        self._compute = compute
         self._workers: dict[str, LocalWorker] = {}
 
     def __getitem__(self, site: str) -> LocalWorker:
-        return self._workers.setdefault(site, LocalWorker())
+        return self._workers.setdefault(site, LocalWorker(self._compute))
 
     def keep(self, sites: int) -> None:
         """Let go of workers beyond so many: each holds a model."""

@@ -22,7 +22,8 @@ class LocalWorker:
 
     standing = Standing()
 
-    def __init__(self) -> None:
+    def __init__(self, compute: ComputeSection) -> None:
+        self._compute = compute
         self._worker = Worker(lambda _answer: None)
         self.own: Callable[[], Path | None] = lambda: None
         """The file of what stayed at the site after its newest update."""
@@ -30,8 +31,8 @@ class LocalWorker:
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
         # One worker serves many sites in turn, each for a while: what they keep is not worth their disks.
-        # And a trial gives the same numbers on every machine, GPU or none.
-        kept = {"initial": initial, "storage": None, "compute": ComputeSection(device="cpu")}
+        # And where it computes the trial says, not a site's file.
+        kept = {"initial": initial, "storage": None, "compute": self._compute}
         request = load_request(config, federation).model_copy(update=kept)
         return self._ask(request, pipe.Loaded)
 

@@ -64,6 +64,8 @@ class Result(Section):
     """Each site's last words on its last update (loss, epsilon, ...)."""
     machine: str
     software: str
+    device: str = "cpu"
+    """Where it trained and scored; a GPU with its name. It rounds otherwise than a processor."""
 
 
 class Cabinet:

@@ -64,17 +64,18 @@ def waiting(cells: Iterable[Cell], cabinet: Cabinet, *, accept_older: bool) -> l
 
 
 async def run_cells(
-    cells: Sequence[Cell], cabinet: Cabinet, scratch: Path, view: View, *, jobs: int, niceness: int
+    cells: Sequence[Cell], cabinet: Cabinet, scratch: Path, view: View, *, jobs: int, niceness: int, device: str
 ) -> list[Failure]:
     """Carry out the cells in `jobs` processes and return those that failed, and why.
 
+    All compute on `device`, which is named as in a site's `[training]`.
     Cancelling ends the processes at once; what was finished by then is kept.
     """
     left = list(cells)
     failures: list[Failure] = []
 
     async def work(slot: int) -> None:
-        async with _Hand(scratch, niceness) as hand:
+        async with _Hand(scratch, niceness, device) as hand:
             while left:
                 cell = left.pop(0)
                 assert cell.settings is not None
@@ -96,9 +97,8 @@ async def run_cells(
 class _Hand:
     """A worker process; a fresh one in the place of one that died."""
 
-    def __init__(self, scratch: Path, niceness: int) -> None:
-        self._scratch = scratch
-        self._niceness = niceness
+    def __init__(self, scratch: Path, niceness: int, device: str) -> None:
+        self._arguments = (str(scratch), str(niceness), device)
         self._process: Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -139,7 +139,7 @@ class _Hand:
     async def _running(self) -> Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", WORKER, str(self._scratch), str(self._niceness)),
+                *(sys.executable, "-P", "-m", WORKER, *self._arguments),
                 stdin=PIPE,
                 stdout=PIPE,
                 limit=LINE_MAX,

@@ -142,6 +142,16 @@ def code_note(found: Iterable[Row]) -> str:
     return f"{older} results were made by other sources than those beside this table." if older else ""
 
 
+def device_note(found: Iterable[Row]) -> str:
+    """Say which results a GPU computed; empty when none."""
+    devices = [result.device for row in found for _, result in row.results]
+    of_gpu = sorted({device for device in devices if device != "cpu"})
+    if not of_gpu:
+        return ""
+    count = sum(device != "cpu" for device in devices)
+    return f"{count} of {len(devices)} results were computed on a GPU, {', '.join(of_gpu)}; the others on a processor."
+
+
 def to_plain(experiment: Experiment, found: Sequence[Row]) -> dict[str, Any]:
     """JSON-able values; scores 0 to 1, sizes in bytes."""
 

@@ -13,6 +13,7 @@ from mailboat.experiment.summary import (
     Row,
     Stat,
     code_note,
+    device_note,
     measures,
     reference,
     targets,
@@ -156,8 +157,9 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
             "The best single site is chosen by its score on the held-out notes, which flatters it; "
             f"all sites alone have {sum(scores) / len(scores):.1f} on average."
         )
-    if note := code_note(found):
-        yield from ("", note)
+    for note in (device_note(found), code_note(found)):
+        if note:
+            yield from ("", note)
     problems = {row.name: row.problem for row in found if row.problem}
     if problems:
         yield from ("", "Not known here:", "")
@@ -174,7 +176,7 @@ def cells_csv(found: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     numbers = ("versions", "up", "down", "trainings", "train_s", "cpu_s", "clock_s", "trained_parameters")
     head = ("base", "method", "name", "series", "x", "seed", *names, *numbers, "total_parameters", "versions_to_98")
-    writer.writerow((*head, "settings", "code", "software"))
+    writer.writerow((*head, "settings", "code", "software", "device"))
     for row in found:
         for cell, result in row.results:
             said = row.section
@@ -185,7 +187,7 @@ def cells_csv(found: Sequence[Row]) -> str:
                     *(_short(getattr(result, name)) for name in numbers),
                     result.total_parameters,
                     _short(versions_to_nearly(result)),
-                    *(result.settings_sha256[:24], result.code_sha256[:12], result.software),
+                    *(result.settings_sha256[:24], result.code_sha256[:12], result.software, result.device),
                 )
             )
     return out.getvalue()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from edge_client.device import CPU, find_device
 from edge_client.statefile import read_state, write_tensors
 from mailboat.experiment import splitnn
 from mailboat.experiment.cells import POOLED, Settings, Stage, participants
@@ -19,7 +20,7 @@ from mailboat.experiment.federation import Job, Outcome, Tell, Workers, federate
 from mailboat.experiment.inputs import code_digest
 from mailboat.experiment.notes import HELDOUT, VALIDATION, lay_out
 from mailboat.experiment.results import Result
-from shared.config import FederationConfig
+from shared.config import ComputeSection, FederationConfig
 
 START_SHARE = 0.5
 """Of the progress that is told, where a cell starts from another training."""
@@ -28,9 +29,10 @@ START_SHARE = 0.5
 class Bench:
     """A folder to work in and the models that are loaded; carries out one cell after the other."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, compute: ComputeSection) -> None:
         self._scratch = scratch
-        self._workers = Workers()
+        self._device = find_device(compute)
+        self._workers = Workers(compute)
 
     def carry_out(self, title: str, settings: Settings, tell: Tell) -> Result:
         """Return what comes of a cell; raises what `federate` raises.
@@ -72,6 +74,7 @@ class Bench:
             metrics=dict(chosen.metrics),
             machine=f"{platform.machine()}, {platform.system()}",
             software=f"python {platform.python_version()}, torch {version('torch')}",
+            device=(CPU if settings.method == "splitnn" else self._device).title,
         )
 
     def _alone(self, settings: Settings, folder: Path, tell: Tell) -> dict[str, Outcome]:

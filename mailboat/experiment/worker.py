@@ -1,7 +1,7 @@
 """A process that carries out cells: one JSON line in for each, any number of lines out on its progress, then one more.
 
-`python -m mailboat.experiment.worker SCRATCH NICENESS`, started by `mailboat.experiment.runner`. It leaves in the
-moment in which its input closes, which is when the runner ends, however it ends.
+`python -m mailboat.experiment.worker SCRATCH NICENESS DEVICE`, started by `mailboat.experiment.runner`. It leaves in
+the moment in which its input closes, which is when the runner ends, however it ends.
 
     in     {"title": ..., "settings": {...}}
     out    {"share": 0.25, "word": "version 2 of 8"}
@@ -24,10 +24,11 @@ import torch
 
 from mailboat.experiment.cells import Settings
 from mailboat.experiment.trial import Bench
+from shared.config import ComputeSection
 from shared.errors import MailboatError
 
 
-def main(scratch: Path, niceness: int) -> NoReturn:
+def main(scratch: Path, niceness: int, device: str) -> NoReturn:
     """Carry out cells until the input closes."""
     os.nice(niceness)
     answers = _take_output()
@@ -43,7 +44,7 @@ def main(scratch: Path, niceness: int) -> NoReturn:
         except BrokenPipeError:
             os._exit(0)
 
-    bench = Bench(scratch)
+    bench = Bench(scratch, ComputeSection(device=device))
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
     while True:
@@ -72,4 +73,4 @@ def _read(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -140,6 +140,13 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder: Path) -> None:
     assert len(list((folder / "results" / "cells").iterdir())) == 1
 
 
+def test_a_gpu_that_is_not_there_is_missed_before_the_first_cell(folder: Path) -> None:
+    """`--device` is a machine's word as in site.toml; nobody who asks for a GPU is given the processor in silence."""
+    said = refused(folder, *run_words("--device", "cuda:77"), status=2, timeout_s=RUN_S)
+    assert 'device = "cuda:77"' in said
+    assert not (folder / "results").exists()
+
+
 def test_an_experiment_that_there_is_not(folder: Path) -> None:
     """A wrong name is an error of use that lists the right ones."""
     assert "there are: small" in refused(folder, "experiment", "run", "smal", status=2)

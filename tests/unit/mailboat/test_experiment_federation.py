@@ -14,12 +14,13 @@ from mailboat.experiment.federation import Job, Outcome, Workers, federate
 from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.spec import ClockSection
 from mailboat.synth import make_notes
-from shared.config import DataSection, FederationConfig, SiteConfig
+from shared.config import ComputeSection, DataSection, FederationConfig, SiteConfig
 from shared.errors import RefusedError, UnavailableError
 from shared.plan import blocks_from
 from tests.unit.edge_client import tiny
 
 SITES = ("site-1", "site-2", "site-3")
+CPU = ComputeSection(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def job(tmp_path: Path, model: Path, notes: Path, **changes: Any) -> Job:
 
 def run(given: Job, workers: Workers | None = None) -> Outcome:
     """What comes of it, progress untold."""
-    return federate(given, workers or Workers(), lambda _share, _word: None)
+    return federate(given, workers or Workers(CPU), lambda _share, _word: None)
 
 
 def by_hand(given: Job, folder: Path, state: Path, version: int) -> tuple[dict[str, Any], list[int]]:
@@ -66,7 +67,7 @@ def by_hand(given: Job, folder: Path, state: Path, version: int) -> tuple[dict[s
     deltas, counts = [], []
     for name, path in given.notes.items():
         config = SiteConfig(name=name, federation=folder, storage=folder, data=DataSection(notes=path, holdout=0.0))
-        worker, out = LocalWorker(), folder / f"{name}.safetensors"
+        worker, out = LocalWorker(CPU), folder / f"{name}.safetensors"
         worker.load(config, given.federation, None)
         trained = asyncio.run(worker.train(state, version, out, on_progress=lambda _share, _loss: None))
         deltas.append(load_file(out))
@@ -94,7 +95,7 @@ def test_a_round_is_fedavg_of_what_the_sites_trained(tmp_path: Path, model: Path
 
 def test_the_same_cell_gives_the_same_numbers(tmp_path: Path, model: Path, notes: Path) -> None:
     """Twice, with other workers and with the same ones: scores and states are equal to the last bit."""
-    workers = Workers()
+    workers = Workers(CPU)
     first = run(job(tmp_path / "a", model, notes), workers)
     again = run(job(tmp_path / "b", model, notes), workers)
     fresh = run(job(tmp_path / "c", model, notes))
@@ -163,7 +164,7 @@ def test_a_version_is_scored_as_published(tmp_path: Path, model: Path, notes: Pa
     config = SiteConfig(
         name="site-1", federation=tmp_path, storage=tmp_path, data=DataSection(notes=notes / "site-1", holdout=0.0)
     )
-    worker = LocalWorker()
+    worker = LocalWorker(CPU)
     worker.load(config, given.federation, None)
     assert worker.evaluate(outcome.state, given.heldout).overall == outcome.curve[-1].scores
 

@@ -111,6 +111,23 @@ def row(found: list[Row], base: str, name: str) -> Row:
     return next(each for each in found if (each.base, each.name) == (base, name))
 
 
+def test_the_table_says_what_a_gpu_computed(experiment: Experiment, tmp_path: Path) -> None:
+    """Its numbers are not those that a processor gives again; the file of a cell names the device."""
+    cabinet = Cabinet(tmp_path / "out")
+    known = [cell for cell in experiment.cells if cell.settings is not None]
+    for cell in known:
+        assert cell.settings is not None
+        made = result(cell.name, cell.seed, cell.settings.digest)
+        there = {"device": "cuda:0 (NVIDIA H200)"} if cell.name == "top 4" else {}
+        cabinet.put(made.model_copy(update=there))
+    found = rows(experiment, cabinet)
+    assert f"4 of {len(known)} results were computed on a GPU, cuda:0 (NVIDIA H200); the others" in markdown(
+        experiment, found
+    )
+    lines = list(csv.DictReader(io.StringIO(cells_csv(found))))
+    assert {line["name"] for line in lines if line["device"] != "cpu"} == {"top 4"}
+
+
 def test_mean_and_spread() -> None:
     """Of 1, 2 and 6: mean 3, sample deviation sqrt(7); one value has no spread; a missing one leaves nothing."""
     stat = Stat.of([1.0, 2.0, 6.0])
@@ -159,6 +176,7 @@ def test_the_table_says_what_was_found(experiment: Experiment, found: list[Row])
     assert "- not yet: federation: unknown key adapter" in page
     assert "all sites alone have 30.0 on average" in page
     assert "were made by other sources" in page
+    assert "on a GPU" not in page
     central = next(line for line in small.splitlines() if line.startswith("| centralized"))
     assert "10.0" not in central, "nothing has to travel where all notes are in one place"
 

@@ -11,6 +11,7 @@ from mailboat.experiment.results import Result, is_current
 from mailboat.experiment.spec import NotesSection
 from mailboat.experiment.trial import Bench
 from mailboat.synth import make_notes
+from shared.config import ComputeSection
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
 
@@ -37,7 +38,7 @@ def settings(model: Path, notes: dict[str, Any] | None = None, **changes: Any) -
 def carry_out(folder: Path, given: Settings) -> Result:
     """The cell's result."""
     folder.mkdir(exist_ok=True)
-    return Bench(folder).carry_out("trial", given, lambda _share, _word: None)
+    return Bench(folder, ComputeSection(device="cpu")).carry_out("trial", given, lambda _share, _word: None)
 
 
 def test_a_cell_has_its_result(tmp_path: Path, model: Path) -> None:
