@@ -16,7 +16,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 SEEDS ?= 2000
 RUNS ?= 1000000
 
-.PHONY: help setup demo test check lint format types imports unit integration sim chaos cluster reliability-report
+.PHONY: help setup demo test test-gpu check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
 .PHONY: bench-codec bench-gpu bench-local bench-merge bench-plots bench-startup explore fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
@@ -38,6 +38,11 @@ test: check ## everything a change must pass: style, types, import rules, all te
 	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
 	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 	@$(MAKE) --no-print-directory coverage-gate
+
+# Without set-up, which would put the CPU's PyTorch in the place of one that is built for CUDA.
+test-gpu: ## what only a GPU can show, with the numbers seen; not part of `make test`: make test-gpu PYTHON=python3
+	@PYTHONPATH=. OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(or $(PYTHON),$(wildcard $(VENV)/python),python3) -m pytest tests/gpu $(ARGS)
 
 check: setup lint types imports
 

@@ -16,6 +16,9 @@ from broker.launcher import RunningBroker, find_mosquitto, run_broker
 from shared.link import link
 from tests.helpers import any_free_port
 
+# They need a GPU, and have a configuration of their own: `make test-gpu`.
+collect_ignore = ["gpu"]
+
 # How wide a terminal is, and whether there is one with colours, is said by the tests that are about it.
 for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
