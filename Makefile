@@ -33,6 +33,8 @@ test: check ## everything a change must pass: style, types, import rules, all te
 	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
 	@rm -f .coverage .coverage.*
 	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
+	@echo "[test] what is for a GPU, with the processor in its place: that it runs, no more"
+	@$(MAKE) --no-print-directory test-gpu PYTHON=$(VENV)/python ARGS="-q --device cpu"
 	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
 	@$(PYTEST) $(PARALLEL) tests/sim
 	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
@@ -40,7 +42,7 @@ test: check ## everything a change must pass: style, types, import rules, all te
 	@$(MAKE) --no-print-directory coverage-gate
 
 # Without set-up, which would put the CPU's PyTorch in the place of one that is built for CUDA.
-test-gpu: ## what only a GPU can show, with the numbers seen; not part of `make test`: make test-gpu PYTHON=python3
+test-gpu: ## what only a GPU can show, with the numbers seen: make test-gpu PYTHON=python3
 	@PYTHONPATH=. OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(or $(PYTHON),$(wildcard $(VENV)/python),python3) -m pytest tests/gpu $(ARGS)
 
