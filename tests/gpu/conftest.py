@@ -60,7 +60,9 @@ def pytest_runtest_call(item: pytest.Function) -> Generator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tell what was measured, and where."""
+    """Tell what was measured, and where; not to those who want quiet."""
+    if config.get_verbosity() < 0:
+        return
     terminalreporter.section(f"seen on {found(config).title}, torch {torch.__version__}")
     for line in config.stash[TOLD]:
         terminalreporter.line(line)
