@@ -19,8 +19,8 @@ from shared.manifest import Manifest
 from shared.room import MIB, POLL_S, Room
 from shared.threads import in_thread
 
-VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk2": 1, "topk2x4": 1}
-"""Of one value, its share of a scale left out; topk2 takes a quarter of it."""
+VALUE_BITS: dict[CodecName, int] = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4, "ternary": 2, "topk2x4": 1, "topk2": 1}
+"""Of one value, its share of a scale left out; topk2x4 takes a third of it, topk2 a tenth."""
 
 log = structlog.get_logger("site")
 P = ParamSpec("P")

@@ -7,6 +7,9 @@ A codec turns one named tensor into one or more *parts*, each an ordinary tensor
     int8   `w` I8, `w.scale` BF16, one per 256 values |error| <= 0.502 x (largest magnitude of the block) / 127
     int4   `w` F32, empty, `w.packed` U8, 2 values    |error| <= 0.502 x (largest magnitude of the block) / 7
            a byte, `w.scale` BF16, one per 128 values
+    ternary  `w` F32, empty, `w.trit` U8, 4 values   |error| <= 1.004 x (largest magnitude of 512 values);
+           a byte, `w.scale` BF16, one per 512       of 16 values five are sent, at one level
+           values
     topk2  `w` F32, empty, `w.gap`, `w.leap`,         |error| <= 1.004 x (largest magnitude of 4096 values);
            `w.value` U8, `w.scale` BF16, two per      of 64 values one is sent, the others become zero
            4096 values
@@ -30,7 +33,7 @@ from numpy.typing import NDArray
 
 from shared.config import CodecName
 from shared.errors import RefusedError
-from shared.schemes import blocks, plain, scheme, sparse
+from shared.schemes import blocks, plain, scheme, sparse, ternary
 from shared.schemes.scheme import Scheme
 from shared.tensorfile import NUMPY_DTYPES, DType, F32Array, Header, Shape, build_header, tensor_bytes
 
@@ -48,6 +51,7 @@ _SCHEMES: Mapping[Codec, Scheme] = MappingProxyType(
         "bf16": plain.BF16,
         "int8": blocks.INT8,
         "int4": blocks.INT4,
+        "ternary": ternary.TERNARY,
         "topk2": sparse.TOPK2,
         "topk2x4": sparse.TOPK2X4,
     }

@@ -46,8 +46,9 @@ class Codec(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
-    TOPK2 = "topk2"
+    TERNARY = "ternary"
     TOPK2X4 = "topk2x4"
+    TOPK2 = "topk2"
 
 
 class Adapter(StrEnum):

@@ -51,7 +51,7 @@ STAY_BASELINE_LR = 1.0
 
 HOLDOUT = 0.1
 """Share of a site's own notes on which it reports its local F1."""
-STEPS = {"int8": 4, "int4": 8, "topk2x4": 16, "topk2": 16}
+STEPS = {"int8": 4, "int4": 8, "ternary": 16, "topk2x4": 16, "topk2": 16}
 """With codecs that are too coarse for whole states versions travel as steps, and every so many can be had whole: with
 int8 and int4 the steps since then weigh about as much."""
 SLICE_KIB = 128

@@ -11,9 +11,11 @@ from shared.config.section import FOLDER_OR_ID, Positive, Section
 from shared.ids import Sha256Hex
 
 AdapterKind = Literal["none", "lora", "ffa-lora", "fedsa-lora", "fedex-lora"]
-CodecName = Literal["f32", "bf16", "int8", "int4", "topk2", "topk2x4"]
-SPARSE: frozenset[CodecName] = frozenset({"topk2", "topk2x4"})
-"""Codecs under which an update is zero nearly everywhere."""
+CodecName = Literal["f32", "bf16", "int8", "int4", "ternary", "topk2x4", "topk2"]
+SPARSE: frozenset[CodecName] = frozenset({"ternary", "topk2x4", "topk2"})
+"""Codecs under which most of an update is zero."""
+_OWING: frozenset[CodecName] = frozenset({"topk2x4", "topk2"})
+"""Codecs that send so little that what they leave out is sent later."""
 StateCodecName = Literal["f32", "bf16", "int8", "int4"]
 """A model of which one value in 64 is known is none: the sparse codecs are for updates, and for steps."""
 _STATE_CODECS = ", ".join(get_args(StateCodecName))
@@ -113,8 +115,8 @@ class CodecSection(Section):
     """0: each version travels whole, rounded by `down`. Else it travels as the step from the version before, rounded by
     `down`, and every so many versions also whole, in float32, for sites that are new or too far behind."""
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for the sparse
-    ones and 0, which keeps nothing, for the others."""
+    """Share of what `up` left out of a site's updates that is added to its next one; when missing, 0.95 for those
+    of top-k and 0, which keeps nothing, for the others."""
     slice_kib: int = Field(default=512, ge=4, le=768)
     """Raw bytes per chunk, in KiB; 64 to 256 suits slow links."""
 
@@ -128,7 +130,7 @@ class CodecSection(Section):
         """The share that `feedback` means."""
         if self.feedback is not None:
             return self.feedback
-        return 0.95 if self.up in SPARSE else 0.0
+        return 0.95 if self.up in _OWING else 0.0
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:

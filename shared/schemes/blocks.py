@@ -46,7 +46,7 @@ FLUSH = np.float32(2.0**-100)
 Levels = NDArray[np.int8]
 
 
-def _block_spans(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+def block_spans(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
     """Spans of whole blocks, then the short last block: (elements, their scales, values a block)."""
     whole = size - size % block
     for span in spans(whole):
@@ -60,7 +60,7 @@ def _quantise(flat: F32Array, most: int, block: int) -> tuple[Levels, NDArray[np
     levels = np.empty(flat.size, dtype="i1")
     scales = np.empty(blocks_of(flat.shape, block), dtype="<u2")
     scratch = np.empty(min(flat.size, SPAN), dtype=np.float32)
-    for elements, blocks, width in _block_spans(flat.size, block):
+    for elements, blocks, width in block_spans(flat.size, block):
         values = flat[elements].reshape(-1, width)
         quotient = scratch[: values.size].reshape(values.shape)
         top = np.maximum(values.max(axis=1), -values.min(axis=1))
@@ -76,7 +76,7 @@ def _quantise(flat: F32Array, most: int, block: int) -> tuple[Levels, NDArray[np
     return levels, scales
 
 
-def _add_levels(
+def add_levels(
     levels_of: Callable[[slice], Levels],
     stored: NDArray[np.uint16],
     most: int,
@@ -88,7 +88,7 @@ def _add_levels(
     scales = _sound(stored, most)
     factors = scales if weight is None else scales * weight
     scratch = np.empty(min(out.size, SPAN), dtype=np.float32)
-    for elements, blocks, width in _block_spans(out.size, block):
+    for elements, blocks, width in block_spans(out.size, block):
         into = out[elements] if weight is None else scratch[: elements.stop - elements.start]
         into[...] = levels_of(elements)
         rows = into.reshape(-1, width)
@@ -118,7 +118,7 @@ def _int8_encode(flat: F32Array) -> list[NDArray[Any]]:
 
 def _int8_add(parts: Arrays, weight: np.float32 | None, out: F32Array) -> None:
     levels, scales = parts
-    _add_levels(lambda elements: levels[elements], scales, 127, INT8_BLOCK, weight, out)
+    add_levels(lambda elements: levels[elements], scales, 127, INT8_BLOCK, weight, out)
 
 
 INT8 = Scheme(group=1, layout=_int8_layout, encode=_int8_encode, add=_int8_add)
@@ -154,7 +154,7 @@ def _int4_add(parts: Arrays, weight: np.float32 | None, out: F32Array) -> None:
         _unpack(found, levels[: 2 * found.size])
         return levels[: elements.stop - elements.start]
 
-    _add_levels(levels_of, scales, 7, INT4_BLOCK, weight, out)
+    add_levels(levels_of, scales, 7, INT4_BLOCK, weight, out)
 
 
 def _bytes(elements: slice) -> slice:

@@ -408,7 +408,7 @@ TARGETS: dict[str, Target] = {
             for what, run in (("transfer", _transfer), ("step", _step))
             for codec in get_args(CodecName)
         ),
-        *(_parts_target(codec) for codec in ("int8", "int4", "topk2", "topk2x4")),
+        *(_parts_target(codec) for codec in ("int8", "int4", "ternary", "topk2", "topk2x4")),
         Target("record", _golden("journal"), mutated_msgpack, records.from_bytes, 5),
         Target("snapshot", _golden("storage", "*.zst"), mutated_bytes, snapshots.from_bytes, 1),
         Target("request", _golden("trust", "*.request"), mutated_json, parse_request, 1),

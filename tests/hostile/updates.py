@@ -121,6 +121,8 @@ def updates() -> Iterator[tuple[str, bytes]]:
     yield "codec-scale--int4-nan", update_of(sound, "int4", spoil=_in_part("a.weight.scale", nan))
     yield "codec-parts--int4-of-a-larger-tensor", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[0,8,96]"))
     yield "codec-parts--int4-with-values", update_of(sound, "int4", spoil=_shape_lie(b"[0,8,16]", b"[1,0,16]"))
+    yield "codec-scale--ternary-infinite", update_of(sound, "ternary", spoil=_in_part("a.weight.scale", b"\x80\x7f"))
+    yield "codec-padding--ternary-sign-of-nothing", update_of(sound, "ternary", spoil=_in_part("a.weight.trit", b"\2"))
     yield (
         "codec-scale--topk2-upper-below-lower",
         update_of(sound, "topk2", spoil=_in_part("a.weight.scale", b"\x80\x3f\0\0")),

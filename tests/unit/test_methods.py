@@ -65,6 +65,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "DP-SGD with a noise": {"privacy.delta": 1e-5, "privacy.noise_multiplier": 1.0},
     "DP-SGD with a target": {"privacy.delta": 1e-5, "privacy.target_epsilon": 8.0},
     "FedLPP": {"codec.down": "int8"},
+    "sparse ternary compression": {"codec.up": "ternary", "codec.feedback": 1.0},
     "error feedback": {"codec.up": "topk2", "codec.feedback": 0.9},
     "FedPer": {"layers.personal": ["score.*"]},
     "importance": {"layers.plan": "importance:2", "layers.by": "snr", "layers.rechoose": 2},

@@ -24,6 +24,7 @@ STATE = make_state(make_plan(make_federation()), 0)
         ({"up": "int8"}, 5_120, 0),
         ({"up": "int4"}, 2_560, 0),
         ({"up": "int4", "feedback": 0.9}, 2_560, 10_240),
+        ({"up": "ternary"}, 1_280, 0),
         ({"up": "topk2"}, 640, 10_240),
         ({"up": "topk2", "feedback": 0.0}, 640, 0),
     ],

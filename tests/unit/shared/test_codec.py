@@ -27,6 +27,7 @@ from shared.codec import (
 from shared.errors import RefusedError
 from shared.schemes.blocks import FLUSH, INT4_BLOCK, INT8_BLOCK
 from shared.schemes.sparse import CHUNK
+from shared.schemes.ternary import BLOCK as TERNARY_BLOCK
 from shared.tensorfile import NUMPY_DTYPES, F32Array, build_header, parse_header
 from tests.unit.shared.encoded import LARGEST, arrays_of, round_trip, weights
 
@@ -56,6 +57,7 @@ def errors_allowed(values: F32Array, codec: Codec) -> NDArray[np.float64]:
     block, share = {
         "int8": (INT8_BLOCK, 0.502 / 127),
         "int4": (INT4_BLOCK, 0.502 / 7),
+        "ternary": (TERNARY_BLOCK, 1.004),
         "topk2": (CHUNK, 1.004),
         "topk2x4": (CHUNK, 1.004),
     }[codec]
@@ -138,6 +140,7 @@ def test_codec_names() -> None:
         "bf16": 2,
         "int8": 1,
         "int4": 1,
+        "ternary": 1,
         "topk2": 1,
         "topk2x4": 1,
     }

@@ -264,7 +264,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (
             FederationConfig,
             '[federation]\nname="a"\n[model]\nbase="m"\n[codec]\nup="fp8"',
-            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4', 'topk2' or 'topk2x4'",
+            "codec.up: Input should be 'f32', 'bf16', 'int8', 'int4', 'ternary', 'topk2x4' or 'topk2'",
         ),
         (
             FederationConfig,
@@ -333,9 +333,9 @@ def test_a_quorum_that_all_sites_cannot_reach_is_refused(tmp_path: Path) -> None
 
 
 def test_feedback_follows_from_the_codec() -> None:
-    """The sparse codecs keep 95 % of what they left out, the others nothing, unless the file says otherwise."""
+    """Those of top-k keep 95 % of what they left out, the others nothing, unless the file says otherwise."""
     decays = {up: _federation(codec={"up": up}).codec.decay for up in get_args(CodecName)}
-    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "topk2": 0.95, "topk2x4": 0.95}
+    assert decays == {"f32": 0, "bf16": 0, "int8": 0, "int4": 0, "ternary": 0, "topk2": 0.95, "topk2x4": 0.95}
     assert _federation(codec={"up": "int4", "feedback": 1.0}).codec.decay == 1
     assert _federation(codec={"up": "topk2", "feedback": 0.0}).codec.decay == 0
 

@@ -145,7 +145,7 @@ def test_spans_read_each_frame_once(codec: Codec) -> None:
     assert sorted(taken) == list(range(manifest.frames))
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "topk2", "topk2x4"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "ternary", "topk2", "topk2x4"])
 def test_spans_of_a_large_tensor_read_no_frame_for_each_span(codec: Codec) -> None:
     """Where each companion fills slices of its own, spans read from all of them, and each frame twice at most."""
     values = (np.random.default_rng(2).standard_normal(32 * SPAN) * 1e-3).astype(np.float32)

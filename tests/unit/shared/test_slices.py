@@ -106,7 +106,15 @@ def test_grouping_makes_floats_smaller(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("codec", "percent"),
-    [("f32", 84.0), ("bf16", 34.5), ("int8", 23.9), ("int4", 11.2), ("topk2", 0.55), ("topk2x4", 1.6)],
+    [
+        ("f32", 84.0),
+        ("bf16", 34.5),
+        ("int8", 23.9),
+        ("int4", 11.2),
+        ("ternary", 4.0),
+        ("topk2", 0.55),
+        ("topk2x4", 1.6),
+    ],
 )
 def test_share_of_float32(codec: Codec, percent: float) -> None:
     """Of a million normally distributed values in four tensors no more travels than this, header included."""
