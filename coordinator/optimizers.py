@@ -116,7 +116,8 @@ def delayed_nesterov(
     """Delayed Nesterov: the momentum moves in every N-th version, by the mean of those since; in place.
 
     d <- d + m; in versions that N divides u <- b1 u + d / N, x <- x + lr (b1 u + m / N), d <- 0; in the others
-    x <- x + lr m / N. Liu et al., arXiv 2401.09135.
+    x <- x + lr m / N. Liu et al., arXiv 2401.09135. Of a tensor that no update of such a version holds, d goes on to
+    the next: its momentum then moves by more than a mean.
     """
     first, gathered = slots
     np.add(gathered, mean, out=gathered)

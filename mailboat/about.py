@@ -43,7 +43,7 @@ class Part:
     examples: int | None
     """Of its largest update; None where the journal has summed it up."""
     epsilon: float | None
-    """What its trainings had cost each record by its last update here, at `delta`; None where it told of none."""
+    """What its trainings had cost each record by its costliest update here, at `delta`; None where it told of none."""
     delta: float | None
 
 
@@ -267,9 +267,10 @@ def _counts(life: UpdateLife, version: int) -> bool:
 
 def _parts(storage: Path, merged: list[UpdateLife]) -> Iterator[Part]:
     for site in sorted({life.site for life in merged}):
-        lives = sorted((life for life in merged if life.site == site), key=lambda life: life.version or 0)
+        lives = [life for life in merged if life.site == site]
         sizes = [life.examples for life in lives]
-        told = _metrics(storage, lives[-1])
+        # Not the last merged: one that comes out of quarantine tells of a time before others that were merged.
+        told = max((_metrics(storage, life) for life in lives), key=lambda said: said.get("epsilon", 0.0))
         known = [size for size in sizes if size is not None]
         examples = max(known) if len(known) == len(sizes) else None
         yield Part(site, len(lives), examples, told.get("epsilon"), told.get("delta"))

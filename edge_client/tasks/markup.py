@@ -13,7 +13,11 @@ from difflib import SequenceMatcher
 
 from edge_client.data import Entity, Sentence
 
-_PARTS = re.compile(r"""<\s*span\s+class\s*=\s*["']?(?P<label>[\w-]+)["']?\s*>|(?P<close><\s*/\s*span\s*>)|[^\s<]+|<""")
+_PARTS = re.compile(
+    r"""<\s*span\s+class\s*=\s*["']?(?P<label>[\w-]+)["']?\s*>|(?P<close><\s*/\s*span\s*>)"""
+    # Words end where those of notes do, at blanks alone; notes have words such as <0.01, and words with hard spaces.
+    r"""|(?:[^ \t\f\v<]|<(?!\s*/?\s*span))+|<"""
+)
 
 
 def write_markup(sentence: Sentence) -> str:
@@ -34,7 +38,7 @@ def read_markup(answer: str, words: Sequence[str], labels: Sequence[str]) -> tup
     at the end; one of an unknown class, or without a word of the line, is none. Words keep their order and spans are
     apart, so that entities are.
     """
-    said, spans = _spans(next(iter(answer.strip().splitlines()), ""))
+    said, spans = _spans(answer.strip(" \t\f\v\r\n").partition("\n")[0].removesuffix("\r"))
     place: dict[int, int] = {}
     matcher = SequenceMatcher(None, [word.lower() for word in said], [word.lower() for word in words], autojunk=False)
     for block in matcher.get_matching_blocks():

@@ -99,6 +99,16 @@ class FederationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _measured_whole(self) -> Self:
+        merging = self.aggregation
+        if merging.quality != "none" and (self.layers.personal or self.adapter.kind == "fedsa-lora"):
+            raise ValueError(
+                f'[aggregation] quality = "{merging.quality}" measures each site\'s model at the coordinator, which '
+                'has not what [layers] personal or [adapter] kind = "fedsa-lora" keeps at the site'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_in_the_middle(self) -> Self:
         if self.codec.up in SPARSE and self.aggregation.rule in {"median", "trimmed-mean"}:
             raise ValueError(

@@ -53,6 +53,14 @@ def test_mark_up_says_what_was_marked() -> None:
     assert read_markup(MARKED, LINE.tokens, LABELS) == LINE.entities
 
 
+@pytest.mark.parametrize("word", ["<0.01", "K<3.5", "<", "<<", "a<b>c", "5\u00a0mg", "x\u0085y", "</p>"])
+def test_mark_up_gives_back_words_of_any_kind(word: str) -> None:
+    """Angle brackets, hard spaces and the line ends that only Unicode knows are parts of words, as in the notes."""
+    for entity in (Entity(0, 2, "test"), Entity(1, 2, "test"), Entity(1, 3, "problem")):
+        line = Sentence(("troponin", word, "today"), (entity,))
+        assert read_markup(write_markup(line), line.tokens, LABELS) == (entity,)
+
+
 @pytest.mark.parametrize(
     ("answer", "found"),
     [

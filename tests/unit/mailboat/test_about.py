@@ -84,7 +84,7 @@ def test_an_earlier_version_knows_nothing_of_later_ones(small: SmallRun, run: Ru
 
 
 def test_what_privacy_has_cost_is_told_by_site(small: SmallRun, run: RunView, tmp_path: Path) -> None:
-    """As each site's newest update says, if its manifest is the one in the journal, and not otherwise."""
+    """As each site's costliest update says, if its manifest is the one in the journal, and not otherwise."""
     told = small.federation.model_dump() | {"privacy": {"delta": 1e-5, "noise_multiplier": 1.0}}
     private = FederationConfig.model_validate(told)
     found = run.versions[1]
@@ -95,6 +95,18 @@ def test_what_privacy_has_cost_is_told_by_site(small: SmallRun, run: RunView, tm
     (south,) = (update_id for update_id, life in run.updates.items() if life.site == "south")
     small.updates.delete(south)
     assert "- south: told of no cost" in written(small, chosen, tmp_path / "again")
+
+
+def test_an_update_out_of_quarantine_does_not_lower_the_cost(small: SmallRun, tmp_path: Path) -> None:
+    """Merged last, it tells of less than one that was trained after it: what a version cost is the most of all."""
+    records: list[Record] = [small.opened]
+    for version, epsilon in ((1, 2.5), (2, 1.25)):
+        metrics = {"epsilon": epsilon, "delta": 1e-5}
+        update = small.accept(small.seal("north", {"w": [1.0, 1.0]}, base=version - 1, metrics=metrics))
+        records += [update, merged(small, version, [update])]
+    chosen = subject(small, read_run(records, small.folder))
+    (part,) = provenance(chosen, small.plan, chosen.run, full_precision=False).parts
+    assert (part.epsilon, part.delta, part.updates) == (2.5, 1e-5, 2)
 
 
 def test_a_site_s_export_says_whose_it_is(small: SmallRun, run: RunView, tmp_path: Path) -> None:

@@ -239,6 +239,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             '[federation]\nname="a"\n[model]\nbase="m"\n[adapter]\nkind="fedex-lora"\n[aggregation]\nmode="fedasync"',
             '[adapter] kind = "fedex-lora" corrects a weighted mean that is added as it is: it needs [aggregation]',
         ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="exp-loss"\n[layers]\npersonal=["score.*"]',
+            '[aggregation] quality = "exp-loss" measures each site\'s model at the coordinator, which has not what',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'quality="size-exp-loss"\n[adapter]\nkind="fedsa-lora"',
+            '[aggregation] quality = "size-exp-loss" measures each site\'s model at the coordinator',
+        ),
         (CoordinatorConfig, 'storage = "s"', "federation is missing"),
         (SiteConfig, SITE.replace('notes = "notes"', ""), "data.notes is missing"),
         (CoordinatorConfig, COORDINATOR + 'credit_mib = "many"', "credit_mib: Input should be a valid integer"),
