@@ -100,7 +100,8 @@ def fadas(master: F32Array, mean: F32Array, slots: Sequence[F32Array], section: 
     """FADAS: u and v as `adam`; w <- max(w, v); x <- x + lr' u / (sqrt(w) + eps), in place.
 
     Wang et al., arXiv 2407.18365: AMSGrad over a buffer, with lr' = lr, or lr / late when the latest
-    update of the buffer is `late` versions late and that is more than `slow_after`.
+    update of the buffer is `late` versions late and that is more than `slow_after`. Accounts of the paper differ: where
+    one has min(lr, 1 / late), no update of less than 1 / lr versions is slowed.
     """
     first, second, peak = slots
     _decay(first, mean, section.momentum)
