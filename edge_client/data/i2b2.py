@@ -49,7 +49,7 @@ class Form(NamedTuple):
     expected: str
 
 
-_CONCEPT = Form("concept", re.compile(SPAN + r'\|\|t="([^"]*)"\s*'), 'c="WORDS" LINE:TOKEN LINE:TOKEN||t="LABEL"')
+_CONCEPT = Form("a concept", re.compile(SPAN + r'\|\|t="([^"]*)"\s*'), 'c="WORDS" LINE:TOKEN LINE:TOKEN||t="LABEL"')
 
 
 def read_i2b2(folder: Path, labels: Sequence[str]) -> Iterator[Note | RefusedError]:
@@ -95,7 +95,7 @@ def matches(path: Path, form: Form) -> Iterator[tuple[Where, re.Match[str]]]:
         if line.strip():
             where, match = Where(path, number), form.pattern.fullmatch(line)
             if match is None:
-                raise where.refuse(f"not a {form.name} line", hint=f"expected {form.expected}")
+                raise where.refuse(f"not {form.name} line", hint=f"expected {form.expected}")
             yield where, match
 
 

@@ -24,12 +24,12 @@ RELATION_FORMATS = "a folder with txt/NAME.txt, concept/NAME.con and rel/NAME.re
 
 _TEXT = ("txt", "concept")
 _RELATION = Form(
-    "relation",
+    "a relation",
     re.compile(rf'{SPAN}\|\|r="([^"]*)"\|\|{SPAN}\s*'),
     'c="WORDS" LINE:TOKEN LINE:TOKEN||r="LABEL"||c="WORDS" LINE:TOKEN LINE:TOKEN',
 )
 _ASSERTION = Form(
-    "assertion",
+    "an assertion",
     re.compile(rf'{SPAN}\|\|t="[^"]*"\|\|a="([^"]*)"\s*'),
     'c="WORDS" LINE:TOKEN LINE:TOKEN||t="TYPE"||a="LABEL"',
 )
