@@ -237,6 +237,7 @@ def test_relations_are_told_of_marked_entities(
             ]
         }
     }
+    assert "import AutoModelForCausalLM, AutoTokenizer" in (tmp_path / "model" / "README.md").read_text()
     words = ["predict", "--model", str(tmp_path / "model"), "--notes", str(notes), "--out", str(tmp_path / "more")]
     assert console.run(lambda: cli.app(words)) == 3
     told = " ".join(capsys.readouterr().err.split())
