@@ -247,6 +247,7 @@ _CLASSES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
         "classification": ("AutoModelForSequenceClassification", 1, 0),
         "multilabel": ("AutoModelForSequenceClassification", 1, 0),
         "extraction": ("AutoModelForCausalLM", 0, 0),
+        "relations": ("AutoModelForCausalLM", 0, 0),
     }
 )
 """Of each task the class of transformers that has its head, and how many classes each label makes, and how many more

@@ -1,4 +1,4 @@
-"""Findings on notes that nobody has annotated, as JSON lines; the notes' words stay out of them."""
+"""Findings on notes that nobody need have annotated, as JSON lines; the notes' words stay out of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.config import ComputeSection, FederationConfig
 from shared.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
-    from edge_client.data import AnyNote, TextNote
+    from edge_client.data import AnyNote
     from edge_client.model import LoadedModel
 
 NOTES_AT_ONCE = 64
@@ -48,12 +48,12 @@ def predict(
 
     One line a note: its id and the findings of the federation's task. The file appears when all notes are done,
     readable by this user alone. Raises ConfigError when `out` is there, or the model cannot be loaded; RefusedError as
-    `read_plain`, for the first bad note unless `skip_bad`, and when two notes have one id.
+    the task's `read_bare`, for the first bad note unless `skip_bad`, and when two notes have one id.
     """
     if out.exists():
         raise ConfigError(f"{out} is there already", hint="name a new file, or move it away")
     loaded = load_folder(model, federation, compute)
-    found = _Notes(notes, skip_bad=skip_bad)
+    found = _Notes(notes, loaded.task.read_bare(notes), skip_bad=skip_bad)
     part = out.with_name(f".{out.name}.part")
     with making(out):
         file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -70,16 +70,14 @@ def predict(
 class _Notes:
     """The notes under a path, one by one; counts them, and those left out."""
 
-    def __init__(self, path: Path, *, skip_bad: bool) -> None:
-        from edge_client.data import read_plain
-
+    def __init__(self, path: Path, found: Iterator[AnyNote | RefusedError], *, skip_bad: bool) -> None:
         self.count = self.skipped = 0
         self._path = path
-        self._found = read_plain(path)
+        self._found = found
         self._skip_bad = skip_bad
         self._seen: set[str] = set()
 
-    def __iter__(self) -> Iterator[TextNote]:
+    def __iter__(self) -> Iterator[AnyNote]:
         for note in self._found:
             if isinstance(note, RefusedError):
                 if not self._skip_bad:
@@ -97,7 +95,7 @@ class _Notes:
 
 def _rows(loaded: LoadedModel, found: _Notes, told: Told) -> Iterator[dict[str, Any]]:
     notes = iter(found)
-    while several := [loaded.task.bare(note) for note in islice(notes, NOTES_AT_ONCE)]:
+    while several := list(islice(notes, NOTES_AT_ONCE)):
         for note, finding in zip(several, _findings(loaded, several), strict=True):
             yield {"id": note.id, **finding}
         told(found.count)

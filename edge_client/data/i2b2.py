@@ -6,94 +6,133 @@ A line of a `.con` file marks one entity:
 
 that is the words, then the first and the last token as `line:token`, lines counted from 1 and
 tokens from 0, the last token inside the span. Uzuner et al. 2011, "2010 i2b2/VA challenge on
-concepts, assertions, and relations in clinical text", JAMIA 18(5).
+concepts, assertions, and relations in clinical text", JAMIA 18(5). What is said of the entities is read in
+`relations.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from edge_client.data.checks import Where, build_sentence, check_label, read_lines, split_words
-from edge_client.data.notes import Entity, Note, Sentence
+from edge_client.data.notes import AnyNote, Entity, Note, Sentence
 from shared.errors import RefusedError
 
 # Greedy up to the last quote before the offsets: the words may hold quotes and bars themselves.
-_CONCEPT = re.compile(r'c="(?P<words>.*)" (\d+):(\d+) (\d+):(\d+)\|\|t="(?P<label>[^"]*)"\s*')
+SPAN = r'c="(.*)" (\d+):(\d+) (\d+):(\d+)'
+"""A run of words and its offsets, five groups that `find_span` takes."""
+ENDINGS: Mapping[str, str] = MappingProxyType({"txt": ".txt", "concept": ".con", "rel": ".rel", "ast": ".ast"})
+"""How the names in each folder of the layout end."""
 
-_Marks: TypeAlias = dict[int, list[tuple[Entity, Where]]]
+N = TypeVar("N", bound=AnyNote)
+Rows: TypeAlias = Sequence[Sequence[str]]
+"""The words of each line of a text, of empty lines too."""
+
+
+class Span(NamedTuple):
+    """A run of words: its line, counted from 1, the first word and the one behind the last, counted from 0."""
+
+    line: int
+    start: int
+    end: int
+
+
+class Form(NamedTuple):
+    """What the lines of a kind of file look like."""
+
+    name: str
+    pattern: re.Pattern[str]
+    expected: str
+
+
+_CONCEPT = Form("a concept", re.compile(SPAN + r'\|\|t="([^"]*)"\s*'), 'c="WORDS" LINE:TOKEN LINE:TOKEN||t="LABEL"')
 
 
 def read_i2b2(folder: Path, labels: Sequence[str]) -> Iterator[Note | RefusedError]:
     """Yield, for each name under `txt/` or `concept/`, its note or why it is refused."""
-    texts = {path.stem: path for path in folder.glob("txt/*.txt")}
-    concepts = {path.stem: path for path in folder.glob("concept/*.con")}
-    for name in sorted(texts.keys() | concepts.keys()):
+
+    def read(name: str, text: Path, concept: Path) -> Note:
+        lines = read_sentences(text, concept, labels)
+        return Note(name, tuple(line for line in lines if line.tokens))
+
+    return read_names(folder, ("txt", "concept"), read)
+
+
+def read_names(folder: Path, parts: Sequence[str], read: Callable[..., N]) -> Iterator[N | RefusedError]:
+    """Yield what `read` makes of each name under one of `parts`, folders of the layout, or why it is refused.
+
+    `read` gets the name and its file in each part. A name that has no file in one of them is refused.
+    """
+    found = {part: {path.stem for path in folder.glob(f"{part}/*{ENDINGS[part]}")} for part in parts}
+    for name in sorted(set[str]().union(*found.values())):
         try:
-            text = _partner(texts, name, folder / "txt" / f"{name}.txt")
-            concept = _partner(concepts, name, folder / "concept" / f"{name}.con")
-            yield _read_note(name, text, concept, labels)
+            for part in parts:
+                if name not in found[part]:
+                    raise _missing(folder, part, name, parts)
+            yield read(name, *(_file(folder, part, name) for part in parts))
         except RefusedError as refused:
             yield refused
 
 
-def _partner(paths: dict[str, Path], name: str, expected: Path) -> Path:
-    if name not in paths:
-        raise RefusedError(
-            f"{expected} is missing",
-            rule="note-missing",
-            hint="each txt/NAME.txt needs its concept/NAME.con, which may be empty",
-        )
-    return paths[name]
-
-
-def _read_note(name: str, text: Path, concept: Path, labels: Sequence[str]) -> Note:
+def read_sentences(text: Path, concept: Path, labels: Sequence[str] | None) -> list[Sentence]:
+    """Return the lines of a text, empty ones too, with the entities that `concept` marks; None takes any label."""
     rows = [split_words(line) for line in read_lines(text)]
-    marks: _Marks = {}
-    for number, line in enumerate(read_lines(concept), start=1):
+    marks: dict[int, list[tuple[Entity, Where]]] = {}
+    for where, match in matches(concept, _CONCEPT):
+        label = match[6] if labels is None else check_label(match[6], labels, where)
+        line, start, end = find_span(match.groups()[:5], rows, where)
+        marks.setdefault(line, []).append((Entity(start, end, label), where))
+    return [build_sentence(words, marks.get(line, ()), Where(text, line)) for line, words in enumerate(rows, start=1)]
+
+
+def matches(path: Path, form: Form) -> Iterator[tuple[Where, re.Match[str]]]:
+    """Yield each line that is not blank, taken apart; raise RefusedError for one that is not of this form."""
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            where = Where(concept, number)
-            row, entity = _parse_concept(line, rows, labels, where)
-            marks.setdefault(row, []).append((entity, where))
-    sentences: list[Sentence] = []
-    for number, tokens in enumerate(rows, start=1):
-        if tokens:
-            sentences.append(build_sentence(tokens, marks.get(number, ()), Where(text, number)))
-    return Note(name, tuple(sentences))
+            where, match = Where(path, number), form.pattern.fullmatch(line)
+            if match is None:
+                raise where.refuse(f"not {form.name} line", hint=f"expected {form.expected}")
+            yield where, match
 
 
-def _parse_concept(
-    line: str, rows: Sequence[tuple[str, ...]], labels: Sequence[str], where: Where
-) -> tuple[int, Entity]:
-    """Return the line of the text that the concept is in, and the entity."""
-    match = _CONCEPT.fullmatch(line)
-    if match is None:
-        raise where.refuse(
-            "not a concept line",
-            hint='expected c="WORDS" LINE:TOKEN LINE:TOKEN||t="LABEL"',
-        )
-    row, first, last_row, last = (int(number) for number in match.group(2, 3, 4, 5))
-    label = check_label(match["label"], labels, where)
-    if row != last_row:
+def find_span(told: Sequence[str], rows: Rows, where: Where) -> Span:
+    """Return the span that is told as the five groups of SPAN, if it lies in `rows` and its words are these."""
+    line, first, last_line, last = (int(number) for number in told[1:])
+    if line != last_line:
         raise where.refuse(
             "an entity runs over the end of a line",
             hint="an entity lies within one line of the text; split it in two",
         )
-    if not (1 <= row <= len(rows) and first <= last < len(rows[row - 1])):
+    if not (1 <= line <= len(rows) and first <= last < len(rows[line - 1])):
         raise where.refuse(
             "the offsets lie outside the text",
-            hint="lines count from 1, tokens from 0; is this the .con file of another text?",
+            hint=f"lines count from 1, tokens from 0; is this the {where.path.suffix} file of another text?",
         )
     # The words are given twice, here and by their offsets. If they differ, the offsets were
     # counted in another text or at other blanks, and every label would sit on a wrong word.
-    if _plain(split_words(match["words"])) != _plain(rows[row - 1][first : last + 1]):
+    if _plain(split_words(told[0])) != _plain(rows[line - 1][first : last + 1]):
         raise where.refuse(
             "the words given are not those at the offsets",
             hint="offsets count words separated by white space; repeated blanks count as one",
         )
-    return row, Entity(first, last + 1, label)
+    return Span(line, first, last + 1)
+
+
+def _file(folder: Path, part: str, name: str) -> Path:
+    return folder / part / f"{name}{ENDINGS[part]}"
+
+
+def _missing(folder: Path, part: str, name: str, parts: Sequence[str]) -> RefusedError:
+    beside = " and ".join(f"{each}/NAME{ENDINGS[each]}" for each in parts[1:])
+    return RefusedError(
+        f"{_file(folder, part, name)} is missing",
+        rule="note-missing",
+        hint=f"each txt/NAME.txt needs its {beside}, which may be empty",
+    )
 
 
 def _plain(words: Sequence[str]) -> str:

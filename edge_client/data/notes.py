@@ -1,4 +1,4 @@
-"""What a note is once it has been read: tokens by line, and the entities marked in them."""
+"""What a note is once it has been read: tokens by line, the entities marked in them, and what is said of these."""
 
 from __future__ import annotations
 
@@ -67,4 +67,31 @@ class Note:
     @property
     def patient(self) -> str:
         """The note's own id: these formats do not say whose notes belong together."""
+        return self.id
+
+
+@dataclass(frozen=True, slots=True)
+class HeadedLine:
+    """A line of a note as seen from one of its entities, the head.
+
+    The entities of `sentence` are those that the head stands in a relation to, under the relation's name, and the head
+    itself, where it has a modifier, under that.
+    """
+
+    line: int
+    """Its number in the note, from 1."""
+    head: Entity
+    sentence: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class HeadedNote:
+    """A clinical note as what is said of each of its entities, in reading order."""
+
+    id: str
+    heads: tuple[HeadedLine, ...]
+
+    @property
+    def patient(self) -> str:
+        """The note's own id, as of `Note`."""
         return self.id

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.data import AnyNote, TextNote
+from edge_client.data import AnyNote
 from edge_client.tasks.encoding import TextEncoder
 from shared.errors import RefusedError
 
@@ -129,8 +129,11 @@ class Task(Protocol[N]):
         """
         ...
 
-    def bare(self, note: TextNote) -> N:
-        """Return a note of this task's kind that nobody has annotated, to predict on."""
+    def read_bare(self, path: Path) -> Iterator[N | RefusedError]:
+        """Yield the notes under `path` without what the task is to find in them, to predict on; refusals as `read`.
+
+        Raises RefusedError(rule='note-missing') where there are none.
+        """
         ...
 
     def windows(self, notes: Sequence[N], encoder: TextEncoder) -> Iterator[Window]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from edge_client.data import ONE_LABEL_FORMATS, TextNote, read_one_label
+from edge_client.data import ONE_LABEL_FORMATS, TextNote, read_one_label, read_plain
 from edge_client.tasks import IGNORED, ONE_LABEL, Ids, Scores, Window
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.whole import f1_scores, whole_windows
@@ -40,9 +40,9 @@ class ClassificationTask:
         """Yield one window for each note; a longer one gives its beginning and its end."""
         return whole_windows([note.text for note in notes], list(self._targets(notes)), encoder)
 
-    def bare(self, note: TextNote) -> TextNote:
-        """Return the note as it is."""
-        return note
+    def read_bare(self, path: Path) -> Iterator[TextNote | RefusedError]:
+        """Yield the texts under `path`."""
+        return read_plain(path)
 
     def findings(self, notes: Sequence[TextNote], predictions: Ids) -> Iterator[Mapping[str, Any]]:
         """Yield each note's `label`."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from edge_client.data import ANY_LABELS_FORMATS, TextNote, read_any_labels
+from edge_client.data import ANY_LABELS_FORMATS, TextNote, read_any_labels, read_plain
 from edge_client.tasks import ANY_LABELS, Ids, Scores, Window
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.whole import f1_scores, whole_windows
@@ -41,9 +41,9 @@ class MultiLabelTask:
         """Yield one window for each note; a longer one gives its beginning and its end."""
         return whole_windows([note.text for note in notes], list(self._targets(notes)), encoder)
 
-    def bare(self, note: TextNote) -> TextNote:
-        """Return the note as it is."""
-        return note
+    def read_bare(self, path: Path) -> Iterator[TextNote | RefusedError]:
+        """Yield the texts under `path`."""
+        return read_plain(path)
 
     def findings(self, notes: Sequence[TextNote], predictions: Ids) -> Iterator[Mapping[str, Any]]:
         """Yield each note's `labels`, in the order of the federation's."""

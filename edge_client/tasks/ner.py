@@ -16,7 +16,7 @@ import torch
 from nervaluate.evaluator import Evaluator
 from torch.nn.functional import cross_entropy
 
-from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, TextNote, read_marked
+from edge_client.data import MARKED_FORMATS, Entity, Note, Sentence, TextNote, read_marked, read_plain
 from edge_client.data.checks import split_words
 from edge_client.tasks import IGNORED, TOKENS, Ids, Scores, Window
 from edge_client.tasks.encoding import NO_WORD, EncodedLine, TextEncoder
@@ -50,9 +50,9 @@ class NerTask:
         """Yield the notes with marked entities under `path`."""
         return read_marked(path, self.labels)
 
-    def bare(self, note: TextNote) -> Note:
-        """Return its lines, split into words at white space."""
-        return lines_of(note)
+    def read_bare(self, path: Path) -> Iterator[Note | RefusedError]:
+        """Yield the texts under `path` as lines of words."""
+        return read_unmarked(path)
 
     def findings(self, notes: Sequence[Note], predictions: Ids) -> Iterator[Mapping[str, Any]]:
         """Yield each note's entities; see `entity_findings`."""
@@ -196,8 +196,15 @@ def lines_with_words(notes: Sequence[Note]) -> list[Sentence]:
     return [sentence for note in notes for sentence in note.sentences if sentence.tokens]
 
 
-def lines_of(note: TextNote) -> Note:
-    """Return a text's lines, split into words at white space, without any entity; lines keep their numbers."""
+def read_unmarked(path: Path) -> Iterator[Note | RefusedError]:
+    """Yield the texts under `path` as lines of words, without any entity; lines keep their numbers.
+
+    Errors as `read_plain`.
+    """
+    return (note if isinstance(note, RefusedError) else _lines_of(note) for note in read_plain(path))
+
+
+def _lines_of(note: TextNote) -> Note:
     lines = note.text.split("\n")
     return Note(note.id, tuple(Sentence(split_words(line.removesuffix("\r")), ()) for line in lines))
 

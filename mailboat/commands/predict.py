@@ -16,7 +16,9 @@ from mailboat import console
 def predict(
     *,
     model: Annotated[Path, typer.Option(help="A folder with a model or adapters, as `mailboat export` writes.")],
-    notes: Annotated[Path, typer.Option(help="A .txt file, a .jsonl file of id and text, or a folder of them.")],
+    notes: Annotated[
+        Path, typer.Option(help="A .txt file, a .jsonl file of id and text, or a folder of them or of i2b2's.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, a JSON line for each note; must be new.")],
     federation_file: Annotated[
         Path | None,
@@ -34,7 +36,8 @@ def predict(
 ) -> None:
     """Write what a model finds in notes: their ids and labels or places, and never a word of them.
 
-    Entities come with their line, counted from 1, the first word and the one behind the last, counted from 0.
+    Entities come with their line, counted from 1, the first word and the one behind the last, counted from 0. Relations
+    are told of entities that are marked: a folder with txt/ and concept/.
     """
     from mailboat import about, predicting
     from mailboat.modelling import on_device

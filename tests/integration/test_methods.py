@@ -39,6 +39,7 @@ SCORES = {
     "classification": "micro_f1",
     "multilabel": "micro_f1",
     "extraction": "strict_f1",
+    "relations": "strict_f1",
 }
 
 
@@ -75,32 +76,38 @@ def test_every_codec_runs_by_its_name(up: str, down: str, tmp_path: Path, mosqui
     assert moved == SENT.get(up, PARAMETERS)
 
 
-@pytest.mark.parametrize("kind", ["classification", "multilabel", "extraction"])
+LABELS = {"extraction": ("problem", "treatment", "test"), "relations": ("PIP", "present")}
+"""Of the tasks in which the model writes."""
+
+
+def write_notes(root: Path, name: str, kind: str) -> str:
+    """Write a site's few notes for a task, and return what they are called."""
+    if kind == "relations":
+        return tiny.write_relations(root / f"{name}-notes", tiny.notes(2, lines=1)).name
+    if kind == "extraction":
+        return tiny.write_conll(root / f"{name}.conll", tiny.notes(2, lines=1)).name
+    rows = [
+        {"id": f"n{number}", "text": text, **({"label": label} if kind == "classification" else {"labels": [label]})}
+        for number, (label, text) in enumerate(TEXTS)
+    ]
+    (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{name}.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "extraction", "relations"])
 def test_every_task_runs_by_its_name(kind: str, tmp_path: Path, mosquitto_url: str) -> None:
     """Two sites, one version: each update tells the task's own score of what it held back."""
-    writes = kind == "extraction"
-    labels = '"problem", "treatment", "test"' if writes else '"fever", "cough"'
-    task = f'kind = "{kind}"\nlabels = [{labels}]\nmax_length = {400 if writes else 32}\n'
+    writes = kind in LABELS
+    labels = json.dumps(LABELS.get(kind, ("fever", "cough")))
+    task = f'kind = "{kind}"\nlabels = {labels}\nmax_length = {400 if writes else 32}\n'
     write_tiny(tmp_path, mosquitto_url, versions=1, task=task, federation='[layers]\nplan = "top:1"\n')
     if writes:
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | longer))
     for name in ("site-1", "site-2"):
-        if writes:
-            tiny.write_conll(tmp_path / f"{name}.conll", tiny.notes(2, lines=1))
-            continue
-        rows = [
-            {
-                "id": f"n{number}",
-                "text": text,
-                **({"label": label} if kind == "classification" else {"labels": [label]}),
-            }
-            for number, (label, text) in enumerate(TEXTS)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / f"{name}.toml"
-        path.write_text(path.read_text().replace(f"{name}.conll", f"{name}.jsonl"))
+        path.write_text(path.read_text().replace(f"{name}.conll", write_notes(tmp_path, name, kind)))
     run_tiny(tmp_path)
     said = metrics_of(tmp_path)
     assert set(said) == {("site-1", 0), ("site-2", 0)}

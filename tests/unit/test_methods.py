@@ -163,11 +163,11 @@ def test_a_plan_that_is_none_lists_those_that_are() -> None:
     assert all(name in caught.value.hint for name in names)
 
 
-@pytest.mark.parametrize("kind", ["ner", "classification", "multilabel", "extraction"])
+@pytest.mark.parametrize("kind", ["ner", "classification", "multilabel", "extraction", "relations"])
 def test_a_task_is_taken(kind: str, tmp_path: Path) -> None:
     """By its entry point, with the labels of the file."""
     task = load_task(loaded(tmp_path, {"task.kind": kind, "task.labels": ["fever", "cough"]}).task)
-    assert task.head.writes == (kind == "extraction")
+    assert task.head.writes == (kind in {"extraction", "relations"})
     assert kind in known_tasks()
 
 

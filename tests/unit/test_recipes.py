@@ -23,7 +23,9 @@ def test_a_recipe_loads(path: Path) -> None:
     assert load_config(path, FederationConfig).aggregation.quorum > 1
 
 
-@pytest.mark.parametrize("name", ["fed-medlora-i2b2-1b", "fed-medlora-i2b2-8b", "fed-medlora-mimic-1b"])
+@pytest.mark.parametrize(
+    "name", ["fed-medlora-i2b2-1b", "fed-medlora-i2b2-relations-1b", "fed-medlora-i2b2-8b", "fed-medlora-mimic-1b"]
+)
 def test_fed_medloras_settings(name: str) -> None:
     """Rank 16 and alpha 64 on all linear layers of all blocks, rate 2e-4 with 5 % warm-up, batch 4."""
     federation = recipe(name)
@@ -33,11 +35,18 @@ def test_fed_medloras_settings(name: str) -> None:
     assert federation.layers.plan == "all"
 
 
-@pytest.mark.parametrize("name", ["fed-medlora-i2b2-1b", "fed-medlora-i2b2-8b"])
-def test_fed_medloras_extraction(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fed-medlora-i2b2-1b", "extraction"),
+        ("fed-medlora-i2b2-8b", "extraction"),
+        ("fed-medlora-i2b2-relations-1b", "relations"),
+    ],
+)
+def test_fed_medloras_extraction(name: str, kind: str) -> None:
     """Text of at most 800 tokens, two local epochs, three rounds."""
     federation = recipe(name)
-    assert (federation.task.kind, federation.task.max_length) == ("extraction", 800)
+    assert (federation.task.kind, federation.task.max_length) == (kind, 800)
     assert (federation.training.epochs, federation.federation.versions) == (2, 3)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from edge_client.data import Entity, Note, Sentence
+from mailboat.synth.write import write_i2b2
 from shared.config import FederationConfig
 
 WIDTH = 16
@@ -70,6 +71,26 @@ def write_conll(path: Path, written: tuple[Note, ...]) -> Path:
             rows.append("")
     path.write_text("\n".join(rows), encoding="utf-8")
     return path
+
+
+def write_relations(folder: Path, written: tuple[Note, ...]) -> Path:
+    """Write notes in the i2b2 layout; each line's first entity is `present` and stands in PIP to the second."""
+    write_i2b2(folder, written)
+    for name in ("rel", "ast"):
+        (folder / name).mkdir()
+    for note in written:
+        rel, ast = "", ""
+        for number, line in enumerate(note.sentences, start=1):
+            first, second = (
+                f'c="{" ".join(line.tokens[entity.start : entity.end])}" '
+                f"{number}:{entity.start} {number}:{entity.end - 1}"
+                for entity in line.entities[:2]
+            )
+            rel += f'{first}||r="PIP"||{second}\n'
+            ast += f'{first}||t="{line.entities[0].label}"||a="present"\n'
+        (folder / "rel" / f"{note.id}.rel").write_text(rel, encoding="utf-8")
+        (folder / "ast" / f"{note.id}.ast").write_text(ast, encoding="utf-8")
+    return folder
 
 
 def save_model(folder: Path, model_type: str, *, depth: int = DEPTH) -> Path:

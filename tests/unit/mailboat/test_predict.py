@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from edge_client.adapter_folder import write_adapters
-from edge_client.data import Entity, Note, Sentence
+from edge_client.data import AnyNote, Entity, Note, Sentence, load_notes
 from edge_client.model import export, load_model, read_trainable, seal
 from edge_client.tasks.extraction import ExtractionTask
 from edge_client.tasks.markup import read_markup
+from edge_client.tasks.relations import RelationsTask
 from edge_client.trainer import make_dataset, train
 from mailboat import about, cli, console
 from mailboat.about import Provenance, write_about
@@ -62,7 +63,7 @@ def notes(tmp_path: Path) -> Path:
 
 
 def exported(
-    base: Path, out: Path, kind: str, *, learns: Sequence[Note] = (), adapters: bool = False, **changes: Any
+    base: Path, out: Path, kind: str, *, learns: Sequence[AnyNote] = (), adapters: bool = False, **changes: Any
 ) -> FederationConfig:
     """Write a model, or its adapters, for a task as `mailboat export` does, one that has learnt `learns` by heart."""
     task = {"kind": kind, "max_length": 64, **({} if kind in {"ner", "extraction"} else {"labels": LABELS})}
@@ -176,12 +177,18 @@ def test_labels_are_those_of_transformers_alone(base: Path, notes: Path, tmp_pat
             assert found[name] == {"labels": [names[index] for index in np.flatnonzero(logits.numpy() > 0)]}
 
 
+def writing(base: Path, folder: Path) -> Path:
+    """A copy of a tiny LLaMA that reads long prompts, and writes with its own embeddings."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps({**config, **longer}))
+    return folder
+
+
 def test_what_a_model_writes_is_read(base: Path, notes: Path, tmp_path: Path) -> None:
     """The entities of a line that it knows by heart are those in the text that transformers alone has it write."""
-    writer = Path(shutil.copytree(base, tmp_path / "writer"))
-    config = json.loads((writer / "config.json").read_text())
-    longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
-    (writer / "config.json").write_text(json.dumps({**config, **longer}))
+    writer = writing(base, tmp_path / "writer")
     line = Sentence(("chest", "pain", "noted"), (Entity(0, 2, "problem"),))
     task = {"kind": "extraction", "max_length": 400}
     training = {"epochs": 150, "lr": 1e-2}
@@ -199,6 +206,43 @@ def test_what_a_model_writes_is_read(base: Path, notes: Path, tmp_path: Path) ->
     written = model.generate(input_ids=ids, do_sample=False, max_new_tokens=60, pad_token_id=tokenizer.eos_token_id)
     answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     assert read_markup(answer, line.tokens, federation.task.labels) == line.entities
+
+
+def test_relations_are_told_of_marked_entities(
+    base: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with txt/ and concept/ gets what the model learnt of its entities; texts alone are refused."""
+    labels = ("PIP", "present")
+    folder = tiny.write_relations(tmp_path / "marked", tiny.notes(1, lines=1))
+    learns = load_notes(folder, RelationsTask(labels)).notes
+    exported(
+        writing(base, tmp_path / "writer"),
+        tmp_path / "model",
+        "relations",
+        learns=learns,
+        task={"kind": "relations", "labels": labels, "max_length": 400},
+        training={"epochs": 150, "lr": 1e-2},
+        layers={"plan": "all"},
+    )
+    for part in ("rel", "ast"):
+        shutil.rmtree(folder / part)
+    found = predicted(tmp_path / "model", folder, tmp_path / "found.jsonl")
+    first, second = (learns[0].heads[place].head for place in (0, 1))
+    head = {"start": first.start, "end": first.end}
+    assert found == {
+        "note-000": {
+            "relations": [
+                {"line": 1, "head": head, **head, "label": "present"},
+                {"line": 1, "head": head, "start": second.start, "end": second.end, "label": "PIP"},
+            ]
+        }
+    }
+    assert "import AutoModelForCausalLM, AutoTokenizer" in (tmp_path / "model" / "README.md").read_text()
+    words = ["predict", "--model", str(tmp_path / "model"), "--notes", str(notes), "--out", str(tmp_path / "more")]
+    assert console.run(lambda: cli.app(words)) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "notes has no marked entities hint: relations are found between entities that are marked" in told
+    assert not (tmp_path / "more").exists()
 
 
 # peft 0.21 asks transformers 5 for a property by its old name.
