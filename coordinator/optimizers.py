@@ -101,7 +101,7 @@ def fadas(master: F32Array, mean: F32Array, slots: Sequence[F32Array], section: 
 
     Wang et al., arXiv 2407.18365: AMSGrad over a buffer, with lr' = lr, or lr / late when the latest
     update of the buffer is `late` versions late and that is more than `slow_after`. Accounts of the paper differ: where
-    one has min(lr, 1 / late), no update of less than 1 / lr versions is slowed.
+    one has min(lr, 1 / late), no update is slowed that is less than 1 / lr versions late.
     """
     first, second, peak = slots
     _decay(first, mean, section.momentum)

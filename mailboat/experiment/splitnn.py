@@ -85,7 +85,7 @@ def _decoded(values: F32Array, name: codec.Codec) -> F32Array:
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """One machine's part of the model, and its optimizer; a client's begins anew with its turn, the server's goes on."""
+    """One machine's part of the model, and its optimizer: a client's begins anew with its turn, the server's stays."""
 
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
