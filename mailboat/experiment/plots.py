@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mailboat.console import measure_title
@@ -154,14 +156,16 @@ def _rounds(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
 
 
 def _clock(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
-    """The main measure by virtual hours; each seed has hours of its own, so each has a line."""
+    """The main measure by virtual hours: what the newest version has by then, the mean over the seeds."""
     clocked = (row for row in _with_curves(found) if row.clocked)
     for place, row in enumerate(clocked):
-        for number, (_cell, result) in enumerate(row.results):
-            hours = [point.at_s / HOUR_S for point in result.curve]
-            values = [100 * _main(point) for point in result.curve]
-            label, alpha = (row.name, 1.0) if number == 0 else (None, 0.45)
-            axes.plot(hours, values, label=label, alpha=alpha, **_curve_style(place))
+        curves = [result.curve for _, result in row.results]
+        begin = max(curve[0].at_s for curve in curves)
+        moments = sorted({begin, *(point.at_s for curve in curves for point in curve if point.at_s > begin)})
+        means = [fmean(100 * _by_then(curve, moment) for curve in curves) for moment in moments]
+        hours = [moment / HOUR_S for moment in moments]
+        axes.plot(hours, means, drawstyle="steps-post", label=row.name, **_curve_style(place))
+        axes.plot(hours[-1], means[-1], color=_style(place)["color"], marker=".")
     axes.set_xlabel("hours since the run began (virtual)")
     axes.set_ylabel(_measure(found))
 
@@ -172,6 +176,11 @@ def _with_curves(found: Sequence[Row]) -> list[Row]:
 
 def _curve_style(place: int) -> dict[str, Any]:
     return {**_style(place), "marker": "", "linewidth": 1.4}
+
+
+def _by_then(curve: Sequence[Point], at_s: float) -> float:
+    """The main measure of the newest version at a moment; of the last one when the run has ended."""
+    return _main(curve[bisect_right(curve, at_s, key=lambda point: point.at_s) - 1])
 
 
 def _main(point: Point) -> float:
