@@ -55,20 +55,21 @@ def _picture(experiment: Experiment, section: PlotSection, found: Sequence[Row],
     for base, axes in zip(bases, figure.subplots(1, len(bases), squeeze=False)[0], strict=True):
         own = [row for row in found if row.base == base]
         _KINDS[section.kind](axes, own, section)
-        _place_legend(axes)
         axes.set_title(experiment.bases[base].title, fontsize=10)
         axes.grid(alpha=0.25)
+    _place_legends(figure.axes)
     figure.suptitle(section.title or experiment.section.title, fontsize=11)
     figure.savefig(path)
 
 
-def _place_legend(axes: Axes) -> None:
-    """Beside the picture where it would cover much of it."""
-    _, labels = axes.get_legend_handles_labels()
-    if len(labels) > LEGEND_INSIDE:
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    elif labels:
-        axes.legend(fontsize=8)
+def _place_legends(all_axes: Sequence[Axes]) -> None:
+    """Beside the axes where it would cover much of them; one for all that have the same lines."""
+    found = [axes.get_legend_handles_labels()[1] for axes in all_axes]
+    for place, (axes, labels) in enumerate(zip(all_axes, found, strict=True)):
+        if len(labels) > LEGEND_INSIDE and labels not in found[place + 1 :]:
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        elif 0 < len(labels) <= LEGEND_INSIDE:
+            axes.legend(fontsize=8)
 
 
 def _bars(axes: Axes, found: Sequence[Row], _: PlotSection) -> None:
