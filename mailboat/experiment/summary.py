@@ -149,7 +149,7 @@ def device_note(found: Iterable[Row]) -> str:
     if not of_gpu:
         return ""
     count = sum(device != "cpu" for device in devices)
-    return f"{count} of {len(devices)} results were computed on a GPU, {', '.join(of_gpu)}; the others on a processor."
+    return f"{count} of {len(devices)} results were computed on a GPU: {', '.join(of_gpu)}."
 
 
 def to_plain(experiment: Experiment, found: Sequence[Row]) -> dict[str, Any]:

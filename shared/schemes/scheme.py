@@ -67,6 +67,14 @@ def spans(size: int, span: int = SPAN) -> Iterator[slice]:
     return (slice(start, min(start + span, size)) for start in range(0, size, span))
 
 
+def magnitude_bits(values: F32Array) -> NDArray[np.int32]:
+    """Magnitudes as integers, which order as the floats do and are selected twice as fast; raises as `check_finite`."""
+    magnitudes: NDArray[np.int32] = values.view(np.int32) & np.int32(0x7FFFFFFF)
+    if not magnitudes.max() < MAGNITUDE_MAX.view(np.int32):
+        raise NotFiniteError
+    return magnitudes
+
+
 def check_finite(flat: F32Array) -> None:
     """Raise NotFiniteError on NaN, infinity and magnitudes from 2^127 on."""
     scratch = np.empty(min(flat.size, SPAN), dtype=np.float32)

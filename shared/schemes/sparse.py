@@ -31,11 +31,11 @@ from shared.schemes.scheme import (
     MAGNITUDE_MAX,
     SPAN,
     Arrays,
-    NotFiniteError,
     PartSpec,
     Scheme,
     blocks_of,
     empty_part,
+    magnitude_bits,
     shape_part,
     spans,
 )
@@ -53,8 +53,6 @@ SPARSITY_X4 = 16
 _KEPT_SPAN = SPAN // 2
 """Kept values that are decoded at a time: their places, 8 bytes each, fill 512 KiB."""
 
-_MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
-_BITS_MAX = MAGNITUDE_MAX.view(np.int32)
 
 Int64Array = NDArray[np.int64]
 
@@ -91,13 +89,8 @@ def _encode(flat: F32Array, *, sparsity: int) -> list[NDArray[Any]]:
 
 
 def _largest(rows: F32Array, count: int) -> Int64Array:
-    """Places of the `count` largest magnitudes of each row, ascending; of equal ones the first.
-
-    Magnitudes are compared as integers, which order as the floats do and are selected twice as fast.
-    """
-    magnitudes = rows.view(np.int32) & _MAGNITUDE_BITS
-    if not magnitudes.max() < _BITS_MAX:
-        raise NotFiniteError
+    """Places of the `count` largest magnitudes of each row, ascending; of equal ones the first."""
+    magnitudes = magnitude_bits(rows)
     width = rows.shape[1]
     least = np.partition(magnitudes, width - count, axis=1)[:, width - count, None]
     chosen = magnitudes >= least

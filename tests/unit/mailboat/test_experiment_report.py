@@ -121,9 +121,7 @@ def test_the_table_says_what_a_gpu_computed(experiment: Experiment, tmp_path: Pa
         there = {"device": "cuda:0 (NVIDIA H200)"} if cell.name == "top 4" else {}
         cabinet.put(made.model_copy(update=there))
     found = rows(experiment, cabinet)
-    assert f"4 of {len(known)} results were computed on a GPU, cuda:0 (NVIDIA H200); the others" in markdown(
-        experiment, found
-    )
+    assert f"4 of {len(known)} results were computed on a GPU: cuda:0 (NVIDIA H200)." in markdown(experiment, found)
     lines = list(csv.DictReader(io.StringIO(cells_csv(found))))
     assert {line["name"] for line in lines if line["device"] != "cpu"} == {"top 4"}
 
