@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mailboat.demo.tasks import find_task
 from mailboat.experiment.cells import POOLED, Stage, participants
+from mailboat.experiment.spec import NotesSection
 from mailboat.synth.write import HELDOUT
 from mailboat.validating import NAME as VALIDATION
 from shared.errors import ConfigError
@@ -35,10 +36,21 @@ def lay_out(stage: Stage, out: Path) -> None:
         seed=stage.federation.federation.seed,
         heldout=section.heldout + section.validation,
         tested=section.tested,
+        **_cut(section, stage.federation.task.kind),
     )
     task.pool([out / name for name in sites], out / POOLED)
     if section.validation:
         _set_apart(out / HELDOUT, section.heldout, out / VALIDATION)
+
+
+def _cut(section: NotesSection, kind: str) -> dict[str, int]:
+    if section.sections is None:
+        return {}
+    if kind != "ner":
+        raise ConfigError(
+            f"notes.sections, and synthetic notes for a task {kind} are whole", hint="leave notes.sections out"
+        )
+    return {"sections": section.sections}
 
 
 def _set_apart(folder: Path, keep: int, out: Path) -> None:

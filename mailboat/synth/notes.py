@@ -43,11 +43,14 @@ _FILLERS: Mapping[str, Callable[[random.Random], str]] = MappingProxyType(
 )
 
 
-def draw_note(name: str, profile: SiteProfile, rng: random.Random) -> Note:
-    """Return one note of the site under the id `name`."""
+def draw_note(name: str, profile: SiteProfile, rng: random.Random, sections: int | None = None) -> Note:
+    """Return one note of the site under the id `name`: all of its sections, or so many, whichever they are."""
     who = rng.choice(profile.habits.people)
     sentences: list[Sentence] = []
-    for section, header in zip(SECTIONS, profile.habits.headers, strict=True):
+    headed = list(zip(SECTIONS, profile.habits.headers, strict=True))
+    if sections is not None:
+        headed = [headed[place] for place in sorted(rng.sample(range(len(headed)), sections))]
+    for section, header in headed:
         sentences.append(Sentence(tuple(header.split()), ()))
         count = rng.randint(*LINES[section])
         sentences += [_fill(profile.lines[section].draw(rng), who, profile, rng) for _ in range(count)]

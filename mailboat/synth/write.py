@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from edge_client.data.notes import Note
-from mailboat.synth.lexicon import LABELS
+from mailboat.synth.lexicon import LABELS, SECTIONS
 from mailboat.synth.notes import draw_note
 from mailboat.synth.profiles import FOREIGN_WEIGHT, make_profiles
 from shared.errors import ConfigError
@@ -37,7 +37,7 @@ class SynthReport:
     folders: Mapping[str, FolderReport]
 
 
-def make_notes(
+def make_notes(  # noqa: PLR0913 - what can be chosen of notes, all but the folder by name
     out: Path,
     *,
     sites: int,
@@ -47,21 +47,25 @@ def make_notes(
     heldout: int = 100,
     foreign: float = FOREIGN_WEIGHT,
     tested: Sequence[int] = (),
+    sections: int | None = None,
 ) -> SynthReport:
     """Write `notes` synthetic notes for each of `sites` sites and `heldout` more, drawn from all sites in turn.
 
     `notes` may give each site a number of its own, 0 for none; `tested` are the numbers of the sites, from 1, that the
-    held-out notes are drawn from, all when empty; `foreign` as in `make_profiles`.
+    held-out notes are drawn from, all when empty; `foreign` as in `make_profiles`; with `sections`
+    the sites' notes, not those held out, have so many sections each.
 
     The same arguments write the same bytes. Raises ConfigError for a count below 1, an `alpha` that is not above
     0, or an `out` that already holds something: notes of an earlier call would mix with the new ones.
     """
     counts = check_request(out, sites=sites, notes=notes, alpha=alpha, heldout=heldout, tested=tested)
+    if sections is not None and not 1 <= sections <= len(SECTIONS):
+        raise ConfigError(f"a note of {sections} sections", hint=f"give a whole number from 1 to {len(SECTIONS)}")
     profiles = make_profiles(sites=sites, alpha=alpha, seed=seed, foreign=foreign)
     folders = {}
     for profile, count in zip(profiles, counts, strict=True):
         names = [f"{profile.name}-{number:05d}" for number in range(1, count + 1)]
-        drawn = (draw_note(name, profile, random.Random(f"{seed}/{name}")) for name in names)
+        drawn = (draw_note(name, profile, random.Random(f"{seed}/{name}"), sections) for name in names)
         folders[profile.name] = write_i2b2(out / profile.name, drawn)
     names = [f"{HELDOUT}-{number:05d}" for number in range(1, heldout + 1)]
     writers = in_turn(profiles, tested)

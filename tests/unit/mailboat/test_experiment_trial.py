@@ -11,7 +11,7 @@ from mailboat.experiment.results import Result, is_current
 from mailboat.experiment.spec import NotesSection
 from mailboat.experiment.trial import Bench
 from mailboat.synth import make_notes
-from shared.config import ComputeSection
+from shared.config import ComputeSection, TaskSection
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
 
@@ -109,6 +109,22 @@ def test_the_coordinators_own_notes_are_set_apart(tmp_path: Path, model: Path) -
     assert {path.stem for path in (tmp_path / "more" / "validation").rglob("*.con")} == {
         Path(name).stem for name in own
     }
+
+
+def test_short_notes_are_made_for_the_task_that_has_them(tmp_path: Path, model: Path) -> None:
+    """notes.sections shortens the sites' notes, not those held out; a task whose notes are whole refuses it by name."""
+    whole, short = settings(model), settings(model, {"sections": 1})
+    lay_out(whole.stage, tmp_path / "whole")
+    lay_out(short.stage, tmp_path / "short")
+
+    def lengths(place: str) -> list[int]:
+        return [len(path.read_text().splitlines()) for path in sorted((tmp_path / place).rglob("*.txt"))]
+
+    assert max(lengths("short/site-1")) < min(lengths("whole/site-1"))
+    assert lengths("short/heldout") == lengths("whole/heldout")
+    stays = short.stage.federation.model_copy(update={"task": TaskSection(kind="multilabel", labels=("I10",))})
+    with pytest.raises(ConfigError, match=r"notes\.sections, and synthetic notes for a task multilabel are whole"):
+        lay_out(Stage(federation=stays, notes=short.stage.notes), tmp_path / "stays")
 
 
 def test_updates_are_weighed_by_their_loss(tmp_path: Path, model: Path) -> None:

@@ -105,6 +105,20 @@ def test_heldout_notes_of_some_sites_alone(tmp_path: Path) -> None:
     assert headers == expected * 2
 
 
+def test_notes_of_fewer_sections(tmp_path: Path) -> None:
+    """Sites write notes of two sections, each under its header, not always the same two; held-out notes are whole."""
+    out = make_notes(tmp_path / "out", sites=1, notes=12, alpha=1.0, seed=0, heldout=1, sections=2).out
+    headers = {" ".join(header.split()) for header in make_profiles(sites=1, alpha=1.0, seed=0)[0].habits.headers}
+
+    def headed(path: Path) -> list[str]:
+        return [line for line in path.read_text().splitlines() if line in headers]
+
+    written = [headed(path) for path in sorted(out.glob("site-1/txt/*"))]
+    assert {len(found) for found in written} == {2}
+    assert len({tuple(found) for found in written}) > 2
+    assert [set(headed(path)) for path in out.glob("heldout/txt/*")] == [headers]
+
+
 def test_each_site_may_have_a_number_of_its_own(tmp_path: Path) -> None:
     """Counts 3, 0 and 1 make so many notes, and those are the first of what more would be."""
     some = make_notes(tmp_path / "some", sites=3, notes=(3, 0, 1), alpha=1.0, seed=0, heldout=1)
@@ -182,6 +196,8 @@ def test_prose_is_the_same_for_one_seed() -> None:
         ({"notes": (0,)}, "the number of notes is 0"),
         ({"sites": 2, "notes": (3, -1)}, "the number of notes is -1"),
         ({"tested": (2,)}, "a site that there is not: 2"),
+        ({"sections": 0}, "a note of 0 sections"),
+        ({"sections": 6}, "a note of 6 sections"),
     ],
 )
 def test_values_out_of_range(tmp_path: Path, changes: dict[str, object], message: str) -> None:
