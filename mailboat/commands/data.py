@@ -53,9 +53,7 @@ def make(
             f"{report.out / name}: {made.notes} notes, {made.tokens} words, marked: {kinds}", markup=False
         )
     if TaskSection(kind=task, labels=chosen.labels) != TaskSection():
-        console.say(
-            f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.labels)}"
-        )
+        console.say(f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.labels)}")
 
 
 @app.command()

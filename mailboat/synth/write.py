@@ -35,7 +35,7 @@ class FolderReport:
 
 @dataclass(frozen=True, slots=True)
 class SynthReport:
-    """What was written under `out`: the folders `site-1` to `site-{sites}`, `heldout`, and `validation` if asked for."""
+    """What was written under `out`: folders `site-1` to `site-{sites}`, `heldout`, and `validation` if asked for."""
 
     out: Path
     folders: Mapping[str, FolderReport]
