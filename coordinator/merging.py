@@ -8,12 +8,13 @@ in float32 depends on it, and the same updates shall give the same model whoever
 
 sync and fedbuff: x <- server optimizer(x, mean), where the mean follows from `rule`:
 
-mean: sum_i w_i s(tau_i) delta_i / sum_i w_i, both sums over the updates that hold the tensor; w_i = n_i^p. With a
-`clip_norm` C, delta_i min(1, C / |delta_i|) stands for delta_i, with the norm over all its tensors, so that no site
-moves the mean by more than its share of C (Sun et al., arXiv 1911.07963). With p = 1 and s = 1 this is FedAvg (McMahan
-et al., arXiv 1602.05629, algorithm 1); with p = 0 it is FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s
-stands above the line only: lateness damps the step. Were it below too, a buffer in which all are equally late would
-step as far as a fresh one.
+mean: sum_i w_i s(tau_i) delta_i / sum_i w_i, both sums over the updates that hold the tensor, or with `missing` "zero"
+the lower one over all of the round, so that a site weighs the same in each tensor; w_i = n_i^p. With a `clip_norm` C,
+delta_i min(1, C / |delta_i|) stands for delta_i, with the norm over all its tensors, so that no site moves the mean by
+more than its share of C (Sun et al., arXiv 1911.07963). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv
+1602.05629, algorithm 1); with p = 0 it is FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the
+line only: lateness damps the step. Were it below too, a buffer in which all are equally late would step as far as a
+fresh one.
 
 With `quality` the loss l_i that the i-th site's model had on the coordinator's own notes decides as well, as in
 Fed-MedLoRA+ (arXiv 2601.22124): w_i = exp(1 - l_i) (exp-loss, as its code has it; the 1 falls out) or w_i = n_i^p
@@ -48,7 +49,7 @@ from coordinator.ledger import Known
 from coordinator.records import Accepted, Anchored, Contribution, Record, Substituted, VersionCommitted
 from coordinator.robust import KRUMS
 from coordinator.staleness import staleness_weight
-from shared.config import AggregationSection, MergeRule, Mode
+from shared.config import AggregationSection, MergeRule, Missing, Mode
 from shared.ids import Ident, Sha256Hex, TransferId
 from shared.manifest import Manifest
 
@@ -95,6 +96,7 @@ class MergePlan:
     """In the order of addition."""
     cached: tuple[CachedUpdate, ...] = ()
     """For ca2fl, by site."""
+    missing: Missing = "omit"
 
     @property
     def latest(self) -> int:
@@ -199,6 +201,7 @@ def plan_merge(
             for update, weight in zip(accepted, _weights(accepted, section, losses), strict=True)
         ),
         cached=tuple(CachedUpdate(update_id, site) for site, update_id in cached.items()),
+        missing=section.missing,
     )
 
 
@@ -233,7 +236,8 @@ def coefficients(plan: MergePlan, holders: Collection[TransferId]) -> dict[Trans
     Cached updates included; empty when no update of the round that counts holds the tensor.
     """
     counted = [part for part in plan.contributions if part.update_id in holders and part.denominator > 0]
-    total = _total(part.denominator for part in counted)
+    weighed = plan.contributions if plan.missing == "zero" else counted
+    total = _total(part.denominator for part in weighed)
     factors = {part.update_id: part.numerator / total for part in counted}
     cached = [each for each in plan.cached if each.update_id in holders] if counted else []
     sites = len({part.site for part in counted} | {each.site for each in cached})

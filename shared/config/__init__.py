@@ -38,6 +38,7 @@ from shared.config.machine import (
 from shared.config.merging import (
     AggregationSection,
     MergeRule,
+    Missing,
     Mode,
     Quality,
     ServerOptimizerName,
@@ -73,6 +74,7 @@ __all__ = [
     "LocalPrivacySection",
     "LocalTrustSection",
     "MergeRule",
+    "Missing",
     "Mode",
     "ModelSection",
     "Positive",

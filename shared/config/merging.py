@@ -14,6 +14,7 @@ from shared.config.section import Positive, Section
 Mode = Literal["sync", "fedbuff", "fedasync"]
 StalenessKind = Literal["constant", "hinge", "polynomial"]
 Quality = Literal["none", "exp-loss", "size-exp-loss"]
+Missing = Literal["omit", "zero"]
 MergeRule = Literal["mean", "ca2fl", "median", "trimmed-mean", "krum", "multi-krum"]
 ServerOptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "yogi", "fadas", "delayed-nesterov"]
 
@@ -96,6 +97,9 @@ class AggregationSection(Section):
     """f of Krum: updates of a round that may be wrong or hostile."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of the updates that the trimmed mean leaves out at each end, rounded down."""
+    missing: Missing = "omit"
+    """What an update says of a tensor that it lacks, as its site trains fewer blocks: nothing, it has no part in that
+    tensor's mean ("omit"); or that the site left it as it was ("zero")."""
     clip_norm: Positive | None = None
     """An update whose L2 norm, over all its tensors, is above this is scaled down to it; None leaves it as it is."""
     deadline_s: Positive = 3600.0
@@ -126,6 +130,9 @@ class AggregationSection(Section):
             self.check_enough(self.buffer, f"buffer = {self.buffer}")
         if self.rule == "ca2fl" and self.clip_norm is not None:
             raise ValueError('clip_norm has no meaning with rule = "ca2fl", which takes back what it added before')
+        if self.missing == "zero" and (self.rule != "mean" or self.mode == "fedasync"):
+            msg = 'missing = "zero" is for a weighted mean: it needs rule = "mean", and mode "sync" or "fedbuff"'
+            raise ValueError(msg)
         if self.quality != "none" and (self.rule != "mean" or self.mode == "fedasync"):
             msg = f'quality = "{self.quality}" weighs a mean: it needs rule = "mean", and mode "sync" or "fedbuff"'
             raise ValueError(msg)

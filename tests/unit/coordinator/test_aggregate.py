@@ -201,10 +201,11 @@ def test_a_replay_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("up", get_args(CodecName))
+@pytest.mark.parametrize("missing", ["omit", "zero"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_agrees_with_the_formula_in_float64(tmp_path: Path, up: Any, seed: int) -> None:
+def test_agrees_with_the_formula_in_float64(tmp_path: Path, up: Any, seed: int, missing: Any) -> None:
     """Against the mean written down with float64 arrays over the decoded deltas, to float32 accuracy."""
-    section = AggregationSection(size_power=0.5, staleness=CONSTANT, server=ServerSection(lr=0.5))
+    section = AggregationSection(size_power=0.5, staleness=CONSTANT, server=ServerSection(lr=0.5), missing=missing)
     rng = np.random.default_rng(seed)
     run = SmallRun(
         tmp_path,
@@ -214,12 +215,14 @@ def test_agrees_with_the_formula_in_float64(tmp_path: Path, up: Any, seed: int) 
     )
     stored = [run.seal(f"s{i}", random_delta(rng, run), examples=int(rng.integers(1, 99))) for i in range(3)]
     expected = {name: np.array(values, dtype=np.float64) for name, values in run.master(0).items()}
-    for name in expected:
+    for name, before in expected.items():
         parts = []
         for each in stored:
             with each.open_tensors() as reader:
                 if name in reader.shapes:
                     parts.append((each.manifest.update.examples**0.5, reader.tensor(name).astype(np.float64)))
+                elif missing == "zero":
+                    parts.append((each.manifest.update.examples**0.5, np.zeros_like(before)))
         if parts:
             expected[name] += 0.5 * sum(w * delta for w, delta in parts) / sum(w for w, _ in parts)
     run.merge(*map(run.accept, stored))

@@ -208,6 +208,21 @@ def test_ca2fl_damps_the_correction_of_a_late_site() -> None:
     assert coefficients(plan, {late.update_id, "a0"}) == {late.update_id: 0.5, "a0": 0.5}
 
 
+def test_what_an_update_lacks_is_left_out_or_zero() -> None:
+    """Of a tensor that c of 10, 30 and 60 examples lacks: 1/4 and 3/4, or 1/10 and 3/10 as if c's change were 0.
+
+    One that all hold is the same either way, and one that nobody holds is not moved.
+    """
+    updates = [accepted(site, base=4, examples=n) for site, n in (("a", 10), ("b", 30), ("c", 60))]
+    a, b, c = (update.update_id for update in updates)
+    omitting = plan_merge(5, updates, AggregationSection(), parts)
+    counting = plan_merge(5, updates, AggregationSection(missing="zero"), parts)
+    assert coefficients(omitting, {a, b}) == {a: 0.25, b: 0.75}
+    assert coefficients(counting, {a, b}) == {a: 0.1, b: 0.3}
+    assert coefficients(counting, {a, b, c}) == coefficients(omitting, {a, b, c}) == {a: 0.1, b: 0.3, c: 0.6}
+    assert coefficients(counting, set()) == {}
+
+
 def test_other_rules_know_no_cache() -> None:
     """What was merged before counts in no other rule."""
     update = accepted("anna", base=4, examples=1)

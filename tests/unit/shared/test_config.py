@@ -180,6 +180,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             FederationConfig,
+            AGGREGATION + 'rule="median"\nmissing="zero"',
+            'aggregation: missing = "zero" is for a weighted mean',
+        ),
+        (
+            FederationConfig,
+            AGGREGATION + 'mode="fedasync"\nmissing="zero"',
+            'aggregation: missing = "zero" is for a weighted mean',
+        ),
+        (
+            FederationConfig,
             AGGREGATION + 'rule="ca2fl"\nclip_norm=1.0',
             'aggregation: clip_norm has no meaning with rule = "ca2fl"',
         ),
@@ -383,6 +393,7 @@ def _other(path: tuple[str, ...], value: Any) -> Any:
         "optimizer": "momentum",
         "rule": "median",
         "quality": "exp-loss",
+        "missing": "zero",
         "sites": ["a"],
         "labels": ["x"],
         "personal": ["score.*"],
