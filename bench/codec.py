@@ -64,7 +64,7 @@ def trained_deltas() -> list[Tensors]:
     with tempfile.TemporaryDirectory(prefix="mailboat-codec-") as name:
         plan = make_plan(DemoOptions(workdir=Path(name) / "demo"), name="bench")
         options, training = plan.options, plan.federation.training
-        plan.task.make(
+        plan.task.notes.make(
             plan.layout.notes, sites=options.sites, notes=options.notes, alpha=options.alpha, seed=0, heldout=1
         )
         loaded = load_model(plan.federation.model.base, plan.federation)

@@ -74,6 +74,8 @@ class Evaluate(_Frame):
     kind: Literal["evaluate"] = "evaluate"
     state: Path
     notes: Path | None
+    own: Path | None = None
+    """What stayed here after an update; None scores the tensors that everybody begins with."""
 
 
 class Measure(_Frame):

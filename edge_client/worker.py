@@ -249,7 +249,7 @@ class Worker:
 
     def _evaluate(self, request: pipe.Evaluate) -> pipe.Evaluated:
         data = self._held_out if request.notes is None else self._others(request.notes)
-        apply_state(self._loaded, self._complete(request.state))
+        apply_state(self._loaded, self._complete(request.state, request.own))
         return _scored(evaluate(self._loaded, data))
 
     def _measure(self, request: pipe.Measure) -> pipe.Measured:

@@ -25,7 +25,7 @@ def make(
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="The same seed writes the same notes.")] = 0,
     task: Annotated[
-        str, typer.Option(help="What they are for: ner, or classification or multilabel, which share the same notes.")
+        str, typer.Option(help="What they are for: ner or extraction, or classification or multilabel.")
     ] = "ner",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
@@ -33,11 +33,11 @@ def make(
 
     Coded stays have ICD-9 codes of what they name, in the layout of MIMIC-III. `labels` for federation.toml is printed.
     """
-    from mailboat.demo.tasks import find_task
+    from mailboat.synth import find_synthetic
     from shared.config import TaskSection
     from shared.durable import storage_errors
 
-    chosen = find_task(task)
+    chosen = find_synthetic(task)
     with storage_errors(out):
         report = chosen.make(out, sites=sites, notes=notes, alpha=alpha, seed=seed, heldout=heldout)
     if as_json:
@@ -52,10 +52,8 @@ def make(
         console.result().print(
             f"{report.out / name}: {made.notes} notes, {made.tokens} words, marked: {kinds}", markup=False
         )
-    if chosen.section.labels != TaskSection().labels:
-        console.say(
-            f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.section.labels)}"
-        )
+    if TaskSection(kind=task, labels=chosen.labels) != TaskSection():
+        console.say(f"in federation.toml: [task] kind = {json.dumps(task)}, labels = {json.dumps(chosen.labels)}")
 
 
 @app.command()

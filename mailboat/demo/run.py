@@ -111,7 +111,7 @@ class _Demonstration:
         for folder in (plan.layout.root, plan.layout.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         options = plan.options
-        plan.task.make(
+        plan.task.notes.make(
             plan.layout.notes,
             sites=options.sites,
             notes=options.notes,
@@ -120,7 +120,7 @@ class _Demonstration:
             heldout=options.heldout,
         )
         if options.baselines:
-            plan.task.pool([plan.layout.notes / name for name in plan.started], plan.layout.pooled)
+            plan.task.notes.pool([plan.layout.notes / name for name in plan.started], plan.layout.pooled)
         write_federation(plan)
 
     @asynccontextmanager

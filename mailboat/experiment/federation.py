@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from mailboat.experiment.cells import merged
 from mailboat.experiment.clock import MBIT, Clock, Line
@@ -240,17 +241,20 @@ class _Run:
         return self.coordinator.finished and all(site.left or not site.line.connected for site in self.sites)
 
     def _committed(self, version: int) -> None:
-        """Score a version that was just published, as a site would have it."""
+        """Score a version that was just published, as a site would have it.
+
+        Where tensors stay at the sites, as each of them would: the mean of their scores is the version's.
+        """
         versions = self.job.federation.federation.versions
         self.tell(version / versions, f"version {version} of {versions}")
         if version % self.job.score_every and version < versions:
             return
         self.coordinator.extract(version, self.state)
-        found = next(iter(self._workers.values())).evaluate(self.state, self.job.heldout)
-        self.labels = found.labels
-        self.curve.append(
-            Point(version=version, at_s=self.clock.now, up=self._up, down=self._down, scores=found.overall)
-        )
+        scoring = list(self._workers.values())[: None if self.plan.personal else 1]
+        found = [worker.evaluate(self.state, self.job.heldout) for worker in scoring]
+        self.labels = {label: _mean([one.labels[label] for one in found]) for label in found[0].labels}
+        scores = _mean([one.overall for one in found])
+        self.curve.append(Point(version=version, at_s=self.clock.now, up=self._up, down=self._down, scores=scores))
 
     @property
     def _up(self) -> int:
@@ -259,6 +263,11 @@ class _Run:
     @property
     def _down(self) -> int:
         return sum(line.down.count for line in self.lines.values())
+
+
+def _mean(found: Sequence[Measures]) -> Measures:
+    """Each measure's mean."""
+    return {name: fmean(one[name] for one in found) for name in found[0]}
 
 
 def _done_to(site: SiteSide, what: str) -> Callable[[], None]:

@@ -53,8 +53,8 @@ class LocalWorker:
         return self._ask(request, pipe.Trained)
 
     def evaluate(self, state: Path, notes: Path) -> pipe.Evaluated:
-        """See `WorkerClient.evaluate`."""
-        return self._ask(pipe.Evaluate(state=state, notes=notes), pipe.Evaluated)
+        """See `WorkerClient.evaluate`; with what has stayed at the site, where anything does."""
+        return self._ask(pipe.Evaluate(state=state, notes=notes, own=self.own()), pipe.Evaluated)
 
     def loss(self, state: Path) -> float:
         """See `WorkerClient.loss`."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mailboat.demo.tasks import find_task
+from edge_client.tasks.registry import load_task
 from mailboat.experiment.cells import POOLED, Stage, participants
 from mailboat.experiment.spec import NotesSection
-from mailboat.synth.write import HELDOUT
-from mailboat.validating import NAME as VALIDATION
+from mailboat.synth import SYNTHETIC, Synthetic, make_notes
+from mailboat.synth.write import HELDOUT, VALIDATION
+from shared.config import TaskSection
 from shared.errors import ConfigError
 
 __all__ = ["HELDOUT", "VALIDATION", "lay_out", "link_notes"]
@@ -26,45 +27,40 @@ def lay_out(stage: Stage, out: Path) -> None:
     if section.folder is not None:
         link_notes(section.folder, sites, out)
         return
-    task = find_task(stage.federation.task.kind)
-    task.make(
+    made = _made_for(stage.federation.task)
+    made.make(
         out,
         sites=section.sites,
         notes=section.notes,
         alpha=section.alpha,
         foreign=section.foreign,
         seed=stage.federation.federation.seed,
-        heldout=section.heldout + section.validation,
+        heldout=section.heldout,
         tested=section.tested,
-        **_cut(section, stage.federation.task.kind),
+        validation=section.validation,
+        **_cut(section, made, stage.federation.task.kind),
     )
-    task.pool([out / name for name in sites], out / POOLED)
-    if section.validation:
-        _set_apart(out / HELDOUT, section.heldout, out / VALIDATION)
+    made.pool([out / name for name in sites], out / POOLED)
 
 
-def _cut(section: NotesSection, kind: str) -> dict[str, int]:
+def _made_for(task: TaskSection) -> Synthetic:
+    if task.kind not in SYNTHETIC:
+        load_task(task)  # who misspelt the name is told those that are installed
+        raise ConfigError(
+            f"there are no synthetic notes for a task {task.kind}",
+            hint=f"name notes that are there in notes.folder; they are made for {', '.join(SYNTHETIC)}",
+        )
+    return SYNTHETIC[task.kind]
+
+
+def _cut(section: NotesSection, made: Synthetic, kind: str) -> dict[str, int]:
     if section.sections is None:
         return {}
-    if kind != "ner":
+    if made.make is not make_notes:
         raise ConfigError(
             f"notes.sections, and synthetic notes for a task {kind} are whole", hint="leave notes.sections out"
         )
     return {"sections": section.sections}
-
-
-def _set_apart(folder: Path, keep: int, out: Path) -> None:
-    """Move all but the first `keep` notes of a folder to another; a note is the files of one stem."""
-    stems = sorted({path.stem for path in folder.rglob("*") if path.is_file()})
-    if len(stems) <= keep:
-        raise ConfigError(
-            "notes of the coordinator's own are made for tasks with a file a note alone",
-            hint="leave notes.validation out, or name a folder of notes that has them",
-        )
-    for path in [path for path in folder.rglob("*") if path.is_file() and path.stem in set(stems[keep:])]:
-        place = out / path.relative_to(folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
 
 
 def link_notes(folder: Path, sites: Sequence[str], out: Path) -> None:

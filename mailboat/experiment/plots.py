@@ -32,15 +32,26 @@ BAR_HEIGHT, PLOT_HEIGHT, WIDTH = 0.34, 4.6, 6.0
 
 
 def draw(experiment: Experiment, found: Sequence[Row], folder: Path) -> list[Path]:
-    """Write the pictures that have something to show, and return their paths."""
+    """Write the pictures that have something to show, and return their paths.
+
+    A picture has one measure, the first row's; rows of tasks that are measured otherwise are not in it.
+    """
     written = []
     for number, section in enumerate(experiment.section.plots, start=1):
-        chosen = [row for row in found if row.results and (not section.series or row.section.series in section.series)]
+        chosen = _comparable(
+            [row for row in found if row.results and (not section.series or row.section.series in section.series)]
+        )
         if chosen:
             path = folder / f"{number}-{section.kind}.png"
             _picture(experiment, section, chosen, path)
             written.append(path)
     return written
+
+
+def _comparable(found: Sequence[Row]) -> list[Row]:
+    """The rows that have the first one's main measure."""
+    main = measures(found)[:1]
+    return [row for row in found if all(row.score(name) is not None for name in main)]
 
 
 def _picture(experiment: Experiment, section: PlotSection, found: Sequence[Row], path: Path) -> None:

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from mailboat.synth.stays import load_codes, make_stays, pool_stays
-from mailboat.synth.write import SynthReport, make_notes
+from mailboat.synth.tasks import SYNTHETIC, Synthetic, find_synthetic
+from mailboat.synth.write import SynthReport, make_notes, pool_notes
 
-__all__ = ["SynthReport", "load_codes", "make_notes", "make_stays", "pool_stays"]
+__all__ = [
+    "SYNTHETIC",
+    "SynthReport",
+    "Synthetic",
+    "find_synthetic",
+    "load_codes",
+    "make_notes",
+    "make_stays",
+    "pool_notes",
+    "pool_stays",
+]

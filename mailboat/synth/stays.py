@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from mailboat.synth.lexicon import Concept, load_concepts, load_lists
 from mailboat.synth.mentions import write_concept
 from mailboat.synth.notes import draw_note
 from mailboat.synth.profiles import FOREIGN_WEIGHT, SiteProfile, Weighted, make_profiles
-from mailboat.synth.write import HELDOUT, FolderReport, SynthReport, check_request, in_turn
+from mailboat.synth.write import HELDOUT, VALIDATION, FolderReport, SynthReport, check_request, in_turn
 
 CODED = 0.5
 """Share of the problems named in a summary that bear one of the stay's codes; the others have none."""
@@ -48,7 +48,7 @@ class Stay:
     codes: tuple[str, ...]
 
 
-def make_stays(
+def make_stays(  # noqa: PLR0913 - as `make_notes`
     out: Path,
     *,
     sites: int,
@@ -58,6 +58,7 @@ def make_stays(
     heldout: int = 100,
     foreign: float = FOREIGN_WEIGHT,
     tested: Sequence[int] = (),
+    validation: int = 0,
 ) -> SynthReport:
     """Write `notes` synthetic stays for each of `sites` sites and `heldout` more, drawn from all sites in turn.
 
@@ -76,9 +77,11 @@ def make_stays(
     chosen = in_turn(writers, tested)
     mixture = (
         draw_stay(*chosen[number % len(chosen)], random.Random(f"{seed}/{HELDOUT}/{number}"))
-        for number in range(heldout)
+        for number in range(heldout + validation)
     )
-    folders[HELDOUT] = write_stays(out / HELDOUT, mixture, sites + 1)
+    folders[HELDOUT] = write_stays(out / HELDOUT, islice(mixture, heldout), sites + 1)
+    if validation:
+        folders[VALIDATION] = write_stays(out / VALIDATION, mixture, sites + 2)
     return SynthReport(out, MappingProxyType(folders))
 
 

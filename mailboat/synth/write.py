@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -14,9 +16,11 @@ from edge_client.data.notes import Note
 from mailboat.synth.lexicon import LABELS, SECTIONS
 from mailboat.synth.notes import draw_note
 from mailboat.synth.profiles import FOREIGN_WEIGHT, make_profiles
+from shared.durable import storage_errors
 from shared.errors import ConfigError
 
 HELDOUT = "heldout"
+VALIDATION = "validation"
 T = TypeVar("T")
 
 
@@ -31,7 +35,7 @@ class FolderReport:
 
 @dataclass(frozen=True, slots=True)
 class SynthReport:
-    """What `make_notes` wrote: the folders `site-1` to `site-{sites}` and `heldout` under `out`."""
+    """What was written under `out`: folders `site-1` to `site-{sites}`, `heldout`, and `validation` if asked for."""
 
     out: Path
     folders: Mapping[str, FolderReport]
@@ -47,13 +51,15 @@ def make_notes(  # noqa: PLR0913 - what can be chosen of notes, all but the fold
     heldout: int = 100,
     foreign: float = FOREIGN_WEIGHT,
     tested: Sequence[int] = (),
+    validation: int = 0,
     sections: int | None = None,
 ) -> SynthReport:
     """Write `notes` synthetic notes for each of `sites` sites and `heldout` more, drawn from all sites in turn.
 
     `notes` may give each site a number of its own, 0 for none; `tested` are the numbers of the sites, from 1, that the
-    held-out notes are drawn from, all when empty; `foreign` as in `make_profiles`; with `sections`
-    the sites' notes, not those held out, have so many sections each.
+    held-out notes are drawn from, all when empty; `foreign` as in `make_profiles`; `validation` further notes are drawn
+    as those held out, into a folder of their own; with `sections` the sites' notes, not those held out, have so many
+    sections each.
 
     The same arguments write the same bytes. Raises ConfigError for a count below 1, an `alpha` that is not above
     0, or an `out` that already holds something: notes of an earlier call would mix with the new ones.
@@ -67,13 +73,15 @@ def make_notes(  # noqa: PLR0913 - what can be chosen of notes, all but the fold
         names = [f"{profile.name}-{number:05d}" for number in range(1, count + 1)]
         drawn = (draw_note(name, profile, random.Random(f"{seed}/{name}"), sections) for name in names)
         folders[profile.name] = write_i2b2(out / profile.name, drawn)
-    names = [f"{HELDOUT}-{number:05d}" for number in range(1, heldout + 1)]
     writers = in_turn(profiles, tested)
+    names = [f"{HELDOUT}-{number:05d}" for number in range(1, heldout + validation + 1)]
     mixture = (
         draw_note(name, writers[index % len(writers)], random.Random(f"{seed}/{name}"))
         for index, name in enumerate(names)
     )
-    folders[HELDOUT] = write_i2b2(out / HELDOUT, mixture)
+    folders[HELDOUT] = write_i2b2(out / HELDOUT, islice(mixture, heldout))
+    if validation:
+        folders[VALIDATION] = write_i2b2(out / VALIDATION, mixture)
     return SynthReport(out, MappingProxyType(folders))
 
 
@@ -91,6 +99,19 @@ def write_i2b2(folder: Path, notes: Iterable[Note]) -> FolderReport:
         tokens += sum(len(sentence.tokens) for sentence in note.sentences)
         count += 1
     return FolderReport(count, tokens, MappingProxyType(dict(counts)))
+
+
+def pool_notes(folders: Sequence[Path], out: Path) -> None:
+    """Copy the notes of several folders of `make_notes` into one; their names differ, so none is lost.
+
+    UnavailableError when the disk is full, which `shutil.copytree` tells of each file by itself, and by no number.
+    """
+    for folder in folders:
+        for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+            target = out / source.relative_to(folder)
+            with storage_errors(out):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
 
 def _concept_lines(note: Note) -> Iterable[str]:

@@ -101,7 +101,7 @@ class FederationConfig(Section):
     @model_validator(mode="after")
     def _measured_whole(self) -> Self:
         merging = self.aggregation
-        if merging.quality != "none" and (self.layers.personal or self.adapter.kind == "fedsa-lora"):
+        if merging.quality != "none" and self.keeps_at_sites:
             raise ValueError(
                 f'[aggregation] quality = "{merging.quality}" measures each site\'s model at the coordinator, which '
                 'has not what [layers] personal or [adapter] kind = "fedsa-lora" keeps at the site'
@@ -116,6 +116,11 @@ class FederationConfig(Section):
                 "would take the zeros between them: take another rule or another codec"
             )
         return self
+
+    @property
+    def keeps_at_sites(self) -> bool:
+        """Whether some of what is trained stays at each site."""
+        return bool(self.layers.personal) or self.adapter.kind == "fedsa-lora"
 
     @property
     def config_sha256(self) -> str:

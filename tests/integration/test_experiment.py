@@ -177,6 +177,11 @@ def test_smoke(tmp_path: Path) -> None:
     }
     lines = list(csv.DictReader(io.StringIO((tmp_path / "smoke" / "cells.csv").read_text())))
     assert len(lines) == len(read_experiment(EXPERIMENTS, "smoke").cells)
-    assert all(0 <= float(line["strict_f1"]) <= float(line["lenient_f1"]) <= 1 for line in lines)
+    for exact, more in (("strict_f1", "lenient_f1"), ("micro_f1", "macro_f1")):
+        scored = [(float(line[exact]), float(line[more])) for line in lines if line[exact]]
+        assert scored
+        assert all(0 <= value <= 1 for pair in scored for value in pair)
+    assert all(bool(line["strict_f1"]) != bool(line["micro_f1"]) for line in lines)
+    assert all(float(line["strict_f1"]) <= float(line["lenient_f1"]) for line in lines if line["strict_f1"])
     sent = {line["name"]: int(line["up"]) for line in lines}
     assert sent["int8 up"] < sent["top 2 of 16"] < sent["full-model FedAvg"]

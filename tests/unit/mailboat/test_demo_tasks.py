@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mailboat.demo.tasks import pool_notes
-from mailboat.synth import make_notes
+from mailboat.synth import make_notes, pool_notes
 from shared.errors import NoRoomError
 
 

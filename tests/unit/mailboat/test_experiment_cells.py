@@ -103,6 +103,34 @@ def test_vary_makes_a_cell_of_each_value(tmp_path: Path) -> None:
     assert (four.stage.federation.layers.plan, four.stage.notes.notes, found["top 4"].section.x) == ("top:4", 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("site.layers.memory_mib = 500", "site.layers.memory_mib: the sites of a cell share one process"),
+        ("sites.site-2.layers.memory_mib = 500", "sites.site-2.layers.memory_mib: the sites of a cell share"),
+        (
+            'zero_shot = true\nfederation.layers.personal = ["score.*"]',
+            "zero_shot scores one model for all, and of this one tensors stay at each site",
+        ),
+        (
+            'method = "splitnn"\nfederation.adapter.kind = "fedsa-lora"',
+            "split learning trains one model for all, and of this one tensors stay at each site",
+        ),
+    ],
+)
+def test_what_would_mean_something_else_in_a_cell_is_its_problem(tmp_path: Path, said: str, problem: str) -> None:
+    """A limit on memory that all sites share, a score of what nobody trains: no number is made of them."""
+    cell = cells(tmp_path, f'[[cells]]\nname = "a"\n{said}\n')["a"]
+    assert cell.settings is None
+    assert cell.problem.startswith(problem)
+
+
+def test_other_limits_of_a_site_are_no_problem(tmp_path: Path) -> None:
+    """Blocks and bytes are the same in one process as in several."""
+    found = cells(tmp_path, '[[cells]]\nname = "a"\nsite.layers = { at_most = 2, upload_mib = 3 }\n')
+    assert settings(found["a"]).site == {"layers": {"at_most": 2, "upload_mib": 3}}
+
+
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:
     """A table with two rows of one name could not be read."""
     with pytest.raises(ConfigError, match="two cells are named 'a'"):

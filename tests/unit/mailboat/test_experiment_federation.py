@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.masters import TensorFile
+from edge_client.outbox import newest_own
 from mailboat.experiment.federation import Job, Outcome, Workers, federate
 from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.spec import ClockSection
@@ -167,6 +169,40 @@ def test_a_version_is_scored_as_published(tmp_path: Path, model: Path, notes: Pa
     worker = LocalWorker(CPU)
     worker.load(config, given.federation, None)
     assert worker.evaluate(outcome.state, given.heldout).overall == outcome.curve[-1].scores
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"layers": {"plan": "top:2", "personal": ["score.*"]}},
+        {"adapter": {"kind": "fedsa-lora", "rank": 4, "alpha": 4}},
+    ],
+)
+def test_what_stays_at_the_sites_is_scored_as_they_have_it(
+    kept: dict[str, Any], tmp_path: Path, model: Path, notes: Path
+) -> None:
+    """The score is the mean over the sites, each with the tensors that it trained, and not of those all begin with."""
+    given = job(tmp_path, model, notes, federation={"versions": 1}, training={"lr": 0.01, "epochs": 16}, **kept)
+    outcome = run(given)
+    trained, begun = [], []
+    for name, path in given.notes.items():
+        storage = given.folder / name
+        own = newest_own(storage)
+        assert own is not None
+        worker = LocalWorker(CPU)
+        data = DataSection(notes=path, holdout=0.0)
+        worker.load(SiteConfig(name=name, federation=tmp_path, storage=storage, data=data), given.federation, None)
+        begun.append(worker.evaluate(outcome.state, given.heldout))
+        worker.own = partial(newest_own, storage)
+        trained.append(worker.evaluate(outcome.state, given.heldout))
+    said = outcome.curve[-1].scores
+    for measure, value in said.items():
+        assert value == pytest.approx(np.mean([found.overall[measure] for found in trained]))
+    assert outcome.labels["problem"]["strict_f1"] == pytest.approx(
+        np.mean([found.labels["problem"]["strict_f1"] for found in trained])
+    )
+    assert said["lenient_f1"] != pytest.approx(np.mean([found.overall["lenient_f1"] for found in begun]), abs=1e-3)
+    assert len({found.overall["lenient_f1"] for found in trained}) > 1, "each site has tensors of its own"
 
 
 def test_a_cell_may_start_where_another_ended(tmp_path: Path, model: Path, notes: Path) -> None:

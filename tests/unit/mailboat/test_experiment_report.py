@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mailboat.experiment import plots
 from mailboat.experiment.cells import Experiment, read_experiment
 from mailboat.experiment.plots import draw
 from mailboat.experiment.results import Cabinet, Point, Result
@@ -204,6 +206,24 @@ def test_every_kind_of_picture_is_drawn(experiment: Experiment, found: list[Row]
     written = draw(experiment, found, tmp_path)
     assert [path.name for path in written] == ["1-bars.png", "2-bytes.png", "3-line.png", "4-rounds.png", "5-clock.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_a_picture_has_one_measure(
+    experiment: Experiment, found: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose task is measured otherwise than the first row's is in the table, and in no picture as if it had 0."""
+    stays = {"scores": {"micro_f1": 0.5}}
+    mixed = [
+        replace(row, results=tuple((cell, made.model_copy(update=stays)) for cell, made in row.results))
+        if row.name == "top 4"
+        else row
+        for row in found
+    ]
+    assert "| 50.0 |" in markdown(experiment, mixed)
+    drawn: list[Row] = []
+    monkeypatch.setattr(plots, "_picture", lambda _experiment, _section, chosen, _path: drawn.extend(chosen))
+    draw(experiment, mixed, tmp_path)
+    assert {row.name for row in drawn} == {"full", "top 1", "centralized", "single"}
 
 
 def test_nothing_is_drawn_of_nothing(experiment: Experiment, tmp_path: Path) -> None:

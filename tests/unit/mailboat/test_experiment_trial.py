@@ -127,6 +127,37 @@ def test_short_notes_are_made_for_the_task_that_has_them(tmp_path: Path, model: 
         lay_out(Stage(federation=stays, notes=short.stage.notes), tmp_path / "stays")
 
 
+def test_whoever_writes_reads_the_same_notes(tmp_path: Path, model: Path) -> None:
+    """A cell of the task extraction has the notes of ner: same sites, same words, same marks."""
+    plain = settings(model).stage
+    writing = plain.federation.model_copy(update={"task": TaskSection(kind="extraction")})
+    lay_out(plain, tmp_path / "ner")
+    lay_out(Stage(federation=writing, notes=plain.notes), tmp_path / "extraction")
+    first, second = (
+        {path.relative_to(tmp_path / place): path.read_bytes() for path in (tmp_path / place).rglob("*.*")}
+        for place in ("ner", "extraction")
+    )
+    assert first == second
+
+
+def test_a_task_without_synthetic_notes_needs_a_folder_of_them(tmp_path: Path, model: Path) -> None:
+    """One that is installed is told where to name notes; one that is not, which there are."""
+    plain = settings(model).stage
+
+    def refused(kind: str) -> ConfigError:
+        asking = plain.federation.model_copy(update={"task": TaskSection(kind=kind)})
+        with pytest.raises(ConfigError) as caught:
+            lay_out(Stage(federation=asking, notes=plain.notes), tmp_path / kind)
+        return caught.value
+
+    known = refused("relations")
+    assert known.message == "there are no synthetic notes for a task relations"
+    assert known.hint.startswith("name notes that are there in notes.folder")
+    unknown = refused("extractoin")
+    assert "no such task is installed here; known: extraction, " in unknown.message
+    assert "relations" in unknown.message
+
+
 def test_updates_are_weighed_by_their_loss(tmp_path: Path, model: Path) -> None:
     """With quality the coordinator measures each update on its own notes: another model; without notes an error."""
     plain = settings(model, {"validation": 4})

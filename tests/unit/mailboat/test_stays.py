@@ -11,11 +11,13 @@ import pytest
 from edge_client.data import load_notes
 from edge_client.tasks.classification import ClassificationTask
 from edge_client.tasks.multilabel import MultiLabelTask
+from edge_client.tasks.registry import load_task
 from mailboat import cli, console
 from mailboat.demo.tasks import TASKS, find_task
 from mailboat.portion import HELDOUT, place_of
-from mailboat.synth import load_codes, make_stays, pool_stays
+from mailboat.synth import SYNTHETIC, find_synthetic, load_codes, make_stays, pool_stays
 from mailboat.synth.lexicon import load_concepts
+from shared.config import TaskSection
 from shared.errors import ConfigError
 
 ALL = MultiLabelTask(tuple(load_codes()))
@@ -82,17 +84,43 @@ def test_pooled_stays_are_all_there(tmp_path: Path) -> None:
     assert load_notes(tmp_path / "pooled", ALL).notes == tuple(apart)
 
 
+def test_further_stays_are_drawn_as_those_held_out(tmp_path: Path) -> None:
+    """Those for validation are of all sites in turn, in a folder of their own; the held-out ones stay as they are."""
+    made = [
+        make_stays(tmp_path / name, sites=2, notes=1, alpha=1.0, seed=0, heldout=heldout, validation=more).out
+        for name, heldout, more in (("few", 3, 0), ("more", 3, 4), ("all", 7, 0))
+    ]
+    few, more, whole = ([stay.text for stay in load_notes(out / "heldout", ALL).notes] for out in made)
+    own = [stay.text for stay in load_notes(tmp_path / "more" / "validation", ALL).notes]
+    assert few == more
+    assert whole == more + own
+    assert not (tmp_path / "few" / "validation").exists()
+    pool_stays([tmp_path / "more" / name for name in ("heldout", "validation")], tmp_path / "pooled")
+    assert len(load_notes(tmp_path / "pooled", ALL).notes) == 7, "no id is used twice"
+
+
 def test_notes_are_made_for_a_task_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`data make --task` writes what that task reads; an unknown name lists the known ones."""
     words = ("data", "make", "--sites", "1", "--notes", "3", "--heldout", "1", "--out")
     told(capsys, *words, str(tmp_path / "n"), "--task", "multilabel")
     assert len(load_notes(tmp_path / "n" / "site-1", ALL).notes) == 3
     said = told(capsys, *words, str(tmp_path / "m"), "--task", "nerr", status=2)
-    assert "take one of ner, classification, multilabel" in said
+    assert "take one of ner, extraction, classification, multilabel" in said
     for name in TASKS:
         assert find_task(name).section.kind == name
-    with pytest.raises(ConfigError, match="no synthetic notes for a task sums"):
+    with pytest.raises(ConfigError, match="the demonstration has no task sums"):
         find_task("sums")
+
+
+@pytest.mark.parametrize("kind", SYNTHETIC)
+def test_a_task_reads_the_notes_that_are_made_for_it(tmp_path: Path, kind: str) -> None:
+    """For each task that there are synthetic notes for, all of them, with their labels."""
+    notes = find_synthetic(kind)
+    notes.make(tmp_path, sites=1, notes=3, alpha=1.0, seed=0, heldout=2)
+    task = load_task(TaskSection(kind=kind, labels=notes.labels))
+    found = load_notes(tmp_path / "site-1", task)
+    assert (len(found.notes), found.skipped) == (3, 0)
+    assert task.examples(found.notes) >= 3
 
 
 def test_the_most_frequent_codes_are_printed_as_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
