@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from edge_client.privacy import descent
+from edge_client.privacy import descent, ghost
 from edge_client.privacy.accounting import epsilon_of
 from edge_client.privacy.ledger import LEDGER, Charge, charges_of, read_ledger
 from shared.config import Clipping
@@ -56,8 +56,10 @@ def test_every_clipping_runs_by_its_name(
     for site in SITES:
         tiny.write_conll(tmp_path / f"{site}.conll", notes)
     taken = Counter[str]()
-    monkeypatch.setattr(descent, "record_gradient", counted(taken, "alone", descent.record_gradient, lambda _: 1))
-    monkeypatch.setattr(descent, "add_clipped_together", counted(taken, "together", descent.add_clipped_together, len))
+    alone = counted(taken, "alone", descent.record_gradient, lambda *_: 1)
+    together = counted(taken, "together", ghost.add_clipped_together, lambda *arguments: len(arguments[3]))
+    monkeypatch.setattr(descent, "record_gradient", alone)
+    monkeypatch.setattr(descent, "add_clipped_together", together)
     with capture_logs() as logs:
         run_tiny(tmp_path, sites=3)
     said = [entry["clipping"] for entry in logs if entry["event"] == "private"]
@@ -80,12 +82,12 @@ def test_every_clipping_runs_by_its_name(
 
 
 def counted(
-    taken: Counter[str], name: str, real: Callable[..., Any], records: Callable[[Any], int]
+    taken: Counter[str], name: str, real: Callable[..., Any], records: Callable[..., int]
 ) -> Callable[..., Any]:
-    """The function, which counts the records that it is given."""
+    """The function, and how many records it is given."""
 
     def counting(*arguments: Any) -> Any:
-        taken[name] += records(arguments[-1] if name == "alone" else arguments[3])
+        taken[name] += records(*arguments)
         return real(*arguments)
 
     return counting
