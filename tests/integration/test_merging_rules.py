@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -159,35 +159,29 @@ def run_late(root: Path, url: str, extra: str, *, mode: str = "fedbuff") -> tupl
     return tuple(after - before for before, after in pairwise(values))
 
 
-def adaptive(*slots: tuple[float, float], rate: float) -> list[float]:
-    """Steps of Adam and its kin from the running mean and the running square at each version."""
-    return [rate * first / (math.sqrt(second) + 1e-3) for first, second in slots]
-
-
 FIRST = (0.1, 0.19, 0.9 * 0.19 + 0.0125, 0.9 * (0.9 * 0.19 + 0.0125) + 0.1)
 """The running mean of 1, 1, 1/8 and 1, a tenth of each new one."""
 SQUARE = (0.01, 0.0199, 0.99 * 0.0199 + 0.01 / 64, 0.99 * (0.99 * 0.0199 + 0.01 / 64) + 0.01)
 """That of their squares, a hundredth of each new one: the third is smaller than the second."""
+
+
+def adaptive(squares: Sequence[float], rates: Sequence[float]) -> list[float]:
+    """Steps of Adam and its kin, which share the running mean."""
+    return [
+        rate * first / (math.sqrt(square) + 1e-3) for first, square, rate in zip(FIRST, squares, rates, strict=True)
+    ]
+
+
 MOVES: dict[str, tuple[str, list[float]]] = {
     "sgd": ("", [1, 1, 0.125, 1]),
     # The momentum is 1, 1.9, 0.9 * 1.9 + 0.125, and 0.9 of that + 1.
     "momentum": ("", [1, 1.9, 1.835, 2.6515]),
     "nesterov": ("", [0.7 * (0.9 * u + m) for u, m in ((1, 1), (1.9, 1), (1.835, 0.125), (2.6515, 1))]),
-    "adam": ("", adaptive(*zip(FIRST, SQUARE, strict=True), rate=0.1)),
-    # Its square rises by a hundredth of 1, 1 and 1, and falls by one of 1 / 64, whatever it is.
-    "yogi": ("", adaptive(*zip(FIRST, (0.01, 0.02, 0.02 - 0.01 / 64, 0.03 - 0.01 / 64), strict=True), rate=0.01)),
+    "adam": ("", adaptive(SQUARE, [0.1] * 4)),
+    # The square rises by a hundredth of 1 each time, and for 1/8, whose square it is above, falls by one of 1/64.
+    "yogi": ("", adaptive((0.01, 0.02, 0.02 - 0.01 / 64, 0.03 - 0.01 / 64), [0.01] * 4)),
     # The greatest square so far, and half the rate for an update that is two versions late; one is not too late.
-    "fadas": (
-        "lr = 0.1\nslow_after = 1\n",
-        [
-            step / slowed
-            for step, slowed in zip(
-                adaptive(*zip(FIRST, (0.01, 0.0199, 0.0199, SQUARE[3]), strict=True), rate=0.1),
-                (1, 1, 2, 1),
-                strict=True,
-            )
-        ],
-    ),
+    "fadas": ("lr = 0.1\nslow_after = 1\n", adaptive((0.01, 0.0199, 0.0199, SQUARE[3]), (0.1, 0.1, 0.05, 0.1))),
     # Half of each, and at versions 2 and 4 the momentum besides: 1, and 0.9 of it + the mean of 1/8 and 1.
     "delayed-nesterov": (
         "every = 2\n",
@@ -218,7 +212,8 @@ DAMPED: dict[str, tuple[str, tuple[float, float]]] = {
 def test_every_staleness_function_runs_by_its_name(kind: str, mode: str, tmp_path: Path, mosquitto_url: str) -> None:
     """In both modes in which updates come late as a rule, a late one moves the master by less where it should.
 
-    FedBuff adds s times the update; FedAsync goes 0.6 s of the way to what the site had, which began at 1.
+    FedBuff adds s times the update. FedAsync goes 0.6 s of the way to what the site has: from 2.2 to 1.125, which the
+    second made of version 0, and then to 3.2, which the first made of version 2.
     """
     keys, (later, late) = DAMPED[kind]
     moves = run_late(tmp_path, mosquitto_url, f"[aggregation.staleness]\n{keys}", mode=mode)

@@ -1,7 +1,8 @@
 """Methods by name from federation.toml over a real Mosquitto: codecs, with the toy, and tasks, with tiny real models.
 
-Rules of merging run in test_merging_rules.py, what is trained in test_layers.py, adapters in test_adapters.py, personal
-tensors in test_personal.py, privacy in test_private_run.py and test_private_site.py, modes in test_run.py.
+Rules of merging run in test_merging_rules.py, what is trained in test_layers.py, adapters in test_adapters.py and
+test_adapter_keys.py, personal tensors in test_personal.py, privacy in test_private_run.py, test_private_site.py and
+test_private_training.py, modes in test_run.py.
 """
 
 from __future__ import annotations
