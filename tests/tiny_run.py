@@ -15,6 +15,8 @@ from edge_client import pipe
 from edge_client.agent import Agent
 from edge_client.layout import LOCK
 from edge_client.outbox import Outbox
+from edge_client.privacy.ledger import Charge, Limit
+from edge_client.privacy.metered import metered
 from edge_client.session import Identity
 from edge_client.states import States
 from edge_client.training import Standing
@@ -29,6 +31,7 @@ from shared.lock import FolderLock
 from shared.store import FrameStore
 from shared.tensorfile import F32Array
 from tests.helpers import run_async
+from tests.toys import HASTY
 from tests.unit.edge_client import tiny
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -52,10 +55,19 @@ class WorkerHere:
             States(config.storage / "states", federation, found.plan.fingerprint).begin(initial)
 
     async def train(
-        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+        self,
+        state: Path,
+        base_version: int,
+        delta: Path,
+        *,
+        on_progress: Callable[[float, float], None],
+        so_far: tuple[Charge, ...] = (),
+        limits: tuple[Limit, ...] = (),
     ) -> pipe.Trained:
         """As the worker's client."""
-        request = pipe.Train(state=state, base_version=base_version, out=delta, own=self._own())
+        request = pipe.Train(
+            state=state, base_version=base_version, out=delta, own=self._own(), so_far=so_far, limits=limits
+        )
         answer = await asyncio.to_thread(self._handle, request)
         assert isinstance(answer, pipe.Trained), answer
         on_progress(1.0, answer.metrics["loss"])
@@ -89,7 +101,7 @@ def write_tiny(
         f'[task]\n{task}[codec]\nup = "f32"\n{codec}\n'
         f'[aggregation]\nmode = "{mode}"\nquorum = {sites}\n{federation}'
     )
-    broker = f'[broker]\nurl = "{url}"\n'
+    broker = f'[broker]\nurl = "{url}"\n[link]\n{HASTY}'
     (root / "coordinator.toml").write_text(
         f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\nmin_free_mib = 1\n{broker}'
     )
@@ -111,34 +123,39 @@ def run_tiny(root: Path, *, sites: int = 2) -> dict[str, pipe.Loaded]:
     found: dict[str, pipe.Loaded] = {}
 
     async def everybody() -> None:
+        # Models are loaded one after the other, and a buffered round would not wait for the last one.
+        ready = [await _loaded(root / f"site-{number}.toml", federation) for number in range(1, 1 + sites)]
+        found.update((site.name, worker.loaded) for site, _outbox, worker in ready)
         async with asyncio.TaskGroup() as group:
             group.create_task(run_coordinator(config, federation, plan, config.storage / INITIAL))
-            for number in range(1, sites + 1):
-                group.create_task(_site(root / f"site-{number}.toml", found))
+            for site in ready:
+                group.create_task(_take_part(federation, *site))
 
     run_async(everybody(), timeout_s=90)
     return found
 
 
-async def _site(path: Path, found: dict[str, pipe.Loaded]) -> None:
-    """What `mailboat site run` does."""
+async def _loaded(path: Path, federation: FederationConfig) -> tuple[SiteConfig, Outbox, WorkerHere]:
+    """A site whose worker has model and notes."""
     config = load_config(path, SiteConfig)
-    federation = load_config(config.federation, FederationConfig)
     durable.make_folder(config.storage)
+    outbox = Outbox(config.storage)
+    return config, outbox, await asyncio.to_thread(WorkerHere, config, federation, outbox.own.newest)
+
+
+async def _take_part(federation: FederationConfig, config: SiteConfig, outbox: Outbox, worker: WorkerHere) -> None:
+    """What `mailboat site run` does after loading the model."""
+    plan = worker.loaded.plan
+    identity = Identity(
+        site=config.name,
+        session=new_session_id(),
+        fingerprint=plan.fingerprint,
+        config_sha256=plan.config_sha256,
+        frozen_sha256=plan.frozen_sha256,
+        software="tiny",
+    )
     with FolderLock(config.storage / LOCK, holder="site"):
-        outbox = Outbox(config.storage)
-        worker = await asyncio.to_thread(WorkerHere, config, federation, outbox.own.newest)
-        found[config.name] = worker.loaded
-        plan = worker.loaded.plan
-        identity = Identity(
-            site=config.name,
-            session=new_session_id(),
-            fingerprint=plan.fingerprint,
-            config_sha256=plan.config_sha256,
-            frozen_sha256=plan.frozen_sha256,
-            software="tiny",
-        )
-        await Agent(config, federation, identity, outbox, worker).run()
+        await Agent(config, federation, identity, outbox, metered(worker, outbox, config, federation)).run()
 
 
 def updates_of(root: Path) -> dict[tuple[str, int], dict[str, F32Array]]:

@@ -32,6 +32,7 @@ from shared.configfile import load_config
 from shared.errors import MailboatError
 from shared.ids import new_session_id
 from shared.plan import SealedPlan, load_plan
+from tests.helpers import until
 from tests.kits import Kits
 
 HASTY = "stall_s = 1.0\nbackoff_cap_s = 2.0\nwindow = 4\n"
@@ -84,6 +85,24 @@ class Gated(ToyTrainer):
         """As the toy, after the gate."""
         if base_version >= self.upto:
             await self.gate.wait()
+        return await super().train(state, base_version, delta, on_progress=on_progress)
+
+
+class InTurn(ToyTrainer):
+    """Trains from a version once `may` says so of it, so that a test tells which update goes into which version.
+
+    One of which it never says so is given up when the run is over.
+    """
+
+    def __init__(self, may: Callable[[int], bool], *, step: float) -> None:
+        super().__init__(step=step, seconds=0.0, examples=10)
+        self.may = may
+
+    async def train(
+        self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
+    ) -> ToyTrained:
+        """As the toy, when its turn has come."""
+        await until(lambda: self.may(base_version))
         return await super().train(state, base_version, delta, on_progress=on_progress)
 
 
@@ -145,6 +164,7 @@ def write_toy(
     parameters: int = 100_000,
     mode: str = "sync",
     quorum: int = 1,
+    buffer: int = 2,
     slice_kib: int = 64,
     codec: str = "f32",
     down: str | None = None,
@@ -175,7 +195,7 @@ def write_toy(
     (root / "federation.toml").write_text(
         f'[federation]\nname = "toy"\nversions = {versions}\n[model]\nbase = "toy"\n'
         f'[codec]\nup = "{codec}"\ndown = "{down or codec}"\nsteps = {steps}\nslice_kib = {slice_kib}\n{owed}'
-        f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = 2\ndeadline_s = 30.0\n{extra}'
+        f'[aggregation]\nmode = "{mode}"\nquorum = {quorum}\nbuffer = {buffer}\ndeadline_s = 30.0\n{extra}'
     )
     (root / "coordinator.toml").write_text(
         f'federation = "federation.toml"\nstorage = "coordinator"\nexit_when_done = true\n'

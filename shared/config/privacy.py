@@ -40,6 +40,6 @@ class LocalPrivacySection(Section):
     """The most that all trainings from this storage folder may cost together; None sets no bound. With a budget, the
     site takes part in no federation without `[privacy]`."""
     clipping: Clipping = "record"
-    """How the clipped gradients of a step are computed; they come out alike. record: by a backward pass for each
-    record. ghost: by one for as many records as fit (`edge_client.privacy.ghost`); some layers do not allow it. auto:
-    ghost for short records, where the layers allow it."""
+    """How the clipped gradients of a step are computed; they come out alike, but for what dropout draws. record: by a
+    backward pass for each record. ghost: by one for as many records as fit (`edge_client.privacy.ghost`); some layers
+    do not allow it. auto: ghost for short records, where the layers allow it."""

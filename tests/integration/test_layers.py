@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from edge_client import depth
 from mailboat import cli, console
 from shared.manifest import IMPORTANCE
 from shared.plan import Blocks, blocks_from
@@ -43,24 +44,39 @@ def test_a_plan_runs_by_its_name(plan: str, blocks: set[int], tmp_path: Path, mo
         assert ("model.embed_tokens.weight" in tensors) == (plan == "all")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("at_most", 1), ("upload_mib", 0.02)), (("memory_mib", 1.1), ("seconds", 2.5))],
+    ids=["counted", "measured"],
+)
 def test_sites_train_to_different_depths(
-    tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+    first: tuple[str, float],
+    second: tuple[str, float],
+    tmp_path: Path,
+    mosquitto_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each says what it trains by what its updates hold; a tensor's mean is over those who have it; a replay agrees.
 
-    Of the three planned blocks site-1 may train one, site-2 is kept to two by the size of its updates.
+    Of the three planned blocks site-1 may train one, and site-2 two. What a machine takes is not for a test to say: the
+    process counts as if it had no memory but what training adds to it (about 0.8, 1.5 and 2.2 MiB for one to three
+    blocks), and the clock as if an update took a second for each block.
     """
-    limits = {"site-1": "[layers]\nat_most = 1\n", "site-2": "[layers]\nupload_mib = 0.02\n"}
+    monkeypatch.setattr(depth, "_held_bytes", lambda _device: 0)
+    monkeypatch.setattr(depth, "_seconds", lambda loaded, _data, _training: float(len(loaded.here)))
+    limits = {site: f"[layers]\n{key} = {value}\n" for site, (key, value) in (("site-1", first), ("site-2", second))}
     write_tiny(tmp_path, mosquitto_url, sites=3, federation='[layers]\nplan = "top:3"\n', locals_=limits)
     found = run_tiny(tmp_path, sites=3)
     assert {site: (loaded.depth, loaded.limit) for site, loaded in found.items()} == {
-        "site-1": (1, "at_most"),
-        "site-2": (2, "upload_mib"),
+        "site-1": (1, first[0]),
+        "site-2": (2, second[0]),
         "site-3": (3, ""),
     }
     said = metrics_of(tmp_path)
     assert [said[site, 0].get("blocks") for site in ("site-1", "site-2", "site-3")] == [1.0, 2.0, None]
     updates = updates_of(tmp_path)
+    assert [_blocks(updates[site, 1]) for site in ("site-1", "site-2", "site-3")] == [{3}, {2, 3}, {1, 2, 3}]
     masters = [load_file(tmp_path / "coordinator" / "masters" / f"v{n:08d}.safetensors") for n in (0, 1)]
     for name, before in masters[0].items():
         holders = [updates[site, 0][name] for site in ("site-1", "site-2", "site-3") if name in updates[site, 0]]
@@ -93,22 +109,29 @@ def test_the_proximal_term_runs_by_its_name(mode: str, tmp_path: Path, mosquitto
 
 
 @pytest.mark.parametrize(
-    ("by", "mode", "codec"),
+    ("by", "mode", "codec", "rechoose"),
     [
-        ("gradient-norm", "sync", 'down = "f32"'),
-        ("relative-gradient-norm", "fedbuff", 'down = "f32"'),
-        ("snr", "sync", 'down = "int8"\nsteps = 2'),
+        ("gradient-norm", "sync", 'down = "f32"', 2),
+        ("gradient-norm", "sync", 'down = "f32"', 0),
+        ("relative-gradient-norm", "fedbuff", 'down = "f32"', 2),
+        ("snr", "sync", 'down = "int8"\nsteps = 2', 2),
     ],
 )
 def test_all_sites_train_what_matters_most(
-    by: str, mode: str, codec: str, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+    by: str,
+    mode: str,
+    codec: str,
+    rechoose: int,
+    tmp_path: Path,
+    mosquitto_url: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each site measures on version 0 and again on version 2, and trains its own choice, then that of all.
+    """Each site measures on version 0, and again on version 2 or never, and trains its own choice, then that of all.
 
     The choice is made from what the updates told, stands in the state's header, and in that of a step to it, and comes
     out the same in a replay.
     """
-    layers = f'[layers]\nplan = "importance:2"\namong = "top:3"\nby = "{by}"\nrechoose = 2\n'
+    layers = f'[layers]\nplan = "importance:2"\namong = "top:3"\nby = "{by}"\nrechoose = {rechoose}\n'
     write_tiny(
         tmp_path, mosquitto_url, mode=mode, versions=3, codec=codec, federation=f"{layers}[training]\nlr = 0.01\n"
     )
@@ -119,11 +142,16 @@ def test_all_sites_train_what_matters_most(
     chosen = _chosen(tmp_path)
     assert chosen[0] is None
     for (site, version), blocks in held.items():
-        assert len(scores[site, version]) == (3 if version in {0, 2} else 0)
+        assert len(scores[site, version]) == (3 if version in {0, rechoose} else 0)
         own = best([(1.0, said[site, version])], (1, 2, 3), 2)
         assert blocks == (own if version == 0 else chosen[version])
     assert chosen[1] == best([(35.0, said["site-1", 0]), (35.0, said["site-2", 0])], (1, 2, 3), 2)
     assert chosen[2] == chosen[1]
+    if rechoose:
+        votes = [(35.0, said[site, 2]) for site in ("site-1", "site-2")]
+        assert chosen[3] == best(votes, (1, 2, 3), 2)
+    else:
+        assert chosen[3] == chosen[1]
     config = str(tmp_path / "coordinator.toml")
     assert console.run(lambda: cli.app(["audit", "replay", "-c", config])) == 0
     capsys.readouterr()

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import get_args
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from coordinator.masters import master_path
 from coordinator.proof import prove
 from coordinator.records import Rejected, Substituted, Validated, VersionCommitted
 from coordinator.replay import replay
 from coordinator.validation import Validator
+from edge_client.training import Trainer
 from shared.config import FederationConfig, MergeRule, Quality, ServerOptimizerName, StalenessKind
 from shared.configfile import load_config
 from shared.errors import ConfigError
+from shared.manifest import manifest_from_bytes
 from shared.plan import load_plan
+from shared.states import open_state
+from shared.store import FrameStore
 from tests.commands import call
 from tests.helpers import run_async
-from tests.toys import INITIAL, ToyValidator, toy_coordinator, toy_records, toy_site, write_toy
+from tests.toys import INITIAL, InTurn, ToyValidator, toy_coordinator, toy_records, toy_site, write_toy
 
 STEPS = (1.0, 1.25, 1.5, 1.75, 10.0)
 """What each site adds to every value; the last one is far off."""
@@ -49,13 +57,24 @@ def begun(root: Path, url: str, extra: str, *, sites: int = 3, mode: str = "sync
     )
 
 
-def run(root: Path, *, sites: int = 3, validator: Validator | None = None) -> list[VersionCommitted]:
-    """Run it to its end and return its versions, all of them proven and made again without a difference."""
+def run(
+    root: Path,
+    *,
+    sites: int = 3,
+    validator: Validator | None = None,
+    trainers: Mapping[str, Trainer] = MappingProxyType({}),
+) -> list[VersionCommitted]:
+    """Run it to its end and return its versions, all of them proven and made again without a difference.
+
+    By the `trainers`, where there are any; they are all the sites then.
+    """
 
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(toy_coordinator(root / "coordinator.toml", validator))
-            for number in range(1, sites + 1):
+            for name, trainer in trainers.items():
+                group.create_task(toy_site(root / f"{name}.toml", trainer=trainer))
+            for number in range(1, 1 if trainers else sites + 1):
                 group.create_task(toy_site(root / f"site-{number}.toml", step=STEPS[number - 1], examples=number))
 
     run_async(everybody(), timeout_s=60)
@@ -73,7 +92,7 @@ def run(root: Path, *, sites: int = 3, validator: Validator | None = None) -> li
 
 def first_value(root: Path, version: int) -> float:
     """Of the master."""
-    return float(load_file(root / "coordinator" / "masters" / f"v{version:08d}.safetensors")["a.weight"][0])
+    return float(load_file(master_path(root / "coordinator" / "masters", version))["a.weight"][0])
 
 
 def weights(version: VersionCommitted) -> dict[str, float]:
@@ -113,21 +132,119 @@ def test_krum_of_too_few_is_told(tmp_path: Path, mosquitto_url: str) -> None:
     assert first_value(tmp_path, 2) == pytest.approx(INITIAL + 2 * STEPS[1], rel=0.02)
 
 
+def run_late(root: Path, url: str, extra: str, *, mode: str = "fedbuff") -> tuple[float, ...]:
+    """Run two sites, one update a version, and return by how much each of the four versions moved the master.
+
+    The first site adds 1 in versions 1, 2 and 4; the second adds 1/8 in version 3, having begun on version 0.
+    """
+    write_toy(root, url, sites=2, versions=4, mode=mode, buffer=1, parameters=FEW, slice_kib=4, extra=extra)
+    begun, waits = set[int](), set[int]()
+    third = master_path(root / "coordinator" / "masters", 3)
+
+    def first(base: int) -> bool:
+        begun.add(base)
+        return {0: 0 in waits, 1: True, 2: third.exists()}.get(base, False)
+
+    def second(base: int) -> bool:
+        waits.add(base)
+        return base == 0 and 2 in begun
+
+    versions = run(root, trainers={"site-1": InTurn(first, step=1.0), "site-2": InTurn(second, step=0.125)})
+    found = [[(part.site, part.staleness) for part in version.contributions] for version in versions]
+    assert found == [[("site-1", 0)], [("site-1", 0)], [("site-2", 2)], [("site-1", 1)]]
+    # States, which are kept, travel as they are: their values are those of the masters.
+    states = FrameStore(root / "coordinator" / "states")
+    parts = (manifest_from_bytes(version.state).transfer_id for version in versions)
+    values = [INITIAL, *(float(open_state(states, (part,))["a.weight"][0]) for part in parts)]
+    return tuple(after - before for before, after in pairwise(values))
+
+
+FIRST = (0.1, 0.19, 0.9 * 0.19 + 0.0125, 0.9 * (0.9 * 0.19 + 0.0125) + 0.1)
+"""The running mean of 1, 1, 1/8 and 1, a tenth of each new one."""
+SQUARE = (0.01, 0.0199, 0.99 * 0.0199 + 0.01 / 64, 0.99 * (0.99 * 0.0199 + 0.01 / 64) + 0.01)
+"""That of their squares, a hundredth of each new one: the third is smaller than the second."""
+
+
+def adaptive(squares: Sequence[float], rates: Sequence[float]) -> list[float]:
+    """Steps of Adam and its kin, which share the running mean."""
+    return [
+        rate * first / (math.sqrt(square) + 1e-3) for first, square, rate in zip(FIRST, squares, rates, strict=True)
+    ]
+
+
+MOVES: dict[str, tuple[str, list[float]]] = {
+    "sgd": ("", [1, 1, 0.125, 1]),
+    # The momentum is 1, 1.9, 0.9 * 1.9 + 0.125, and 0.9 of that + 1.
+    "momentum": ("", [1, 1.9, 1.835, 2.6515]),
+    "nesterov": ("", [0.7 * (0.9 * u + m) for u, m in ((1, 1), (1.9, 1), (1.835, 0.125), (2.6515, 1))]),
+    "adam": ("", adaptive(SQUARE, [0.1] * 4)),
+    # The square rises by a hundredth of 1 each time, and for 1/8, whose square it is above, falls by one of 1/64.
+    "yogi": ("", adaptive((0.01, 0.02, 0.02 - 0.01 / 64, 0.03 - 0.01 / 64), [0.01] * 4)),
+    # The greatest square so far, and half the rate for an update that is two versions late; one is not too late.
+    "fadas": ("lr = 0.1\nslow_after = 1\n", adaptive((0.01, 0.0199, 0.0199, SQUARE[3]), (0.1, 0.1, 0.05, 0.1))),
+    # Half of each, and at versions 2 and 4 the momentum besides: 1, and 0.9 of it + the mean of 1/8 and 1.
+    "delayed-nesterov": (
+        "every = 2\n",
+        [0.7 * 0.5, 0.7 * (0.5 + 0.9 * 1), 0.7 * 0.0625, 0.7 * (0.5 + 0.9 * (0.9 + 0.5625))],
+    ),
+}
+"""Keys of each server optimizer, and by how much it moves the master at each version of `run_late`."""
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_every_server_optimizer_runs_by_its_name(server: str, tmp_path: Path, mosquitto_url: str) -> None:
-    """Three versions of buffers of two, some of them late."""
-    begun(tmp_path, mosquitto_url, f'[aggregation.server]\noptimizer = "{server}"\n', mode="fedbuff", versions=3)
-    assert len(run(tmp_path)) == 3
-    assert first_value(tmp_path, 3) > INITIAL
+    """Four versions, one of an update that is late: each moves the master by what the formula says."""
+    keys, moves = MOVES[server]
+    extra = f'[aggregation.staleness]\nkind = "constant"\n[aggregation.server]\noptimizer = "{server}"\n{keys}'
+    assert run_late(tmp_path, mosquitto_url, extra) == pytest.approx(moves, abs=1e-6)
+
+
+DAMPED: dict[str, tuple[str, tuple[float, float]]] = {
+    "constant": ('kind = "constant"\n', (1, 1)),
+    "polynomial": ('kind = "polynomial"\n', (3**-0.5, 2**-0.5)),
+    "hinge": ('kind = "hinge"\na = 2\nb = 1\n', (1 / 3, 1)),
+}
+"""Of each staleness function its keys, and what it gives at two versions of lateness and at one."""
 
 
 @pytest.mark.parametrize("mode", ["fedbuff", "fedasync"])
 @pytest.mark.parametrize("kind", STALENESS)
 def test_every_staleness_function_runs_by_its_name(kind: str, mode: str, tmp_path: Path, mosquitto_url: str) -> None:
-    """In both modes in which updates come late as a rule."""
-    extra = f'[aggregation.staleness]\nkind = "{kind}"\n'
-    begun(tmp_path, mosquitto_url, extra, mode=mode, versions=4, sites=2)
-    assert len(run(tmp_path, sites=2)) == 4
+    """In both modes in which updates come late as a rule, a late one moves the master by less where it should.
+
+    FedBuff adds s times the update. FedAsync goes 0.6 s of the way to what the site has: from 2.2 to 1.125, which the
+    second made of version 0, and then to 3.2, which the first made of version 2.
+    """
+    keys, (later, late) = DAMPED[kind]
+    moves = run_late(tmp_path, mosquitto_url, f"[aggregation.staleness]\n{keys}", mode=mode)
+    if mode == "fedbuff":
+        assert moves == pytest.approx([1, 1, 0.125 * later, late], abs=1e-6)
+    else:
+        third = 0.6 * later * (1.125 - 2.2)
+        fourth = 0.6 * late * (3.2 - (2.2 + third))
+        assert moves == pytest.approx([0.6, 0.6, third, fourth], abs=1e-6)
+
+
+def test_ca2fl_goes_on_with_what_an_absent_site_said_last(tmp_path: Path, mosquitto_url: str) -> None:
+    """Rounds of one: the other site's cached update speaks in the mean, and one's own is taken back.
+
+    Version 3: the mean of 1 and nothing, and 1/8. Version 4: the mean of 1 and 1/8, and 1 less the 1 said before.
+    """
+    moves = run_late(tmp_path, mosquitto_url, 'rule = "ca2fl"\n[aggregation.staleness]\nkind = "constant"\n')
+    assert moves == pytest.approx([1, 1, 1 / 2 + 0.125, 1.125 / 2], abs=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "moved"), [("mean", (1 + 2 * 1.2 + 3 * 1.2) / 6), ("median", 1.2)])
+def test_an_update_is_clipped_to_the_norm_by_name(rule: str, moved: float, tmp_path: Path, mosquitto_url: str) -> None:
+    """Of 1, 1.25 and 1.5 in each of 2,000 values the last two are above sqrt(2000) times 1.2, and are scaled to it.
+
+    Without it the mean would be 4/3, the median 1.25.
+    """
+    begun(tmp_path, mosquitto_url, f'rule = "{rule}"\nclip_norm = {1.2 * math.sqrt(FEW)!r}\n')
+    run(tmp_path)
+    assert [first_value(tmp_path, version) for version in (1, 2)] == pytest.approx(
+        [INITIAL + moved, INITIAL + 2 * moved], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("quality", QUALITIES)

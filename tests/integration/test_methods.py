@@ -1,7 +1,8 @@
 """Methods by name from federation.toml over a real Mosquitto: codecs, with the toy, and tasks, with tiny real models.
 
-Rules of merging run in test_merging_rules.py, what is trained in test_layers.py, adapters in test_adapters.py, personal
-tensors in test_personal.py, privacy in test_private_run.py and test_private_site.py, modes in test_run.py.
+Rules of merging run in test_merging_rules.py, what is trained in test_layers.py, adapters in test_adapters.py and
+test_adapter_keys.py, personal tensors in test_personal.py, privacy in test_private_run.py, test_private_site.py and
+test_private_training.py, modes in test_run.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from safetensors.numpy import load_file, save_file
 from coordinator.proof import prove
 from coordinator.records import VersionCommitted
 from edge_client.statefile import read_state
+from mailboat.commands.export import evaluate, export
+from mailboat.commands.predict import predict
 from shared.config import CodecName, FederationConfig, StateCodecName
 from shared.configfile import load_config
 from shared.plan import load_plan
@@ -95,12 +98,18 @@ def write_notes(root: Path, name: str, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["classification", "multilabel", "extraction", "relations"])
-def test_every_task_runs_by_its_name(kind: str, tmp_path: Path, mosquitto_url: str) -> None:
-    """Two sites, one version: each update tells the task's own score of what it held back."""
+def test_every_task_runs_by_its_name(
+    kind: str, tmp_path: Path, mosquitto_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sites, one version: each update tells the task's own score of what it held back.
+
+    Where notes have labels, the model that comes out is the version's, and predicts what the version is scored by.
+    """
     writes = kind in LABELS
     labels = json.dumps(LABELS.get(kind, ("fever", "cough")))
     task = f'kind = "{kind}"\nlabels = {labels}\nmax_length = {400 if writes else 32}\n'
-    write_tiny(tmp_path, mosquitto_url, versions=1, task=task, federation='[layers]\nplan = "top:1"\n')
+    training = "" if writes else "[training]\nepochs = 20\nlr = 0.02\n"
+    write_tiny(tmp_path, mosquitto_url, versions=1, task=task, federation=f'[layers]\nplan = "top:1"\n{training}')
     if writes:
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
@@ -112,3 +121,24 @@ def test_every_task_runs_by_its_name(kind: str, tmp_path: Path, mosquitto_url: s
     said = metrics_of(tmp_path)
     assert set(said) == {("site-1", 0), ("site-2", 0)}
     assert all(SCORES[kind] in metrics for metrics in said.values())
+    if not writes:
+        master = load_file(tmp_path / "coordinator" / "masters" / "v00000001.safetensors")
+        export(out=tmp_path / "exported", config=tmp_path / "coordinator.toml")
+        exported = load_file(tmp_path / "exported" / "model.safetensors")
+        assert np.array_equal(exported["score.weight"], master["score.weight"])
+        right = {(str(row), label) for row, (label, _) in enumerate(TEXTS)}
+        found = predicted(tmp_path, tmp_path / "exported")
+        assert found & right
+        capsys.readouterr()
+        evaluate(notes=tmp_path / "site-1.jsonl", config=tmp_path / "coordinator.toml", as_json=True)
+        micro_f1 = 2 * len(found & right) / (len(found) + len(right))
+        assert json.loads(capsys.readouterr().out)["micro_f1"] == pytest.approx(micro_f1)
+
+
+def predicted(root: Path, model: Path) -> set[tuple[str, str]]:
+    """Number and label of each of the texts that the model in a folder gives one, told nothing but the words."""
+    bare, out = root / "bare.jsonl", root / "found.jsonl"
+    bare.write_text("".join(json.dumps({"id": str(row), "text": text}) + "\n" for row, (_, text) in enumerate(TEXTS)))
+    predict(model=model, notes=bare, out=out)
+    rows = map(json.loads, out.read_text().splitlines())
+    return {(row["id"], label) for row in rows for label in row.get("labels", [row.get("label")])}

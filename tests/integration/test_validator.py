@@ -33,14 +33,17 @@ STEPS = (0.001, 0.5)
 """What each site adds to every weight."""
 
 
-def _begin(root: Path, url: str) -> tuple[CoordinatorConfig, FederationConfig, SealedPlan]:
-    """A tiny LLaMA, six annotated notes of the coordinator's, and the files of two sites."""
+def _begin(root: Path, url: str, trained: str = "") -> tuple[CoordinatorConfig, FederationConfig, SealedPlan]:
+    """A tiny LLaMA, six annotated notes of the coordinator's, and the files of two sites.
+
+    `trained` goes on from [layers].
+    """
     torch.set_num_threads(1)
     tiny.save_model(root / "model", "llama")
     tiny.write_conll(root / "held.conll", tiny.notes(6))
     (root / "federation.toml").write_text(
         '[federation]\nname = "toy"\nversions = 2\n[model]\nbase = "model"\n[task]\nmax_length = 32\n'
-        '[layers]\nplan = "top:2"\n[codec]\nup = "f32"\ndown = "f32"\n'
+        f'[layers]\nplan = "top:2"\n{trained}[codec]\nup = "f32"\ndown = "f32"\n'
         '[aggregation]\nquorum = 2\nquality = "exp-loss"\n'
     )
     (root / "coordinator.toml").write_text(
@@ -71,12 +74,17 @@ def _loss(root: Path, federation: FederationConfig, step: float) -> float:
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_a_run_is_weighed_by_loss_though_the_validator_is_killed(tmp_path: Path, mosquitto_url: str) -> None:
+@pytest.mark.parametrize("trained", ["", '[adapter]\nkind = "lora"\nrank = 2\n'], ids=["blocks", "lora"])
+def test_a_run_is_weighed_by_loss_though_the_validator_is_killed(
+    trained: str, tmp_path: Path, mosquitto_url: str
+) -> None:
     """Killed after the first loss, the worker is started again; the run ends, is proven, and is made again without it.
 
     Each loss is that of the site's own model, as the library computes it here, and each weight follows from the losses.
+    With adapters these are what is trained, sent and measured.
     """
-    config, federation, plan = _begin(tmp_path, mosquitto_url)
+    config, federation, plan = _begin(tmp_path, mosquitto_url, trained)
+    assert any("lora_A" in name for name in plan.tensors) == bool(trained)
 
     async def everybody() -> None:
         async with validator_for(config, federation, plan) as validator, asyncio.TaskGroup() as group:

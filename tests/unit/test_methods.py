@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pytest
 
@@ -11,19 +12,26 @@ from edge_client.layers import FAMILIES, resolve_plan
 from edge_client.tasks.registry import known_tasks, load_task
 from shared.config import (
     AdapterKind,
+    Clipping,
     CodecName,
     FederationConfig,
     ImportanceName,
     MergeRule,
     Mode,
+    Precision,
     Quality,
+    Section,
     ServerOptimizerName,
+    SiteConfig,
     StalenessKind,
     StateCodecName,
+    StateDType,
     TaskSection,
 )
 from shared.configfile import load_config
 from shared.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
 
 NAMED: dict[str, Any] = {
     "adapter.kind": AdapterKind,
@@ -37,6 +45,13 @@ NAMED: dict[str, Any] = {
     "layers.by": ImportanceName,
 }
 """Keys that take a name, and the names."""
+
+NAMED_BY_SITES: dict[str, Any] = {
+    "prefix.dtype": StateDType,
+    "privacy.clipping": Clipping,
+    "training.precision": Precision,
+}
+"""Those of site.toml."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "FedAvg": {"aggregation.mode": "sync", "aggregation.rule": "mean", "aggregation.server.optimizer": "sgd"},
@@ -88,17 +103,27 @@ PLANS = {
 
 def loaded(folder: Path, values: dict[str, Any]) -> FederationConfig:
     """What a federation file says that has these values and only what it must beside them."""
-    sections: dict[str, list[str]] = {"federation": ['name = "a"'], "model": ['base = "m"']}
-    for path, value in values.items():
-        section, _, key = path.rpartition(".")
-        written = f'"{value}"' if isinstance(value, str) else value
-        sections.setdefault(section, []).append(f"{key} = {written}")
-    text = "\n".join(f"[{section}]\n" + "\n".join(lines) for section, lines in sections.items())
-    (folder / "federation.toml").write_text(text)
-    return load_config(folder / "federation.toml", FederationConfig)
+    return written(folder / "federation.toml", FederationConfig, {"federation.name": "a", "model.base": "m"} | values)
 
 
-def found(config: FederationConfig, path: str) -> Any:
+def loaded_site(folder: Path, values: dict[str, Any]) -> SiteConfig:
+    """The same of a site's file."""
+    needed = {"name": "a", "federation": "federation.toml", "storage": "a", "data.notes": "notes"}
+    return written(folder / "site.toml", SiteConfig, needed | values)
+
+
+def written(path: Path, kind: type[S], values: dict[str, Any]) -> S:
+    """What a file says that has these values at their dotted paths."""
+    sections: dict[str, list[str]] = {"": []}
+    for place, value in values.items():
+        section, _, key = place.rpartition(".")
+        sections.setdefault(section, []).append(f"{key} = {json.dumps(value)}")
+    texts = (f"[{section}]\n" * bool(section) + "\n".join(lines) for section, lines in sections.items())
+    path.write_text("\n".join(texts))
+    return load_config(path, kind)
+
+
+def found(config: FederationConfig | SiteConfig, path: str) -> Any:
     """The value at a dotted path."""
     value: Any = config
     for part in path.split("."):
@@ -112,13 +137,22 @@ def test_a_name_is_taken(path: str, name: str, tmp_path: Path) -> None:
     assert found(loaded(tmp_path, {path: name}), path) == name
 
 
-@pytest.mark.parametrize("path", NAMED)
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path in NAMED_BY_SITES for name in get_args(NAMED_BY_SITES[path])]
+)
+def test_a_name_in_a_site_s_file_is_taken(path: str, name: str, tmp_path: Path) -> None:
+    """Each on its own, beside defaults."""
+    assert found(loaded_site(tmp_path, {path: name}), path) == name
+
+
+@pytest.mark.parametrize("path", [*NAMED, *NAMED_BY_SITES])
 def test_a_name_that_is_none_lists_those_that_are(path: str, tmp_path: Path) -> None:
     """All of them, with the key and the file."""
+    load, file = (loaded, "federation.toml") if path in NAMED else (loaded_site, "site.toml")
     with pytest.raises(ConfigError) as caught:
-        loaded(tmp_path, {path: "nonesuch"})
-    assert f"{tmp_path / 'federation.toml'}: {path}: Input should be " in caught.value.message
-    assert all(f"'{name}'" in caught.value.message for name in get_args(NAMED[path]))
+        load(tmp_path, {path: "nonesuch"})
+    assert f"{tmp_path / file}: {path}: Input should be " in caught.value.message
+    assert all(f"'{name}'" in caught.value.message for name in get_args((NAMED | NAMED_BY_SITES)[path]))
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
