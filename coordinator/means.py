@@ -7,8 +7,8 @@ enough for BLOCK_BYTES. So memory and open files depend neither on the number of
 and each sum is formed in one order with one rounding after each operation: the same inputs give the same bytes, on any
 machine.
 
-A tensor that an update does not hold takes nothing from it, nor counts it in its mean (sites may train to different
-depths); for a distance, a tensor that is not held did not move.
+A tensor that an update does not hold takes nothing from it (sites may train to different depths), nor counts it in its
+mean, unless the federation says so (`missing`); for a distance, a tensor that is not held did not move.
 
 Formulas: `coordinator.merging` for the coefficients, `coordinator.robust` for the rules that trust nobody.
 """

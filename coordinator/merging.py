@@ -9,7 +9,8 @@ in float32 depends on it, and the same updates shall give the same model whoever
 sync and fedbuff: x <- server optimizer(x, mean), where the mean follows from `rule`:
 
 mean: sum_i w_i s(tau_i) delta_i / sum_i w_i, both sums over the updates that hold the tensor, or with `missing` "zero"
-the lower one over all of the round, so that a site weighs the same in each tensor; w_i = n_i^p. With a `clip_norm` C,
+the lower one over all of the round, so that a site weighs the same in each tensor; w_i = n_i^p. A tensor that no update
+of the round holds is not moved either way, by no momentum either. With a `clip_norm` C,
 delta_i min(1, C / |delta_i|) stands for delta_i, with the norm over all its tensors, so that no site moves the mean by
 more than its share of C (Sun et al., arXiv 1911.07963). With p = 1 and s = 1 this is FedAvg (McMahan et al., arXiv
 1602.05629, algorithm 1); with p = 0 it is FedBuff (Nguyen et al., arXiv 2106.06639, algorithm 1). s stands above the

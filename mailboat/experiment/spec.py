@@ -43,7 +43,7 @@ class NotesSection(Section):
     """Notes that everything is scored on; nobody trains on them."""
     validation: int = Field(default=0, ge=0)
     """Further notes, drawn as the held-out ones, that the coordinator has for itself ([aggregation] quality)."""
-    sections: int | None = None
+    sections: int | None = Field(default=None, ge=1, le=5)
     """Sections of each training note, any of its five; unset: all. Short notes, such as a patient's one report."""
     tested: tuple[int, ...] = ()
     """Numbers of the sites that the held-out notes are drawn from; empty: all in turn."""

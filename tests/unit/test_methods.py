@@ -17,6 +17,7 @@ from shared.config import (
     FederationConfig,
     ImportanceName,
     MergeRule,
+    Missing,
     Mode,
     Precision,
     Quality,
@@ -35,6 +36,7 @@ S = TypeVar("S", bound=Section)
 
 NAMED: dict[str, Any] = {
     "adapter.kind": AdapterKind,
+    "aggregation.missing": Missing,
     "aggregation.mode": Mode,
     "aggregation.quality": Quality,
     "aggregation.rule": MergeRule,
@@ -171,6 +173,7 @@ def test_every_name_belongs_to_a_published_method_or_is_plain() -> None:
     left = {path: names - {value for key, value in said if key == path} for path, names in plain.items()}
     assert left == {
         "adapter.kind": {"none"},
+        "aggregation.missing": {"omit", "zero"},
         "aggregation.mode": set(),
         "aggregation.quality": {"none"},
         "aggregation.rule": set(),

@@ -148,6 +148,7 @@ MODES = [
     AggregationSection(size_power=0.5, server=ServerSection(optimizer="momentum", lr=0.7)),
     AggregationSection(mode="fedbuff"),
     AggregationSection(mode="fedasync", alpha=0.9),
+    AggregationSection(missing="zero", clip_norm=4, server=ServerSection(optimizer="momentum")),
 ]
 
 
@@ -185,7 +186,7 @@ def files(run: SmallRun) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*run.masters.iterdir(), *run.states.root.glob("*.frames")]}
 
 
-@pytest.mark.parametrize("section", MODES, ids=["sync", "fedbuff", "fedasync"])
+@pytest.mark.parametrize("section", MODES, ids=["sync", "fedbuff", "fedasync", "zero"])
 @pytest.mark.parametrize("up", get_args(CodecName))
 def test_a_replay_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: AggregationSection, up: Any

@@ -223,6 +223,15 @@ def test_what_an_update_lacks_is_left_out_or_zero() -> None:
     assert coefficients(counting, set()) == {}
 
 
+def test_lateness_and_loss_count_where_an_update_lacks_a_tensor() -> None:
+    """B is three versions late, c as lossy as b: of what c lacks a has 2/4, b half of 1/4; c's quarter is no change."""
+    section = AggregationSection(missing="zero", quality="size-exp-loss", size_power=0)
+    updates = [accepted("a", base=4, examples=9), accepted("b", base=1, examples=9), accepted("c", base=4, examples=9)]
+    a, b, c = (update.update_id for update in updates)
+    plan = plan_merge(5, updates, section, parts, losses={a: 0.0, b: math.log(2), c: math.log(2)})
+    assert coefficients(plan, {a, b}) == pytest.approx({a: 2 / 4, b: 1 / 8})
+
+
 def test_other_rules_know_no_cache() -> None:
     """What was merged before counts in no other rule."""
     update = accepted("anna", base=4, examples=1)
