@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mailboat.demo import defaults
-from mailboat.synth import Synthetic, find_synthetic
+from mailboat.synth import SYNTHETIC, Synthetic
 from shared.config import TaskSection
 from shared.errors import ConfigError
 
@@ -27,20 +27,8 @@ class DemoTask:
     """Share of `lr` that suits such a training."""
 
 
-def _on_notes(kind: str) -> DemoTask:
-    notes = find_synthetic(kind)
-    return DemoTask(
-        section=TaskSection(kind=kind, labels=notes.labels, max_length=defaults.MAX_LENGTH),
-        notes=notes,
-        lr=defaults.LR,
-        batch_size=defaults.BATCH_SIZE,
-        baseline_epochs=defaults.BASELINE_EPOCHS,
-        baseline_lr=defaults.BASELINE_LR,
-    )
-
-
 def _on_stays(kind: str) -> DemoTask:
-    notes = find_synthetic(kind)
+    notes = SYNTHETIC[kind]
     return DemoTask(
         section=TaskSection(kind=kind, labels=notes.labels, max_length=defaults.STAY_LENGTH),
         notes=notes,
@@ -53,7 +41,14 @@ def _on_stays(kind: str) -> DemoTask:
 
 TASKS: Mapping[str, DemoTask] = MappingProxyType(
     {
-        "ner": _on_notes("ner"),
+        "ner": DemoTask(
+            section=TaskSection(max_length=defaults.MAX_LENGTH),
+            notes=SYNTHETIC["ner"],
+            lr=defaults.LR,
+            batch_size=defaults.BATCH_SIZE,
+            baseline_epochs=defaults.BASELINE_EPOCHS,
+            baseline_lr=defaults.BASELINE_LR,
+        ),
         "classification": _on_stays("classification"),
         "multilabel": _on_stays("multilabel"),
     }

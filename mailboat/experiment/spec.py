@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mailboat.synth.lexicon import SECTIONS
 from shared.config import Positive, Section
 from shared.configfile import load_config
 from shared.errors import ConfigError
@@ -43,7 +44,7 @@ class NotesSection(Section):
     """Notes that everything is scored on; nobody trains on them."""
     validation: int = Field(default=0, ge=0)
     """Further notes, drawn as the held-out ones, that the coordinator has for itself ([aggregation] quality)."""
-    sections: int | None = Field(default=None, ge=1, le=5)
+    sections: int | None = Field(default=None, ge=1, le=len(SECTIONS))
     """Sections of each training note, any of its five; unset: all. Short notes, such as a patient's one report."""
     tested: tuple[int, ...] = ()
     """Numbers of the sites that the held-out notes are drawn from; empty: all in turn."""

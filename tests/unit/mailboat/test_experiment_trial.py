@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,24 @@ def test_real_notes_are_read_where_they_are(tmp_path: Path, model: Path) -> None
     files = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
     assert files
     assert all(path.is_symlink() for path in files)
+
+
+def test_relations_are_learnt_from_notes_that_are_there(tmp_path: Path) -> None:
+    """A task that no notes are made for runs on a folder of them, and is scored by its own measures."""
+    model = tiny.save_model(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    longer = {"max_position_embeddings": 512, "tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config | longer))
+    given = settings(model, {"folder": tmp_path / "notes"})
+    for name in ("site-1", "site-2", "heldout"):
+        notes = tuple(replace(note, id=f"{name}-{note.id}") for note in tiny.notes(1, lines=1))
+        tiny.write_relations(tmp_path / "notes" / name, notes)
+    task = TaskSection(kind="relations", labels=("PIP", "present"), max_length=400)
+    federation = given.stage.federation.model_copy(update={"task": task})
+    stage = Stage(federation=federation, notes=given.stage.notes)
+    result = carry_out(tmp_path / "scratch", given.model_copy(update={"stage": stage}))
+    assert result.versions == 1
+    assert "strict_f1" in result.scores
 
 
 def test_the_coordinators_own_notes_are_set_apart(tmp_path: Path, model: Path) -> None:
