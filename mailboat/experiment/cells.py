@@ -206,13 +206,6 @@ def _settings(section: ExperimentSection, base: BaseSection, said: CellSection, 
 
 def _check_fits(said: CellSection, federation: FederationConfig) -> None:
     """Raise ConfigError for what has a meaning in a real run, and in a cell none or another one."""
-    for key, patch in {"site": said.site, **{f"sites.{name}": own for name, own in said.sites.items()}}.items():
-        match patch:
-            case {"layers": {"memory_mib": _}}:
-                raise ConfigError(
-                    f"{key}.layers.memory_mib: the sites of a cell share one process, whose memory is no site's; "
-                    "at_most and upload_mib limit one here"
-                )
     if federation.keeps_at_sites and (said.zero_shot or said.method == "splitnn"):
         what = "zero_shot scores" if said.zero_shot else "split learning trains"
         raise ConfigError(f"{what} one model for all, and of this one tensors stay at each site")

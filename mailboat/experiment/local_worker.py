@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from edge_client import pipe
 from edge_client.privacy.ledger import Charge, Limit
 from edge_client.training import Standing
 from edge_client.worker import Worker
-from edge_client.worker_client import load_request, raised
+from edge_client.worker_client import WorkerClient, load_request, raised
 from shared.config import ComputeSection, FederationConfig, SiteConfig
 
 _A = TypeVar("_A", pipe.Loaded, pipe.Trained, pipe.Evaluated, pipe.Measured)
@@ -30,6 +31,11 @@ class LocalWorker:
 
     def load(self, config: SiteConfig, federation: FederationConfig, initial: Path | None) -> pipe.Loaded:
         """Load model and notes of a site; see `WorkerClient.load`."""
+        if config.layers.memory_mib is not None:
+            # This process holds the models of all sites: what one of them takes is seen in one of its own.
+            depth = asyncio.run(_depth_alone(config, federation))
+            layers = config.layers.model_copy(update={"memory_mib": None, "at_most": depth})
+            config = config.model_copy(update={"layers": layers})
         # One worker serves many sites in turn, each for a while: what they keep is not worth their disks.
         # And where it computes the trial says, not a site's file.
         kept = {"initial": initial, "storage": None, "compute": self._compute}
@@ -67,3 +73,9 @@ class LocalWorker:
             raise raised(answer)
         assert isinstance(answer, wanted), "an answer to another request"
         return answer
+
+
+async def _depth_alone(config: SiteConfig, federation: FederationConfig) -> int:
+    """How many blocks the site's limits allow in a worker that is a process, as in a real run."""
+    async with WorkerClient(config, federation) as worker:
+        return (await worker.load()).depth

@@ -106,8 +106,6 @@ def test_vary_makes_a_cell_of_each_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        ("site.layers.memory_mib = 500", "site.layers.memory_mib: the sites of a cell share one process"),
-        ("sites.site-2.layers.memory_mib = 500", "sites.site-2.layers.memory_mib: the sites of a cell share"),
         (
             'zero_shot = true\nfederation.layers.personal = ["score.*"]',
             "zero_shot scores one model for all, and of this one tensors stay at each site",
@@ -119,7 +117,7 @@ def test_vary_makes_a_cell_of_each_value(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_mean_something_else_in_a_cell_is_its_problem(tmp_path: Path, said: str, problem: str) -> None:
-    """A limit on memory that all sites share, a score of what nobody trains: no number is made of them."""
+    """A score of what nobody trains, one model where each site has its own: no number is made of them."""
     cell = cells(tmp_path, f'[[cells]]\nname = "a"\n{said}\n')["a"]
     assert cell.settings is None
     assert cell.problem.startswith(problem)

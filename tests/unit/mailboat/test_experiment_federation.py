@@ -11,13 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator.masters import TensorFile
+from edge_client import depth
 from edge_client.outbox import newest_own
 from mailboat.experiment.federation import Job, Outcome, Workers, federate
 from mailboat.experiment.local_worker import LocalWorker
 from mailboat.experiment.spec import ClockSection
 from mailboat.synth import make_notes
 from shared.config import ComputeSection, DataSection, FederationConfig, SiteConfig
-from shared.errors import RefusedError, UnavailableError
+from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.plan import blocks_from
 from tests.unit.edge_client import tiny
 
@@ -291,6 +292,19 @@ def test_a_site_may_have_settings_of_its_own(tmp_path: Path, model: Path, notes:
     limited = run(job(tmp_path / "limited", model, notes, sites={"site-2": {"layers": {"at_most": 1}}}))
     assert 0.75 * whole.up < limited.up < 0.95 * whole.up
     assert limited.state.read_bytes() != whole.state.read_bytes()
+
+
+def test_a_limit_on_memory_is_on_one_sites_own(
+    tmp_path: Path, model: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured in a process that holds one site, whatever this one holds; a limit that nothing fits is named."""
+    monkeypatch.setattr(depth, "_held_bytes", lambda _device: 1 << 50)
+    whole = run(job(tmp_path / "whole", model, notes))
+    bounded = job(tmp_path / "bounded", model, notes, sites={"site-2": {"layers": {"memory_mib": 8000}}})
+    assert run(bounded).state.read_bytes() == whole.state.read_bytes()
+    starved = job(tmp_path / "starved", model, notes, sites={"site-2": {"layers": {"memory_mib": 1}}})
+    with pytest.raises(ConfigError, match="memory_mib"):
+        run(starved)
 
 
 def test_a_private_federation_tells_its_epsilon(tmp_path: Path, model: Path, notes: Path) -> None:
