@@ -4,8 +4,8 @@
 
 The deltas are real: each of the demonstration's sites has trained the shipped model once, for a few hundred steps of
 AdamW; for the rates their values are laid out as matrices of 4 M values, as larger models have. *Encode* is all that a
-seal does but the disk: codec, file, its SHA-256, slices, zstd, SHA-256 of frames. *Decode and add* is all that a merge
-does but the disk: SHA-256 of frames, zstd, codec, the sum. Both in processor seconds of all threads, codecs in turns,
+seal does but the disk: codec, file, its digest, slices, zstd, digests of frames. *Decode and add* is all that a merge
+does but the disk: digests of frames, zstd, codec, the sum. Both in processor seconds of all threads, codecs in turns,
 the fastest of all turns, so that other work on the machine costs little. Beside them zstd alone on the same float32 and
 bfloat16 bytes, and what others have published.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import tempfile
@@ -28,6 +27,7 @@ import zstandard
 
 from bench.protocol import machine
 from shared.codec import Codec
+from shared.digest import digest
 from shared.errors import CorruptError
 from shared.manifest import Manifest, UpdateFacts
 from shared.reader import TensorReader
@@ -89,7 +89,7 @@ def sealed(delta: Tensors, codec: Codec) -> tuple[Manifest, list[bytes]]:
         codec=codec,
         **dataclasses.asdict(summary),
         created=0.0,
-        facts=UpdateFacts(site="bench", base_version=0, base_sha256="0" * 64, examples=1, metrics={}),
+        facts=UpdateFacts(site="bench", base_version=0, base_digest="0" * 64, examples=1, metrics={}),
     )
     return manifest, data
 
@@ -98,7 +98,7 @@ def reader_of(manifest: Manifest, frames: list[bytes]) -> TensorReader:
     """As a merge opens an update: each frame is compared with its hash."""
 
     def read(index: int) -> bytes:
-        if hashlib.sha256(frames[index]).digest() != manifest.frame_hash(index):
+        if digest(frames[index]) != manifest.frame_hash(index):
             raise CorruptError("a frame changed in memory", hint="look for memory errors")
         return frames[index]
 

@@ -214,7 +214,7 @@ class ProtocolSite:
             **dataclasses.asdict(self.load.summary),
             created=time.time(),
             facts=UpdateFacts(
-                site=self.name, base_version=0, base_sha256=announce.manifest.file_sha256, examples=1, metrics={}
+                site=self.name, base_version=0, base_digest=announce.manifest.file_digest, examples=1, metrics={}
             ),
         )
 

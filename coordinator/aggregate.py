@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_sha256, writing
+from coordinator.masters import TensorFile, TensorWriter, master_path, open_own, slot_path, slots_digest, writing
 from coordinator.means import Kept, Progress, means, settled
 from coordinator.merging import MergePlan, MergeResult, coefficients
 from coordinator.optimizers import SLOTS, server_step
@@ -82,8 +82,8 @@ def merge(
     with open_own(master_path(masters, plan.version), shapes) as tensors:
         state, anchor = publish(states, imprint, plan.before, tensors, shapes, created=created)
     progress(1.0)
-    optimizer_sha256 = slots_sha256([writer.sha256 for writer in writers])
-    return MergeResult(state, new_master.sha256, optimizer_sha256, plan.recorded(), anchor)
+    optimizer_digest = slots_digest([writer.digest for writer in writers])
+    return MergeResult(state, new_master.digest, optimizer_digest, plan.recorded(), anchor)
 
 
 def _next_blocks(

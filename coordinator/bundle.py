@@ -33,7 +33,7 @@ from typing import IO
 
 from coordinator.journal import Journal
 from coordinator.ledger import Known
-from coordinator.masters import file_sha256, master_path
+from coordinator.masters import master_path
 from coordinator.merging import given_up
 from coordinator.records import Accepted, Dropped, Pruned, VersionCommitted, from_bytes
 from coordinator.rows import JournalReader
@@ -104,7 +104,7 @@ def export_bundle(
         durable.sync_file(fd)
         temporary.rename(out)
     durable.fsync_dir(out.parent)
-    return Bundle(file_sha256(out), contents.version, contents.rows, contents.head.hex(), len(contents.updates))
+    return Bundle(_file_sha256(out), contents.version, contents.rows, contents.head.hex(), len(contents.updates))
 
 
 def _survey(journal: JournalReader, storage: Path, section: AggregationSection, upto: int | None) -> _Contents:
@@ -187,7 +187,12 @@ def _canonical(plain: Mapping[str, object]) -> bytes:
 
 def _digests(sources: Mapping[str, Path | bytes]) -> Iterator[tuple[str, str]]:
     for name, source in sorted(sources.items()):
-        yield name, hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else file_sha256(source)
+        yield name, hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else _file_sha256(source)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_tar(file: IO[bytes], folder: str, sources: Mapping[str, Path | bytes]) -> None:

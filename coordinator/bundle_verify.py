@@ -1,4 +1,4 @@
-"""Check a bundle of Mailboat's evidence with Python 3.11, msgpack and zstandard, and with nothing of Mailboat.
+"""Check a bundle of Mailboat's evidence with Python 3.11, msgpack, zstandard and blake3, and with nothing of Mailboat.
 
 A sealed run is signed; to check that, the package cryptography is needed as well.
 
@@ -10,10 +10,10 @@ It prints what it looked at and each thing that is wrong, and ends with status 0
 2. the rows of journal.jsonl are chained: hash = SHA-256(previous hash | seq, 8 bytes big-endian | kind | 0x00 | body)
 3. plan.json, federation.json and version 0 have the digests that row 1 names
 4. each update was decided once and counted at most once, and versions follow each other without a gap
-5. where versions travel as steps, each step starts from the state that the step before it made, by its SHA-256
-6. each update starts from the state that was published as the version which it names, by its SHA-256
-7. each update has the manifest that was accepted, and each of its frames the length and the SHA-256 in that manifest;
-   unpacked and put together, the frames are the file whose SHA-256 was accepted; where a row says that the bytes of
+5. where versions travel as steps, each step starts from the state that the step before it made, by its BLAKE3
+6. each update starts from the state that was published as the version which it names, by its BLAKE3
+7. each update has the manifest that was accepted, and each of its frames the length and the BLAKE3 in that manifest;
+   unpacked and put together, the frames are the file whose BLAKE3 was accepted; where a row says that the bytes of
    updates were given up, the manifest is looked at
 8. each signature of the coordinator over a row's hash, and of a site over its update and the last such hash that it had
    seen, fits a key whose membership is signed by a key in authority.pub, or is listed in endorsements, which such a key
@@ -40,6 +40,7 @@ from typing import Any
 
 import msgpack
 import zstandard
+from blake3 import blake3
 
 GENESIS = bytes(32)
 FRAME_BYTES_MAX = 900_000
@@ -104,13 +105,14 @@ def record_of(line: dict[str, Any]) -> dict[str, Any]:
 
 def check_opened(folder: Path, opened: dict[str, Any]) -> Iterator[str]:
     """Yield which of the files that row 1 names are others."""
-    named = {
-        "plan.json": opened["fingerprint"],
-        "federation.json": opened["config_sha256"],
-        "masters/v00000000.safetensors": opened["master_sha256"],
+    master = "masters/v00000000.safetensors"
+    found = {
+        "plan.json": (file_sha256(folder / "plan.json"), opened["fingerprint"]),
+        "federation.json": (file_sha256(folder / "federation.json"), opened["config_sha256"]),
+        master: (blake3().update_mmap(folder / master).hexdigest(), opened["master_digest"]),
     }
-    for name, digest in named.items():
-        if file_sha256(folder / name) != digest:
+    for name, (here, named) in found.items():
+        if here != named:
             yield f"{name}: not the file that row 1 names"
 
 
@@ -140,18 +142,18 @@ def check_counting(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def check_states(records: list[dict[str, Any]], states: list[str]) -> Iterator[str]:
-    """Yield each version that is no step from the one before; `states` takes the SHA-256 of the states, by version."""
+    """Yield each version that is no step from the one before; `states` takes the BLAKE3 of the states, by version."""
     for row, record in enumerate(records, start=1):
         if record["t"] not in {"opened", "committed", "anchored"}:
             continue
         manifest = msgpack.unpackb(record["state"], raw=False)
         facts, place = manifest["facts"], f"journal.jsonl: row {row}"
-        made = facts.get("state_sha256", manifest["file_sha256"])
+        made = facts.get("state_digest", manifest["file_digest"])
         if record["t"] == "anchored":
             if made != states[record["version"]]:
                 yield f"{place}: another state than was published as version {record['version']}"
             continue
-        if "base_sha256" in facts and facts["base_sha256"] != states[-1]:
+        if "base_digest" in facts and facts["base_digest"] != states[-1]:
             yield f"{place}: its step does not start from the state of the version before"
         states.append(made)
 
@@ -172,7 +174,7 @@ def given_up(records: list[dict[str, Any]], rule: str) -> set[str]:
 def check_update(folder: Path, record: dict[str, Any], states: list[str], gone: set[str]) -> Iterator[str]:
     """Yield what is wrong with one accepted update and its bytes; of one that is `gone`, with its manifest.
 
-    `states` are the SHA-256 of the states, by version.
+    `states` are the BLAKE3 of the states, by version.
     """
     name = f"updates/{record['update_id']}"
     raw = (folder / f"{name}.manifest").read_bytes()
@@ -181,18 +183,18 @@ def check_update(folder: Path, record: dict[str, Any], states: list[str], gone: 
         return
     manifest = msgpack.unpackb(raw, raw=False)
     facts = manifest["facts"]
-    said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_sha256"])
-    if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_sha256")):
+    said = (manifest["transfer_id"], facts["site"], facts["base_version"], facts["examples"], manifest["file_digest"])
+    if said != tuple(record[key] for key in ("update_id", "site", "base_version", "examples", "file_digest")):
         yield f"{name}.manifest: it says otherwise than the row that accepted it"
-    if facts["base_sha256"] != dict(enumerate(states)).get(facts["base_version"]):
+    if facts["base_digest"] != dict(enumerate(states)).get(facts["base_version"]):
         yield f"{name}.manifest: it starts from a state that was never published"
     if record["update_id"] in gone and not (folder / f"{name}.frames").exists():
         return
-    damaged, whole = False, hashlib.sha256()
+    damaged, whole = False, blake3()
     with (folder / f"{name}.frames").open("rb") as frames:
         for index, length in enumerate(manifest["frame_lengths"]):
             frame = frames.read(min(length, FRAME_BYTES_MAX))
-            if hashlib.sha256(frame).digest() != manifest["frame_hashes"][32 * index : 32 * index + 32]:
+            if blake3(frame).digest() != manifest["frame_hashes"][32 * index : 32 * index + 32]:
                 yield f"{name}.frames: frame {index} is not what the site sent"
                 damaged = True
             elif not damaged:
@@ -200,7 +202,7 @@ def check_update(folder: Path, record: dict[str, Any], states: list[str], gone: 
                 whole.update(expand(frame, min(manifest["slice_size"], left), manifest["group"]))
         if frames.read(1):
             yield f"{name}.frames: more bytes than the manifest names"
-    if not damaged and whole.hexdigest() != record["file_sha256"]:
+    if not damaged and whole.hexdigest() != record["file_digest"]:
         yield f"{name}.frames: the file in it is not the one that was accepted"
 
 

@@ -210,7 +210,7 @@ class Core:
             self._refuse_double(name, hello.session, out)
         elif claim is Claim.WELCOME:
             self._welcome(name, hello.session, now, out)
-            if (hello.heard, hello.heard_final) != (self.ledger.newest.sha256[:32], self.ledger.finished):
+            if (hello.heard, hello.heard_final) != (self.ledger.newest.digest[:32], self.ledger.finished):
                 out.to(name, self.announcement())
             if other is not None:
                 self._refuse_double(name, other, out)

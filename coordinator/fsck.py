@@ -119,7 +119,7 @@ def _drop_lost(storage: Path, federation: FederationConfig, plan: SealedPlan) ->
     """Drop the updates that wait to be merged and are not what was accepted; their row first, then their bytes."""
     with Journal(storage / JOURNAL) as journal:
         ledger = fold(journal)
-        digests = {version: published.sha256 for version, published in ledger.published.items()}
+        digests = {version: published.digest for version, published in ledger.published.items()}
         lost = [
             accepted
             for accepted in ledger.pending

@@ -49,7 +49,7 @@ def open_run(
         config_sha256=plan.config_sha256,
         frozen_sha256=plan.frozen_sha256,
         state=state.to_bytes(),
-        master_sha256=writer.sha256,
+        master_digest=writer.digest,
     )
 
 

@@ -3,7 +3,7 @@
 One coordinator writes: it holds a lock on `<journal>.lock` for as long as it lives. Anyone may read meanwhile
 (`coordinator.rows`): in WAL mode readers and the writer do not wait for each other.
 
-    meta       key, value                            schema = 4
+    meta       key, value                            schema = 5
     rows       seq, at, kind, body, prev, hash       seq from 1 without gaps; body is a record's msgpack
     snapshots  seq, body, audit_size, audit_sha256   the newest one; row seq, of kind snapshot, carries its digest
     segments   first, last, file, sha256             rows that lie in files of their own, in archive/
@@ -12,8 +12,8 @@ Compaction has one commit point. First the rows are copied into a segment, which
 adds the snapshot and its row, names the segment and takes the rows out. Killed before it, the segment is litter that
 the next compaction replaces; killed after it, nothing is left to do.
 
-Schema 1 had the first two tables alone; opening such a journal for writing adds the others. Schema 2 knew no rows of
-kind `signed` and `witnessed`, schema 3 none of kind `validated`, `substituted` and `anchored`.
+Up to schema 4 rows named files and frames by SHA-256, now by BLAKE3 (`shared.digest`): such a run can only be ended,
+and audited, by the release that began it.
 """
 
 from __future__ import annotations
@@ -40,22 +40,16 @@ CREATE TABLE rows (
 """
 _META = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-INSERT INTO meta VALUES ('schema', 1);
+INSERT INTO meta VALUES ('schema', 5);
 """
-_MIGRATIONS = {
-    1: """
+_COMPACTION = """
 CREATE TABLE snapshots (
     seq INTEGER PRIMARY KEY, body BLOB NOT NULL, audit_size INTEGER NOT NULL, audit_sha256 TEXT NOT NULL
 );
 CREATE TABLE segments (
     first INTEGER PRIMARY KEY, last INTEGER NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL
 );
-UPDATE meta SET value = 2 WHERE key = 'schema';
-""",
-    2: "UPDATE meta SET value = 3 WHERE key = 'schema';",
-    3: "UPDATE meta SET value = 4 WHERE key = 'schema';",
-}
-"""What makes the next schema out of one."""
+"""
 
 _INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)"
 _TEMPORARY = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
@@ -66,7 +60,8 @@ class Journal(JournalReader):
     """A journal open for writing, made when missing; exactly one process at a time.
 
     Raises UnavailableError when another coordinator holds it or the folder cannot be written, CorruptError when the
-    file is not a journal, RefusedError(rule='newer-schema') when a newer release wrote it.
+    file is not a journal, RefusedError with rule 'newer-schema' or 'older-schema' when another
+    release wrote it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,10 +146,8 @@ class Journal(JournalReader):
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         if self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,):
-            self._db.executescript(f"BEGIN IMMEDIATE; {_META} {_ROWS} COMMIT;")
-        while (version := self._read_schema()) < rows.SCHEMA_VERSION:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_MIGRATIONS[version]} COMMIT;")
-        self.schema = version
+            self._db.executescript(f"BEGIN IMMEDIATE; {_META} {_ROWS} {_COMPACTION} COMMIT;")
+        self.schema = self._read_schema()
 
     def _last(self) -> tuple[int, bytes]:
         found = self._query("SELECT seq, hash FROM rows ORDER BY seq DESC LIMIT 1")

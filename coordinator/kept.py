@@ -13,11 +13,12 @@ from pathlib import Path
 
 from coordinator import admission
 from coordinator.lineage import RecordedTransfer, RecordedVersion
-from coordinator.masters import file_sha256, master_path, slot_path, slots_sha256
+from coordinator.masters import master_path, slot_path, slots_digest
 from coordinator.offers import check_offer
 from coordinator.records import Accepted
 from coordinator.trail import Finding
 from shared.config import FederationConfig
+from shared.digest import file_digest
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, manifest_from_bytes
 from shared.plan import SealedPlan
@@ -30,7 +31,7 @@ NORM_TOLERANCE = 1e-9
 def check_update(
     storage: Path,
     accepted: Accepted,
-    base_sha256: str | None,
+    base_digest: str | None,
     plan: SealedPlan,
     federation: FederationConfig,
     check_manifest: Callable[[Manifest, str], Iterator[Finding]] = lambda _manifest, _place: iter(()),
@@ -40,7 +41,7 @@ def check_update(
     """Compare a kept update with the record of its acceptance, and let it pass admission once more.
 
     `check_manifest` says what else is wrong with its manifest, given its place.
-    `base_sha256` is the digest of the published state that it starts from, None when there is none. The frames of one
+    `base_digest` is the digest of the published state that it starts from, None when there is none. The frames of one
     that was given up may be gone.
     """
     found: list[Finding] = []
@@ -53,12 +54,12 @@ def check_update(
         facts = stored.manifest.update
     except RefusedError as error:
         return [Finding(error.rule, f"{place}.manifest", error.message)]
-    said = (stored.manifest.transfer_id, facts.base_version, facts.examples, stored.manifest.file_sha256)
-    recorded = (accepted.update_id, accepted.base_version, accepted.examples, accepted.file_sha256)
+    said = (stored.manifest.transfer_id, facts.base_version, facts.examples, stored.manifest.file_digest)
+    recorded = (accepted.update_id, accepted.base_version, accepted.examples, accepted.file_digest)
     for name, ours, theirs in zip(("id", "base version", "examples", "file digest"), recorded, said, strict=True):
         if ours != theirs:
             found.append(Finding("update-facts", f"{place}.manifest", f"{name} {theirs}, the journal says {ours}"))
-    if base_sha256 != facts.base_sha256:
+    if base_digest != facts.base_digest:
         found.append(Finding("base-unknown", f"{place}.manifest", "it starts from a state that was never published"))
     found += check_manifest(stored.manifest, place)
     if given_up and not stored.path.exists():
@@ -101,10 +102,10 @@ def check_master(
 ) -> list[Finding]:
     """Compare a version's float32 files with their digests; those of a version that is not `required` may be gone."""
     folder = storage / "masters"
-    groups = [("master", [master_path(folder, version)], recorded.master_sha256)]
-    if recorded.optimizer_sha256 is not None:
+    groups = [("master", [master_path(folder, version)], recorded.master_digest)]
+    if recorded.optimizer_digest is not None:
         paths = [slot_path(folder, version, slot) for slot in slots]
-        groups.append(("slots", paths, recorded.optimizer_sha256))
+        groups.append(("slots", paths, recorded.optimizer_digest))
     found = []
     for rule, paths, digest in groups:
         missing = [path for path in paths if not path.exists()]
@@ -112,8 +113,8 @@ def check_master(
         if missing and required:
             found.append(Finding(f"{rule}-gone", where, f"version {version} cannot be continued without it"))
         elif not missing:
-            hashes = [file_sha256(path) for path in paths]
-            if (hashes[0] if rule == "master" else slots_sha256(hashes)) != digest:
+            hashes = [file_digest(path) for path in paths]
+            if (hashes[0] if rule == "master" else slots_digest(hashes)) != digest:
                 found.append(Finding(f"{rule}-digest", where, f"not the bytes that row {recorded.row} recorded"))
     return found
 

@@ -51,7 +51,7 @@ class Known:
 class Published:
     """How a version can be had: whole, as the step from the version before, or both."""
 
-    sha256: str
+    digest: str
     """Digest of its state, in hex: what updates that start from it name."""
     whole: Manifest | None
     step: Manifest | None
@@ -64,7 +64,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """SHA-256 (hex) of a version's master, and of its optimizer's slots, None where it has none."""
+    """BLAKE3 (hex) of a version's master, and of its optimizer's slots, None where it has none."""
 
     master: str
     optimizer: str | None
@@ -122,7 +122,7 @@ class Ledger:
                 self.version = 0
                 self.opened = record
                 self.publish(0, manifest_from_bytes(record.state))
-                self.files[0] = Files(record.master_sha256, None)
+                self.files[0] = Files(record.master_digest, None)
             case Accepted():
                 assert record.update_id not in self.known, f"update {record.update_id} was decided before"
                 self.pending.append(record)
@@ -181,7 +181,7 @@ class Ledger:
         assert record.version == self.version + 1, f"version {record.version} follows {self.version}"
         self.version = record.version
         self.publish(record.version, manifest_from_bytes(record.state))
-        self.files[record.version] = Files(record.master_sha256, record.optimizer_sha256)
+        self.files[record.version] = Files(record.master_digest, record.optimizer_digest)
         merged = {part.update_id for part in record.contributions}
         self.pending = [update for update in self.pending if update.update_id not in merged]
         for part in record.contributions:
@@ -194,14 +194,14 @@ class Ledger:
     def publish(self, version: int, manifest: Manifest) -> None:
         """A version exists; asserts that a step leads to it from the version before."""
         is_step = isinstance(manifest.facts, StepFacts)
-        assert not is_step or manifest.step.base_sha256 == self.published[version - 1].sha256, "it is a step from there"
+        assert not is_step or manifest.step.base_digest == self.published[version - 1].digest, "it is a step from there"
         whole, step = (None, manifest) if is_step else (manifest, None)
         self.published[version] = Published(manifest.leads_to, whole, step)
         self.transfers[manifest.transfer_id] = manifest
 
     def anchor(self, version: int, whole: Manifest) -> None:
         """The state of a published version is here whole; asserts that it is that state."""
-        assert whole.file_sha256 == self.published[version].sha256, f"another state than version {version} has"
+        assert whole.file_digest == self.published[version].digest, f"another state than version {version} has"
         self.published[version] = replace(self.published[version], whole=whole)
         self.transfers[whole.transfer_id] = whole
 

@@ -35,14 +35,14 @@ class RecordedVersion:
     """What the journal says of a version's files; digests in hex."""
 
     row: int
-    state_sha256: str
+    state_digest: str
     """Of the published state's plain file."""
     whole: RecordedTransfer | None
     """That state; None where it can be had by a step alone."""
     step: RecordedTransfer | None
     """The step to it from the version before."""
-    master_sha256: str
-    optimizer_sha256: str | None
+    master_digest: str
+    optimizer_digest: str | None
 
     @property
     def transfers(self) -> list[RecordedTransfer]:
@@ -102,11 +102,11 @@ class Lineage:
             yield "slots-digest", "it has the digest of slots and needs none, or needs one and has none"
         self.versions[version] = RecordedVersion(
             row=seq,
-            state_sha256=manifest.leads_to,
+            state_digest=manifest.leads_to,
             whole=None if isinstance(manifest.facts, StepFacts) else _recorded(state),
             step=_recorded(state) if isinstance(manifest.facts, StepFacts) else None,
-            master_sha256=master,
-            optimizer_sha256=optimizer,
+            master_digest=master,
+            optimizer_digest=optimizer,
         )
 
     def anchor(self, record: Anchored, newest: int) -> Iterator[Broken]:
@@ -123,7 +123,7 @@ class Lineage:
             yield "state-manifest", error.message
             return
         yield from self._wrong_fields(manifest, record.version, stepped=False)
-        if manifest.file_sha256 != recorded.state_sha256:
+        if manifest.file_digest != recorded.state_digest:
             yield "anchor-differs", f"it is another state than the step to version {record.version} makes"
         self.versions[record.version] = dataclasses.replace(recorded, whole=_recorded(record.state))
 
@@ -141,7 +141,7 @@ class Lineage:
         codec = self.federation.codec
         facts = manifest.facts
         wanted = {
-            "transfer_id": manifest.file_sha256[:32],
+            "transfer_id": manifest.file_digest[:32],
             "federation": self.federation.federation.name,
             "fingerprint": self.plan.fingerprint,
             "codec": codec.down if stepped else codec.whole,
@@ -150,8 +150,8 @@ class Lineage:
         }
         if stepped and isinstance(facts, StepFacts):
             before = self.versions.get(version - 1)
-            base = before.state_sha256 if before else None
-            wanted["facts"] = facts if (facts.version, facts.base_sha256) == (version, base) else None
+            base = before.state_digest if before else None
+            wanted["facts"] = facts if (facts.version, facts.base_digest) == (version, base) else None
         wrong = [name for name, value in wanted.items() if getattr(manifest, name) != value]
         if wrong:
             yield "state-manifest", f"the state's manifest has another {', '.join(wrong)} than version {version} must"
@@ -164,4 +164,4 @@ def _recorded(manifest: bytes) -> RecordedTransfer:
 def summed_up(row: int, published: Published, files: Files) -> RecordedVersion:
     """What a ledger tells of a version, as if row `row` had said all of it."""
     whole, step = (None if each is None else _recorded(each.to_bytes()) for each in (published.whole, published.step))
-    return RecordedVersion(row, published.sha256, whole, step, files.master, files.optimizer)
+    return RecordedVersion(row, published.digest, whole, step, files.master, files.optimizer)

@@ -10,7 +10,6 @@ one that is there already is replaced, as only the journal says which of two att
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Self
 import numpy as np
 
 from shared import durable
+from shared.digest import Hasher, digest, file_digest
 from shared.errors import CorruptError, RefusedError
 from shared.faultpoint import passing
 from shared.tensorfile import F32Array, Shape, TensorSpec, build_header, header_size, parse_header
@@ -117,7 +117,7 @@ class TensorWriter:
     def __init__(self, fd: int, folder: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> None:
         self._fd = fd
         self._folder = folder
-        self._hash = hashlib.sha256()
+        self._hash = Hasher()
         self._offset = 0
         self._expected = iter(sorted(shapes.items()))
         head = build_header([(name, "F32", shape) for name, shape in shapes.items()], metadata)
@@ -137,8 +137,8 @@ class TensorWriter:
             durable.sync_file(self._fd)
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of what was written, in hex."""
+    def digest(self) -> str:
+        """BLAKE3 of what was written, in hex."""
         return self._hash.hexdigest()
 
     def _put(self, data: memoryview) -> None:
@@ -164,20 +164,20 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
     passing("master.after")
 
 
-def slots_sha256(digests: Collection[str]) -> str | None:
-    """One digest for all slots: SHA-256 over their files' digests (hex, joined), in the optimizer's order; or None."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+def slots_digest(digests: Collection[str]) -> str | None:
+    """One digest for all slots: BLAKE3 over their files' digests (hex, joined), in the optimizer's order; or None."""
+    return digest("".join(digests).encode()).hex() if digests else None
 
 
 def check_files(folder: Path, version: int, slots: Collection[str], master: str, optimizer: str | None) -> None:
     """Compare a version's files with the digests that the journal recorded; CorruptError names the file.
 
-    For the start of a coordinator: 1.6 GB/s, and a rotten master would spoil every version after it.
+    For the start of a coordinator: it reads all of them, and a rotten master would spoil every version after it.
     """
-    _check(master_path(folder, version), file_sha256(master_path(folder, version)) == master)
+    _check(master_path(folder, version), own_digest(master_path(folder, version)) == master)
     if optimizer is not None:
-        digests = [file_sha256(slot_path(folder, version, slot)) for slot in slots]
-        _check(slot_path(folder, version, "*"), slots_sha256(digests) == optimizer)
+        digests = [own_digest(slot_path(folder, version, slot)) for slot in slots]
+        _check(slot_path(folder, version, "*"), slots_digest(digests) == optimizer)
 
 
 def _check(path: Path, same: object) -> None:
@@ -188,12 +188,11 @@ def _check(path: Path, same: object) -> None:
         )
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex; CorruptError when it is gone."""
+def own_digest(path: Path) -> str:
+    """BLAKE3 of a file that we wrote, in hex; CorruptError when it is gone."""
     if not path.exists():
         raise CorruptError(f"{path} is gone", hint="restore it from a backup, or recompute it from version 0")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:

@@ -51,7 +51,7 @@ from coordinator.records import Accepted, Anchored, Contribution, Record, Substi
 from coordinator.robust import KRUMS
 from coordinator.staleness import staleness_weight
 from shared.config import AggregationSection, MergeRule, Missing, Mode
-from shared.ids import Ident, Sha256Hex, TransferId
+from shared.ids import DigestHex, Ident, TransferId
 from shared.manifest import Manifest
 
 
@@ -124,9 +124,9 @@ class MergeResult:
     """What a merge left on disk, durably."""
 
     state: Manifest
-    """Of the published state, or of the step to it; its transfer id is the head of its file's SHA-256."""
-    master_sha256: Sha256Hex
-    optimizer_sha256: Sha256Hex | None
+    """Of the published state, or of the step to it; its transfer id is the head of its file's digest."""
+    master_digest: DigestHex
+    optimizer_digest: DigestHex | None
     """Digest of the server optimizer's slots; None where it has none."""
     contributions: tuple[Contribution, ...]
     """What each update of the round counted."""
@@ -214,8 +214,8 @@ def committed(plan: MergePlan, result: MergeResult, section: AggregationSection,
         version=plan.version,
         contributions=result.contributions,
         state=result.state.to_bytes(),
-        master_sha256=result.master_sha256,
-        optimizer_sha256=result.optimizer_sha256,
+        master_digest=result.master_digest,
+        optimizer_digest=result.optimizer_digest,
         at=at,
     )
     if result.anchor is not None:

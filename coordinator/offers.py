@@ -82,7 +82,7 @@ def check_standing(manifest: Manifest, ledger: Ledger, *, limit: int) -> None:
     """Raise RefusedError unless an update fits where the run stands; `limit` is how many versions late it may be."""
     facts = manifest.update
     base = ledger.published.get(facts.base_version)
-    if base is None or base.sha256 != facts.base_sha256:
+    if base is None or base.digest != facts.base_digest:
         raise RefusedError(f"version {facts.base_version} of that digest was never published", rule="base-unknown")
     if ledger.finished:
         raise RefusedError(f"the run was complete at version {ledger.version}", rule="run-complete")

@@ -279,7 +279,7 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
             continue
         _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
-        sha256 = base.state_sha256 if base else None
+        sha256 = base.state_digest if base else None
         said = seals.check_manifest
         yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, said, given_up=gone)
         done += 1
@@ -304,7 +304,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
     where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
     try:
         fields: dict[str, Any] = dict(json.loads(path.read_bytes()))
-        base_version, base_sha256 = fields.pop("base_version"), fields.pop("base_sha256")
+        base_version, base_digest = fields.pop("base_version"), fields.pop("base_digest")
         receipt = Receipt.model_validate(fields)
     except ValidationError as error:
         yield Finding("receipt-unreadable", where, describe_invalid("receipt", error))
@@ -325,7 +325,7 @@ def _receipt(path: Path, trail: Trail) -> Iterator[Finding]:
     if receipt.update_id in trail.accepted:
         _seq, accepted = trail.accepted[receipt.update_id]
         base = trail.versions.get(accepted.base_version)
-        if base is None or (base_version, base_sha256) != (accepted.base_version, base.state_sha256):
+        if base is None or (base_version, base_digest) != (accepted.base_version, base.state_digest):
             yield Finding("receipt-differs", where, "the site trained on another state than the journal says")
 
 

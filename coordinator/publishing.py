@@ -5,7 +5,6 @@ Formula and words: `shared.states`.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from shared.codec import Part, decode_add, encode, write_file
 from shared.config import CodecName
+from shared.digest import Hasher
 from shared.manifest import Manifest, StepFacts
 from shared.states import Imprint, State, open_state, seal_part, seal_state
 from shared.store import FrameStore
@@ -45,13 +45,13 @@ def publish(
         imprint,
         stepping.chunks(imprint.metadata("step")),
         section.down,
-        lambda _summary: StepFacts(version=imprint.version, base_sha256=published.sha256, state_sha256=stepping.sha256),
+        lambda _summary: StepFacts(version=imprint.version, base_digest=published.digest, state_digest=stepping.digest),
         created=created,
     )
     if imprint.version % section.steps:
         return step, None
     state = open_state(states, [*before, step.transfer_id])
-    return step, seal_state(states, imprint, state, shapes, expected=stepping.sha256, created=created)
+    return step, seal_state(states, imprint, state, shapes, expected=stepping.digest, created=created)
 
 
 class Stepping:
@@ -66,7 +66,7 @@ class Stepping:
         # The plain file of the state, as `seal_state` writes it: header, then the tensors in order of their names.
         self._shapes: dict[str, Shape] = dict(sorted(published.shapes.items()))
         self._ahead = iter(self._shapes)
-        self._hash = hashlib.sha256(build_header([(name, "F32", of) for name, of in self._shapes.items()], metadata))
+        self._hash = Hasher(build_header([(name, "F32", of) for name, of in self._shapes.items()], metadata))
 
     def chunks(self, metadata: Mapping[str, str]) -> Iterator[memoryview]:
         """Yield the bytes of the step's file; in memory at a time: one tensor of state, master and step."""
@@ -74,8 +74,8 @@ class Stepping:
         assert next(self._ahead, None) is None, "tensors are missing"
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 (hex) of the plain file of the state that the step makes, once all chunks were taken."""
+    def digest(self) -> str:
+        """BLAKE3 (hex) of the plain file of the state that the step makes, once all chunks were taken."""
         return self._hash.hexdigest()
 
     def _encoded(self, name: str) -> list[Part]:

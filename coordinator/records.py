@@ -18,11 +18,11 @@ import msgpack
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from shared.errors import CorruptError, RefusedError
-from shared.ids import Ident, Sha256Hex, TransferId
+from shared.ids import DigestHex, Ident, Sha256Hex, TransferId
 from shared.manifest import Manifest, describe_invalid, manifest_from_bytes
 from shared.trust.witness import bare_sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Positive = Annotated[int, Field(ge=1, lt=2**63, strict=True)]
@@ -49,7 +49,7 @@ class Opened:
     config_sha256: Sha256Hex
     frozen_sha256: Sha256Hex
     state: ManifestBytes
-    master_sha256: Sha256Hex
+    master_digest: DigestHex
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Accepted:
     base_version: Count
     examples: Count
     manifest_sha256: Sha256Hex
-    file_sha256: Sha256Hex
+    file_digest: DigestHex
     norm: Real
     """Global L2 norm of the delta."""
     at: Real
@@ -160,8 +160,8 @@ class VersionCommitted:
     """In the order of addition: `coordinator.merging.in_order`, in earlier runs the order of acceptance."""
     state: ManifestBytes
     """How it is published: the state whole, or the step from the version before."""
-    master_sha256: Sha256Hex
-    optimizer_sha256: Sha256Hex | None
+    master_digest: DigestHex
+    optimizer_digest: DigestHex | None
     """Digest of the server optimizer's slots; None where it has none."""
     at: Real
 
@@ -350,7 +350,7 @@ def accepted_record(manifest: Manifest, norm: float, at: float) -> Accepted:
         base_version=facts.base_version,
         examples=facts.examples,
         manifest_sha256=manifest.digest,
-        file_sha256=manifest.file_sha256,
+        file_digest=manifest.file_digest,
         norm=norm,
         at=at,
     )

@@ -123,7 +123,7 @@ class _Replay:
     def first(self, version: int, state: Manifest) -> list[Finding]:
         """Take a version's float32 files from the run and compare them, and what they publish, with the journal."""
         recorded = self.trail.versions[version]
-        slots = SLOTS[self.federation.aggregation.server.optimizer] if recorded.optimizer_sha256 else ()
+        slots = SLOTS[self.federation.aggregation.server.optimizer] if recorded.optimizer_digest else ()
         source = self.storage / "masters"
         for path in (master_path(source, version), *(slot_path(source, version, slot) for slot in slots)):
             _copy(path, self.masters / path.name)
@@ -186,17 +186,17 @@ class _Replay:
             Finding(rule, row_place(seq), what) for rule, what in miscounted(made.contributions, record.contributions)
         ]
         found += self._compare_state(seq, recorded, made.state)
-        for rule in ("master_sha256", "optimizer_sha256"):
+        for rule in ("master_digest", "optimizer_digest"):
             ours, theirs = getattr(made, rule), getattr(record, rule)
             if ours != theirs:
                 what = f"the journal says {theirs}, recomputed {ours}"
-                found.append(Finding(rule.removesuffix("_sha256"), f"{row_place(seq)}: {rule}", what))
+                found.append(Finding(rule.removesuffix("_digest"), f"{row_place(seq)}: {rule}", what))
         return found
 
     def _check(self, update_id: str) -> list[Finding]:
         _seq, accepted = self.trail.accepted[update_id]
         base = self.trail.versions[accepted.base_version]
-        return check_update(self.storage, accepted, base.state_sha256, self.plan, self.federation)
+        return check_update(self.storage, accepted, base.state_digest, self.plan, self.federation)
 
     def _compare_state(self, seq: int, recorded: Manifest, ours: Manifest) -> Iterator[Finding]:
         wanted, made = (each.model_dump(exclude=FRAMES_ONLY) for each in (recorded, ours))

@@ -27,7 +27,7 @@ from shared import audit
 from shared.audit import GENESIS, Mark, Row
 from shared.errors import ConfigError, CorruptError, MailboatError, NoRoomError, RefusedError, UnavailableError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 BUSY_MS = 5_000
 """How long to wait for SQLite's own short locks, held while a log is folded into the file or recovered."""
 
@@ -78,7 +78,8 @@ class JournalReader:
     """A journal open for reading; a context manager, usable from any thread.
 
     Raises ConfigError when there is none, CorruptError when the file is not a journal, RefusedError with rule
-    'newer-schema' when a newer release wrote it, UnavailableError when it cannot be read where it lies.
+    'newer-schema' or 'older-schema' when another release wrote it, UnavailableError when it cannot be read where it
+    lies.
     """
 
     schema: int
@@ -129,7 +130,7 @@ class JournalReader:
 
         CorruptError when it is not what was written: the rows before it, while they are there, still tell everything.
         """
-        found = self._query(_SNAPSHOT) if self.schema > 1 else []
+        found = self._query(_SNAPSHOT)
         if not found:
             return None
         row = self._row(found[0][:6])
@@ -144,8 +145,6 @@ class JournalReader:
 
     def segments(self) -> list[Segment]:
         """Segments in order, whether or not their files are there."""
-        if self.schema == 1:
-            return []
         return [self._listed(found) for found in self._query(_SEGMENTS)]
 
     def pruned(self) -> list[Segment]:
@@ -265,6 +264,12 @@ class JournalReader:
                 f"{self.path}: schema version {version}, this release knows {SCHEMA_VERSION}",
                 rule="newer-schema",
                 hint="run the release that wrote the journal, or a later one",
+            )
+        if version < SCHEMA_VERSION:
+            raise RefusedError(
+                f"{self.path}: schema version {version}, this release knows {SCHEMA_VERSION}",
+                rule="older-schema",
+                hint="end and audit this run with the release that wrote the journal; another run wants another folder",
             )
         return version
 

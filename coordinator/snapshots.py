@@ -6,7 +6,7 @@ it sums up, so the hash chain binds it. Reading is strict, because we wrote thes
 
     v         1
     opened    the record that opened the run
-    versions  one each, from 0 on: manifest (of the state, or of the step to it), SHA-256 of the master, SHA-256 of the
+    versions  one each, from 0 on: manifest (of the state, or of the step to it), BLAKE3 of the master, BLAKE3 of the
               optimizer's slots or nil
     sites     names, numbered by position
     known     one each, in order of decision: id, site's number, SHA-256 of the manifest, outcome's number, rule,
@@ -35,7 +35,7 @@ from shared.errors import CorruptError, RefusedError
 from shared.manifest import manifest_from_bytes
 from shared.messages import Outcome
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _LEVEL = 3
 RATIO_MAX = 2000

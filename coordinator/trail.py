@@ -164,7 +164,7 @@ class Trail:
             if getattr(record, name) != getattr(self.plan, name):
                 yield "other-plan", f"its {name} is not that of plan.json"
         self.version = max(self.version, 0)
-        yield from self.lineage.publish(seq, 0, record.state, record.master_sha256)
+        yield from self.lineage.publish(seq, 0, record.state, record.master_digest)
 
     def _accepted(self, seq: int, record: Accepted) -> Iterator[Broken]:
         if record.update_id in self.known:
@@ -283,7 +283,7 @@ class Trail:
         self.substituted, self.answered = None, set()
         self._merge(record)
         yield from self.lineage.anchor_due(self.version)
-        digests = record.master_sha256, record.optimizer_sha256
+        digests = record.master_digest, record.optimizer_digest
         yield from self.lineage.publish(seq, record.version, record.state, *digests)
         self.version = record.version
 

@@ -46,7 +46,7 @@ class VersionView:
     """Of its state, or of the step to it."""
     parts: tuple[str, ...]
     """Transfers that make up its state: one that is whole, and the steps behind it."""
-    master_sha256: str
+    master_digest: str
     contributions: tuple[Contribution, ...]
 
 
@@ -64,7 +64,7 @@ class UpdateLife:
     examples: int | None = None
     norm: float | None = None
     """Global L2 norm of the delta."""
-    file_sha256: str | None = None
+    file_digest: str | None = None
     loss: float | None = None
     """On the coordinator's notes, where updates are weighed by it."""
     rule: str | None = None
@@ -152,7 +152,7 @@ def read_run(records: Iterable[Record], where: Path, *, since: Restored | None =
                 opened = record
                 state = manifest_from_bytes(record.state)
                 parts = parts_after((), record)
-                versions.append(VersionView(0, state.created, state, parts, record.master_sha256, ()))
+                versions.append(VersionView(0, state.created, state, parts, record.master_digest, ()))
             case Accepted() | Rejected():
                 updates[record.update_id] = _born(record)
             case Validated() | Quarantined() | Released() | Dropped():
@@ -228,7 +228,7 @@ def _born(record: Accepted | Rejected, loss: float | None = None) -> UpdateLife:
         base_version=record.base_version,
         examples=record.examples,
         norm=record.norm,
-        file_sha256=record.file_sha256,
+        file_digest=record.file_digest,
         loss=loss,
     )
 
@@ -282,7 +282,7 @@ def _merged(life: UpdateLife, part: Contribution, record: VersionCommitted) -> U
 
 def _version(record: VersionCommitted, before: VersionView) -> VersionView:
     state, parts = manifest_from_bytes(record.state), parts_after(before.parts, record)
-    return VersionView(record.version, record.at, state, parts, record.master_sha256, record.contributions)
+    return VersionView(record.version, record.at, state, parts, record.master_digest, record.contributions)
 
 
 def parts_after(before: tuple[str, ...], record: Opened | VersionCommitted | Anchored) -> tuple[str, ...]:

@@ -350,7 +350,7 @@ class Agent:
             UpdateFacts(
                 site=self.config.name,
                 base_version=base.state.version,
-                base_sha256=base.file_sha256,
+                base_digest=base.file_digest,
                 examples=trained.examples,
                 metrics=self._metrics,
             ),
@@ -361,10 +361,10 @@ class Agent:
         )
 
     async def _settle(self, receipt: Receipt) -> None:
-        if (base_sha256 := await self.disk.given_room(in_thread, self.outbox.settle, receipt)) is None:
+        if (base_digest := await self.disk.given_room(in_thread, self.outbox.settle, receipt)) is None:
             return
         if receipt.rule == LOST:
-            self._events.put_nowait(d.Lost(base_sha256))
+            self._events.put_nowait(d.Lost(base_digest))
         told = {"version": receipt.version, "weight": receipt.weight, "rule": receipt.rule}
         log.info(receipt.outcome, update=receipt.update_id, **{key: value for key, value in told.items() if value})
 

@@ -86,7 +86,7 @@ class Trained:
 class Lost:
     """The coordinator lost an accepted update of ours that was trained on the state of this digest."""
 
-    base_sha256: str
+    base_digest: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """The schema of a site's folder: which release may read what lies there, and one process at a time.
 
-    layout.json   {"schema": 1}; written at the first start, and missing in folders of releases before there was one
+    layout.json   {"schema": 2}; written at the first start, and missing in folders of releases before there was one
 
 Folders without the file have schema 1. A schema above ours was written by a later release and is refused: that release
-may keep updates where this one would not look for them, and would train and offer them twice.
+may keep updates where this one would not look for them, and would train and offer them twice. In schema 1 transfers had
+SHA-256 where they have BLAKE3 now, so what lies there of them is of a run that only the earlier release can end. All
+else is read as it is, above all `privacy.jsonl`, which remembers across runs what was spent.
 """
 
 from __future__ import annotations
@@ -15,20 +17,24 @@ from typing import Any
 from shared import durable
 from shared.errors import CorruptError, RefusedError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LAYOUT = "layout.json"
 LOCK = "site.lock"
 PREFIX = "prefix"
 """Folder of what the frozen blocks made of the notes, see `prefix_store`."""
+_TRANSFERS = ("outbox", "residual", "states")
 
 
 def check_layout(storage: Path) -> int:
-    """Return the schema of a site's folder; RefusedError(rule='newer-schema') when this release cannot read it."""
+    """Return the schema of a site's folder.
+
+    RefusedError with rule 'newer-schema' or 'older-schema' when this release cannot read what lies there.
+    """
     path = storage / LAYOUT
     try:
         loaded: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return 1
+        loaded = {"schema": 1}
     except ValueError:
         loaded = None
     match loaded:
@@ -42,6 +48,12 @@ def check_layout(storage: Path) -> int:
             rule="newer-schema",
             hint="run the release that wrote the folder, or a later one; its updates wait",
         )
+    if schema < SCHEMA_VERSION and any(any(storage.glob(f"{folder}/*.manifest")) for folder in _TRANSFERS):
+        raise RefusedError(
+            f"{storage}: an earlier release began to take part in a run here",
+            rule="older-schema",
+            hint=f"let that release end the run; for another run, delete the folders {', '.join(_TRANSFERS)} in it",
+        )
     return schema
 
 
@@ -49,4 +61,6 @@ def open_layout(storage: Path) -> None:
     """Check the folder's schema and write it down where it is missing; errors as `check_layout`."""
     durable.make_folder(storage)
     check_layout(storage)
-    durable.write_once(storage / LAYOUT, [json.dumps({"schema": SCHEMA_VERSION}).encode() + b"\n"])
+    written = json.dumps({"schema": SCHEMA_VERSION}).encode() + b"\n"
+    if not (storage / LAYOUT).exists() or (storage / LAYOUT).read_bytes() != written:
+        durable.replace_atomic(storage / LAYOUT, written)

@@ -67,10 +67,10 @@ class Outbox:
         Those are left out whose updates were all rejected or lost: whoever starts a site again may have mended the
         cause.
         """
-        waiting = {manifest.update.base_sha256 for manifest in self.pending()}
+        waiting = {manifest.update.base_digest for manifest in self.pending()}
         answered = [read_receipt(path) for path in receipt_paths(self._storage)]
         counted = (each for each in answered if each["outcome"] != "rejected" and each.get("rule") != LOST)
-        return waiting | {each["base_sha256"] for each in counted}
+        return waiting | {each["base_digest"] for each in counted}
 
     def charges(self) -> int:
         """Return the highest row of the privacy ledger that an update here names; 0 when none does."""
@@ -124,12 +124,12 @@ class Outbox:
         stored = self.store.get(receipt.update_id)
         if stored is not None:
             facts = stored.manifest.update
-            origin: dict[str, Any] = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+            origin: dict[str, Any] = {"base_version": facts.base_version, "base_digest": facts.base_digest}
             if CHARGES in facts.metrics:
                 origin[CHARGES] = row_named(facts.metrics)
         elif path.exists():
             earlier = read_receipt(path)
-            origin = {key: earlier[key] for key in ("base_version", "base_sha256", CHARGES) if key in earlier}
+            origin = {key: earlier[key] for key in ("base_version", "base_digest", CHARGES) if key in earlier}
             if earlier == {**origin, **said}:
                 return None
         else:
@@ -142,7 +142,7 @@ class Outbox:
         passing("settle.middle")
         self.store.delete(receipt.update_id)
         passing("settle.after")
-        return str(origin["base_sha256"])
+        return str(origin["base_digest"])
 
 
 def is_sealed(storage: Path, update_id: str) -> bool:
@@ -174,6 +174,6 @@ def read_receipt(path: Path) -> dict[str, Any]:
     except ValueError:
         loaded = None
     match loaded:
-        case {"base_version": int(), "base_sha256": str(), "outcome": str()}:
+        case {"base_version": int(), "base_digest": str(), "outcome": str()}:
             return dict(loaded)
     raise CorruptError(f"{path} is not what was written", hint="move it away; a copy is with the coordinator")

@@ -61,7 +61,7 @@ class Pulling:
     def arrived(self) -> bool:
         """Whether the announced state is ready."""
         announced, ready = self.announced, self.ready
-        return announced is not None and ready is not None and ready.file_sha256 == announced.state_sha256
+        return announced is not None and ready is not None and ready.file_digest == announced.state_digest
 
     @property
     def in_use(self) -> set[str]:
@@ -154,10 +154,10 @@ class Pulling:
         if self._pull_of(manifest.transfer_id) is not None:
             self.pull = None
         self.held = manifest
-        if manifest.file_sha256 == self.stepping:
+        if manifest.file_digest == self.stepping:
             self.ready, self.stepping = manifest, ""
         elif self.announced and leads_on(self.announced, manifest):
-            self._came_for_steps = manifest.file_sha256
+            self._came_for_steps = manifest.file_digest
         else:
             self.ready = manifest
 
@@ -188,7 +188,7 @@ class Pulling:
         if self.announced is None or self.stepping:
             return
         held = self.held
-        if held and held.file_sha256 == self._came_for_steps and not leads_on(self.announced, held):
+        if held and held.file_digest == self._came_for_steps and not leads_on(self.announced, held):
             self.ready, self._came_for_steps = held, ""
         if self.arrived:
             return
@@ -222,7 +222,7 @@ class Pulling:
 
 def leads_on(announce: Announce, held: Manifest) -> bool:
     """Whether announced steps lead on from a state to the newest one."""
-    return any(step.step.base_sha256 == held.file_sha256 for step in announce.steps)
+    return any(step.step.base_digest == held.file_digest for step in announce.steps)
 
 
 def way_from(held: Manifest | None, announce: Announce) -> tuple[Manifest, ...]:
@@ -231,9 +231,9 @@ def way_from(held: Manifest | None, announce: Announce) -> tuple[Manifest, ...]:
     Steps where they lead on from it, else the state that can be had whole and the steps behind it. One that is held is
     its own way: it lies here, and is looked at before it is ready.
     """
-    if held is not None and held.file_sha256 == announce.state_sha256:
+    if held is not None and held.file_digest == announce.state_digest:
         return (held,)
     if held is not None and leads_on(announce, held):
-        first = next(at for at, step in enumerate(announce.steps) if step.step.base_sha256 == held.file_sha256)
+        first = next(at for at, step in enumerate(announce.steps) if step.step.base_digest == held.file_digest)
         return announce.steps[first:]
     return (announce.manifest, *(step for step in announce.steps if step.version > announce.manifest.version))

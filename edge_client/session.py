@@ -126,10 +126,10 @@ class Session:
             case d.Trained():
                 # Sealed in the moment in which the run ended: it is offered like any other, and gets its answer.
                 self.training = None
-                self.trained.add(event.manifest.update.base_sha256)
+                self.trained.add(event.manifest.update.base_digest)
                 self.outbox.append(event.manifest)
             case d.Lost():
-                self._train_again(event.base_sha256, now)
+                self._train_again(event.base_digest, now)
             case d.ChunkSent():
                 self._chunk_sent(event.update_id, now)
             case d.Tick():
@@ -250,15 +250,15 @@ class Session:
                 self.push.sender.settle()
                 self.push = None
             if receipt.outcome == "rejected":
-                self._train_again(mine.update.base_sha256, now)
+                self._train_again(mine.update.base_digest, now)
         elif mine is not None:
             return
         out.jobs.append(d.Settle(receipt))
 
-    def _train_again(self, base_sha256: str, now: float) -> None:
+    def _train_again(self, base_digest: str, now: float) -> None:
         """What was trained on that state does not count: do it once more, later, if nothing newer has come by then."""
-        if base_sha256 != self._rejected:
-            self._rejected = base_sha256
+        if base_digest != self._rejected:
+            self._rejected = base_digest
             self._retrain_patience.moved(now)
 
     # -- what follows from where we stand ---
@@ -278,7 +278,7 @@ class Session:
         ready = self.pulls.ready
         if ready is None or self.training is not None or len(self.outbox) >= self.outbox_max:
             return
-        if ready.file_sha256 in self.trained or (self.announced is not None and self.announced.final):
+        if ready.file_digest in self.trained or (self.announced is not None and self.announced.final):
             return
         self.training = ready
         out.jobs.append(d.Train(ready))
@@ -320,4 +320,4 @@ class Session:
         ready = self.pulls.ready
         if ready is None or not self.pulls.arrived:
             return False
-        return ready.file_sha256 == self._rejected and ready.file_sha256 in self.trained
+        return ready.file_digest == self._rejected and ready.file_digest in self.trained

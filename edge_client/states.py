@@ -81,7 +81,7 @@ class States:
     def _made(self, state: State) -> Manifest:
         """Seal it under the digest that was published, or raise RefusedError."""
         imprint = Imprint(self._federation, self._fingerprint, state.version, blocks_from(state.metadata))
-        return seal_state(self.store, imprint, state, state.shapes, expected=state.sha256)
+        return seal_state(self.store, imprint, state, state.shapes, expected=state.digest)
 
     def _sound(self, transfer_id: str) -> bool:
         try:

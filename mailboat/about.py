@@ -70,7 +70,7 @@ class Provenance:
     version: int
     file: str
     """What was exported: the published state, or the float32 master."""
-    file_sha256: str
+    file_digest: str
     trained_parameters: int
     total_parameters: int
     layers: tuple[int, ...]
@@ -95,7 +95,7 @@ def provenance(subject: Subject, plan: SealedPlan, run: RunView | None, *, full_
         architecture=plan.architecture,
         version=number,
         file="float32 master" if full_precision else "published state",
-        file_sha256=(subject.master_sha256 or "") if full_precision else state.leads_to,
+        file_digest=(subject.master_digest or "") if full_precision else state.leads_to,
         trained_parameters=plan.trained_parameters,
         total_parameters=plan.total_parameters,
         layers=plan.layers,
@@ -182,7 +182,7 @@ def _facts(found: Provenance) -> Iterator[tuple[str, str]]:
     yield "class", f"`{found.architecture}`"
     yield "trained blocks", f"{', '.join(map(str, found.layers))}, counted from 0 at the bottom"
     yield "federation", f"{found.federation}, fingerprint `{found.fingerprint}`"
-    yield f"{found.file} of version {found.version}", f"SHA-256 `{found.file_sha256}`"
+    yield f"{found.file} of version {found.version}", f"BLAKE3 `{found.file_digest}`"
     if found.personal:
         whose = f"of {found.site}" if found.site else "as every site began with them, since each keeps its own"
         yield "personal tensors", f"{len(found.personal)}, {whose}"

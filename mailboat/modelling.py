@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.masters import TensorFile, file_sha256, master_path
+from coordinator.masters import TensorFile, master_path
 from mailboat.about import base_name, provenance, write_about
 from mailboat.console import measure_title
 from mailboat.subject import Subject
 from shared.config import AdapterSection, ComputeSection, FederationConfig
 from shared.configfile import parse_config
+from shared.digest import file_digest
 from shared.errors import ConfigError, CorruptError
 from shared.states import open_state
 from shared.store import FrameStore
@@ -159,7 +160,7 @@ def _master(subject: Subject) -> State:
             f"the master of version {version} is not here any more",
             hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
         )
-    if file_sha256(path) != subject.master_sha256:
+    if file_digest(path) != subject.master_digest:
         raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
     with TensorFile(path) as tensors:
         return dict(tensors)

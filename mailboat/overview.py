@@ -56,7 +56,7 @@ class Overview:
     pending: int
     bytes_up: int
     bytes_down: int
-    state_sha256: str
+    state_digest: str
     seen_at: float | None
     waiting_for: str
     coordinator: str
@@ -97,7 +97,7 @@ def overview(run: RunView, live: LiveStatus | None, federation: FederationConfig
         pending=pending,
         bytes_up=live.bytes_up if live else 0,
         bytes_down=live.bytes_down if live else 0,
-        state_sha256=run.current.state.leads_to,
+        state_digest=run.current.state.leads_to,
         seen_at=live.at if live else None,
         waiting_for=_waiting_for(
             run, rows, federation, running=running, connected=connected, merging=merging, pending=pending

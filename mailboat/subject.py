@@ -25,7 +25,7 @@ class Subject:
     """Transfers that make it up."""
     source: str | Path
     """The base model."""
-    master_sha256: str | None = None
+    master_digest: str | None = None
     """Of the coordinator's float32 master."""
     run: RunView | None = None
     """What the coordinator's journal tells."""
@@ -39,8 +39,8 @@ class Subject:
 
     def detail(self, *, full_precision: bool) -> str:
         """Which file of it is meant, for people."""
-        if full_precision and self.master_sha256:
-            return f" in full precision (master {self.master_sha256[:12]})"
+        if full_precision and self.master_digest:
+            return f" in full precision (master {self.master_digest[:12]})"
         return f" (state {self.state.leads_to[:12]})"
 
 
@@ -50,7 +50,7 @@ def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
     run = load_run(config.storage)
     found = find_version(run, version)
     source = federation.model.base
-    return Subject(config.storage, federation, found.state, found.parts, source, found.master_sha256, run)
+    return Subject(config.storage, federation, found.state, found.parts, source, found.master_digest, run)
 
 
 def of_site(config: SiteConfig) -> Subject:

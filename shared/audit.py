@@ -105,13 +105,13 @@ def line_of(row: Row) -> Line:
         manifest = manifest_from_bytes(fields["state"])
         state: dict[str, Any] = {
             "transfer_id": manifest.transfer_id,
-            "file_sha256": manifest.file_sha256,
+            "file_digest": manifest.file_digest,
             "file_size": manifest.file_size,
             "wire_bytes": manifest.wire_bytes,
             "codec": manifest.codec,
         }
         if isinstance(manifest.facts, StepFacts):
-            state["makes_sha256"] = manifest.leads_to
+            state["makes_digest"] = manifest.leads_to
         shown["state"] = state
     return {"seq": row.seq, "at": row.at, "kind": row.kind, **shown, "hash": row.hash.hex()}
 
@@ -167,8 +167,8 @@ def _told_of_update(line: Line) -> str:
 
 
 def _told_version(line: Line) -> str:
-    stepped = line["state"].get("makes_sha256")
-    state = f"version {line.get('version', 0)}  state {(stepped or line['state']['file_sha256'])[:8]}"
+    stepped = line["state"].get("makes_digest")
+    state = f"version {line.get('version', 0)}  state {(stepped or line['state']['file_digest'])[:8]}"
     match line["kind"]:
         case "opened":
             return f"{state}  fingerprint {line['fingerprint'][:8]}"

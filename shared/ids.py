@@ -17,9 +17,11 @@ Ident = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_-]{1,64}$", strict=T
 """Name of a federation or a site; chosen by people."""
 
 TransferId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$", strict=True)]
-"""Identity of an update (drawn at birth) or of a state (head of its file's SHA-256): 16 bytes in hex."""
+"""Identity of an update (drawn at birth) or of a state (head of its file's digest): 16 bytes in hex."""
 
 Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", strict=True)]
+DigestHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", strict=True)]
+"""BLAKE3, as `shared.digest` says of what."""
 
 _DRAWN = 20
 """Hex digits of an update id that are random; the rest follows from them and the site's name."""

@@ -2,7 +2,7 @@
 
 A transfer is an update (site to coordinator), a state, or a step from one state to the next (coordinator to sites). Its
 payload is one standard safetensors file cut into raw slices of `slice_size` bytes; each slice travels and rests as one
-zstd frame. The manifest lists each frame's length and SHA-256 and the whole file's SHA-256, so that a frame is checked
+zstd frame. The manifest lists each frame's length and BLAKE3 and the whole file's, so that a frame is checked
 before it is decompressed and the file after.
 """
 
@@ -17,7 +17,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import RefusedError
-from shared.ids import Ident, Sha256Hex, TransferId
+from shared.ids import DigestHex, Ident, Sha256Hex, TransferId
 
 MAX_FRAMES = 24_000
 """12 GB at the default slice of 512 KiB; keeps a manifest under 1,000,000 bytes, the smallest default packet limit
@@ -54,8 +54,8 @@ class UpdateFacts(WireModel):
 
     site: Ident
     base_version: int = Field(ge=0)
-    base_sha256: Sha256Hex
-    """Digest of the published state that the site started from: SHA-256 of its plain file."""
+    base_digest: DigestHex
+    """Digest of the published state that the site started from: BLAKE3 of its plain file."""
     examples: int = Field(ge=1, le=1_000_000_000)
     metrics: Metrics
     """Numbers only: training loss, local F1, seconds."""
@@ -78,9 +78,9 @@ class StepFacts(WireModel):
     """What a step says of itself: added to the state before, it makes that of `version`."""
 
     version: int = Field(ge=1)
-    base_sha256: Sha256Hex
-    """Digest of the state that it is added to, as `UpdateFacts.base_sha256`."""
-    state_sha256: Sha256Hex
+    base_digest: DigestHex
+    """Digest of the state that it is added to, as `UpdateFacts.base_digest`."""
+    state_digest: DigestHex
     """Digest of the state that it makes."""
 
 
@@ -104,12 +104,12 @@ class Manifest(WireModel):
     """Byte-grouping width used inside each slice before zstd."""
     slice_size: int = Field(ge=MIN_SLICE_BYTES, le=MAX_SLICE_BYTES, multiple_of=8)
     file_size: int = Field(ge=1)
-    file_sha256: Sha256Hex
+    file_digest: DigestHex
     frame_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_FRAME_BYTES)], ...] = Field(
         min_length=1, max_length=MAX_FRAMES
     )
     frame_hashes: bytes
-    """SHA-256 of each frame, 32 bytes each, in order."""
+    """BLAKE3 of each frame, 32 bytes each, in order."""
     created: NonNegative
     """Unix seconds by the sender's clock; for people, never for decisions."""
     facts: UpdateFacts | StateFacts | StepFacts
@@ -141,7 +141,7 @@ class Manifest(WireModel):
         return sum(self.frame_lengths)
 
     def frame_hash(self, index: int) -> bytes:
-        """SHA-256 (32 bytes) of frame `index`."""
+        """BLAKE3 (32 bytes) of frame `index`."""
         return self.frame_hashes[32 * index : 32 * index + 32]
 
     def raw_size(self, index: int) -> int:
@@ -175,7 +175,7 @@ class Manifest(WireModel):
     @property
     def leads_to(self) -> str:
         """Digest (hex) of the state that is here once this is: its own, or of the state that a step makes."""
-        return self.facts.state_sha256 if isinstance(self.facts, StepFacts) else self.file_sha256
+        return self.facts.state_digest if isinstance(self.facts, StepFacts) else self.file_digest
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values, in field order (the encoding is canonical); no witness, no field of it."""

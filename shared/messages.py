@@ -36,7 +36,7 @@ from shared.manifest import (
     parse_manifest,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_CONTROL_BYTES = 990_000
 MAX_TEXT = 500
 MAX_GRANT_BYTES = 100_000
@@ -193,12 +193,12 @@ class Announce(Message):
         sound = isinstance(self.manifest.facts, StateFacts)
         sound = sound and all(isinstance(step.facts, StepFacts) for step in self.steps)
         if not sound or any(
-            (one.version + 1, one.leads_to) != (two.version, two.step.base_sha256) for one, two in pairwise(self.steps)
+            (one.version + 1, one.leads_to) != (two.version, two.step.base_digest) for one, two in pairwise(self.steps)
         ):
             msg = "not a state, and steps of which each leads on from the one before"
             raise ValueError(msg)
-        passed = [step.step.base_sha256 for step in self.steps[:1]] + [step.leads_to for step in self.steps]
-        if passed and self.manifest.file_sha256 not in passed:
+        passed = [step.step.base_digest for step in self.steps[:1]] + [step.leads_to for step in self.steps]
+        if passed and self.manifest.file_digest not in passed:
             msg = "the steps do not pass the state"
             raise ValueError(msg)
         return self
@@ -209,14 +209,14 @@ class Announce(Message):
         return (self.manifest, *self.steps)[-1].version
 
     @property
-    def state_sha256(self) -> str:
+    def state_digest(self) -> str:
         """Digest of its state, in hex."""
         return (self.manifest, *self.steps)[-1].leads_to
 
     @property
     def state_id(self) -> TransferId:
         """The id under which that state travels, or would travel, whole."""
-        return self.state_sha256[:32]
+        return self.state_digest[:32]
 
 
 class Head(Message):

@@ -6,7 +6,6 @@ than the codec has parts: each part of a span may end in a slice in which the ne
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.codec import SPAN, codec_named, decode_add, decode_tensor, group_size, part_specs, tensor_shapes
+from shared.digest import Hasher
 from shared.errors import RefusedError
 from shared.manifest import Manifest
 from shared.slices import ByteArray, expand_into
@@ -45,7 +45,7 @@ class TensorReader:
         self._verify = verify
         self._kept: dict[int, ByteArray] = {}
         self._keep = 1 + len(part_specs("", (), self.codec))
-        self._hash = hashlib.sha256()
+        self._hash = Hasher()
         self._hashed = 0
         prefix = self._bytes(0, min(8, manifest.file_size)).tobytes()
         head = self._bytes(0, header_size(prefix, manifest.file_size)).tobytes()
@@ -107,7 +107,7 @@ class TensorReader:
         assert self._verify, "slices were not hashed"
         for index in range(self._hashed, self.manifest.frames):
             self._slice(index)
-        if self._hash.hexdigest() != self.manifest.file_sha256:
+        if self._hash.hexdigest() != self.manifest.file_digest:
             raise RefusedError("the file's hash is not the one that its manifest announced", rule="file-hash")
 
     def _parts(self, name: str) -> list[NDArray[Any]]:

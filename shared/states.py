@@ -8,7 +8,7 @@ Q is what the downlink's codec makes of a tensor and what is read from that agai
 float32 numbers in the same order, so the states at all ends are equal bit for bit. What Q rounds away is still in the
 next difference: it is made up for later and does not add up.
 
-A state is known by its digest, the SHA-256 of its plain file: in a federation of steps a safetensors file of float32
+A state is known by its digest, the BLAKE3 of its plain file: in a federation of steps a safetensors file of float32
 tensors whose header names federation, fingerprint and version. Whether it came whole or by steps makes no difference.
 A state at rest is one transfer that is whole and the steps since, added up whenever it is read.
 """
@@ -16,7 +16,6 @@ A state at rest is one transfer that is whole and the steps since, added up when
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from shared import durable
 from shared.codec import decode_add, encode_each, group_size
 from shared.config import CodecName, FederationConfig
+from shared.digest import Hasher
 from shared.errors import CorruptError, RefusedError
 from shared.manifest import Manifest, StateFacts, StepFacts
 from shared.plan import BLOCKS_KEY, Blocks
@@ -46,7 +46,7 @@ class State(Mapping[str, F32Array]):
         self._steps = steps
         last = (whole, *steps)[-1].manifest
         self.version = last.version
-        self.sha256 = last.leads_to
+        self.digest = last.leads_to
         """Digest that the state must have, in hex."""
         self.metadata = {**(whole, *steps)[-1].header.metadata, "mailboat.kind": "state"}
         """What the state's plain file says of itself in its header."""
@@ -133,7 +133,7 @@ def seal_state(
 ) -> Manifest:
     """Seal a state that travels whole, in the codec for that, and return its manifest.
 
-    The transfer id is the head of the file's SHA-256, so that equal states have equal ids. `created` is unix seconds,
+    The transfer id is the head of the file's digest, so that equal states have equal ids. `created` is unix seconds,
     by default now. RefusedError(rule='state-digest'), and nothing is left, when the digest is not the `expected` one;
     else as `encode` and `FrameStore.seal`.
     """
@@ -141,7 +141,7 @@ def seal_state(
 
     def stated(summary: FileSummary) -> StateFacts:
         if expected is not None:
-            _check_digest(version, summary.file_sha256, expected)
+            _check_digest(version, summary.file_digest, expected)
         return StateFacts(version=version)
 
     chunks = encode_each(shapes, tensors.__getitem__, codec, imprint.metadata("state"))
@@ -162,7 +162,7 @@ def seal_part(
 
     def build(summary: FileSummary) -> Manifest:
         return Manifest(
-            transfer_id=summary.file_sha256[:32],
+            transfer_id=summary.file_digest[:32],
             federation=federation.federation.name,
             fingerprint=imprint.fingerprint,
             codec=codec,
@@ -196,11 +196,11 @@ def check_state_digest(store: FrameStore, parts: Sequence[str]) -> None:
 
 
 def _plain(state: State) -> Iterator[memoryview]:
-    digest = hashlib.sha256()
+    hasher = Hasher()
     for chunk in encode_each(state.shapes, state.__getitem__, "f32", state.metadata):
-        digest.update(chunk)
+        hasher.update(chunk)
         yield chunk
-    _check_digest(state.version, digest.hexdigest(), state.sha256)
+    _check_digest(state.version, hasher.hexdigest(), state.digest)
 
 
 def _check_digest(version: int, found: str, published: str) -> None:

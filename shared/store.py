@@ -15,7 +15,6 @@ here blocks on the disk; an event loop calls it from a thread. A folder has one 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from shared import durable
+from shared.digest import digest
 from shared.errors import CorruptError, RefusedError
 from shared.faultpoint import passing
 from shared.manifest import Manifest, manifest_from_bytes
@@ -96,7 +96,7 @@ class Stored:
         frame = os.pread(fd, length, self.offsets[index])
         intact = len(frame) == length
         if verify and intact:
-            intact = hashlib.sha256(frame).digest() == self.manifest.frame_hash(index)
+            intact = digest(frame) == self.manifest.frame_hash(index)
         if not intact:
             raise CorruptError(
                 f"{self.path}: frame {index} is not what was written",
@@ -132,7 +132,7 @@ class Partial:
             return False
         if len(frame) != self.manifest.frame_lengths[index]:
             raise RefusedError(f"frame {index} has another length than its manifest says", rule="frame-length")
-        if hashlib.sha256(frame).digest() != self.manifest.frame_hash(index):
+        if digest(frame) != self.manifest.frame_hash(index):
             raise RefusedError(f"frame {index} has another hash than its manifest says", rule="frame-hash")
         with durable.storage_errors(self._store.root, len(frame)):
             durable.write_all(self._fd, frame, self._offsets[index])
@@ -334,7 +334,7 @@ def frame_offsets(manifest: Manifest) -> tuple[int, ...]:
 def _intact_frames(fd: int, manifest: Manifest) -> Iterator[int]:
     for index, (offset, length) in enumerate(zip(frame_offsets(manifest), manifest.frame_lengths, strict=True)):
         frame = os.pread(fd, length, offset)
-        if frame[:4] != _NOTHING and hashlib.sha256(frame).digest() == manifest.frame_hash(index):
+        if frame[:4] != _NOTHING and digest(frame) == manifest.frame_hash(index):
             # After a failed sync the kernel may take these bytes for saved, and only a new write is synced again.
             durable.write_all(fd, frame, offset)
             yield index

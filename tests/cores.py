@@ -84,7 +84,7 @@ class CoordinatorBench:
                 assert send.message == ledger.receipt(send.message.update_id)
             if isinstance(send.message, Announce):
                 said = send.message
-                assert (said.state_sha256, said.final) == (ledger.newest.sha256, ledger.finished)
+                assert (said.state_digest, said.final) == (ledger.newest.digest, ledger.finished)
 
     def receive(self, site: str, message: Message) -> d.Decision:
         """A message on the topic of `site`."""

@@ -22,7 +22,7 @@ from shared.store import FrameStore
 from shared.trust.witness import HEADS, parse_head
 
 FIELDS = (
-    *("loss", "seconds", "examples", "frame_hashes", "frame_lengths", "base_sha256", "file_sha256", "metrics"),
+    *("loss", "seconds", "examples", "frame_hashes", "frame_lengths", "base_digest", "file_digest", "metrics"),
     *("outcome", "staleness", "weight", "phase", "progress", "reconnects", "config_sha256", "software"),
     *("problem", "treatment"),
 )
@@ -116,8 +116,8 @@ def _secrets(root: Path) -> Iterator[tuple[str, bytes]]:
         for name in FrameStore(storage / folder).ids():
             stored = FrameStore(storage / folder).get(name)
             assert stored is not None
-            yield "digest", bytes.fromhex(stored.manifest.file_sha256)
-            yield "digest", stored.manifest.file_sha256.encode()
+            yield "digest", bytes.fromhex(stored.manifest.file_digest)
+            yield "digest", stored.manifest.file_digest.encode()
             yield from (("frame", piece) for piece in _pieces((storage / folder / f"{name}.frames").read_bytes()))
             if folder == "updates":
                 for metric, value in stored.manifest.update.metrics.items():

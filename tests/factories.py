@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from blake3 import blake3
+
 from shared.config import FederationConfig
 from shared.configfile import parse_config
 from shared.ids import marked
@@ -48,15 +50,15 @@ def make_plan(federation: FederationConfig) -> SealedPlan:
 
 def make_state(plan: SealedPlan, version: int, *, frames: int = 5, salt: str = "") -> Manifest:
     """The manifest of a published state."""
-    file_sha256 = digest(f"state {version}{salt}")
-    return _make(plan, file_sha256[:32], file_sha256, frames, StateFacts(version=version))
+    file_digest = digest(f"state {version}{salt}")
+    return _make(plan, file_digest[:32], file_digest, frames, StateFacts(version=version))
 
 
 def make_step(plan: SealedPlan, version: int, *, frames: int = 2, salt: str = "") -> Manifest:
     """The manifest of the step that makes `make_state` of a version out of that of the version before."""
-    base, made, file_sha256 = (digest(f"{what}{salt}") for what in _step_names(version))
-    facts = StepFacts(version=version, base_sha256=base, state_sha256=made)
-    return _make(plan, file_sha256[:32], file_sha256, frames, facts)
+    base, made, file_digest = (digest(f"{what}{salt}") for what in _step_names(version))
+    facts = StepFacts(version=version, base_digest=base, state_digest=made)
+    return _make(plan, file_digest[:32], file_digest, frames, facts)
 
 
 def _step_names(version: int) -> tuple[str, str, str]:
@@ -74,13 +76,13 @@ def make_update(
     """The manifest of an update that starts from the state `base`."""
     transfer_id = update_id or update_id_of(site, base.transfer_id)
     facts = UpdateFacts(
-        site=site, base_version=base.state.version, base_sha256=base.file_sha256, examples=examples, metrics={}
+        site=site, base_version=base.state.version, base_digest=base.file_digest, examples=examples, metrics={}
     )
     return _make(plan, transfer_id, digest(f"update {transfer_id}"), frames, facts)
 
 
 def _make(
-    plan: SealedPlan, transfer_id: str, file_sha256: str, frames: int, facts: StateFacts | StepFacts | UpdateFacts
+    plan: SealedPlan, transfer_id: str, file_digest: str, frames: int, facts: StateFacts | StepFacts | UpdateFacts
 ) -> Manifest:
     return Manifest(
         transfer_id=transfer_id,
@@ -90,9 +92,9 @@ def _make(
         group=4,
         slice_size=SLICE,
         file_size=SLICE * frames,
-        file_sha256=file_sha256,
+        file_digest=file_digest,
         frame_lengths=(SLICE - 100,) * frames,
-        frame_hashes=b"".join(hashlib.sha256(bytes([index % 251])).digest() for index in range(frames)),
+        frame_hashes=b"".join(blake3(bytes([index % 251])).digest() for index in range(frames)),
         created=0.0,
         facts=facts,
     )

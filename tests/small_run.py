@@ -138,7 +138,7 @@ class SmallRun:
                 facts=UpdateFacts(
                     site=site,
                     base_version=base,
-                    base_sha256=self.state_manifests[base].leads_to,
+                    base_digest=self.state_manifests[base].leads_to,
                     examples=examples,
                     metrics=dict(metrics),
                 ),
@@ -156,7 +156,7 @@ class SmallRun:
             base_version=facts.base_version,
             examples=facts.examples,
             manifest_sha256=stored.manifest.digest,
-            file_sha256=stored.manifest.file_sha256,
+            file_digest=stored.manifest.file_digest,
             norm=admitted.norm,
             at=3.0,
         )

@@ -7,7 +7,6 @@ processes of their own (`python -m tests.toys coordinator|site CONFIG`), to be k
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from blake3 import blake3
 from safetensors.numpy import load_file, save_file
 
 from coordinator.journal import Journal
@@ -118,7 +118,7 @@ class RandomTrainer(ToyTrainer):
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
     ) -> ToyTrained:
         """Write a random delta."""
-        self.given[base_version] = hashlib.sha256(state.read_bytes()).hexdigest()
+        self.given[base_version] = blake3(state.read_bytes()).hexdigest()
         await asyncio.sleep(self.seconds)
         on_progress(1.0, 0.0)
         shapes = {name: values.shape for name, values in load_file(state).items()}

@@ -23,7 +23,7 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 UNPINNED = {"mailboat", "pip", "setuptools"}
 """This project, and what brings packages into an environment."""
 READERS = {
-    *("aiomqtt", "cffi", "cryptography", "msgpack", "numpy", "paho-mqtt", "pydantic", "pydantic-core"),
+    *("aiomqtt", "blake3", "cffi", "cryptography", "msgpack", "numpy", "paho-mqtt", "pydantic", "pydantic-core"),
     *("safetensors", "tokenizers", "zstandard"),
 }
 """What messages, files of tensors and certificates go through."""

@@ -137,8 +137,8 @@ def _story(life: UpdateLife, manifest: Manifest | None) -> Iterator[tuple[str, s
         if metrics:
             yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
     yield "manifest", f"sha256 {life.manifest_sha256}"
-    if life.file_sha256 is not None:
-        yield "file", f"sha256 {life.file_sha256}"
+    if life.file_digest is not None:
+        yield "file", f"blake3 {life.file_digest}"
     if life.fate == "rejected":
         yield "rejected", f"{_time(life.decided_at)}  {life.rule}: {life.detail}"
         return

@@ -43,7 +43,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder", hint="name a new one")
     subject = _subject(config, site, version)
-    if full_precision and subject.master_sha256 is None:
+    if full_precision and subject.master_digest is None:
         raise ConfigError("--full-precision and --site were both given", hint="only a coordinator has the master")
     personal = modelling.export_state(subject, out, merged=merged, full_precision=full_precision)
     console.say(f"{subject.title}{subject.detail(full_precision=full_precision)} written to {out}")

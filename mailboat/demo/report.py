@@ -103,7 +103,7 @@ def to_json(result: Result) -> dict[str, Any]:
     facts, wire = result.facts, result.wire
     opened = facts.opened
     assert opened is not None, "a run that ended was opened"
-    first = {"version": 0, **_score(result.base), "state_sha256": manifest_from_bytes(opened.state).leads_to}
+    first = {"version": 0, **_score(result.base), "state_digest": manifest_from_bytes(opened.state).leads_to}
     return {
         "versions": [{**first, "contributions": []}, *(_version(facts, version) for version in facts.versions)],
         "local_only": {site: _score(score) for site, score in sorted(result.local_only.items())},
@@ -138,7 +138,7 @@ def _version(facts: Facts, version: VersionCommitted) -> dict[str, Any]:
     return {
         "version": version.version,
         **_score(facts.scores[version.version]),
-        "state_sha256": manifest_from_bytes(version.state).leads_to,
+        "state_digest": manifest_from_bytes(version.state).leads_to,
         "contributions": [
             {
                 "update_id": part.update_id,

@@ -206,7 +206,7 @@ class SiteSide:
     def _stepped(self, job: d.StepOn) -> None:
         """The state that steps have made, as if it had come whole; that it is the same is shown elsewhere."""
         last = job.steps[-1]
-        made = {"transfer_id": last.leads_to[:32], "file_sha256": last.leads_to}
+        made = {"transfer_id": last.leads_to[:32], "file_digest": last.leads_to}
         self._ready(job.base.model_copy(update={**made, "facts": StateFacts(version=last.version)}))
 
     def _ready(self, state: Manifest) -> None:
@@ -256,7 +256,7 @@ class SiteSide:
         facts = UpdateFacts(
             site=self.config.name,
             base_version=base.state.version,
-            base_sha256=base.file_sha256,
+            base_digest=base.file_digest,
             examples=trained.examples,
             metrics=trained.metrics,
         )

@@ -175,7 +175,7 @@ _RECEIPT = {
     "staleness": 0,
     "weight": 0.5,
     "base_version": 2,
-    "base_sha256": "ef" * 32,
+    "base_digest": "ef" * 32,
 }
 _HEAD = b'{"version": 3, "seq": 27, "head": "' + b"5b" * 32 + b'", "signature": "' + b"00" * 64 + b'"}'
 _LINE = (

@@ -6,7 +6,6 @@ A target returns or raises an error of the project's own; anything else is a cra
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 import ssl
 import struct
@@ -19,6 +18,7 @@ from typing import Any, get_args
 import msgpack
 import numpy as np
 import zstandard
+from blake3 import blake3
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -238,7 +238,7 @@ def _transfer_mutated(data: bytes, rng: random.Random) -> bytes:
             frames[0] = compress_slice((first + bytes(SLICE_BYTES))[:SLICE_BYTES], 2)
     manifest = msgpack.unpackb(raw, raw=False)
     manifest["frame_lengths"] = [max(1, len(frame)) for frame in frames]
-    manifest["frame_hashes"] = b"".join(hashlib.sha256(frame).digest() for frame in frames)
+    manifest["frame_hashes"] = b"".join(blake3(frame).digest() for frame in frames)
     if rng.random() < 0.2:
         manifest = mutated_value(manifest, rng)
     return packed([packed(manifest, raw, rng), frames], data, rng)

@@ -108,13 +108,13 @@ def _state_digest(version: int) -> str:
 
 
 def _step_of(version: int, **changes: Any) -> dict[str, Any]:
-    facts = {"version": version, "base_sha256": _state_digest(version - 1), "state_sha256": _state_digest(version)}
+    facts = {"version": version, "base_digest": _state_digest(version - 1), "state_digest": _state_digest(version)}
     return _manifest(facts=facts, **changes)
 
 
 def _announce(*steps: dict[str, Any]) -> bytes:
     digests = dict.fromkeys(("fingerprint", "config_sha256", "frozen_sha256"), "0f" * 32)
-    whole = _manifest(facts={"version": 0}, file_sha256=_state_digest(0))
+    whole = _manifest(facts={"version": 0}, file_digest=_state_digest(0))
     fields = {"boot": "0" * 16, "manifest": whole, "final": False, "target": 9, "steps": list(steps)}
     return _message("announce", **digests, **fields)
 
@@ -123,7 +123,7 @@ def _announce(*steps: dict[str, Any]) -> bytes:
 
 
 def _manifest(**changes: Any) -> dict[str, Any]:
-    facts = {"site": "north", "base_version": 0, "base_sha256": "0f" * 32, "examples": 10, "metrics": {}}
+    facts = {"site": "north", "base_version": 0, "base_digest": "0f" * 32, "examples": 10, "metrics": {}}
     facts.update({name: changes.pop(name) for name in list(changes) if name in facts})
     fields = {
         "transfer_id": ID,
@@ -133,7 +133,7 @@ def _manifest(**changes: Any) -> dict[str, Any]:
         "group": 4,
         "slice_size": RAW_BYTES,
         "file_size": 100,
-        "file_sha256": "0f" * 32,
+        "file_digest": "0f" * 32,
         "frame_lengths": [50],
         "frame_hashes": bytes(32),
         "created": 1.0,
@@ -164,13 +164,13 @@ def manifests() -> Iterator[tuple[str, bytes]]:
         "created-at-infinity": {"created": float("inf")},
         "codec-like-a-path": {"codec": "../../pickle"},
         "site-like-a-path": {"site": "..\\..\\north"},
-        "step-to-version-0": {"facts": {"version": 0, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32}},
-        "step-from-nothing": {"facts": {"version": 1, "base_sha256": "", "state_sha256": "0f" * 32}},
+        "step-to-version-0": {"facts": {"version": 0, "base_digest": "0f" * 32, "state_digest": "0f" * 32}},
+        "step-from-nothing": {"facts": {"version": 1, "base_digest": "", "state_digest": "0f" * 32}},
         "step-of-a-site": {
-            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32, "site": "north"}
+            "facts": {"version": 1, "base_digest": "0f" * 32, "state_digest": "0f" * 32, "site": "north"}
         },
         "witness-of-a-step": {
-            "facts": {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "0f" * 32},
+            "facts": {"version": 1, "base_digest": "0f" * 32, "state_digest": "0f" * 32},
             "witness": {"seq": 1, "head": "0f" * 32, "signature": bytes(64)},
         },
         "witness-of-a-byte": {"witness": {"seq": 1, "head": "0f" * 32, "signature": b"x"}},

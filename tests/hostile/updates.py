@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from blake3 import blake3
 
 from shared.codec import Codec
 from shared.manifest import Manifest, UpdateFacts
@@ -42,7 +42,7 @@ def update_of(
     writer = make_transfer_frames(tensors, codec, {"codec": codec}, slice_size=SLICE_BYTES)
     found = [frame.data for frame in writer]
     summary = writer.summary
-    said = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+    said = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=10, metrics={})
     manifest = Manifest(
         transfer_id=transfer_id,
         federation="ward",
@@ -56,7 +56,7 @@ def update_of(
     if spoil is not None:
         spoil(manifest, found)
     manifest["frame_lengths"] = [len(frame) for frame in found]
-    manifest["frame_hashes"] = b"".join(hashlib.sha256(frame).digest() for frame in found)
+    manifest["frame_hashes"] = b"".join(blake3(frame).digest() for frame in found)
     return _packed([_packed(manifest), found])
 
 
@@ -77,7 +77,7 @@ def _expanded(manifest: dict[str, Any], found: list[bytes]) -> bytes:
 
 def _replace(manifest: dict[str, Any], found: list[bytes], raw: bytes) -> None:
     found[0] = compress_slice(raw, manifest["group"])
-    manifest["file_sha256"] = hashlib.sha256(raw).hexdigest()
+    manifest["file_digest"] = blake3(raw).hexdigest()
     manifest["file_size"] = len(raw)
 
 
@@ -141,7 +141,7 @@ def _codec_lie(manifest: dict[str, Any], found: list[bytes]) -> None:
 
 
 def _hash_lie(manifest: dict[str, Any], _found: list[bytes]) -> None:
-    manifest["file_sha256"] = "0f" * 32
+    manifest["file_digest"] = "0f" * 32
 
 
 def _longer(manifest: dict[str, Any], found: list[bytes]) -> None:
@@ -170,5 +170,5 @@ def steps() -> Iterator[tuple[str, bytes]]:
 
 def step_of(tensors: Mapping[str, Any], codec: Codec = "f32", **options: Any) -> bytes:
     """A step from whatever state to one that nobody has."""
-    facts = {"version": 1, "base_sha256": "0f" * 32, "state_sha256": "f0" * 32}
+    facts = {"version": 1, "base_digest": "0f" * 32, "state_digest": "f0" * 32}
     return update_of(tensors, codec, facts=facts, transfer_id="cd" * 16, **options)

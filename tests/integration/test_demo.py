@@ -98,7 +98,7 @@ def test_a_whole_run_with_baselines_and_a_site_that_never_comes(tmp_path: Path, 
     assert 0 < told["bytes"]["saving"] < 1
     assert (told["bytes"]["uplink_transfers"], told["bytes"]["downlink_transfers"]) == (4, 6)
     assert told["bytes"]["full_model_file"] > 4 * told["total_parameters"]
-    assert load_run(plan.layout.storage).current.state.file_sha256 == told["versions"][2]["state_sha256"]
+    assert load_run(plan.layout.storage).current.state.file_digest == told["versions"][2]["state_digest"]
     exported = exported_scores(plan)
     assert exported == pytest.approx(result.federated.measures, abs=1e-9)
     assert plan.layout.plot.read_bytes().startswith(b"\x89PNG")

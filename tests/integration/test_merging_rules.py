@@ -308,5 +308,5 @@ def test_a_sync_run_gives_the_same_bits_whoever_is_first(tmp_path: Path, mosquit
                     group.create_task(site)
 
         run_async(everybody(), timeout_s=60)
-        digests.append([each.master_sha256 for each in toy_records(root) if isinstance(each, VersionCommitted)])
+        digests.append([each.master_digest for each in toy_records(root) if isinstance(each, VersionCommitted)])
     assert digests[0] == digests[1]

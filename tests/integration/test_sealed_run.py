@@ -78,7 +78,7 @@ def test_a_sealed_run_reaches_the_last_version_and_shows_nothing(mode: str, tmp_
         "loss",
         "examples",
         "frame_hashes",
-        "base_sha256",
+        "base_digest",
         "zstd frame",
         "a.weight",
         "digest",

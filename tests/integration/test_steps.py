@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from coordinator import fsck
 from coordinator.proof import prove
@@ -43,7 +43,7 @@ def _published(root: Path) -> dict[int, str]:
     for view in load_run(root / "coordinator").versions:
         path = root / f"extracted-{view.version}"
         extract_state(store, view.parts, path)
-        digests[view.version] = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[view.version] = blake3(path.read_bytes()).hexdigest()
         assert digests[view.version] == view.state.leads_to
     return digests
 
@@ -114,7 +114,7 @@ def test_sites_that_stay_fetch_one_state_and_then_steps(
     assert mode == "fedasync" or served & set(wholes.values()) == {wholes[0]}
     for name, trainer in trainers.items():
         assert trainer.given.items() <= digests.items()
-        assert _held(tmp_path, name).file_sha256 == digests[7]
+        assert _held(tmp_path, name).file_digest == digests[7]
     _nothing_is_wrong(tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_a_site_that_was_away_follows_by_steps_and_a_new_one_takes_a_whole_state
     assert served & {wholes[3], wholes[6]}
     assert wholes[0] not in served
     assert away.given.items() <= digests.items()
-    assert _held(tmp_path, "site-3").file_sha256 == digests[8]
+    assert _held(tmp_path, "site-3").file_digest == digests[8]
     _nothing_is_wrong(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_a_site_killed_while_it_makes_a_state_makes_it_again(
     assert any(isinstance(record, Finished) for record in toy_records(tmp_path))
     digests = _published(tmp_path)
     assert not served & set(_wholes(tmp_path).values())
-    assert _held(tmp_path, "site-1").file_sha256 == digests[3]
+    assert _held(tmp_path, "site-1").file_digest == digests[3]
     _nothing_is_wrong(tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
 
     run_async(everybody(), timeout_s=60)
     assert served >= {_wholes(tmp_path)[0]}
-    assert _held(tmp_path, "site-1").file_sha256 == _published(tmp_path)[1]
+    assert _held(tmp_path, "site-1").file_digest == _published(tmp_path)[1]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_whatever_is_trained_travels_as_steps(
     run_tiny(tmp_path)
     digests, wholes = _published(tmp_path), _wholes(tmp_path)
     assert not served & set(wholes.values())
-    assert [_held(tmp_path, name).file_sha256 for name in ("site-1", "site-2")] == [digests[3]] * 2
+    assert [_held(tmp_path, name).file_digest for name in ("site-1", "site-2")] == [digests[3]] * 2
     _nothing_is_wrong(tmp_path)
 
 

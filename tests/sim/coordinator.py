@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from coordinator import decisions as d
 from coordinator.arrivals import DAMAGED_RETRY_S, sender
 from coordinator.core import Core
@@ -106,7 +108,7 @@ class CoordinatorMachine(Machine):
             newest = record if isinstance(record, Opened | VersionCommitted) else newest
         assert newest is not None
         version = newest.version if isinstance(newest, VersionCommitted) else 0
-        check_files(self.masters, version, (), newest.master_sha256, None)
+        check_files(self.masters, version, (), newest.master_digest, None)
         discard_rejected(self.updates, self.core.ledger)
         discard_uncommitted(self.states, self.core.ledger)
         self.spooler = VirtualSpooler(self, self.updates, self._chunks_stored, lambda _rule: None, sender=sender)
@@ -136,7 +138,7 @@ class CoordinatorMachine(Machine):
             config_sha256=self.plan.config_sha256,
             frozen_sha256=self.plan.frozen_sha256,
             state=state.to_bytes(),
-            master_sha256=hashlib.sha256(FIRST_MASTER).hexdigest(),
+            master_digest=blake3(FIRST_MASTER).hexdigest(),
         )
 
     def _publish(self, version: int, before: tuple[str, ...], master: bytes) -> tuple[Manifest, Manifest | None]:
@@ -149,7 +151,7 @@ class CoordinatorMachine(Machine):
         facts, wall = StateFacts(version=version), self.wall
         sealing: Any = frames
         state = self.states.seal(
-            sealing, lambda summary: manifest_of(self.plan, summary.file_sha256[:32], summary, facts, wall)
+            sealing, lambda summary: manifest_of(self.plan, summary.file_digest[:32], summary, facts, wall)
         )
         return state.manifest, None
 
@@ -358,7 +360,7 @@ class CoordinatorMachine(Machine):
         durable.replace_atomic(master_path(self.masters, plan.version), master)
         state, anchor = self._publish(plan.version, plan.before, master)
         prune_masters(self.masters, {plan.base_version, plan.version})
-        result = MergeResult(state, hashlib.sha256(master).hexdigest(), None, plan.recorded(), anchor)
+        result = MergeResult(state, blake3(master).hexdigest(), None, plan.recorded(), anchor)
         self.later(0.01, self.decide, d.Merged(plan, result))
 
     def _read_state_chunk(self, transfer_id: str, index: int) -> bytes:

@@ -201,11 +201,11 @@ def _settle_backwards(self: Outbox, receipt: Receipt) -> str | None:
     if stored is None:
         return None
     facts = stored.manifest.update
-    origin = {"base_version": facts.base_version, "base_sha256": facts.base_sha256}
+    origin = {"base_version": facts.base_version, "base_digest": facts.base_digest}
     self.store.delete(receipt.update_id)
     said = json.dumps({**origin, **receipt.model_dump(mode="json")}).encode()
     durable.replace_atomic(self._receipts / f"{receipt.update_id}.json", said)
-    return facts.base_sha256
+    return facts.base_digest
 
 
 def _residual_last(self: Outbox, frames: Any, build: Any, left: Any = None) -> Manifest:

@@ -6,10 +6,10 @@ rounding, and the sum of both ends. Here they are added up in memory, one after 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+from blake3 import blake3
 
 from coordinator.ledger import Ledger
 from shared.codec import decode_add, encode, encode_file
@@ -59,9 +59,9 @@ class Replicas:
         else:
             before = self.newest if version else None
             content = self._stepped(version, tensors_of(master, self.scenario))
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = blake3(content).hexdigest()
         demand(manifest.leads_to == sha256, f"version {version} publishes another state")
-        base = manifest.step.base_sha256 if isinstance(manifest.facts, StepFacts) else None
+        base = manifest.step.base_digest if isinstance(manifest.facts, StepFacts) else None
         demand(base == before, f"version {version} is no step from the state before it")
         self._content[sha256] = content
         self.newest = sha256
@@ -70,7 +70,7 @@ class Replicas:
     def anchor(self, version: int, sealed: bytes) -> None:
         """The state of a version can be had whole."""
         demand(version and not version % self.scenario.federation.codec.steps, f"version {version} is an anchor")
-        same = manifest_from_bytes(sealed).file_sha256 == self.newest == self.digests[version]
+        same = manifest_from_bytes(sealed).file_digest == self.newest == self.digests[version]
         demand(same, f"the anchor of version {version} is another state")
 
     def _stepped(self, version: int, master: dict[str, F32Array]) -> bytes:
@@ -96,8 +96,8 @@ class Replicas:
 
     def knows(self, manifest: Manifest) -> bool:
         """Whether this state was ever published."""
-        return manifest.file_sha256 in self._content
+        return manifest.file_digest in self._content
 
     def check(self, who: str, manifest: Manifest, content: bytes) -> None:
         """Somebody holds a state: it is what was published of that version, bit for bit."""
-        demand(self._content.get(manifest.file_sha256) == content, f"{who} holds another state than was published")
+        demand(self._content.get(manifest.file_digest) == content, f"{who} holds another state than was published")

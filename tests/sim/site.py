@@ -306,7 +306,7 @@ class SiteMachine(Machine):
         facts = UpdateFacts(
             site=self.name,
             base_version=base.state.version,
-            base_sha256=base.file_sha256,
+            base_digest=base.file_digest,
             examples=self.rng.randint(1, 50),
             metrics={},
         )
@@ -341,12 +341,12 @@ class SiteMachine(Machine):
     def _settle(self, receipt: Receipt) -> None:
         self.witness.begins_to_settle(self.name, receipt)
         try:
-            base_sha256 = self.outbox.settle(receipt)
+            base_digest = self.outbox.settle(receipt)
         except NoRoomError:
             self._unsettled += 1
             self.later(POLL_S, self._settle_again, receipt)
             return
-        if base_sha256 is not None:
+        if base_digest is not None:
             self.witness.settles(self.name, receipt)
         self.witness.owes(self.name, self.outbox)
 

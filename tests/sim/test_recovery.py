@@ -121,7 +121,7 @@ def test_bytes_that_outlived_a_failed_sync_are_written_again(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_an_update_is_there_until_its_receipt_is(seed: int) -> None:
     """Killed at any step of keeping the receipt, started again, power lost: one of the two is on the disk."""
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=1, metrics={})
+    facts = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=1, metrics={})
     update_id = digest("update")[:32]
     for after in range(12):
         disk, fuse = _machine(seed)
@@ -140,7 +140,7 @@ def test_bytes_of_a_rejected_update_go_at_the_next_start() -> None:
     """Killed between the record and the deletion: nobody else would ever delete them. Others stay."""
     bench = CoordinatorBench()
     store = FrameStore(Disk(random.Random(0)).path("updates"))
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=1, metrics={})
+    facts = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=1, metrics={})
     for name in ("rejected", "arriving"):
         manifest = manifest_of(PLAN, digest(name)[:32], ToyFrames(FRAMES).summary, facts, 0.0)
         store.open_partial(manifest)

@@ -11,6 +11,7 @@ import numpy as np
 
 from coordinator.records import Contribution
 from shared import store
+from shared.digest import digest
 from shared.errors import RefusedError
 from shared.manifest import Manifest, StateFacts, UpdateFacts
 from shared.plan import SealedPlan
@@ -38,7 +39,7 @@ class ToyFrames:
         self._frames = frames
 
     def __iter__(self) -> Iterator[Frame]:
-        return (Frame(data, hashlib.sha256(data).digest()) for data in self._frames)
+        return (Frame(data, digest(data)) for data in self._frames)
 
     @property
     def summary(self) -> FileSummary:
@@ -47,15 +48,15 @@ class ToyFrames:
             slice_size=SLICE,
             group=4,
             file_size=SLICE * len(self._frames),
-            file_sha256=file_sha256(self._frames),
+            file_digest=file_digest(self._frames),
             frame_lengths=tuple(len(frame) for frame in self._frames),
-            frame_hashes=b"".join(frame.sha256 for frame in self),
+            frame_hashes=b"".join(frame.digest for frame in self),
         )
 
 
-def file_sha256(frames: Iterable[bytes]) -> str:
+def file_digest(frames: Iterable[bytes]) -> str:
     """What a toy manifest says of its file."""
-    return hashlib.sha256(b"".join(frames)).hexdigest()
+    return digest(b"".join(frames)).hex()
 
 
 def manifest_of(
@@ -77,7 +78,7 @@ def read_whole(stored: Stored) -> list[bytes]:
     """All frames of a transfer; RefusedError when they are not those of the manifest."""
     with store._reading(stored.path) as fd:
         frames = [stored._read(fd, index, verify=True) for index in range(stored.manifest.frames)]
-    if file_sha256(frames) != stored.manifest.file_sha256:
+    if file_digest(frames) != stored.manifest.file_digest:
         raise RefusedError("the file has another hash", rule="file-hash")
     return frames
 
@@ -91,14 +92,14 @@ def admit(stored: Stored) -> float:
 
 def loss_of(manifest: Manifest) -> float:
     """In the place of a model and notes: 0 to 3, by the update's bytes."""
-    return 3 * int(manifest.file_sha256[:8], 16) / 2**32
+    return 3 * int(manifest.file_digest[:8], 16) / 2**32
 
 
 def merged_master(master: bytes, parts: Iterable[tuple[Contribution, Sequence[bytes]]]) -> bytes:
     """The next master: of the one before, and each contribution's weight and payload, in order."""
     told = hashlib.sha256(master)
     for part, frames in parts:
-        told.update(f"{part.update_id} {part.weight!r} {part.base_version} {file_sha256(frames)}".encode())
+        told.update(f"{part.update_id} {part.weight!r} {part.base_version} {file_digest(frames)}".encode())
     return told.hexdigest().encode()
 
 

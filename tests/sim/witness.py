@@ -17,10 +17,11 @@ There is no privacy ledger yet, and so no check of one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from coordinator.core import Core
 from coordinator.decisions import Send
@@ -139,7 +140,7 @@ class Witness:
         demand(not self.finished or isinstance(record, Rejected | Signed), f"{record.kind} after the end")
         match record:
             case Opened():
-                self._publish(0, record.state, record.master_sha256)
+                self._publish(0, record.state, record.master_digest)
             case Accepted():
                 mine = self.sealed.get(record.update_id)
                 demand(mine is not None, f"update {record.update_id} was accepted and never sealed")
@@ -188,7 +189,7 @@ class Witness:
         self._master = merged_master(
             self._master, [(part, self._payload[part.update_id]) for part in record.contributions]
         )
-        self._publish(record.version, record.state, record.master_sha256)
+        self._publish(record.version, record.state, record.master_digest)
 
     def _closed_by_rule(self, record: VersionCommitted) -> None:
         """One update for fedasync, at most a buffer of them for fedbuff, an answer of a quorum of sites for sync."""
@@ -233,10 +234,8 @@ class Witness:
         wanted = self._last_of if plan.rule == "ca2fl" else {}
         demand(cached == wanted, f"version {plan.version} takes {cached} from before, not {wanted}")
 
-    def _publish(self, version: int, state: bytes, master_sha256: str) -> None:
-        demand(
-            hashlib.sha256(self._master).hexdigest() == master_sha256, f"version {version} is not what its inputs give"
-        )
+    def _publish(self, version: int, state: bytes, master_digest: str) -> None:
+        demand(blake3(self._master).hexdigest() == master_digest, f"version {version} is not what its inputs give")
         self.replicas.publish(version, self._master, state)
         self.version = version
 
@@ -435,7 +434,7 @@ class Witness:
     def leaves(self, site: str, ready: Manifest | None) -> None:
         """A site has ended its run: it holds the last version."""
         demand(self.finished, f"{site} left before the end")
-        demand(ready and ready.file_sha256 == self.replicas.newest, f"{site} left without the last version")
+        demand(ready and ready.file_digest == self.replicas.newest, f"{site} left without the last version")
 
     def site_bounds(self, machine: SiteMachine) -> None:
         """After each decision of a site."""

@@ -133,7 +133,7 @@ def test_another_file_than_announced(tmp_path: Path) -> None:
     """When all frames are as announced but the file's digest is not, the manifest lied."""
     run = small_run(tmp_path)
     stored = run.seal("x", {"c": [1.0]})
-    lying = stored.manifest.model_copy(update={"file_sha256": "00" * 32})
+    lying = stored.manifest.model_copy(update={"file_digest": "00" * 32})
     assert refused(run, Stored(lying, stored.path, stored.offsets)) == "file-hash"
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import itertools
 import tracemalloc
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -115,7 +115,7 @@ def test_momentum_over_versions_by_hand(tmp_path: Path) -> None:
     run = SmallRun(tmp_path, {"a": [0.0]}, aggregation=MOMENTUM)
     digests = set()
     for version, delta in enumerate((4, 0, 1)):
-        digests.add(run.merge(run.update("x", {"a": [delta]}, base=version)).optimizer_sha256)
+        digests.add(run.merge(run.update("x", {"a": [delta]}, base=version)).optimizer_digest)
         assert run.master(version + 1) == {"a": [[2], [3], [4]][version]}
     assert None not in digests
     assert len(digests) == 3
@@ -138,8 +138,8 @@ def test_who_came_first_does_not_matter(tmp_path: Path) -> None:
     for number, sites in enumerate(itertools.permutations(deltas)):
         run = SmallRun(tmp_path / str(number), {"w": [0.5, 0.25]})
         arrived = [run.update(site, {"w": deltas[site]}, examples=1 + ord(site)) for site in sites]
-        digests.add(run.run_plan(run.planned(in_order(arrived))).master_sha256)
-        by_arrival.add(run.run_plan(run.planned(arrived)).master_sha256)
+        digests.add(run.run_plan(run.planned(in_order(arrived))).master_digest)
+        by_arrival.add(run.run_plan(run.planned(arrived)).master_digest)
     assert len(digests) == 1
     assert len(by_arrival) > 1
 
@@ -235,12 +235,12 @@ def test_the_published_state_is_an_ordinary_file(tmp_path: Path) -> None:
     """Its id is the head of its digest; once extracted, safetensors' own reader opens it."""
     run = SmallRun(tmp_path, SMALL, codec=CodecSection(up="f32", down="bf16", slice_kib=4))
     manifest = run.merge(run.update("x", {"a": [4, 0], "b": [[4, 4]]})).state
-    assert manifest.transfer_id == manifest.file_sha256[:32]
+    assert manifest.transfer_id == manifest.file_digest[:32]
     assert (manifest.codec, manifest.state.version, manifest.created) == ("bf16", 1, 4.0)
     stored = run.states.get(manifest.transfer_id)
     assert stored is not None
     durable.write_scratch(tmp_path / "state.safetensors", stored.plain())
-    assert hashlib.sha256((tmp_path / "state.safetensors").read_bytes()).hexdigest() == manifest.file_sha256
+    assert blake3((tmp_path / "state.safetensors").read_bytes()).hexdigest() == manifest.file_digest
     with safe_open(tmp_path / "state.safetensors", "numpy") as opened:
         assert opened.metadata() == {
             "mailboat.federation": "north",
@@ -264,9 +264,9 @@ def test_equal_digests_are_those_of_the_files(tmp_path: Path) -> None:
     """What the journal will record is what an auditor computes with sha256sum."""
     run = SmallRun(tmp_path, SMALL, aggregation=MOMENTUM)
     result = run.merge(run.update("x", {"a": [1, 1]}))
-    assert result.master_sha256 == hashlib.sha256(master_path(run.masters, 1).read_bytes()).hexdigest()
-    slots = hashlib.sha256(slot_path(run.masters, 1, "momentum").read_bytes()).hexdigest()
-    assert result.optimizer_sha256 == hashlib.sha256(slots.encode()).hexdigest()
+    assert result.master_digest == blake3(master_path(run.masters, 1).read_bytes()).hexdigest()
+    slots = blake3(slot_path(run.masters, 1, "momentum").read_bytes()).hexdigest()
+    assert result.optimizer_digest == blake3(slots.encode()).hexdigest()
 
 
 def test_a_second_attempt_with_other_updates_replaces_the_first(tmp_path: Path) -> None:

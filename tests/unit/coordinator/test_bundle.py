@@ -175,7 +175,7 @@ def test_steps_are_followed_by_the_script_alone(tmp_path: Path) -> None:
         if record != run.committed[0]:
             return [record]
         manifest = manifest_from_bytes(run.committed[0].state)
-        facts = manifest.facts.model_copy(update={"state_sha256": "ab" * 32})
+        facts = manifest.facts.model_copy(update={"state_digest": "ab" * 32})
         state = manifest.model_copy(update={"facts": facts}).to_bytes()
         return [dataclasses.replace(run.committed[0], state=state)]
 

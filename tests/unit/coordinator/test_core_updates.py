@@ -46,7 +46,7 @@ def test_a_sound_update_is_accepted_with_all_that_the_merge_needs() -> None:
             base_version=0,
             examples=17,
             manifest_sha256=update.digest,
-            file_sha256=update.file_sha256,
+            file_digest=update.file_digest,
             norm=1.0,
             at=1e9 + bench.now,
         )
@@ -95,7 +95,7 @@ OFFERS: dict[str, Callable[[CoordinatorBench], Manifest]] = {
     ),
     "too-large": lambda bench: _update(bench, frames=24_000),
     "inflated-frames": lambda bench: _update(bench).model_copy(update={"frame_lengths": (900_000,) * 5}),
-    "base-unknown": lambda bench: _forged(bench, base_sha256=digest("x")),
+    "base-unknown": lambda bench: _forged(bench, base_digest=digest("x")),
 }
 
 

@@ -199,7 +199,7 @@ def current_state(run: AuditedRun) -> Path:
         ledger = Ledger()
         for record in journal.replay():
             ledger.apply(record)
-    return run.storage / "states" / f"{ledger.newest.sha256[:32]}.frames"
+    return run.storage / "states" / f"{ledger.newest.digest[:32]}.frames"
 
 
 def test_what_can_be_made_again_is(run: AuditedRun) -> None:

@@ -32,7 +32,7 @@ def _committed(version: int, *update_ids: str) -> VersionCommitted:
 
 def whole(state: Manifest) -> Published:
     """A version that travels whole."""
-    return Published(state.file_sha256, state, None)
+    return Published(state.file_digest, state, None)
 
 
 def _ledger(*records: Record) -> Ledger:

@@ -32,13 +32,13 @@ def of_state(*, facts: dict[str, Any] | None = None, **changes: Any) -> Callable
 
 FORGED_STEPS = {
     "a step from another state": (
-        on(VersionCommitted, of_state(facts={"base_sha256": "ab" * 32}), nth=1),
+        on(VersionCommitted, of_state(facts={"base_digest": "ab" * 32}), nth=1),
         "state-manifest",
     ),
     "a step to another version": (on(VersionCommitted, of_state(facts={"version": 7}), nth=1), "state-manifest"),
-    "a step to another state": (on(VersionCommitted, of_state(facts={"state_sha256": "ab" * 32})), "state-manifest"),
+    "a step to another state": (on(VersionCommitted, of_state(facts={"state_digest": "ab" * 32})), "state-manifest"),
     "no anchor": (on(Anchored, lambda _record: []), "anchor-gone"),
-    "an anchor of another state": (on(Anchored, of_state(file_sha256="ab" * 32)), "anchor-differs"),
+    "an anchor of another state": (on(Anchored, of_state(file_digest="ab" * 32)), "anchor-differs"),
     "an anchor in another codec": (on(Anchored, of_state(codec="int8")), "state-manifest"),
     "an anchor twice": (on(Anchored, lambda record: [record, record]), "anchor-place"),
     "an anchor of an older version": (on(Anchored, put(version=1)), "anchor-place"),

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file, save_file
 
 from coordinator.masters import (
@@ -16,7 +16,7 @@ from coordinator.masters import (
     open_own,
     prune_masters,
     slot_path,
-    slots_sha256,
+    slots_digest,
     writing,
 )
 from shared import durable
@@ -35,7 +35,7 @@ def write(path: Path) -> str:
     with writing(path, SHAPES, {"kind": "master"}) as writer:
         for name in sorted(VALUES):
             writer.write(name, VALUES[name])
-    return writer.sha256
+    return writer.digest
 
 
 def write_some(path: Path, names: list[str]) -> None:
@@ -49,7 +49,7 @@ def test_what_was_written_is_read_by_us_and_by_others(tmp_path: Path) -> None:
     """An ordinary safetensors file: safetensors' own reader and ours see the same values, names ascending."""
     path = tmp_path / "v.safetensors"
     digest = write(path)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == blake3(path.read_bytes()).hexdigest()
     theirs = load_file(path)
     with open_own(path, SHAPES) as ours:
         assert list(ours) == ["a", "b.w"]
@@ -73,7 +73,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     digest = write(path)
     with pytest.raises(KeyError):
         write_some(path, ["a", "unknown"])
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    assert blake3(path.read_bytes()).hexdigest() == digest
     assert [entry.name for entry in tmp_path.iterdir()] == ["v"]
 
 
@@ -137,7 +137,7 @@ def test_a_file_of_ours_that_changed_is_corrupt(tmp_path: Path, damage: str) -> 
 def test_check_files_compares_with_the_journal(tmp_path: Path) -> None:
     """Sound files pass; one flipped bit in master or slot, or a file that is gone, does not."""
     master, slot = write(master_path(tmp_path, 2)), write(slot_path(tmp_path, 2, "momentum"))
-    digest = slots_sha256([slot])
+    digest = slots_digest([slot])
     check_files(tmp_path, 2, ["momentum"], master, digest)
     check_files(tmp_path, 2, [], master, None)
     for path in (slot_path(tmp_path, 2, "momentum"), master_path(tmp_path, 2)):
@@ -153,7 +153,7 @@ def test_check_files_compares_with_the_journal(tmp_path: Path) -> None:
 
 def test_no_slots_have_no_digest() -> None:
     """An optimizer without memory leaves nothing to compare."""
-    assert slots_sha256([]) is None
+    assert slots_digest([]) is None
 
 
 def test_pruning_keeps_version_zero_and_what_is_asked(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_krum_in_stretches_chooses_as_over_the_whole(
     digests = set()
     for name in ("whole", "stretches"):
         run = SmallRun(tmp_path / name, {"a": np.zeros(size)}, aggregation=MULTI, codec=CodecSection(up=codec))
-        digests.add(run.merge(*updates(run, deltas)).master_sha256)
+        digests.add(run.merge(*updates(run, deltas)).master_digest)
         monkeypatch.setattr(means, "BLOCK_BYTES", 1)
     assert len(digests) == 1
 

@@ -271,7 +271,7 @@ FORGERIES: dict[str, tuple[Callable[[], Edit], str]] = {
     "opened twice": (on(Opened, lambda record: [record, record]), "opened-once"),
     "never opened": (on(Opened, lambda _record: []), "opened-once"),
     "another plan": (on(Opened, put(fingerprint="ab" * 32)), "other-plan"),
-    "another version 0": (on(Opened, put(master_sha256="ab" * 32)), "master-digest"),
+    "another version 0": (on(Opened, put(master_digest="ab" * 32)), "master-digest"),
     "accepted twice": (on(Accepted, lambda record: [record, record]), "decided-twice"),
     "rejected twice": (on(Rejected, lambda record: [record, record]), "decided-twice"),
     "never accepted": (on(Accepted, lambda _record: [], nth=2), "unknown-update"),
@@ -308,8 +308,8 @@ FORGERIES: dict[str, tuple[Callable[[], Edit], str]] = {
         ),
         "manifest-digest",
     ),
-    "no slots": (on(VersionCommitted, put(optimizer_sha256=None), nth=2), "slots-digest"),
-    "another master": (on(VersionCommitted, put(master_sha256="ab" * 32), nth=2), "master-digest"),
+    "no slots": (on(VersionCommitted, put(optimizer_digest=None), nth=2), "slots-digest"),
+    "another master": (on(VersionCommitted, put(master_digest="ab" * 32), nth=2), "master-digest"),
     "dropped twice": (on(Dropped, lambda record: [record, record]), "not-pending"),
     "left waiting": (on(Dropped, lambda _record: [Finished(VERSIONS, 9.0)]), "left-pending"),
     "ended early": (on(Dropped, lambda record: [record, Finished(VERSIONS, 9.0)]), "last-version"),
@@ -376,7 +376,7 @@ def write_receipt(folder: Path, run: AuditedRun, accepted: Accepted, receipt: Re
     assert isinstance(base, Opened | VersionCommitted)
     origin = {
         "base_version": accepted.base_version,
-        "base_sha256": manifest_from_bytes(base.state).file_sha256,
+        "base_digest": manifest_from_bytes(base.state).file_digest,
     }
     path = folder / f"{receipt.update_id}.json"
     path.write_text(json.dumps({**origin, **receipt.model_dump(mode="json")}))
@@ -400,7 +400,7 @@ def test_receipts_agree_with_the_journal(run: AuditedRun, receipts: Path) -> Non
         {"outcome": "rejected"},
         {"outcome": "dropped", "rule": "run-complete"},
         {"manifest_sha256": "ab" * 32},
-        {"base_sha256": "ab" * 32},
+        {"base_digest": "ab" * 32},
         {"base_version": 2},
     ],
     ids=str,
@@ -428,7 +428,7 @@ def test_a_receipted_update_that_the_journal_forgot_is_a_finding(run: AuditedRun
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"base_version": 0, "base_sha256": "", "weight": -1}', "[" * 100_000, '{"a": ' * 5000]
+    "text", ["", "[]", "{}", '{"base_version": 0, "base_digest": "", "weight": -1}', "[" * 100_000, '{"a": ' * 5000]
 )
 def test_a_receipt_that_cannot_be_read_is_a_finding(run: AuditedRun, tmp_path: Path, text: str) -> None:
     """A file that is no receipt is named."""

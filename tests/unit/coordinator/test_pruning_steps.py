@@ -90,7 +90,7 @@ def test_steps_that_add_up_to_another_state_are_found(tmp_path: Path) -> None:
     def lied(record: Record) -> list[Record]:
         if not isinstance(record, VersionCommitted) or record.version > UPTO:
             return [record]
-        told = {1: {"state_sha256": false}, 2: {"base_sha256": false}}[record.version]
+        told = {1: {"state_digest": false}, 2: {"base_digest": false}}[record.version]
         return [dataclasses.replace(record, state=_telling(states, record.state, told).to_bytes())]
 
     prune(run.storage, run.federation, run.plan)

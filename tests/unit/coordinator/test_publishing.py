@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from coordinator.masters import TensorFile, master_path
 from coordinator.publishing import publish
@@ -78,8 +78,8 @@ def test_coordinator_and_site_make_the_same_state_bit_for_bit(tmp_path: Path) ->
         path = tmp_path / f"{version}.safetensors"
         extract_state(run.states, run.parts(version), path)
         step = run.state_manifests[version].step
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == step.state_sha256
-        assert step.base_sha256 == run.state_manifests[version - 1].leads_to
+        assert blake3(path.read_bytes()).hexdigest() == step.state_digest
+        assert step.base_digest == run.state_manifests[version - 1].leads_to
         for name, values in run.published(version).items():
             np.testing.assert_array_equal(values, replica[name])
 
@@ -94,7 +94,7 @@ def test_every_so_many_versions_the_state_comes_whole_as_well(tmp_path: Path) ->
     assert sorted(run.anchors) == [2, 4]
     for version, anchor in run.anchors.items():
         assert (anchor.facts, anchor.codec) == (StateFacts(version=version), "f32")
-        assert anchor.file_sha256 == run.state_manifests[version].leads_to
+        assert anchor.file_digest == run.state_manifests[version].leads_to
     assert len(run.states.ids()) == 7
 
 
@@ -135,7 +135,7 @@ def test_the_blocks_to_train_are_said_by_step_and_state_alike(tmp_path: Path) ->
         step, whole = publish(run.states, imprint, parts, {"a": np.full(9, version, np.float32)}, run.plan.tensors)
         parts = (*parts, step.transfer_id)
         extract_state(run.states, parts, tmp_path / f"{version}")
-        assert hashlib.sha256((tmp_path / f"{version}").read_bytes()).hexdigest() == step.leads_to
+        assert blake3((tmp_path / f"{version}").read_bytes()).hexdigest() == step.leads_to
         assert read_blocks(tmp_path / f"{version}") == blocks
     assert whole is not None
     extract_state(run.states, (whole.transfer_id,), tmp_path / "whole")

@@ -41,7 +41,7 @@ STATE = Manifest(
     group=2,
     slice_size=4096,
     file_size=5000,
-    file_sha256="5e" * 32,
+    file_digest="5e" * 32,
     frame_lengths=(4000, 900),
     frame_hashes=bytes(range(64)),
     created=1_763_629_200.25,
@@ -49,7 +49,7 @@ STATE = Manifest(
 ).to_bytes()
 
 STEP = manifest_from_bytes(STATE).model_copy(
-    update={"facts": StepFacts(version=1, base_sha256="5d" * 32, state_sha256="5e" * 32)}
+    update={"facts": StepFacts(version=1, base_digest="5d" * 32, state_digest="5e" * 32)}
 )
 
 SAMPLES: dict[str, Record] = {
@@ -148,7 +148,7 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
         (changed("finished", at=float("nan")), "field at"),
         (changed("accepted", site="St Mary"), "field site"),
         (changed("accepted", norm=float("inf")), "field norm"),
-        (changed("accepted", file_sha256="F1" * 32), "field file_sha256"),
+        (changed("accepted", file_digest="F1" * 32), "field file_digest"),
         (changed("validated", loss=float("nan")), "field loss"),
         (changed("rejected", rule="Bad Rule"), "field rule"),
         (changed("opened", state="text"), "field state"),

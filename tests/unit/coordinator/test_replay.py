@@ -74,7 +74,7 @@ def test_a_run_that_was_added_up_in_order_of_acceptance_comes_out_the_same(tmp_p
     earlier, now = (AuditedRun(tmp_path / name, "sync", order) for name, order in (("a", list), ("b", in_order)))
     assert [each.differences for each in made(earlier, scratch)] == [()] * (VERSIONS + 1)
     assert prove(earlier.storage, earlier.federation, earlier.plan).findings == ()
-    assert earlier.committed[-1].master_sha256 != now.committed[-1].master_sha256
+    assert earlier.committed[-1].master_digest != now.committed[-1].master_digest
 
 
 def test_the_folder_holds_two_versions_at_most(run: AuditedRun, scratch: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_weight_that_the_rules_do_not_give_is_found(run: AuditedRun, scratch: 
     assert "weight 0.123" in results[-1].differences[0].what
 
 
-@pytest.mark.parametrize("field", ["master_sha256", "optimizer_sha256"])
+@pytest.mark.parametrize("field", ["master_digest", "optimizer_digest"])
 def test_a_digest_that_does_not_come_out_is_found(run: AuditedRun, scratch: Path, field: str) -> None:
     """Master and slots are compared with the journal, each by its own digest; so are slots where there are none."""
     with forge(run, 2, **{field: "ab" * 32}):

@@ -26,7 +26,7 @@ def _accepted(text: str) -> list[Accepted]:
             base_version=VERSION - word.count("-"),
             examples=1,
             manifest_sha256=digest("m"),
-            file_sha256=digest("f"),
+            file_digest=digest("f"),
             norm=1.0,
             at=0.0,
         )

@@ -55,7 +55,7 @@ def test_a_state_is_made_of_the_last_whole_one_and_the_steps_since() -> None:
     assert ledger.parts(2) == ids(whole[0], step[0], step[1])
     assert ledger.parts(3) == ids(whole[3])
     assert ledger.parts(7) == ids(whole[6], step[6])
-    assert ledger.newest.sha256 == whole[7].file_sha256
+    assert ledger.newest.digest == whole[7].file_digest
     assert set(ledger.transfers) == {*ids(whole[0], whole[3], whole[6], *step)}
 
 

@@ -89,7 +89,7 @@ def test_a_merged_update_tells_its_whole_life() -> None:
         base_version=0,
         examples=20,
         norm=1.5,
-        file_sha256=digest(f"f{B1}"),
+        file_digest=digest(f"f{B1}"),
         settled_at=4.0,
         version=1,
         staleness=0,

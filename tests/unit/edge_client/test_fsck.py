@@ -26,7 +26,7 @@ ONE, TWO = "1" * 32, "2" * 32
 
 def seal(outbox: Outbox, update_id: str, **metrics: float) -> Manifest:
     """Put an update there."""
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics=metrics)
+    facts = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=10, metrics=metrics)
 
     def build(summary: FileSummary) -> Manifest:
         return manifest_builder(transfer_id=update_id)(summary).model_copy(update={"facts": facts})

@@ -23,7 +23,7 @@ ONE, TWO, THREE = (digit * 32 for digit in "123")
 
 def _seal(outbox: Outbox, update_id: str, *, base: int = 0, created: float = 1.0) -> Manifest:
     facts = UpdateFacts(
-        site="north", base_version=base, base_sha256=digest(f"base {base}"), examples=10, metrics={"loss": 0.5}
+        site="north", base_version=base, base_digest=digest(f"base {base}"), examples=10, metrics={"loss": 0.5}
     )
 
     def build(summary: FileSummary) -> Manifest:
@@ -76,7 +76,7 @@ def test_a_receipt_is_kept_and_the_bytes_go(tmp_path: Path) -> None:
     assert outbox.settle(receipt)
     assert _kept(tmp_path, ONE) == {
         "base_version": 4,
-        "base_sha256": digest("base 4"),
+        "base_digest": digest("base 4"),
         **receipt.model_dump(mode="json"),
     }
     assert [manifest.transfer_id for manifest in outbox.pending()] == [TWO]

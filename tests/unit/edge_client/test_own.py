@@ -25,7 +25,7 @@ def seal(outbox: Outbox, update_id: str, value: float, *, fails: bool = False) -
     """Seal an update together with a head of this value; `fails` after the head was kept, before the update counts."""
     file = outbox.store.root.parent / "trained.own"
     save_file({"head": np.full(3, value, np.float32)}, file)
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+    facts = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=10, metrics={})
 
     def build(summary: FileSummary) -> Manifest:
         return manifest_builder(transfer_id=update_id)(summary).model_copy(update={"facts": facts})

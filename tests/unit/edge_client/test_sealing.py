@@ -43,7 +43,7 @@ LEFT = {1: values_of(0, 2, 1), 2: values_of(0, 0, 1.5)}
 
 def seal(outbox: Outbox, delta: F32Array | Tensors, *, plan: str = PLAN, federation: Any = FEDERATION) -> Manifest:
     """Seal an update of a tensor `w`, or of several."""
-    facts = UpdateFacts(site="north", base_version=0, base_sha256=digest("base"), examples=10, metrics={})
+    facts = UpdateFacts(site="north", base_version=0, base_digest=digest("base"), examples=10, metrics={})
     tensors = delta if isinstance(delta, dict) else {"w": delta}
     return seal_delta(outbox, tensors, facts, federation, plan, lambda manifest: manifest)
 

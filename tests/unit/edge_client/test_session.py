@@ -132,7 +132,7 @@ def test_an_announcement_of_another_federation_is_ignored() -> None:
 
 def test_an_idle_site_says_hello_now_and_then() -> None:
     """In case the broker lost an announcement; not while it has something to do."""
-    bench = SessionBench(trained={SessionBench().state(version).file_sha256 for version in (0, 1)})
+    bench = SessionBench(trained={SessionBench().state(version).file_digest for version in (0, 1)})
     bench.connect()
     bench.announce()
     bench.pulled(bench.state())
@@ -407,7 +407,7 @@ def test_a_state_is_trained_on_once() -> None:
     assert bench.pulled(state).jobs == []
     bench.handle(d.Trained(bench.update()))
     assert bench.pulled(state).jobs == []
-    again = SessionBench(trained={state.file_sha256})
+    again = SessionBench(trained={state.file_digest})
     assert again.pulled(state).jobs == []
 
 
@@ -477,7 +477,7 @@ def test_an_update_sealed_in_the_moment_of_the_end_gets_its_answer() -> None:
 
 def test_a_run_that_is_not_complete_is_not_left() -> None:
     """Whatever is here and whatever is settled."""
-    bench = SessionBench(trained={SessionBench().state().file_sha256})
+    bench = SessionBench(trained={SessionBench().state().file_digest})
     bench.connect()
     bench.announce()
     assert bench.pulled(bench.state()).jobs == []

@@ -221,7 +221,7 @@ def test_an_update_that_the_coordinator_cannot_take_is_offered_again_when_it_sai
 def _rejected_on_the_newest() -> SessionBench:
     """A site whose only update, of the newest state, was rejected; it has nothing to do."""
     update = SessionBench().update()
-    bench = SessionBench(outbox=[update], trained={update.update.base_sha256})
+    bench = SessionBench(outbox=[update], trained={update.update.base_digest})
     bench.connect()
     bench.announce()
     bench.opened(bench.state(), *range(5))
@@ -239,9 +239,9 @@ def test_a_site_whose_update_was_lost_trains_again_when_nothing_newer_comes() ->
     update = bench.update()
     bench.handle(d.Trained(update))
     bench.receive(bench.receipt(update))
-    bench.handle(d.Lost(bench.state().file_sha256))
+    bench.handle(d.Lost(bench.state().file_digest))
     assert not jobs(bench.tick(RETRAIN_S - 1), d.Train)
-    bench.handle(d.Lost(bench.state().file_sha256))
+    bench.handle(d.Lost(bench.state().file_digest))
     assert jobs(bench.tick(1), d.Train) == [d.Train(bench.state())]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file
 
 from edge_client import decisions as d
@@ -54,11 +54,11 @@ def test_steps_make_the_state_that_the_coordinator_published(run: SmallRun, stat
         came = states.step_on(held, [step])
         assert isinstance(came, d.StateReady)
         held = came.manifest
-        assert (held.file_sha256, held.version) == (step.leads_to, step.version)
+        assert (held.file_digest, held.version) == (step.leads_to, step.version)
     assert (held.transfer_id, held.frame_hashes) == (together.manifest.transfer_id, together.manifest.frame_hashes)
     assert states.held() == together.manifest
     states.extract(held, tmp_path / "state")
-    assert hashlib.sha256((tmp_path / "state").read_bytes()).hexdigest() == steps[-1].leads_to
+    assert blake3((tmp_path / "state").read_bytes()).hexdigest() == steps[-1].leads_to
     for name, values in run.published(3).items():
         np.testing.assert_array_equal(load_file(tmp_path / "state")[name], values)
 

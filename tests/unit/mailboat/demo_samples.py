@@ -24,7 +24,7 @@ def state(version: int) -> bytes:
         group=2,
         slice_size=4096,
         file_size=4096,
-        file_sha256=f"{version:064x}",
+        file_digest=f"{version:064x}",
         frame_lengths=(100,),
         frame_hashes=bytes(32),
         created=1.0,

@@ -39,14 +39,14 @@ def merged(small: SmallRun, version: int, updates: list[Accepted]) -> VersionCom
     """Make the next version, a day after the one before it."""
     parts = small.planned(updates).recorded()
     result = small.merge(*updates)
-    state, master = result.state.to_bytes(), result.master_sha256
-    return VersionCommitted(version, parts, state, master, result.optimizer_sha256, version * 86_400.0)
+    state, master = result.state.to_bytes(), result.master_digest
+    return VersionCommitted(version, parts, state, master, result.optimizer_digest, version * 86_400.0)
 
 
 def subject(small: SmallRun, run: RunView, version: int = 2) -> Subject:
     """A version of the run, at its coordinator."""
     found = run.versions[version]
-    return Subject(small.folder, small.federation, found.state, found.parts, "base", found.master_sha256, run)
+    return Subject(small.folder, small.federation, found.state, found.parts, "base", found.master_digest, run)
 
 
 def written(small: SmallRun, chosen: Subject, out: Path, *, full_precision: bool = False) -> str:
@@ -62,7 +62,7 @@ def test_a_card_holds_what_the_journal_says(small: SmallRun, run: RunView, tmp_p
     card = written(small, subject(small, run), tmp_path / "out")
     assert card.startswith('---\nbase_model: "base"\nlibrary_name: transformers\n')
     assert "# north, version 2\n" in card
-    assert f"SHA-256 `{run.current.state.file_sha256}`" in card
+    assert f"SHA-256 `{run.current.state.file_digest}`" in card
     assert f"fingerprint `{small.plan.fingerprint}`" in card
     assert "| north | 2 | 31 |" in card
     assert "| south | 1 | 2,000 |" in card
@@ -79,7 +79,7 @@ def test_an_earlier_version_knows_nothing_of_later_ones(small: SmallRun, run: Ru
     card = written(small, subject(small, run, 1), tmp_path / "one", full_precision=True)
     assert "| north | 1 | 30 |" in card
     assert "| 2 | 1970" not in card
-    assert f"float32 master of version 1 | SHA-256 `{run.versions[1].master_sha256}`" in card
+    assert f"float32 master of version 1 | SHA-256 `{run.versions[1].master_digest}`" in card
     assert "Nobody yet" in written(small, subject(small, run, 0), tmp_path / "zero")
 
 
@@ -88,7 +88,7 @@ def test_what_privacy_has_cost_is_told_by_site(small: SmallRun, run: RunView, tm
     told = small.federation.model_dump() | {"privacy": {"delta": 1e-5, "noise_multiplier": 1.0}}
     private = FederationConfig.model_validate(told)
     found = run.versions[1]
-    chosen = Subject(small.folder, private, found.state, found.parts, "base", found.master_sha256, run)
+    chosen = Subject(small.folder, private, found.state, found.parts, "base", found.master_digest, run)
     card = written(small, chosen, tmp_path / "out")
     assert "- north: epsilon 1.25 at delta 1e-05" in card
     assert "- south: epsilon 1.25 at delta 1e-05" in card

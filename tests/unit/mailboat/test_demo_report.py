@@ -32,7 +32,7 @@ def test_json_holds_what_scripts_rely_on() -> None:
     told = json.loads(json.dumps(to_json(result()), allow_nan=False))
     assert [version["version"] for version in told["versions"]] == [0, 1, 2]
     last = told["versions"][2]
-    assert (last["strict_f1"], last["lenient_f1"], last["state_sha256"]) == (0.612, 0.703, f"{2:064x}")
+    assert (last["strict_f1"], last["lenient_f1"], last["state_digest"]) == (0.612, 0.703, f"{2:064x}")
     assert last["contributions"][1] == {
         "update_id": f"{5:032x}",
         "site": "site-3",

@@ -85,7 +85,7 @@ def exported(
         architecture=plan.architecture,
         version=1,
         file="published state",
-        file_sha256="0" * 64,
+        file_digest="0" * 64,
         trained_parameters=plan.trained_parameters,
         total_parameters=plan.total_parameters,
         layers=plan.layers,

@@ -39,7 +39,7 @@ STATE = Manifest(
     group=2,
     slice_size=4096,
     file_size=5000,
-    file_sha256="5f" * 32,
+    file_digest="5f" * 32,
     frame_lengths=(4000, 900),
     frame_hashes=bytes(64),
     created=1000.0,
@@ -65,7 +65,7 @@ HISTORY: list[dict[str, Any]] = [
         "version": 2,
         "contributions": [part("e", "st-john", staleness=1, weight=0.25)],
         "state": STATE,
-        "optimizer_sha256": None,
+        "optimizer_digest": None,
     },
     {"t": "finished", "version": 2},
     {"t": "dropped", "update_id": "d" * 32, "rule": "run-ended"},
@@ -162,7 +162,7 @@ def test_a_manifest_is_cut_down() -> None:
     """A state of many frames still makes a short line, with the digest of its file."""
     assert LINES[0]["state"] == {
         "transfer_id": "5e" * 16,
-        "file_sha256": "5f" * 32,
+        "file_digest": "5f" * 32,
         "file_size": 5000,
         "wire_bytes": 4900,
         "codec": "bf16",

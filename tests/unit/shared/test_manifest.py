@@ -8,6 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +49,7 @@ def test_a_manifest_survives_the_wire_and_the_disk(manifest: Manifest) -> None:
     assert again.digest == manifest.digest == hashlib.sha256(manifest.to_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("field", ["transfer_id", "fingerprint", "frame_hashes", "created", "file_sha256"])
+@pytest.mark.parametrize("field", ["transfer_id", "fingerprint", "frame_hashes", "created", "file_digest"])
 def test_the_digest_stands_for_every_field(field: str) -> None:
     """Whatever differs, the digest in the receipt differs."""
     changed = {
@@ -56,7 +57,7 @@ def test_the_digest_stands_for_every_field(field: str) -> None:
         "fingerprint": digest("x"),
         "frame_hashes": bytes(32 * 5),
         "created": 7.0,
-        "file_sha256": digest("y"),
+        "file_digest": digest("y"),
     }
     assert parse_manifest(_wire(**{field: changed[field]})).digest != UPDATE.digest
 
@@ -83,13 +84,13 @@ def test_slices_cover_the_file_exactly(file_size: int, slice_size: int) -> None:
 
 def test_each_frame_has_its_own_hash() -> None:
     """32 bytes each, in order."""
-    assert UPDATE.frame_hash(3) == hashlib.sha256(bytes([3])).digest()
+    assert UPDATE.frame_hash(3) == blake3(bytes([3])).digest()
     assert b"".join(UPDATE.frame_hash(index) for index in range(UPDATE.frames)) == UPDATE.frame_hashes
 
 
 def test_state_and_step_lead_to_the_same_digest() -> None:
     """Whether a version comes whole or by a step, it is the same state; the files are two."""
-    assert STEP.leads_to == STATE.leads_to == STATE.file_sha256 != STEP.file_sha256
+    assert STEP.leads_to == STATE.leads_to == STATE.file_digest != STEP.file_digest
     assert STEP.version == STATE.version == 3
 
 
@@ -97,7 +98,7 @@ def test_update_state_and_step_are_told_apart() -> None:
     """Asking one for the facts of the other is a mistake of the caller."""
     assert UPDATE.update.site == "north"
     assert STATE.state.version == 3
-    assert STEP.step.base_sha256 == make_state(PLAN, 2).file_sha256
+    assert STEP.step.base_digest == make_state(PLAN, 2).file_digest
     with pytest.raises(AssertionError):
         _ = STATE.step
     with pytest.raises(AssertionError):
@@ -125,7 +126,7 @@ def test_update_state_and_step_are_told_apart() -> None:
         (_wire(slice_size=float(SLICE)), "slice_size"),
         (_wire(file_size=0), "file_size"),
         (_wire(file_size=-1), "file_size"),
-        (_wire(file_sha256=b"0" * 64), "file_sha256"),
+        (_wire(file_digest=b"0" * 64), "file_digest"),
         (_wire(frame_lengths=[]), "frame_lengths"),
         (_wire(frame_lengths=[0] * 5), "frame_lengths"),
         (_wire(frame_lengths=[MAX_FRAME_BYTES + 1] * 5), "frame_lengths"),
@@ -141,7 +142,7 @@ def test_update_state_and_step_are_told_apart() -> None:
         (_facts(site="North Hospital"), "site"),
         (_facts(base_version=-1), "base_version"),
         (_facts(base_version=True), "base_version"),
-        (_facts(base_sha256=""), "base_sha256"),
+        (_facts(base_digest=""), "base_digest"),
         (_facts(examples=0), "examples"),
         (_facts(examples=1_000_000_001), "examples"),
         (_facts(metrics={"loss": math.nan}), "metrics"),

@@ -134,7 +134,7 @@ def test_an_unknown_field_is_refused(message: Message) -> None:
 def test_an_announcement_names_the_newest_state_however_it_travels() -> None:
     """Version, digest and id are those of the state behind the last step; without steps, of the whole one."""
     third = make_state(PLAN, 3)
-    assert (STEPPED.version, STEPPED.state_sha256, STEPPED.state_id) == (3, third.file_sha256, third.transfer_id)
+    assert (STEPPED.version, STEPPED.state_digest, STEPPED.state_id) == (3, third.file_digest, third.transfer_id)
     whole = STEPPED.model_copy(update={"steps": ()})
     assert (whole.version, whole.state_id) == (2, make_state(PLAN, 2).transfer_id)
 

@@ -221,7 +221,7 @@ def test_memory_is_that_of_the_largest_tensor() -> None:
         ({"codec": "f32"}, "codec-group"),
         ({"codec": "int8"}, "codec-group"),
         ({"group": 1}, "codec-group"),
-        ({"file_sha256": "00" * 32}, "file-hash"),
+        ({"file_digest": "00" * 32}, "file-hash"),
     ],
 )
 def test_a_lying_manifest_is_refused(changes: dict[str, Any], rule: str) -> None:

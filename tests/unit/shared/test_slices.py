@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import struct
 import tracemalloc
@@ -12,6 +11,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import zstandard
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,10 +222,10 @@ def test_frames_and_summary_describe_the_file(chunks: list[bytes], group: Group)
     raws = [expand_frame(frame.data, size, group) for frame, size in zip(frames, sizes, strict=True)]
     assert b"".join(raws) == whole
     assert (summary.file_size, summary.slice_size, summary.group) == (len(whole), 16, group)
-    assert summary.file_sha256 == hashlib.sha256(whole).hexdigest()
+    assert summary.file_digest == blake3(whole).hexdigest()
     assert summary.frame_lengths == tuple(len(frame.data) for frame in frames)
-    assert summary.frame_hashes == b"".join(hashlib.sha256(frame.data).digest() for frame in frames)
-    assert all(frame.sha256 == hashlib.sha256(frame.data).digest() for frame in frames)
+    assert summary.frame_hashes == b"".join(blake3(frame.data).digest() for frame in frames)
+    assert all(frame.digest == blake3(frame.data).digest() for frame in frames)
 
 
 def test_the_file_is_never_in_memory_as_a_whole() -> None:
@@ -256,7 +256,7 @@ def test_transfer_frames_hold_the_safetensors_file(codec: Codec) -> None:
     frames = [frame.data for frame in writer]
     file = b"".join(encode_file(tensors, codec, {"codec": codec}))
     summary = writer.summary
-    assert summary.file_sha256 == hashlib.sha256(file).hexdigest()
+    assert summary.file_digest == blake3(file).hexdigest()
     last = len(file) - 4096 * (len(frames) - 1)
     sizes = [4096] * (len(frames) - 1) + [last]
     assert b"".join(map(expand_frame, frames, sizes, [summary.group] * len(frames))) == file

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file
 
 from shared.codec import encode_file
@@ -46,7 +46,7 @@ def seal(store: FrameStore, version: int, tensors: Mapping[str, F32Array], **opt
 def seal_step(store: FrameStore, version: int, difference: Mapping[str, F32Array], base: str, made: str) -> Manifest:
     """A step that says so of itself, whatever it makes."""
     metadata = imprint(version).metadata("step")
-    facts = StepFacts(version=version, base_sha256=base, state_sha256=made)
+    facts = StepFacts(version=version, base_digest=base, state_digest=made)
     chunks = encode_file(difference, "int8", metadata)
     return seal_part(store, imprint(version), chunks, "int8", lambda _summary: facts, created=1.0)
 
@@ -74,8 +74,7 @@ def chain(store: FrameStore) -> tuple[list[str], list[dict[str, F32Array]]]:
             with_step[name] = with_step[name] + decoded
         store.delete(sealed.transfer_id)
         digests = (
-            hashlib.sha256(plain(at, each)).hexdigest()
-            for at, each in ((version - 1, states[-1]), (version, with_step))
+            blake3(plain(at, each)).hexdigest() for at, each in ((version - 1, states[-1]), (version, with_step))
         )
         parts.append(seal_step(store, version, difference, *digests).transfer_id)
         states.append(with_step)
@@ -88,7 +87,7 @@ def test_a_state_is_the_whole_one_and_the_steps_behind_it(store: FrameStore) -> 
     for version, wanted in enumerate(states):
         state = open_state(store, parts[: version + 1])
         assert (state.version, dict(state.shapes), len(state)) == (version, SHAPES, 3)
-        assert state.sha256 == hashlib.sha256(plain(version, wanted)).hexdigest()
+        assert state.digest == blake3(plain(version, wanted)).hexdigest()
         for name, shape in SHAPES.items():
             np.testing.assert_array_equal(state[name], wanted[name], strict=True)
             sums = np.full(shape, 0.5, dtype=np.float32)
@@ -101,8 +100,8 @@ def test_a_state_made_by_steps_is_sealed_as_one_that_came_whole(store: FrameStor
     parts, states = chain(store)
     whole = seal(FrameStore(tmp_path / "elsewhere"), 2, states[2])
     state = open_state(store, parts)
-    assert seal(store, 2, state, expected=state.sha256) == whole
-    assert (whole.codec, whole.facts, whole.transfer_id) == ("f32", StateFacts(version=2), state.sha256[:32])
+    assert seal(store, 2, state, expected=state.digest) == whole
+    assert (whole.codec, whole.facts, whole.transfer_id) == ("f32", StateFacts(version=2), state.digest[:32])
 
 
 def test_the_plain_file_of_a_state_has_its_digest(store: FrameStore, tmp_path: Path) -> None:
@@ -112,17 +111,17 @@ def test_the_plain_file_of_a_state_has_its_digest(store: FrameStore, tmp_path: P
     for number, made in enumerate((parts, [whole.transfer_id])):
         path = tmp_path / f"{number}.safetensors"
         extract_state(store, made, path)
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == whole.file_sha256
+        assert blake3(path.read_bytes()).hexdigest() == whole.file_digest
         np.testing.assert_array_equal(load_file(path)["block.w"], states[2]["block.w"])
 
 
 def test_a_sum_that_differs_from_what_was_published_is_refused(store: FrameStore, tmp_path: Path) -> None:
     """Neither sealed nor written: nothing under that digest may be anything else."""
     parts, states = chain(store)
-    false = seal_step(store, 3, values(), hashlib.sha256(plain(2, states[2])).hexdigest(), "ab" * 32)
+    false = seal_step(store, 3, values(), blake3(plain(2, states[2])).hexdigest(), "ab" * 32)
     state = open_state(store, [*parts, false.transfer_id])
     with pytest.raises(RefusedError, match=r"version 3 came out as state .*, published was abababababab") as refused:
-        seal(store, 3, state, expected=state.sha256)
+        seal(store, 3, state, expected=state.digest)
     assert refused.value.rule == "state-digest"
     with pytest.raises(RefusedError, match="version 3"):
         extract_state(store, [*parts, false.transfer_id], tmp_path / "out")
@@ -136,7 +135,7 @@ def test_a_step_of_other_tensors_is_refused(store: FrameStore) -> None:
     for name in SHAPES:
         lacking = {other: tensor for other, tensor in values().items() if other != name}
         for difference in (lacking, {**lacking, name: np.zeros(5, dtype=np.float32)}):
-            step = seal_step(store, 1, difference, whole.file_sha256, "ab" * 32)
+            step = seal_step(store, 1, difference, whole.file_digest, "ab" * 32)
             with pytest.raises(RefusedError) as refused:
                 open_state(store, [whole.transfer_id, step.transfer_id])
             assert refused.value.rule == "step-shapes"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -274,13 +274,13 @@ class TestReading:
         assert names(tmp_path) == ["a", path.name]
         data = path.read_bytes()
         assert data == b"".join(encode_file(tensors_of(), "bf16", {"codec": "bf16"}))
-        assert hashlib.sha256(data).hexdigest() == MANIFEST.file_sha256
+        assert blake3(data).hexdigest() == MANIFEST.file_digest
         with safetensors.safe_open(path, "numpy") as file:
             assert sorted(file.keys()) == sorted(tensors_of())
 
     def test_a_file_that_is_not_the_manifests_is_not_written(self, store: FrameStore, tmp_path: Path) -> None:
         """When the file's hash is wrong, no file appears."""
-        liar = MANIFEST.model_copy(update={"file_sha256": "00" * 32})
+        liar = MANIFEST.model_copy(update={"file_digest": "00" * 32})
         with store.open_partial(liar) as partial:
             for index, frame in enumerate(FRAMES):
                 partial.write(index, frame)

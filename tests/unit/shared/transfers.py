@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from blake3 import blake3
 
 from shared.codec import Codec
 from shared.manifest import Manifest, StateFacts
@@ -60,6 +60,6 @@ def with_frames(manifest: Manifest, frames: list[bytes]) -> Manifest:
     return manifest.model_copy(
         update={
             "frame_lengths": tuple(len(frame) for frame in frames),
-            "frame_hashes": b"".join(hashlib.sha256(frame).digest() for frame in frames),
+            "frame_hashes": b"".join(blake3(frame).digest() for frame in frames),
         }
     )

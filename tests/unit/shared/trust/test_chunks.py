@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from shared.errors import RefusedError
 from shared.manifest import Manifest
@@ -115,7 +115,7 @@ def test_one_nonce_never_seals_two_frames() -> None:
     """The same state cut into other frames is sealed under other nonces."""
     by = cipher(KEY, STATE_DOMAIN, STATE.transfer_id)
     hashes = bytearray(STATE.frame_hashes)
-    hashes[:32] = hashlib.sha256(b"other frame").digest()
+    hashes[:32] = blake3(b"other frame").digest()
     recut: Manifest = STATE.model_copy(update={"frame_hashes": bytes(hashes)})
     zeros = bytes(64)
     first, second = seal_chunk(by, STATE, 0, zeros)[28:-16], seal_chunk(by, recut, 0, zeros)[28:-16]
