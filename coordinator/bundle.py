@@ -191,6 +191,8 @@ def _digests(sources: Mapping[str, Path | bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _file_sha256(path: Path) -> str:
+    if not path.exists():
+        raise CorruptError(f"{path} is gone", hint="restore it from a backup, or recompute it from version 0")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

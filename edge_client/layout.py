@@ -4,8 +4,8 @@
 
 Folders without the file have schema 1. A schema above ours was written by a later release and is refused: that release
 may keep updates where this one would not look for them, and would train and offer them twice. In schema 1 transfers had
-SHA-256 where they have BLAKE3 now, so what lies there of them is of a run that only the earlier release can end. All
-else is read as it is, above all `privacy.jsonl`, which remembers across runs what was spent.
+SHA-256 where they have BLAKE3 now, so what lies there of a run can only be ended by the earlier release. All else is
+read as it is, above all `privacy.jsonl`, which remembers across runs what was spent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUT = "layout.json"
 LOCK = "site.lock"
 PREFIX = "prefix"
 """Folder of what the frozen blocks made of the notes, see `prefix_store`."""
-_TRANSFERS = ("outbox", "residual", "states")
+_OF_A_RUN = ("outbox", "receipts", "residual", "states")
 
 
 def check_layout(storage: Path) -> int:
@@ -48,11 +48,11 @@ def check_layout(storage: Path) -> int:
             rule="newer-schema",
             hint="run the release that wrote the folder, or a later one; its updates wait",
         )
-    if schema < SCHEMA_VERSION and any(any(storage.glob(f"{folder}/*.manifest")) for folder in _TRANSFERS):
+    if schema < SCHEMA_VERSION and any(any(storage.glob(f"{folder}/*")) for folder in _OF_A_RUN):
         raise RefusedError(
             f"{storage}: an earlier release began to take part in a run here",
             rule="older-schema",
-            hint=f"let that release end the run; for another run, delete the folders {', '.join(_TRANSFERS)} in it",
+            hint=f"let that release end the run; for another run, delete the folders {', '.join(_OF_A_RUN)} in it",
         )
     return schema
 

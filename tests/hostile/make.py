@@ -44,7 +44,7 @@ def _enveloped(body: bytes) -> bytes:
 
 
 def _message(kind: str, **fields: Any) -> bytes:
-    return _enveloped(_packed({"v": 1, "t": kind, **fields}))
+    return _enveloped(_packed({"v": 2, "t": kind, **fields}))
 
 
 def _hello(**changes: Any) -> bytes:
@@ -69,7 +69,7 @@ def messages() -> Iterator[tuple[str, bytes]]:
     yield "bad-envelope--one-field-more", _packed({"b": b"", "k": "", "s": b"", "x": 1})
     yield "bad-envelope--longer-than-allowed", _packed({"b": bytes(MAX_CONTROL_BYTES), "k": "", "s": b""})
     yield "bad-envelope--cut-in-half", _hello()[:100]
-    yield "bad-message--body-cut-in-half", _enveloped(_packed({"v": 1, "t": "probe", "session": "0" * 16})[:20])
+    yield "bad-message--body-cut-in-half", _enveloped(_packed({"v": 2, "t": "probe", "session": "0" * 16})[:20])
     yield "bad-message--body-nested-100000-deep", _enveloped(_nested(100_000))
     yield "bad-message--name-like-a-path", _hello(site="../../../etc/passwd")
     yield "bad-message--name-with-fullwidth-letters", _hello(site="\uff4e\uff4f\uff52\uff54\uff48")

@@ -62,9 +62,9 @@ def test_the_script_alone_finds_nothing_wrong(unpacked: Path) -> None:
 
 
 def test_the_script_needs_little() -> None:
-    """Besides the standard library it imports msgpack and zstandard; what else, only where a run is sealed."""
+    """Besides the standard library it imports msgpack, zstandard and blake3; what else, only where a run is sealed."""
     modules = {line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith(("import ", "from "))}
-    assert modules - sys.stdlib_module_names - {"collections.abc", "__future__"} == {"msgpack", "zstandard"}
+    assert modules - sys.stdlib_module_names - {"collections.abc", "__future__"} == {"blake3", "msgpack", "zstandard"}
 
 
 def test_the_same_run_gives_the_same_bytes(run: AuditedRun, tmp_path: Path) -> None:

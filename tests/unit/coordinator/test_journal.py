@@ -200,7 +200,7 @@ def test_a_changed_row_is_found_and_located(tmp_path: Path, change: str) -> None
     ("body", "family", "named"),
     [
         (b"\x80", CorruptError, "row 2: a journal record of unknown kind"),
-        (msgpack.packb({"v": 2, "t": "finished"}), RefusedError, "row 2: a journal record of schema version 2"),
+        (msgpack.packb({"v": 3, "t": "finished"}), RefusedError, "row 2: a journal record of schema version 3"),
     ],
     ids=["no record", "newer"],
 )
@@ -228,8 +228,8 @@ def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
 def test_a_journal_of_a_newer_release_is_refused(tmp_path: Path, opener: Callable[[Path], object]) -> None:
     """A later schema is named with both versions, by writer and reader."""
     filled(tmp_path / "j")
-    sql(tmp_path / "j", "UPDATE meta SET value = 5 WHERE key = 'schema'")
-    with pytest.raises(RefusedError, match="schema version 5, this release knows 4"):
+    sql(tmp_path / "j", "UPDATE meta SET value = 6 WHERE key = 'schema'")
+    with pytest.raises(RefusedError, match="schema version 6, this release knows 5"):
         opener(tmp_path / "j")
 
 

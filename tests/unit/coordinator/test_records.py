@@ -171,8 +171,8 @@ def test_bytes_that_are_not_a_record_are_corrupt(body: bytes) -> None:
 
 def test_a_newer_schema_is_told_apart_from_damage() -> None:
     """A record of a later release is refused with advice to update, not called corrupt."""
-    with pytest.raises(RefusedError, match="schema version 2") as caught:
-        records.from_wire(changed("finished", v=2))
+    with pytest.raises(RefusedError, match="schema version 3") as caught:
+        records.from_wire(changed("finished", v=3))
     assert caught.value.rule == "newer-schema"
 
 

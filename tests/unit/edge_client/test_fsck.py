@@ -230,24 +230,36 @@ def test_a_running_site_and_an_empty_folder_say_so(site: Path, tmp_path: Path) -
         check(tmp_path / "none")
 
 
-def test_a_folder_of_an_earlier_release_is_carried_on(tmp_path: Path) -> None:
-    """A site of before there was a schema: its update waits, its receipt stands, and the schema is written down."""
+def test_a_run_that_an_earlier_release_began_is_left_to_it(tmp_path: Path) -> None:
+    """A site of before there was a schema: its update has hashes that this release does not know, so nothing is touched."""
     storage = Path(shutil.copytree(GOLDEN, tmp_path / "site"))
+    for opener in (Outbox, check):
+        with pytest.raises(RefusedError, match="an earlier release began") as caught:
+            opener(storage)
+        assert caught.value.rule == "older-schema"
+        assert "delete the folders outbox, receipts, residual, states" in caught.value.hint
     assert not (storage / LAYOUT).exists()
-    assert rules(storage) == []
-    outbox = Outbox(storage)
-    assert [manifest.transfer_id for manifest in outbox.pending()] == [ONE]
-    assert outbox.trained() == {digest("base")}
-    assert (storage / LAYOUT).read_text() == '{"schema": 1}\n'
+    assert len(list((storage / "outbox").iterdir())) == 2
+
+
+def test_what_outlives_a_run_is_carried_on(tmp_path: Path) -> None:
+    """What was spent of privacy stays when the run's folders go; from then on the folder has our schema."""
+    storage = Path(shutil.copytree(GOLDEN, tmp_path / "site"))
+    shutil.copy(GOLDEN.parent / "privacy.jsonl", storage)
+    for folder in ("outbox", "receipts"):
+        shutil.rmtree(storage / folder)
+    assert Outbox(storage).pending() == []
+    assert (storage / LAYOUT).read_text() == '{"schema": 2}\n'
+    assert (storage / "privacy.jsonl").read_bytes() == (GOLDEN.parent / "privacy.jsonl").read_bytes()
     assert rules(storage) == []
 
 
 def test_a_folder_of_a_newer_release_is_refused(site: Path) -> None:
     """Before anything in it is read or removed, with the release to use."""
-    (site / LAYOUT).write_text('{"schema": 2}\n')
+    (site / LAYOUT).write_text('{"schema": 3}\n')
     (site / "outbox" / ".tmp-12").write_bytes(b"half")
     for opener in (Outbox, check):
-        with pytest.raises(RefusedError, match="schema version 2, this release knows 1") as caught:
+        with pytest.raises(RefusedError, match="schema version 3, this release knows 2") as caught:
             opener(site)
         assert "its updates wait" in caught.value.hint
     assert (site / "outbox" / ".tmp-12").exists()

@@ -62,7 +62,7 @@ def test_a_card_holds_what_the_journal_says(small: SmallRun, run: RunView, tmp_p
     card = written(small, subject(small, run), tmp_path / "out")
     assert card.startswith('---\nbase_model: "base"\nlibrary_name: transformers\n')
     assert "# north, version 2\n" in card
-    assert f"SHA-256 `{run.current.state.file_digest}`" in card
+    assert f"BLAKE3 `{run.current.state.file_digest}`" in card
     assert f"fingerprint `{small.plan.fingerprint}`" in card
     assert "| north | 2 | 31 |" in card
     assert "| south | 1 | 2,000 |" in card
@@ -79,7 +79,7 @@ def test_an_earlier_version_knows_nothing_of_later_ones(small: SmallRun, run: Ru
     card = written(small, subject(small, run, 1), tmp_path / "one", full_precision=True)
     assert "| north | 1 | 30 |" in card
     assert "| 2 | 1970" not in card
-    assert f"float32 master of version 1 | SHA-256 `{run.versions[1].master_digest}`" in card
+    assert f"float32 master of version 1 | BLAKE3 `{run.versions[1].master_digest}`" in card
     assert "Nobody yet" in written(small, subject(small, run, 0), tmp_path / "zero")
 
 

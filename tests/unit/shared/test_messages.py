@@ -164,7 +164,7 @@ def test_steps_that_lead_nowhere_are_refused(manifest: Manifest, steps: tuple[Ma
 def test_an_unknown_type_is_told_apart() -> None:
     """A newer peer may say new things; the caller skips them."""
     with pytest.raises(UnknownMessageError):
-        decode(_sealed({"v": 1, "t": "telepathy"}))
+        decode(_sealed({"v": 2, "t": "telepathy"}))
 
 
 @pytest.mark.parametrize(
@@ -177,17 +177,17 @@ def test_an_unknown_type_is_told_apart() -> None:
         (msgpack.packb({"b": "text", "k": "", "s": b""}), "bad-envelope"),
         (b"x" * (MAX_CONTROL_BYTES + 1), "bad-envelope"),
         (_sealed([1]), "bad-message"),
-        (_sealed({"v": 2, "t": "probe", "session": SESSION}), "bad-schema-version"),
-        (_sealed({"v": 1, "t": "probe", "session": "../../etc"}), "bad-message"),
-        (_sealed({"v": 1, "t": "probe", "session": SESSION + "\n"}), "bad-message"),
-        (_sealed({"v": 1, "t": "renewal", "grant": b""}), "bad-message"),
-        (_sealed({"v": 1, "t": "renewal", "grant": b"x" * 100_001}), "bad-message"),
-        (_sealed({"v": 1, "t": "renewed", "session": SESSION, "grant_sha256": ID}), "bad-message"),
-        (_sealed({"v": 1, "t": "offer", "manifest": {"kind": "x"}}), "bad-manifest"),
+        (_sealed({"v": 3, "t": "probe", "session": SESSION}), "bad-schema-version"),
+        (_sealed({"v": 2, "t": "probe", "session": "../../etc"}), "bad-message"),
+        (_sealed({"v": 2, "t": "probe", "session": SESSION + "\n"}), "bad-message"),
+        (_sealed({"v": 2, "t": "renewal", "grant": b""}), "bad-message"),
+        (_sealed({"v": 2, "t": "renewal", "grant": b"x" * 100_001}), "bad-message"),
+        (_sealed({"v": 2, "t": "renewed", "session": SESSION, "grant_sha256": ID}), "bad-message"),
+        (_sealed({"v": 2, "t": "offer", "manifest": {"kind": "x"}}), "bad-manifest"),
         (_sealed({**_body(STEPPED), "steps": [{"kind": "x"}]}), "bad-manifest"),
         (_sealed({**_body(STEPPED), "steps": b"none"}), "bad-message"),
-        (_sealed({"v": 1, "t": "want", "transfer_id": ID, "have": b"", "window": -1}), "bad-message"),
-        (_sealed({"v": 1, "t": "presence", "site": "A B", "session": SESSION, "online": True}), "bad-message"),
+        (_sealed({"v": 2, "t": "want", "transfer_id": ID, "have": b"", "window": -1}), "bad-message"),
+        (_sealed({"v": 2, "t": "presence", "site": "A B", "session": SESSION, "online": True}), "bad-message"),
     ],
 )
 def test_what_is_not_a_message_breaks_a_named_rule(data: bytes, rule: str) -> None:
@@ -221,8 +221,8 @@ def test_a_chunk_survives_the_wire_without_a_copy() -> None:
         chunk_header(ID, 0, 3) + b"ab",
         chunk_header(ID, 0, 3) + b"abcd",
         b"XX" + chunk_header(ID, 0, 0)[2:],
-        b"MB\x02" + chunk_header(ID, 0, 0)[3:],
-        b"MB\x01\x01" + chunk_header(ID, 0, 0)[4:],
+        b"MB\x03" + chunk_header(ID, 0, 0)[3:],
+        b"MB\x02\x01" + chunk_header(ID, 0, 0)[4:],
     ],
 )
 def test_what_is_not_a_chunk_is_refused(packet: bytes) -> None:
