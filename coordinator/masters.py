@@ -154,7 +154,7 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
 
     The disk space is taken at once: UnavailableError when there is not so much.
     """
-    with durable.temporary_file(path.parent) as (temporary, fd):
+    with durable.temporary_file(path.parent, path.name.partition(".")[2]) as (temporary, fd):
         writer = TensorWriter(fd, path.parent, shapes, metadata)
         yield writer
         writer.finish()
@@ -199,14 +199,14 @@ def prune_masters(folder: Path, keep: Collection[int]) -> list[str]:
     """Delete masters and slots of all versions but 0 and those in `keep`; return the names deleted.
 
     Leftovers of a crash go too: call it while nothing is being merged. Version 0 stays for ever: with it and the kept
-    updates every version can be computed again.
+    updates every version can be computed again. The last one deleted leaves its place to the next version.
     """
     durable.remove_temporaries(folder)
     deleted = []
     for path in sorted(folder.glob("v*.safetensors")):
         version = version_of(path)
         if version is not None and version not in {0, *keep}:
-            path.unlink()
+            durable.retire(path)
             deleted.append(path.name)
     if deleted:
         durable.fsync_dir(folder)  # else a power loss could bring them back

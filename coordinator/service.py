@@ -162,6 +162,7 @@ class Service:
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
         with first_error(), self.arrivals:
             await self._serve()
+        durable.remove_spares(self.masters)
         self.guard.save()
         self._save_status()
 

@@ -11,7 +11,6 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, assert_never
 
 import structlog
@@ -26,7 +25,7 @@ from edge_client.sealing import seal_delta
 from edge_client.session import Identity, Session
 from edge_client.states import States
 from edge_client.training import TrainedUpdate, Trainer
-from shared import durable
+from edge_client.work_files import WorkFiles
 from shared.config import FederationConfig, SiteConfig
 from shared.errors import CorruptError, RefusedError
 from shared.faultpoint import passing
@@ -70,7 +69,7 @@ class Agent:
         self.heads = Heads(config.storage)
         self.renewals = Renewals(config, federation, identity.session)
         self.states = States(config.storage / "states", federation, identity.fingerprint)
-        self.scratch = config.storage / "work"
+        self.work = WorkFiles(config.storage / "work")
         self.session = Session(
             identity,
             link=config.link,
@@ -80,11 +79,7 @@ class Agent:
             held=self.states.held(),
         )
         self.guard = site_guard(
-            federation,
-            config.trust,
-            site=config.name,
-            fingerprint=identity.fingerprint,
-            storage=config.storage,
+            federation, config.trust, site=config.name, fingerprint=identity.fingerprint, storage=config.storage
         )
         here, away = (self._presence(online=online) for online in (True, False))
         self.link = Link(
@@ -109,6 +104,7 @@ class Agent:
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None
+        self._at_work = asyncio.Lock()
         self._sealing = False
         self._progress = 0.0
         self._metrics: dict[str, float] = {}
@@ -122,11 +118,14 @@ class Agent:
     async def run(self) -> None:
         """Take part until the session says Exit; RefusedError when it says why."""
         self.states.store.recover()
-        durable.make_folder(self.scratch)
-        for left in self.scratch.iterdir():
-            durable.remove(left)
-        with first_error():
-            leave = await self._take_part()
+        self.work.clear()
+        try:
+            with first_error():
+                leave = await self._take_part()
+        finally:
+            self.work.clear()
+            for store in (self.states.store, self.outbox.store):
+                store.close()
         self.guard.save()
         if leave.rule is not None:
             raise turned_away(self.config.name, leave.rule, leave.detail)
@@ -249,8 +248,8 @@ class Agent:
                 work = self._open_spool(job.manifest)
             case d.CloseSpool():
                 work = self.spooler.close(job.transfer_id, delete=True)
-            case d.Verify():
-                work = self._verify(job.transfer_id)
+            case d.Finish():
+                work = self._finish(job.transfer_id)
             case d.StepOn():
                 work = self._step_on(job)
             case d.Train():
@@ -287,11 +286,10 @@ class Agent:
         await self._forget_states_but(manifest.transfer_id)
         self._events.put_nowait(d.SpoolOpened(manifest.transfer_id, have))
 
-    async def _verify(self, transfer_id: str) -> None:
+    async def _finish(self, transfer_id: str) -> None:
         try:
             stored = await self.spooler.finish(transfer_id)
-            await in_thread(stored.verify)
-        except (RefusedError, CorruptError) as error:
+        except CorruptError as error:
             await self._fetch_again(transfer_id, error)
             return
         pulled, step = stored.manifest, isinstance(stored.manifest.facts, StepFacts)
@@ -314,26 +312,27 @@ class Agent:
         await in_thread(self.states.forget_all_but, lambda: {transfer_id, *self.session.states_in_use})
 
     async def _train(self, base: Manifest) -> None:
+        async with self._at_work:  # whoever was cancelled has still to let go of the files
+            await self._train_on(base)
+
+    async def _train_on(self, base: Manifest) -> None:
         number = base.state.version
-        state_file = self.scratch / f"{base.transfer_id}.safetensors"
-        delta_file = self.scratch / f"{base.transfer_id}.delta.safetensors"
         self._progress = 0.0
         log.info("training", version=number)
         try:
-            await self.disk.until_room(base, self.federation.codec)
+            await self.disk.until_room(base, self.federation.codec, self.work.size)
             try:
-                await self.disk.given_room(in_thread, self.states.extract, base, state_file)
-            except CorruptError as error:
+                await self.disk.given_room(in_thread, self.states.extract, base, self.work.state)
+            except (CorruptError, RefusedError) as error:
                 await self._fetch_again(base.transfer_id, error)
                 return
-            trained = await self.worker.train(state_file, number, delta_file, on_progress=self._on_progress)
+            trained = await self.worker.train(self.work.state, number, self.work.delta, on_progress=self._on_progress)
             passing("train.after")
             self._metrics = trained.metrics
             self._sealing = True
-            manifest = await self.disk.given_room(in_thread, self._seal, base, trained, delta_file)
+            manifest = await self.disk.given_room(in_thread, self._seal, base, trained)
         finally:
-            for left in self.scratch.glob(f"{base.transfer_id}.*"):
-                durable.remove(left)
+            self.work.tidy()
         told = {"update": manifest.transfer_id, "version": number, "bytes": manifest.wire_bytes}
         log.info("sealed", **beside(told, self._metrics))
         self._events.put_nowait(d.Trained(manifest))
@@ -343,10 +342,10 @@ class Agent:
         if loss is not None:
             self._metrics = {**self._metrics, "loss": loss}
 
-    def _seal(self, base: Manifest, trained: TrainedUpdate, delta_file: Path) -> Manifest:
+    def _seal(self, base: Manifest, trained: TrainedUpdate) -> Manifest:
         return seal_delta(
             self.outbox,
-            map_tensors(delta_file),
+            map_tensors(self.work.delta),
             UpdateFacts(
                 site=self.config.name,
                 base_version=base.state.version,

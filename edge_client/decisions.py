@@ -49,14 +49,14 @@ class ChunksStored:
 
 @dataclass(frozen=True, slots=True)
 class StateReady:
-    """A state is complete and verified (also: was already here when we started, or was made by steps)."""
+    """A state is complete, each frame as its manifest says (also: was already here, or was made by steps)."""
 
     manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class StepReady:
-    """A step is complete and verified (also: was already here when we started)."""
+    """A step is complete, each frame as its manifest says (also: was already here when we started)."""
 
     transfer_id: str
 
@@ -125,8 +125,8 @@ class CloseSpool:
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
-    """Move a complete transfer into the store, check it, and answer StateReady, StepReady or StateBroken."""
+class Finish:
+    """Move a complete transfer into the store, and answer StateReady, StepReady or StateBroken."""
 
     transfer_id: str
 
@@ -141,7 +141,7 @@ class StepOn:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train on this state, seal the update, and answer Trained; StateBroken when the disk has spoilt the state."""
+    """Train on this state, seal the update, and answer Trained; StateBroken when it is not what was published."""
 
     base: Manifest
 
@@ -174,7 +174,7 @@ class Exit:
     detail: str = ""
 
 
-Job = OpenSpool | CloseSpool | Verify | StepOn | Train | CancelTraining | SendChunks | Settle | Exit
+Job = OpenSpool | CloseSpool | Finish | StepOn | Train | CancelTraining | SendChunks | Settle | Exit
 
 
 @dataclass(slots=True)

@@ -34,12 +34,15 @@ class Disk:
         self.room = Room(outbox, config.min_free_mib * MIB, config.outbox_mib * MIB)
         self.held = ""
 
-    async def until_room(self, base: Manifest, codec: CodecSection) -> None:
-        """Return when there is room to train on a state: its file, a float32 delta, the sealed update, its residual."""
+    async def until_room(self, base: Manifest, codec: CodecSection, there: int) -> None:
+        """Return when there is room to train on a state: its file, a float32 delta, the sealed update, its residual.
+
+        State and delta are written over files that have `there` bytes.
+        """
         values = base.file_size * 8 // VALUE_BITS[codec.whole]
         sealed = values * VALUE_BITS[codec.up] // 8
         residual = values * VALUE_BITS[RESIDUAL_CODEC] // 8 if codec.decay else 0
-        needed = base.file_size + 4 * values + sealed + residual
+        needed = max(0, base.file_size + 4 * values - there) + sealed + residual
         try:
             while (why := await in_thread(self._lacking, needed, sealed)) is not None:
                 await self._wait(why)

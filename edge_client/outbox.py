@@ -41,7 +41,7 @@ class Outbox:
 
     def __init__(self, storage: Path) -> None:
         open_layout(storage)
-        self.store = FrameStore(storage / "outbox")
+        self.store = FrameStore(storage / "outbox", recycles=True)
         self._receipts = storage / _RECEIPTS
         self._storage = storage
         self._lock = threading.Lock()

@@ -65,12 +65,12 @@ def write_own(path: Path, tensors: Mapping[str, F32Array], fingerprint: str) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, F32Array], metadata: Mapping[str, str] = _NONE) -> None:
-    """Put float32 tensors, and `metadata` in the header, into a safetensors file, whole or not at all.
+    """Put float32 tensors, and `metadata` in the header, over a safetensors file, whole or not at all.
 
     Not synced: what was trained is sealed elsewhere before anything is promised. RefusedError(rule='non-finite') names
     a tensor with NaN or infinity; UnavailableError when the disk does not take the file.
     """
-    durable.write_scratch(path, codec.encode_file(tensors, "f32", metadata))
+    durable.overwrite(path, codec.encode_file(tensors, "f32", metadata))
 
 
 def _read(path: Path) -> tuple[Header, npt.NDArray[np.uint8]]:

@@ -30,7 +30,7 @@ class States:
     """The folder of one site; one process writes it."""
 
     def __init__(self, root: Path, federation: FederationConfig, fingerprint: str) -> None:
-        self.store = FrameStore(root)
+        self.store = FrameStore(root, recycles=True)
         self._federation = federation
         self._fingerprint = fingerprint
 
@@ -94,7 +94,7 @@ class States:
         return stored is not None
 
     def extract(self, state: Manifest, path: Path) -> None:
-        """Write a state's plain safetensors file; errors as `extract_state`."""
+        """Write a state's plain safetensors file over `path`; errors as `extract_state`."""
         extract_state(self.store, (state.transfer_id,), path)
 
     def forget_all_but(self, used: Callable[[], set[str]]) -> None:

@@ -160,10 +160,12 @@ def _master(subject: Subject) -> State:
             f"the master of version {version} is not here any more",
             hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
         )
-    if file_digest(path) != subject.master_digest:
+    with TensorFile(path) as file:
+        tensors = dict(file)
+    # Compared afterwards: while a coordinator runs, the next version may have been written over it meanwhile.
+    if not path.exists() or file_digest(path) != subject.master_digest:
         raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
-    with TensorFile(path) as tensors:
-        return dict(tensors)
+    return tensors
 
 
 def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:

@@ -28,8 +28,8 @@ def digest(data: bytes | memoryview) -> bytes:
 
 def file_digest(path: Path) -> str:
     """Return the BLAKE3 of a file in hex; its bytes are copied, not mapped, so that memory stays as it is."""
-    hasher, buffer = Hasher(), bytearray(_READ_BYTES)
-    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
-        while count := file.readinto(view):
-            hasher.update(view[:count])
+    hasher = Hasher()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            hasher.update(data)
     return hasher.hexdigest()

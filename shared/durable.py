@@ -4,6 +4,12 @@ What POSIX gives, and no more: the bytes of a file are safe after fsync of the f
 and a rename is seen whole or not at all. Hence each file is written under a temporary name beside its place, synced,
 renamed, and the folder synced. A folder has one writing process; leftovers of a crash are removed when it starts.
 
+A large file that is deleted where another of its kind follows may leave its place to that one (`retire`): writing over
+pages and blocks that are there costs a fraction of what the kernel and the file system take for fresh ones.
+
+    .tmp-*     a file being written
+    .spare-*   a file that was given up, whose place the next one of its kind takes
+
 After a failed fsync nobody knows what is on the disk, and a second fsync may well report success (Rebello et al., Can
 Applications Recover from fsync Failures?, ATC 2020): errors are raised, never retried here.
 """
@@ -15,7 +21,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +29,7 @@ from types import TracebackType
 from shared.errors import CorruptError, NoRoomError, UnavailableError
 
 TEMPORARY_PREFIX = ".tmp-"
+SPARE_PREFIX = ".spare-"
 _COMPARE_BYTES = 1 << 20
 _STORAGE_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, then start again; nothing finished was lost"),
@@ -125,11 +132,16 @@ def reserve(fd: int, size: int, folder: Path) -> None:
 
 
 @contextmanager
-def temporary_file(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yield path and descriptor of a new file in `folder`; removed at the end unless it was renamed by then."""
+def temporary_file(folder: Path, kind: str = "") -> Iterator[tuple[Path, int]]:
+    """Yield path and descriptor of a new file in `folder`; removed at the end unless it was renamed by then.
+
+    Of a `kind` that was retired there it holds, until it is cut, the old bytes.
+    """
     path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     with storage_errors(folder, 4096):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        if kind:
+            reuse(path, kind)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield path, fd
     finally:
@@ -147,12 +159,13 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def write_chunks(fd: int, chunks: Iterable[bytes | memoryview], folder: Path, *, synced: bool = True) -> int:
-    """Write chunks one after the other from the start of an open file, sync it if `synced`, and return their size."""
+    """Make an open file hold these chunks, one after the other; sync it if `synced`, and return their size."""
     size = 0
     for chunk in chunks:
         with storage_errors(folder, size + len(chunk)):
             write_all(fd, chunk, size)
         size += len(chunk)
+    os.ftruncate(fd, size)
     if synced:
         with storage_errors(folder, size):
             sync_file(fd)
@@ -177,10 +190,27 @@ def write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     fsync_dir(path.parent)
 
 
+def overwrite(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write chunks over whatever is at `path`, in the place that it has on the disk; neither durable nor atomic.
+
+    For a large file that is made again and again, and read by nobody meanwhile: finding fresh pages and blocks for it
+    costs several times what copying the bytes does. When this raises, `chunks` too, there is no file.
+    """
+    with storage_errors(path.parent, 4096):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        write_chunks(fd, chunks, path.parent, synced=False)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
 def write_scratch(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """As `replace_atomic`, but not durable: after a power loss there may be the old file, or none, or a torn one.
 
-    For what is read again before long, or can be made again.
+    For what others read meanwhile, and can be made again.
     """
     with temporary_file(path.parent) as (temporary, fd):
         write_chunks(fd, chunks, path.parent, synced=False)
@@ -226,10 +256,35 @@ def remove(path: Path) -> None:
 
 def remove_temporaries(folder: Path) -> int:
     """Delete what crashes left under temporary names, and return how many; for the folder's only writer, at start."""
+    remove_spares(folder)
     leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
     for leftover in leftovers:
         leftover.unlink()
     return len(leftovers)
+
+
+def retire(path: Path) -> None:
+    """Give up a file and leave its place to the next of its kind, which is what follows the first dot of its name.
+
+    As a deletion, it may be undone by a power loss until the folder is synced. FileNotFoundError when it is not there.
+    """
+    path.replace(_spare(path.parent, path.name.partition(".")[2]))
+
+
+def reuse(path: Path, kind: str) -> None:
+    """Put a file of this kind that was retired, if there is one, in the place of `path`, to be written over."""
+    with suppress(FileNotFoundError):
+        _spare(path.parent, kind).replace(path)
+
+
+def remove_spares(folder: Path) -> None:
+    """Delete what was retired and is not needed any more."""
+    for spare in list(folder.glob(f"{SPARE_PREFIX}*")):
+        spare.unlink()
+
+
+def _spare(folder: Path, kind: str) -> Path:
+    return folder / f"{SPARE_PREFIX}{kind}"
 
 
 def _same_content(fd: int, size: int, path: Path) -> bool:

@@ -176,14 +176,14 @@ def seal_part(
 
 
 def extract_state(store: FrameStore, parts: Sequence[str], path: Path) -> None:
-    """Write the plain safetensors file of a state to `path`, to be read now: the bytes whose digest is the state's.
+    """Write the plain safetensors file of a state over `path`, to be read now: the bytes whose digest is the state's.
 
-    RefusedError(rule='state-digest') when they are not, and nothing is left; else errors as `open_state`.
+    RefusedError(rule='state-digest') when they are not; else errors as `open_state`. After an error nothing is left.
     """
     if len(parts) == 1:
-        durable.write_scratch(path, stored_part(store, parts[0]).plain())
+        durable.overwrite(path, stored_part(store, parts[0]).plain())
     else:
-        durable.write_scratch(path, _plain(open_state(store, parts)))
+        durable.overwrite(path, _plain(open_state(store, parts)))
 
 
 def check_state_digest(store: FrameStore, parts: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
     <id>.frames          the frames, one behind the other
     <id>.manifest        there is a whole, durable transfer; written or renamed last, so this name is the commit point
     <id>.part.manifest   the frames are still arriving
-    .tmp-*               a file being written
+    .tmp-*, .spare-*     see `shared.durable`
 
 A transfer that is arriving and one that has arrived differ by one rename, so a crash leaves one or the other. Which
 frames of an arriving transfer are there is not written down anywhere: each is hashed again when the transfer is
@@ -37,6 +37,7 @@ from shared.transfer import Bitmap
 _ID = re.compile(r"[0-9a-f]{32}")
 _NOTHING = bytes(4)
 """How reserved and never written space begins; no zstd frame does."""
+_KIND = "frames"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +175,15 @@ class Partial:
 
 
 class FrameStore:
-    """A folder of transfers; see the module's docstring."""
+    """A folder of transfers; see the module's docstring.
 
-    def __init__(self, root: Path) -> None:
+    With `recycles` the frames of a transfer that is deleted leave their place to the next ones. Not where deleting is
+    meant to forget: until then the bytes are still there.
+    """
+
+    def __init__(self, root: Path, *, recycles: bool = False) -> None:
         self.root = root
+        self._recycles = recycles
         durable.make_folder(root)
 
     def recover(self) -> list[str]:
@@ -235,8 +241,17 @@ class FrameStore:
         durable.remove(self._path(transfer_id, ".manifest"))
         durable.remove(self._path(transfer_id, ".part.manifest"))
         passing("delete.middle")
-        self._path(transfer_id, ".frames").unlink(missing_ok=True)
+        frames = self._path(transfer_id, ".frames")
+        if self._recycles:
+            with suppress(FileNotFoundError):
+                durable.retire(frames)
+        else:
+            frames.unlink(missing_ok=True)
         passing("delete.after")
+
+    def close(self) -> None:
+        """Keep no place for what will not come."""
+        durable.remove_spares(self.root)
 
     def open_partial(self, manifest: Manifest) -> Partial:
         """Begin or resume receiving a transfer that is not whole yet; disk space for all of it is taken at once.
@@ -261,7 +276,7 @@ class FrameStore:
         One that is there already, the same but for the time it was made, is returned as it is; CorruptError when
         another has its id. UnavailableError when the disk has no room. When `frames` raises, nothing is left behind.
         """
-        with durable.temporary_file(self.root) as (temporary, fd):
+        with durable.temporary_file(self.root, _KIND) as (temporary, fd):
             with closing(iter(frames)) as coming:  # also on a full disk: a thread works ahead of it
                 durable.write_chunks(fd, (frame.data for frame in coming), self.root)
             manifest = build(frames.summary)
@@ -294,7 +309,8 @@ class FrameStore:
     def _begin(self, manifest: Manifest, begun: Path) -> Partial:
         path = self._path(manifest.transfer_id, ".frames")
         with ExitStack() as on_error:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            durable.reuse(path, _KIND)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             on_error.callback(path.unlink)
             on_error.callback(os.close, fd)
             durable.reserve(fd, manifest.wire_bytes, self.root)

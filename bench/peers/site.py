@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import save_file
-
 from bench.peers import work
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
@@ -57,7 +55,8 @@ class KnownNoise:
         tensors = decoded(state, self._codec)
         self._task.note(self._name, "received", round=base_version, ledger=self._task.ledger(tensors[tensor_name(0)]))
         added = self._task.delta(int(self._name.rpartition("-")[2]))
-        save_file({tensor_name(number): values for number, values in enumerate(added)}, delta)
+        tensors = {tensor_name(number): values for number, values in enumerate(added)}
+        durable.overwrite(delta, codec.encode_file(tensors, "f32", {}))
         self._task.note(self._name, "trained", round=base_version)
 
 

@@ -173,7 +173,7 @@ class SiteSide:
                 self._soon(d.SpoolOpened(job.manifest.transfer_id, have.to_bytes()))
             case d.CloseSpool():
                 self._spools.pop(job.transfer_id, None)
-            case d.Verify():
+            case d.Finish():
                 assert self.session is not None
                 assert self.session.pulls.pull is not None
                 self._fetched(self.session.pulls.pull.manifest)

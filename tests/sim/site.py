@@ -209,8 +209,8 @@ class SiteMachine(Machine):
                 self.spooler.soon(self._open_spool, job.manifest)
             case d.CloseSpool():
                 self.spooler.close(job.transfer_id, delete=True)
-            case d.Verify():
-                self.spooler.soon(self._verify, job.transfer_id)
+            case d.Finish():
+                self.spooler.soon(self._finish, job.transfer_id)
             case d.StepOn():
                 self.later(self.rng.uniform(0.01, 0.5), self._step_on, job)
             case d.Train():
@@ -243,19 +243,17 @@ class SiteMachine(Machine):
         self._forget_states_but(manifest.transfer_id)
         self.later(0, self.decide, d.SpoolOpened(manifest.transfer_id, have))
 
-    def _verify(self, transfer_id: str) -> None:
+    def _finish(self, transfer_id: str) -> None:
         try:
             stored = self.spooler.spooler._finish(transfer_id)
-            self.rots(stored)
-            content = content_of(stored, self.scenario)
-        except (RefusedError, CorruptError):
+        except CorruptError:
             self._fetch_again(transfer_id)
             return
+        self.rots(stored)
         self._forget_states_but(transfer_id)
         if isinstance(stored.manifest.facts, StepFacts):
             self.later(0, self.decide, d.StepReady(transfer_id))
             return
-        self.witness.replicas.check(self.name, stored.manifest, content)
         self.later(0, self.decide, d.StateReady(stored.manifest))
 
     def _forget_states_but(self, transfer_id: str) -> None:

@@ -170,6 +170,6 @@ def test_pruning_keeps_version_zero_and_what_is_asked(tmp_path: Path) -> None:
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
         *(f"v{version:08d}{kind}.safetensors" for version in (0, 2, 3) for kind in ("", ".momentum")),
-        "notes.safetensors",
-        "v1.safetensors",
+        *(".spare-safetensors", ".spare-momentum.safetensors"),
+        *("notes.safetensors", "v1.safetensors"),
     }

@@ -32,7 +32,10 @@ STATE = make_state(make_plan(make_federation()), 0)
 def test_room_for_everything_that_training_makes(
     codec: dict[str, Any], sealed: int, residual: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state's file, a float32 delta, the sealed update, and with feedback the next residual beside the last one."""
+    """The state's file, a float32 delta, the sealed update, and with feedback the next residual beside the last one.
+
+    What the training before left of the first two is written over.
+    """
     asked: list[tuple[int, int | None]] = []
 
     def lacking(_self: Room, needed: int, *, kept: int | None = None) -> None:
@@ -41,5 +44,6 @@ def test_room_for_everything_that_training_makes(
     monkeypatch.setattr(Room, "lacking", lacking)
     config = SiteConfig(name="north", federation=tmp_path, storage=tmp_path, data=DataSection(notes=tmp_path))
     section = CodecSection.model_validate({"down": "f32", **codec})
-    run_async(Disk(config, tmp_path).until_room(STATE, section))
-    assert asked == [(20_480 + 20_480 + sealed + residual, sealed)]
+    for there in (0, 30_000, 50_000):
+        run_async(Disk(config, tmp_path).until_room(STATE, section, there))
+    assert asked == [(fresh + sealed + residual, sealed) for fresh in (20_480 + 20_480, 10_960, 0)]

@@ -231,7 +231,7 @@ def test_a_running_site_and_an_empty_folder_say_so(site: Path, tmp_path: Path) -
 
 
 def test_a_run_that_an_earlier_release_began_is_left_to_it(tmp_path: Path) -> None:
-    """A site of before there was a schema: its update has hashes that this release does not know, so nothing is touched."""
+    """A site of before there was a schema: its update has another hash than ours, so nothing is touched."""
     storage = Path(shutil.copytree(GOLDEN, tmp_path / "site"))
     for opener in (Outbox, check):
         with pytest.raises(RefusedError, match="an earlier release began") as caught:

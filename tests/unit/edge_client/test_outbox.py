@@ -80,6 +80,8 @@ def test_a_receipt_is_kept_and_the_bytes_go(tmp_path: Path) -> None:
         **receipt.model_dump(mode="json"),
     }
     assert [manifest.transfer_id for manifest in outbox.pending()] == [TWO]
+    assert _names(tmp_path / "outbox") == [".spare-frames", f"{TWO}.frames", f"{TWO}.manifest"]
+    outbox.store.close()
     assert _names(tmp_path / "outbox") == [f"{TWO}.frames", f"{TWO}.manifest"]
 
 
@@ -141,6 +143,7 @@ def test_a_crash_between_receipt_and_deletion_is_mended_at_the_next_start(
     assert f"{ONE}.frames" in _names(tmp_path / "outbox")
     again = Outbox(tmp_path)
     assert again.pending() == []
+    again.store.close()
     assert _names(tmp_path / "outbox") == []
     assert _kept(tmp_path, ONE)["outcome"] == "accepted"
 

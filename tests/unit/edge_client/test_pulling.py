@@ -66,7 +66,7 @@ def test_a_site_in_step_fetches_one_step_and_adds_it_to_what_it_holds() -> None:
     assert bench.announce_steps(3, 4).jobs == [d.OpenSpool(bench.step(4))]
     bench.opened(bench.step(4))
     decision = bench.handle(d.ChunksStored(bench.step(4).transfer_id, (0, 1)))
-    assert decision.jobs == [d.Verify(bench.step(4).transfer_id)]
+    assert decision.jobs == [d.Finish(bench.step(4).transfer_id)]
     decision = bench.handle(d.StepReady(bench.step(4).transfer_id))
     assert decision.jobs == [d.StepOn(bench.state(3), (bench.step(4),))]
     assert bench.session.phase == "pulling"
@@ -122,7 +122,7 @@ def test_what_is_announced_and_held_is_looked_at_before_it_is_trained_on() -> No
     bench.connect()
     held = bench.state(4, frames=7)
     assert bench.announce_steps(3, 4).jobs == [d.OpenSpool(held)]
-    assert bench.opened(held, *range(7)).jobs == [d.Verify(held.transfer_id)]
+    assert bench.opened(held, *range(7)).jobs == [d.Finish(held.transfer_id)]
     assert bench.pulled(held).jobs == [d.Train(held)]
 
 
@@ -131,7 +131,7 @@ def test_a_step_that_was_fetched_before_a_restart_is_not_fetched_again() -> None
     bench = holding(3)
     bench.announce_steps(3, 4, 5)
     step = bench.step(4)
-    assert bench.opened(step, 0, 1) == d.Decision(jobs=[d.Verify(step.transfer_id)])
+    assert bench.opened(step, 0, 1) == d.Decision(jobs=[d.Finish(step.transfer_id)])
 
 
 def test_a_newer_version_does_not_lengthen_the_way_that_was_begun() -> None:

@@ -234,7 +234,7 @@ def test_the_last_chunk_is_acknowledged_and_the_state_verified() -> None:
     state = bench.state()
     _stored(bench, 0, 1, 2, 3)
     decision = _stored(bench, 4)
-    assert decision.jobs == [d.Verify(state.transfer_id)]
+    assert decision.jobs == [d.Finish(state.transfer_id)]
     assert [want.have for want in sent(decision, Want)] == [b"\x1f"]
     assert _stored(bench, 4) == d.Decision()
 
@@ -244,7 +244,7 @@ def test_a_full_spool_is_verified_without_a_word() -> None:
     bench = SessionBench()
     bench.connect()
     bench.announce()
-    assert bench.opened(bench.state(), *range(5)) == d.Decision(jobs=[d.Verify(bench.state().transfer_id)])
+    assert bench.opened(bench.state(), *range(5)) == d.Decision(jobs=[d.Finish(bench.state().transfer_id)])
 
 
 def test_what_is_taken_of_the_data_topics() -> None:
@@ -314,7 +314,7 @@ def test_chunks_that_become_durable_after_the_link_fell_count() -> None:
     bench = _pulling()
     bench.handle(d.LinkDown())
     assert _stored(bench, 0, 1, 2, 3).sends == []
-    assert jobs(_stored(bench, 4), d.Verify)
+    assert jobs(_stored(bench, 4), d.Finish)
 
 
 @pytest.mark.parametrize(("held", "abandoned"), [((), True), ((0, 1), True), ((0, 1, 2), False)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared import durable
-from shared.errors import CorruptError, NoRoomError, UnavailableError
+from shared.errors import CorruptError, NoRoomError, RefusedError, UnavailableError
 
 
 @pytest.fixture
@@ -158,6 +158,37 @@ def test_replacing(tmp_path: Path, syncs: durable.SyncCount, durably: bool) -> N
     assert (syncs.files, syncs.folders) == ((1, 1) if durably else (0, 0))
 
 
+def test_overwriting(tmp_path: Path, syncs: durable.SyncCount) -> None:
+    """The same file on the disk, longer or shorter than before, and no sync; made when it is not there."""
+    path = tmp_path / "a"
+    durable.overwrite(path, [b"first"])
+    before = path.stat().st_ino
+    for chunks in ([b"lon", b"ger"], [b"short"], []):
+        durable.overwrite(path, chunks)
+        assert path.read_bytes() == b"".join(chunks)
+    assert path.stat().st_ino == before
+    assert (syncs.files, syncs.folders) == (0, 0)
+
+
+def test_what_was_not_overwritten_whole_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a full disk nor what the bytes come from leaves a mixture."""
+    path = tmp_path / "a"
+
+    def failing() -> Iterator[bytes]:
+        yield b"ne"
+        raise RefusedError("no more", rule="test")
+
+    path.write_bytes(b"old")
+    with pytest.raises(RefusedError):
+        durable.overwrite(path, failing())
+    assert names(tmp_path) == []
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "pwrite", full_disk)
+    with pytest.raises(UnavailableError):
+        durable.overwrite(path, [b"new"])
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "replace", [durable.replace_atomic, lambda path, data: durable.write_scratch(path, [data])], ids=["durably", "not"]
 )
@@ -266,3 +297,29 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     assert durable.remove_temporaries(tmp_path) == 1
     assert names(tmp_path) == ["kept"]
+
+
+def test_a_retired_file_leaves_its_place_to_the_next_of_its_kind(tmp_path: Path) -> None:
+    """To one of the same kind, once; what is shorter is cut, and what nobody took goes."""
+    (tmp_path / "v1.slot.bin").write_bytes(b"old and longer")
+    place = (tmp_path / "v1.slot.bin").stat().st_ino
+    durable.retire(tmp_path / "v1.slot.bin")
+    with durable.temporary_file(tmp_path, "bin") as (_, fd):
+        assert os.fstat(fd).st_size == 0
+    for expected in (True, False):
+        with durable.temporary_file(tmp_path, "slot.bin") as (temporary, fd):
+            assert (os.fstat(fd).st_ino == place) is expected
+            durable.write_chunks(fd, [b"new"], tmp_path)
+            assert temporary.read_bytes() == b"new"
+            temporary.replace(tmp_path / "v2.slot.bin")
+    durable.retire(tmp_path / "v2.slot.bin")
+    durable.remove_spares(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_start_finds_no_spare(tmp_path: Path) -> None:
+    """What a killed process had retired is removed with its temporary files."""
+    (tmp_path / "a.frames").touch()
+    durable.retire(tmp_path / "a.frames")
+    durable.remove_temporaries(tmp_path)
+    assert names(tmp_path) == []
