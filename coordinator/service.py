@@ -19,6 +19,7 @@ import structlog
 from coordinator import aggregate
 from coordinator import decisions as d
 from coordinator.arrivals import Arrivals, sender
+from coordinator.batching import commits, decided
 from coordinator.core import Core
 from coordinator.decisions import Instant
 from coordinator.disk import Disk, check_newest, discard_rejected, discard_uncommitted
@@ -28,7 +29,7 @@ from coordinator.journal import Journal
 from coordinator.masters import prune_masters
 from coordinator.means import Kept
 from coordinator.quarantine import forget_ruling, rulings
-from coordinator.records import Record, VersionCommitted, told
+from coordinator.records import Record, told
 from coordinator.renewals import Renewals
 from coordinator.rows import Restored
 from coordinator.status import live_status
@@ -259,22 +260,26 @@ class Service:
 
     async def _decide(self) -> None:
         while True:
-            event = await self._events.get()
-            decision = self.core.handle(event, Instant(time.monotonic(), time.time()))
-            if decision.records:
-                await self._write_down(decision.records)
-                if any(isinstance(record, VersionCommitted) for record in decision.records):
-                    decision.sends[:0] = await self._sign_head()
+            found = decided(self._handle, await self._events.get(), self._events)
+            records = [record for _event, decision in found for record in decision.records]
+            if records:
+                await self._write_down(records)
+                if commits(records):
+                    found[-1][1].sends[:0] = await self._sign_head()
                 await self._compact()
-            if isinstance(event, d.Ruled):
-                forget_ruling(self.config.storage, event)
-            for send in decision.sends:
-                self._tasks.create_task(self._send(send))
-            for job in decision.jobs:
-                if isinstance(job, d.Stop):
-                    log.info("complete", version=self.core.ledger.version)
-                    return
-                self._start(job)
+            for event, decision in found:
+                if isinstance(event, d.Ruled):
+                    forget_ruling(self.config.storage, event)
+                for send in decision.sends:
+                    self._tasks.create_task(self._send(send))
+                for job in decision.jobs:
+                    if isinstance(job, d.Stop):
+                        log.info("complete", version=self.core.ledger.version)
+                        return
+                    self._start(job)
+
+    def _handle(self, event: d.Event) -> d.Decision:
+        return self.core.handle(event, Instant(time.monotonic(), time.time()))
 
     async def _write_down(self, facts: Sequence[Record]) -> None:
         if not await self.disk.given_room(self._append, facts):
