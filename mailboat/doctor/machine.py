@@ -19,7 +19,7 @@ from shared import durable
 from shared.config import ComputeSection
 from shared.errors import ConfigError, MailboatError, UnavailableError
 
-NEEDED = ("mailboat", "aiomqtt", "paho-mqtt", "msgpack", "numpy", "pydantic", "structlog", "zstandard")
+NEEDED = ("mailboat", "aiomqtt", "blake3", "paho-mqtt", "msgpack", "numpy", "pydantic", "structlog", "zstandard")
 TRAINER = ("torch", "transformers", "safetensors")
 ROOM_BYTES = 2 * 1024**3
 """Free space under which a person should look: a few versions of a small model, or a part of one of a large model."""

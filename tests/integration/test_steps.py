@@ -20,6 +20,7 @@ from coordinator.records import Anchored, Finished, VersionCommitted
 from coordinator.replay import replay
 from coordinator.service import Service
 from coordinator.views import load_run
+from edge_client.layout import open_layout
 from edge_client.states import States
 from shared.config import FederationConfig
 from shared.configfile import load_config
@@ -198,6 +199,7 @@ def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
     write_toy(tmp_path, mosquitto_url, sites=1, versions=1, codec="int8", steps=STEPS)
     federation = load_config(tmp_path / "federation.toml", FederationConfig)
     plan = load_plan(tmp_path / "coordinator" / "plan.json", federation)
+    open_layout(tmp_path / "site-1")
     states = States(tmp_path / "site-1" / "states", federation, plan.fingerprint)
     states.begin(tmp_path / "coordinator" / "initial.safetensors")  # of another moment than the coordinator's
     strange = {name: np.zeros(shape, np.float32) for name, shape in plan.tensors.items()}
