@@ -85,7 +85,7 @@ def make(run: str, work: Work, stage: Stage) -> Framework:
 
 def measure(run: str, place: str, folder: Path, options: argparse.Namespace) -> Round:
     """One run in a folder of its own below `folder`."""
-    root = Path(tempfile.mkdtemp(prefix="mailboat-round-", dir=folder))
+    root = Path(tempfile.mkdtemp(prefix="mailboat-round-", dir=folder.resolve()))
     work = Work(str(root), options.sites, round(options.parameters * 1e6), TENSORS, options.rounds + 2, 0.0)
     work.save()
     try:
