@@ -16,6 +16,7 @@ import structlog
 from coordinator.ledger import Ledger
 from coordinator.masters import check_files
 from coordinator.optimizers import SLOTS
+from shared import durable
 from shared.config import CoordinatorConfig, FederationConfig
 from shared.errors import CorruptError, NoRoomError
 from shared.manifest import UpdateFacts
@@ -34,6 +35,7 @@ class Disk:
 
     def __init__(self, config: CoordinatorConfig, updates: Path) -> None:
         self.room = Room(updates, config.min_free_mib * MIB, config.spool_mib * MIB)
+        self._masters = config.storage / "masters"
         self.held = ""
         self._needed = 0
 
@@ -49,7 +51,8 @@ class Disk:
                 return result
 
     def hold(self, error: NoRoomError, needed: int = 0) -> None:
-        """Something found no room for `needed` bytes."""
+        """Something found no room for `needed` bytes: what is kept for the next version's files is not, then."""
+        durable.remove_spares(self._masters)
         if not self.held:
             log.warning("no room on the disk; waiting for some", reason=error.message)
         self.held, self._needed = error.message, needed

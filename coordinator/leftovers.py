@@ -141,8 +141,8 @@ def _segments(storage: Path, journal: JournalReader) -> Iterator[Leftover | Find
 
 def _litter(storage: Path) -> Iterator[Leftover]:
     for name in ("", "updates", "states", "masters", ARCHIVE):
-        for path in sorted((storage / name).glob(f"{durable.TEMPORARY_PREFIX}*")):
-            yield Leftover(Finding("litter", _place(path), "a file that was being written"), (path,))
+        for path in durable.temporaries(storage / name):
+            yield Leftover(Finding("litter", _place(path), "a file that was being written, or to be"), (path,))
     for path in sorted((storage / VALIDATION).glob("*")):
         yield Leftover(Finding("litter", _place(path), "a model that was being measured"), (path,))
     for name in ("updates", "states"):

@@ -279,9 +279,9 @@ def _transfers(storage: Path, trail: Trail, seals: Seals, progress: Progress) ->
             continue
         _seq, accepted = trail.accepted[update_id]
         base = trail.versions.get(accepted.base_version)
-        sha256 = base.state_digest if base else None
+        started = base.state_digest if base else None
         said = seals.check_manifest
-        yield from check_update(storage, accepted, sha256, trail.plan, trail.federation, said, given_up=gone)
+        yield from check_update(storage, accepted, started, trail.plan, trail.federation, said, given_up=gone)
         done += 1
         progress(done / total)
 

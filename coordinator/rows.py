@@ -269,7 +269,7 @@ class JournalReader:
             raise RefusedError(
                 f"{self.path}: schema version {version}, this release knows {SCHEMA_VERSION}",
                 rule="older-schema",
-                hint="end and audit this run with the release that wrote the journal; another run wants another folder",
+                hint="end, audit and export this run with the release that wrote it; another run wants another folder",
             )
         return version
 

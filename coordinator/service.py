@@ -161,9 +161,11 @@ class Service:
         await self._compact()
         ledger = self.core.ledger
         log.info("recovered", version=ledger.version, pending=len(ledger.pending), updates=len(ledger.known))
-        with first_error(), self.arrivals:
-            await self._serve()
-        durable.remove_spares(self.masters)
+        try:
+            with first_error(), self.arrivals:
+                await self._serve()
+        finally:
+            durable.remove_spares(self.masters)
         self.guard.save()
         self._save_status()
 

@@ -100,7 +100,7 @@ class Agent:
             stored=self._chunks_stored,
             refused=self._chunk_refused,
         )
-        self.disk = Disk(config, outbox.store.root)
+        self.disk = Disk(config, outbox.store.root, self.states.store.root)
         self._events: asyncio.Queue[d.Event] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup
         self._training: asyncio.Task[None] | None = None

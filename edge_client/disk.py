@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from edge_client.sealing import RESIDUAL_CODEC
+from shared import durable
 from shared.config import CodecName, CodecSection, SiteConfig
 from shared.errors import NoRoomError
 from shared.manifest import Manifest
@@ -28,9 +29,13 @@ R = TypeVar("R")
 
 
 class Disk:
-    """The file system that holds `outbox`; `held` says why the site waits, and is empty while it does not."""
+    """The file system that holds `outbox`; `held` says why the site waits, and is empty while it does not.
 
-    def __init__(self, config: SiteConfig, outbox: Path) -> None:
+    What is kept in `outbox` and `others` for the files to come goes when there is no room.
+    """
+
+    def __init__(self, config: SiteConfig, outbox: Path, *others: Path) -> None:
+        self._recycled = (outbox, *others)
         self.room = Room(outbox, config.min_free_mib * MIB, config.outbox_mib * MIB)
         self.held = ""
 
@@ -65,6 +70,8 @@ class Disk:
         return self.room.lacking(needed, kept=kept)
 
     async def _wait(self, why: str) -> None:
+        for folder in self._recycled:
+            durable.remove_spares(folder)
         if not self.held:
             log.warning("no room on the disk; waiting for some", reason=why)
         self.held = why

@@ -54,8 +54,8 @@ class Checked:
 def check(storage: Path, *, repair: bool = False) -> Checked:
     """Look at a site's whole folder, and with `repair` delete what may go.
 
-    Raises ConfigError when no site has run there, UnavailableError while one does, RefusedError(rule='newer-schema')
-    when a newer release wrote it.
+    Raises ConfigError when no site has run there, UnavailableError while one does, RefusedError with rule
+    'newer-schema' or 'older-schema' when another release wrote it.
     """
     if not (storage / "outbox").is_dir():
         raise ConfigError(f"{storage}: no site has run there", hint="name the configuration of a site that has")
@@ -197,10 +197,10 @@ def _litter(storage: Path, *, repair: bool) -> Iterator[Problem]:
             for path in folder.glob("*.frames")
             if not any(path.with_suffix(suffix).exists() for suffix in (".manifest", ".part.manifest"))
         ]
-        for path in sorted([*folder.glob(f"{durable.TEMPORARY_PREFIX}*"), *loose]):
+        for path in sorted([*durable.temporaries(folder), *loose]):
             if repair:
                 path.unlink()
-            yield _leftover("litter", _place(path), "a file that was being written", repair=repair)
+            yield _leftover("litter", _place(path), "a file that was being written, or to be", repair=repair)
 
 
 def _leftover(rule: str, where: str, what: str, *, repair: bool) -> Problem:

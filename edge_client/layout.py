@@ -52,7 +52,7 @@ def check_layout(storage: Path) -> int:
         raise RefusedError(
             f"{storage}: an earlier release began to take part in a run here",
             rule="older-schema",
-            hint=f"let that release end the run; for another run, delete the folders {', '.join(_OF_A_RUN)} in it",
+            hint="let that release end the run; for another run name another folder, and copy privacy.jsonl there",
         )
     return schema
 

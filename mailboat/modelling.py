@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from mailboat.subject import Subject
 from shared.config import AdapterSection, ComputeSection, FederationConfig
 from shared.configfile import parse_config
 from shared.digest import file_digest
-from shared.errors import ConfigError, CorruptError
-from shared.states import open_state
+from shared.errors import ConfigError, CorruptError, RefusedError
+from shared.states import check_state_digest, open_state
 from shared.store import FrameStore
 
 if TYPE_CHECKING:
@@ -149,23 +150,26 @@ def _with_state(subject: Subject, *, full_precision: bool = False, compute: Comp
 
 
 def _state(subject: Subject) -> State:
-    return dict(open_state(FrameStore(subject.storage / "states"), subject.parts))
+    store = FrameStore(subject.storage / "states")
+    check_state_digest(store, subject.parts)  # a site that has finished has never unpacked its last one
+    return dict(open_state(store, subject.parts))
 
 
 def _master(subject: Subject) -> State:
     version = subject.state.version
     path = master_path(subject.storage / "masters", version)
+    with suppress(FileNotFoundError, RefusedError, ValueError):
+        with TensorFile(path) as file:
+            tensors = dict(file)
+        # Compared afterwards: while a coordinator runs, a later version may be written over it meanwhile.
+        if file_digest(path) == subject.master_digest:
+            return tensors
     if not path.exists():
         raise ConfigError(
             f"the master of version {version} is not here any more",
             hint="those of the newest two versions and of version 0 are; leave --full-precision out, or --version",
         )
-    with TensorFile(path) as file:
-        tensors = dict(file)
-    # Compared afterwards: while a coordinator runs, the next version may have been written over it meanwhile.
-    if not path.exists() or file_digest(path) != subject.master_digest:
-        raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
-    return tensors
+    raise CorruptError(f"{path} is not what the journal says was written", hint="see: mailboat coordinator fsck")
 
 
 def _score(loaded: LoadedModel, federation: FederationConfig, notes: Path, *, skip_bad: bool) -> Measured:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.views import RunView, find_version, load_run
+from edge_client.layout import check_layout
 from shared.config import CoordinatorConfig, FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.errors import ConfigError
@@ -54,7 +55,8 @@ def of_coordinator(config: CoordinatorConfig, version: int | None) -> Subject:
 
 
 def of_site(config: SiteConfig) -> Subject:
-    """Return the newest state that a site holds; ConfigError when it holds none."""
+    """Return the newest state that a site holds; ConfigError when it holds none, RefusedError as `check_layout`."""
+    check_layout(config.storage)
     folder = config.storage / "states"
     store = FrameStore(folder) if folder.is_dir() else None
     stored = [store.get(state_id) for state_id in store.ids()] if store else []

@@ -256,11 +256,15 @@ def remove(path: Path) -> None:
 
 def remove_temporaries(folder: Path) -> int:
     """Delete what crashes left under temporary names, and return how many; for the folder's only writer, at start."""
-    remove_spares(folder)
-    leftovers = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    leftovers = temporaries(folder)
     for leftover in leftovers:
         leftover.unlink()
     return len(leftovers)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What stands in a folder under temporary names, sorted."""
+    return sorted(path for prefix in (SPARE_PREFIX, TEMPORARY_PREFIX) for path in folder.glob(f"{prefix}*"))
 
 
 def retire(path: Path) -> None:
@@ -272,15 +276,20 @@ def retire(path: Path) -> None:
 
 
 def reuse(path: Path, kind: str) -> None:
-    """Put a file of this kind that was retired, if there is one, in the place of `path`, to be written over."""
+    """Put a file of this kind that was retired, if there is one, in the place of `path`, to be written over.
+
+    Not one that has another name besides, as copies by hard links have.
+    """
+    spare = _spare(path.parent, kind)
     with suppress(FileNotFoundError):
-        _spare(path.parent, kind).replace(path)
+        if spare.stat().st_nlink == 1:
+            spare.replace(path)
 
 
 def remove_spares(folder: Path) -> None:
     """Delete what was retired and is not needed any more."""
     for spare in list(folder.glob(f"{SPARE_PREFIX}*")):
-        spare.unlink()
+        spare.unlink(missing_ok=True)  # or taken a moment ago
 
 
 def _spare(folder: Path, kind: str) -> Path:

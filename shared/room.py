@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.durable import SPARE_PREFIX
+
 MIB = 1 << 20
 POLL_S = 2.0
 """How often a full disk is looked at again."""
@@ -49,6 +51,8 @@ def free_bytes(folder: Path) -> int:
 def _held(paths: Iterable[Path]) -> int:
     total = 0
     for path in paths:
+        if path.name.startswith(SPARE_PREFIX):
+            continue  # the next file's place
         try:
             total += path.stat().st_size
         except FileNotFoundError:

@@ -256,7 +256,7 @@ class FrameStore:
     def open_partial(self, manifest: Manifest) -> Partial:
         """Begin or resume receiving a transfer that is not whole yet; disk space for all of it is taken at once.
 
-        Resuming reads what is there, compares each frame with its hash (1.5 GB/s) and writes it again. UnavailableError
+        Resuming reads what is there, compares each frame with its hash and writes it again. UnavailableError
         when the disk has no room; RefusedError(rule='manifest-changed') when this id began to arrive under another
         manifest.
         """

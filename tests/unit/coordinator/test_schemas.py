@@ -74,7 +74,7 @@ def test_a_journal_whose_files_have_another_hash_is_left_alone(
     with pytest.raises(RefusedError, match="schema version 4, this release knows 5") as caught:
         opener(path)
     assert caught.value.rule == "older-schema"
-    assert "the release that wrote the journal" in caught.value.hint
+    assert "the release that wrote it" in caught.value.hint
     assert path.read_bytes() == before
 
 

@@ -45,5 +45,5 @@ def test_room_for_everything_that_training_makes(
     config = SiteConfig(name="north", federation=tmp_path, storage=tmp_path, data=DataSection(notes=tmp_path))
     section = CodecSection.model_validate({"down": "f32", **codec})
     for there in (0, 30_000, 50_000):
-        run_async(Disk(config, tmp_path).until_room(STATE, section, there))
+        run_async(Disk(config, tmp_path, tmp_path).until_room(STATE, section, there))
     assert asked == [(fresh + sealed + residual, sealed) for fresh in (20_480 + 20_480, 10_960, 0)]

@@ -237,7 +237,7 @@ def test_a_run_that_an_earlier_release_began_is_left_to_it(tmp_path: Path) -> No
         with pytest.raises(RefusedError, match="an earlier release began") as caught:
             opener(storage)
         assert caught.value.rule == "older-schema"
-        assert "delete the folders outbox, receipts, residual, states" in caught.value.hint
+        assert "copy privacy.jsonl there" in caught.value.hint
     assert not (storage / LAYOUT).exists()
     assert len(list((storage / "outbox").iterdir())) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shared.room import Room
 from shared.store import FrameStore, Stored
 from tests.unit.shared.transfers import ID, manifest_builder, tensors_of, transfer_of, writer_of
 
@@ -52,3 +53,24 @@ def test_what_a_store_is_to_forget_is_not_kept_for_reuse(tmp_path: Path) -> None
     seal(store)
     store.delete(ID)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_another_name_is_not_written_over(tmp_path: Path) -> None:
+    """A backup by hard links keeps what it had."""
+    store = FrameStore(tmp_path / "store", recycles=True)
+    copy = tmp_path / "copy"
+    copy.hardlink_to(seal(store).path)
+    before = copy.read_bytes()
+    store.delete(ID)
+    seal(store, 1)
+    assert copy.read_bytes() == before
+
+
+def test_a_spare_takes_no_room(tmp_path: Path) -> None:
+    """A store that may hold one transfer may hold the next when the first is gone."""
+    store = FrameStore(tmp_path, recycles=True)
+    size = sum(path.stat().st_size for path in (tmp_path / seal(store).path.name,))
+    room = Room(tmp_path, 0, limit=size)
+    assert room.lacking(size) is not None
+    store.delete(ID)
+    assert room.lacking(size) is None
