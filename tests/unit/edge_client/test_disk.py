@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from edge_client import disk
 from edge_client.disk import Disk
+from shared import durable
 from shared.config import CodecSection, DataSection, SiteConfig
 from shared.room import Room
 from tests.factories import make_federation, make_plan, make_state
@@ -47,3 +49,20 @@ def test_room_for_everything_that_training_makes(
     for there in (0, 30_000, 50_000):
         run_async(Disk(config, tmp_path, tmp_path).until_room(STATE, section, there))
     assert asked == [(fresh + sealed + residual, sealed) for fresh in (20_480 + 20_480, 10_960, 0)]
+
+
+def test_what_is_kept_for_later_files_goes_when_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The places of deleted transfers are the first thing that a site without room can do without."""
+    folders = [tmp_path / name for name in ("outbox", "states")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "a.frames").write_bytes(b"old")
+        durable.retire(folder / "a.frames")
+    monkeypatch.setattr(disk, "POLL_S", 0.0)
+    monkeypatch.setattr(Room, "lacking", lambda *_, **__: "spares" if list(folders[0].iterdir()) else None)
+    config = SiteConfig(name="north", federation=tmp_path, storage=tmp_path, data=DataSection(notes=tmp_path))
+    section = CodecSection.model_validate({"down": "f32", "up": "f32"})
+    run_async(Disk(config, *folders).until_room(STATE, section, 0), timeout_s=5)
+    assert not any(list(folder.iterdir()) for folder in folders)
