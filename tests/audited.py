@@ -26,6 +26,7 @@ from coordinator.records import (
     to_bytes,
 )
 from coordinator.views import JOURNAL
+from shared import durable
 from shared.audit import GENESIS, AuditLog, Row, line_bytes, linked
 from shared.config import AggregationSection, CodecSection, ServerSection
 from shared.errors import RefusedError
@@ -96,6 +97,7 @@ class AuditedRun:
         self.records += [spare, Rejected("ee" * 16, "bad", "ab" * 32, "wrong-shape", "tensor w", 8.0)]
         self.records.append(Dropped(spare.update_id, "out-of-round", 9.0))
         prune_masters(run.masters, {VERSIONS - 1, VERSIONS})
+        durable.remove_spares(run.masters)  # as a coordinator does at its end
         journal = Journal(storage / JOURNAL)
         journal.append(self.records)
         AuditLog(storage / TRAIL, journal.rows)

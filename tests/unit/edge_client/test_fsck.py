@@ -41,6 +41,7 @@ def site(tmp_path: Path) -> Path:
     seal(outbox, ONE)
     manifest = seal(outbox, TWO)
     outbox.settle(Receipt(update_id=TWO, manifest_sha256=manifest.digest, outcome="accepted"))
+    outbox.store.close()
     FrameStore(tmp_path / "states").seal(writer_of(tensors_of(1)), manifest_builder())
     return tmp_path
 
@@ -131,6 +132,7 @@ def private(tmp_path: Path) -> Path:
     receipt = Receipt(update_id=TWO, manifest_sha256=manifest.digest, outcome="accepted")
     outbox.settle(receipt)
     outbox.settle(receipt.model_copy(update={"outcome": "merged", "version": 1, "weight": 1.0}))
+    outbox.store.close()
     return tmp_path
 
 
