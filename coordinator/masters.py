@@ -172,7 +172,7 @@ def slots_digest(digests: Collection[str]) -> str | None:
 def check_files(folder: Path, version: int, slots: Collection[str], master: str, optimizer: str | None) -> None:
     """Compare a version's files with the digests that the journal recorded; CorruptError names the file.
 
-    For the start of a coordinator: it reads all of them, and a rotten master would spoil every version after it.
+    For the start of a coordinator: it reads every byte, as a rotten master would spoil every version after it.
     """
     _check(master_path(folder, version), own_digest(master_path(folder, version)) == master)
     if optimizer is not None:

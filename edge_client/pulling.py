@@ -18,8 +18,8 @@ still trains now and then, a little late. When the steps that it needs are annou
 state to which they were to be added, and takes another.
 
 Each frame is compared with its hash as it arrives. Whether the frames make up the state that was published is seen when
-they are unpacked for the one use that there is, training or adding steps: going through them for that alone would cost
-a site a tenth of what a round costs it.
+they are unpacked, for training, adding steps or an export: going through them for that alone would cost a site a tenth
+of what a round costs it.
 """
 
 from __future__ import annotations
