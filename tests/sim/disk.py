@@ -259,7 +259,7 @@ class SimPath:
         return bytes(self.inode().data)
 
     def stat(self) -> SimpleNamespace:
-        return SimpleNamespace(st_size=len(self.inode().data))
+        return SimpleNamespace(st_size=len(self.inode().data), st_nlink=1)
 
     def open(self, mode: str) -> io.BytesIO:
         assert mode == "rb"

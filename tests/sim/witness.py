@@ -346,12 +346,12 @@ class Witness:
             demand(len(masters) <= MASTERS, f"{len(masters)} masters are kept")
 
     def _changed(self, machine: Machine, name: str) -> set[str] | None:
-        """Ids in a folder, unless it is as it was at the last look; files that are being written do not count."""
+        """Ids in a folder, unless it is as it was at the last look; files being written or given up do not count."""
         folder = machine.disk.folders[name]
         if self._looked_at.get((machine.name, name)) == folder.changes:
             return None
         self._looked_at[machine.name, name] = folder.changes
-        return {each.partition(".")[0] for each in folder.names if not each.startswith(".tmp-")}
+        return {each.partition(".")[0] for each in folder.names if not each.startswith(".")}
 
     # -- sites ---
 
