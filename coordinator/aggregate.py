@@ -2,7 +2,9 @@
 
 Tensor by tensor, in the order of their names: `coordinator.means` says what the updates amount to, the server optimizer
 (`coordinator.optimizers`) moves the master by it, and `coordinator.residual` makes what averaging the factors of
-adapters loses. One that no update holds is copied, its slots too. Memory is that of a few tensors.
+adapters loses. One that no update holds is copied, its slots too. Each goes into the new master's file and, in the same
+pass, into what is published of it: while one is summed up, another is encoded and compressed, and a third hashed and
+written. Memory is that of a few tensors.
 """
 
 from __future__ import annotations
@@ -69,7 +71,12 @@ def merge(
         kept, section = Kept(updates, states), federation.aggregation
         plan = settled(plan, kept, section, shapes, lambda share: progress(0.45 * share))
         found = means(plan, kept, section, shapes, lambda share: progress(0.45 + 0.45 * share))
-        for name, mean in files.enter_context(contextlib.closing(ahead(found))):
+        coming = files.enter_context(contextlib.closing(ahead(found)))
+
+        def stepped(name: str) -> F32Array:
+            """The next tensor of the new master, which is written down on its way to the sites."""
+            next_name, mean = next(coming)
+            assert next_name == name, "tensors come in order of their names"
             master = old_master[name]
             slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
             if name in sealed.residuals:
@@ -79,8 +86,9 @@ def merge(
             new_master.write(name, master)
             for writer, values in zip(writers, slot_values, strict=True):
                 writer.write(name, values)
-    with open_own(master_path(masters, plan.version), shapes) as tensors:
-        state, anchor = publish(states, imprint, plan.before, tensors, shapes, created=created)
+            return master
+
+        state, anchor = publish(states, imprint, plan.before, stepped, shapes, created=created)
     progress(1.0)
     optimizer_digest = slots_digest([writer.digest for writer in writers])
     return MergeResult(state, new_master.digest, optimizer_digest, plan.recorded(), anchor)

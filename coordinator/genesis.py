@@ -39,7 +39,7 @@ def open_run(
             for name in sorted(tensors):
                 writer.write(name, tensors[name])
         try:
-            state, _ = publish(FrameStore(states), imprint, (), tensors, plan.tensors, created=created)
+            state, _ = publish(FrameStore(states), imprint, (), tensors.__getitem__, plan.tensors, created=created)
         except RefusedError as error:
             raise ConfigError(f"{initial}: {error.message}", hint=_HINT) from None
     section = federation.codec

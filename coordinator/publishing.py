@@ -6,7 +6,7 @@ Formula and words: `shared.states`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,13 +23,14 @@ def publish(
     states: FrameStore,
     imprint: Imprint,
     before: Sequence[str],
-    master: Mapping[str, F32Array],
+    master: Callable[[str], F32Array],
     shapes: Mapping[str, Shape],
     *,
     created: float | None = None,
 ) -> tuple[Manifest, Manifest | None]:
     """Seal how a version is published: its state, or the step to it and, when its turn has come, its state as well.
 
+    `master(name)` returns a tensor of the version's master; each is asked for once, in the order of their names.
     `before` are the transfers that make up the state of the version before; at version 0 there are none, and the state
     is sealed. `shapes` are those of all tensors. May be repeated, with the same result. RefusedError(rule='non-finite')
     when the master has overflowed; else errors as `open_state` and `seal_state`.
@@ -51,14 +52,14 @@ def publish(
     if imprint.version % section.steps:
         return step, None
     state = open_state(states, [*before, step.transfer_id])
-    return step, seal_state(states, imprint, state, shapes, expected=stepping.digest, created=created)
+    return step, seal_state(states, imprint, state.__getitem__, shapes, expected=stepping.digest, created=created)
 
 
 class Stepping:
     """One step as it is made: the file of the step goes out, and the digest of the state that it makes comes along."""
 
     def __init__(
-        self, published: State, master: Mapping[str, F32Array], codec: CodecName, metadata: Mapping[str, str]
+        self, published: State, master: Callable[[str], F32Array], codec: CodecName, metadata: Mapping[str, str]
     ) -> None:
         self._published = published
         self._master = master
@@ -80,7 +81,7 @@ class Stepping:
 
     def _encoded(self, name: str) -> list[Part]:
         assert next(self._ahead) == name, "tensors come in order of their names"
-        published, master = self._published[name], self._master[name]
+        published, master = self._published[name], self._master(name)
         # An overflow is found when the difference or the state is encoded, and told as such.
         with np.errstate(over="ignore", invalid="ignore"):
             parts = encode(name, np.subtract(master, published), self._codec)

@@ -156,8 +156,8 @@ class _Replay:
         """Publish a version out of its master, and of the state before it where it is a step from there."""
         with open_own(master_path(self.masters, version), dict(sorted(self.plan.tensors.items()))) as master:
             imprint = Imprint(self.federation, self.plan.fingerprint, version, blocks_from(master.metadata))
-            before = self.trail.lineage.parts(version - 1)
-            state, anchor = publish(self.states, imprint, before, master, self.plan.tensors, created=created)
+            before, read = self.trail.lineage.parts(version - 1), master.__getitem__
+            state, anchor = publish(self.states, imprint, before, read, self.plan.tensors, created=created)
         self.held |= {each.transfer_id for each in (state, anchor) if each is not None}
         return state
 

@@ -56,7 +56,7 @@ class States:
         tensors = map_tensors(initial)
         shapes = {name: values.shape for name, values in tensors.items()}
         try:
-            seal_state(self.store, Imprint(self._federation, self._fingerprint, 0), tensors, shapes)
+            seal_state(self.store, Imprint(self._federation, self._fingerprint, 0), tensors.__getitem__, shapes)
         except NoRoomError as error:
             log.warning("version 0 will be pulled", reason=error.message)
 
@@ -81,7 +81,7 @@ class States:
     def _made(self, state: State) -> Manifest:
         """Seal it under the digest that was published, or raise RefusedError."""
         imprint = Imprint(self._federation, self._fingerprint, state.version, blocks_from(state.metadata))
-        return seal_state(self.store, imprint, state, state.shapes, expected=state.digest)
+        return seal_state(self.store, imprint, state.__getitem__, state.shapes, expected=state.digest)
 
     def _sound(self, transfer_id: str) -> bool:
         try:

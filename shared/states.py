@@ -125,7 +125,7 @@ class Imprint:
 def seal_state(
     store: FrameStore,
     imprint: Imprint,
-    tensors: Mapping[str, F32Array],
+    read: Callable[[str], F32Array],
     shapes: Mapping[str, Shape],
     *,
     expected: str | None = None,
@@ -133,6 +133,7 @@ def seal_state(
 ) -> Manifest:
     """Seal a state that travels whole, in the codec for that, and return its manifest.
 
+    `read(name)` returns a tensor; each is asked for once, in the order of their names.
     The transfer id is the head of the file's digest, so that equal states have equal ids. `created` is unix seconds,
     by default now. RefusedError(rule='state-digest'), and nothing is left, when the digest is not the `expected` one;
     else as `encode` and `FrameStore.seal`.
@@ -144,7 +145,7 @@ def seal_state(
             _check_digest(version, summary.file_digest, expected)
         return StateFacts(version=version)
 
-    chunks = encode_each(shapes, tensors.__getitem__, codec, imprint.metadata("state"))
+    chunks = encode_each(shapes, read, codec, imprint.metadata("state"))
     return seal_part(store, imprint, chunks, codec, stated, created=created)
 
 

@@ -203,7 +203,7 @@ def test_a_state_that_lies_here_in_other_frames_is_fetched_again(
     states = States(tmp_path / "site-1" / "states", federation, plan.fingerprint)
     states.begin(tmp_path / "coordinator" / "initial.safetensors")  # of another moment than the coordinator's
     strange = {name: np.zeros(shape, np.float32) for name, shape in plan.tensors.items()}
-    seal_state(states.store, Imprint(federation, plan.fingerprint, 9), strange, plan.tensors)
+    seal_state(states.store, Imprint(federation, plan.fingerprint, 9), strange.__getitem__, plan.tensors)
 
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:

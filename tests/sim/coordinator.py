@@ -146,7 +146,7 @@ class CoordinatorMachine(Machine):
         if federation.codec.steps:
             tensors = tensors_of(master, self.scenario)
             imprint = Imprint(federation, self.plan.fingerprint, version)
-            return publish(self.states, imprint, before, tensors, self.plan.tensors, created=self.wall)
+            return publish(self.states, imprint, before, tensors.__getitem__, self.plan.tensors, created=self.wall)
         frames = ToyFrames(published_frames(master, self.scenario.state_frames))
         facts, wall = StateFacts(version=version), self.wall
         sealing: Any = frames

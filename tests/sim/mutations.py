@@ -249,10 +249,9 @@ def _without_the_last(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _a_little_off(real: Callable[..., Any]) -> Callable[..., Any]:
-    def seal(states: Any, imprint: Any, tensors: Any, *rest: Any, expected: str | None = None, **options: Any) -> Any:
-        if expected is not None:
-            tensors = {name: tensor * 1.0001 for name, tensor in tensors.items()}
-        return real(states, imprint, tensors, *rest, **options)
+    def seal(states: Any, imprint: Any, read: Any, *rest: Any, expected: str | None = None, **options: Any) -> Any:
+        factor = 1.0 if expected is None else 1.0001
+        return real(states, imprint, lambda name: read(name) * factor, *rest, **options)
 
     return seal
 

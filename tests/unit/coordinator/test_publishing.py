@@ -132,7 +132,8 @@ def test_the_blocks_to_train_are_said_by_step_and_state_alike(tmp_path: Path) ->
     parts = run.parts(0)
     for version, blocks in ((1, (1, 3)), (2, (0, 3))):
         imprint = Imprint(run.federation, run.plan.fingerprint, version, blocks)
-        step, whole = publish(run.states, imprint, parts, {"a": np.full(9, version, np.float32)}, run.plan.tensors)
+        master = {"a": np.full(9, version, np.float32)}
+        step, whole = publish(run.states, imprint, parts, master.__getitem__, run.plan.tensors)
         parts = (*parts, step.transfer_id)
         extract_state(run.states, parts, tmp_path / f"{version}")
         assert blake3((tmp_path / f"{version}").read_bytes()).hexdigest() == step.leads_to
@@ -149,6 +150,6 @@ def test_a_master_that_has_overflowed_is_not_published(tmp_path: Path) -> None:
     for too_much in (2e38, -2e38, np.inf, np.nan):
         master = {"a": np.array([too_much, 0], dtype=np.float32)}
         with pytest.raises(RefusedError) as refused:
-            publish(run.states, imprint, run.parts(0), master, run.plan.tensors)
+            publish(run.states, imprint, run.parts(0), master.__getitem__, run.plan.tensors)
         assert refused.value.rule == "non-finite"
     assert run.states.ids() == [run.state_manifests[0].transfer_id]

@@ -190,7 +190,7 @@ def test_another_published_state_is_found_down_to_the_value(run: AuditedRun, scr
     values["block.1.w"][17] += np.float32(0.01 if run.federation.codec.steps else 1)
     before = load_run(run.storage).versions[version - 1].parts
     imprint = Imprint(run.federation, run.plan.fingerprint, version)
-    false, _ = publish(states, imprint, before, values, run.plan.tensors, created=4.0)
+    false, _ = publish(states, imprint, before, values.__getitem__, run.plan.tensors, created=4.0)
     try:
         with forge(run, version, state=false.to_bytes()):
             found = made(run, scratch)[-1].differences

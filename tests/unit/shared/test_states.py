@@ -40,7 +40,7 @@ def imprint(version: int) -> Imprint:
 
 def seal(store: FrameStore, version: int, tensors: Mapping[str, F32Array], **options: str) -> Manifest:
     """A state that travels whole."""
-    return seal_state(store, imprint(version), tensors, SHAPES, created=1.0, **options)
+    return seal_state(store, imprint(version), tensors.__getitem__, SHAPES, created=1.0, **options)
 
 
 def seal_step(store: FrameStore, version: int, difference: Mapping[str, F32Array], base: str, made: str) -> Manifest:

@@ -1,0 +1,196 @@
+"""What a round cannot do without: each of its steps alone, beside a whole round in the same call.
+
+    python -m bench.limit --json docs/results/limit.json
+
+Processor seconds of the project's own functions over files on a RAM disk, one after the other in one process, with
+nobody waiting, no messages and warm caches; and of the bytes through loopback sockets. Their sum, divided by the
+processors there are, is a bound that no round of this design and these libraries gets below, however little the
+protocol costs. What a round takes beyond it is Python, messages, waking and waiting, and processes in each other's
+way. Each step is measured a few times, and the least counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.peers.site import decoded, tensor_name
+from bench.peers.stage import isolate
+from bench.peers.work import Work
+from bench.protocol import machine
+from bench.round import TENSORS, measure
+from coordinator import admission
+from shared import codec as codecs
+from shared import durable
+from shared.config import AggregationSection, CodecSection, StateCodecName
+from shared.slices import make_transfer_frames
+from shared.states import extract_state
+from shared.store import FrameStore, Stored
+from shared.tensorfile import map_tensors
+from tests.small_run import SmallRun
+
+MAILBOAT: tuple[StateCodecName, ...] = ("f32", "bf16", "int8")
+SEND_BYTES = 1 << 18
+
+
+class Steps:
+    """The steps of one round by name, in processor seconds, and how often a round takes each."""
+
+    def __init__(self, turns: int) -> None:
+        self._turns = turns
+        self.seconds: dict[str, float] = {}
+        self.times: dict[str, int] = {}
+
+    def take(self, name: str, times: int, work: Callable[[], object]) -> None:
+        """Measure a step that may be repeated."""
+        found = []
+        for _ in range(self._turns):
+            began = time.process_time()
+            work()
+            found.append(time.process_time() - began)
+        self.seconds[name], self.times[name] = round(min(found), 3), times
+
+    @property
+    def total(self) -> float:
+        """Processor seconds of all, each as often as it is taken."""
+        return sum(self.seconds[name] * times for name, times in self.times.items())
+
+
+def steps(root: Path, codec: StateCodecName, work: Work, turns: int) -> Steps:
+    """Measure the steps of a round of `work` in an empty folder."""
+    found, sites = Steps(turns), work.sites
+    initial = {tensor_name(number): values for number, values in enumerate(work.initial())}
+    section = CodecSection(up=codec, down=codec)
+    run = SmallRun(root / "coordinator", initial, codec=section, aggregation=AggregationSection(mode="sync"))
+    state = _whole(run.states, run.state_manifests[0].transfer_id)
+    kept = FrameStore(root / "states", recycles=True)
+    plain, delta = root / "state.safetensors", root / "delta.safetensors"
+
+    found.take("site: take a state in", sites, lambda: _arrive(kept, state))
+    _arrive(kept, state, keep=True)
+    found.take("site: unpack it", sites, lambda: extract_state(kept, (state.manifest.transfer_id,), plain))
+    found.take("site: decode it", sites, lambda: decoded(plain, codec))
+
+    def train() -> None:
+        added = {tensor_name(number): values for number, values in enumerate(work.delta(1))}
+        durable.overwrite(delta, codecs.encode_file(added, "f32", {}))
+
+    found.take("site: train, write the delta", sites, train)
+    outbox, spooled = FrameStore(root / "outbox", recycles=True), FrameStore(root / "updates")
+    accepted = [run.update(f"site-{number}", map_tensors(delta)) for number in range(1, sites + 1)]
+    update = _whole(run.updates, accepted[0].update_id)
+
+    def seal() -> None:
+        frames = make_transfer_frames(map_tensors(delta), codec, {})
+        outbox.seal(frames, lambda summary: update.manifest.model_copy(update=dataclasses.asdict(summary)))
+        outbox.delete(update.manifest.transfer_id)
+
+    found.take("site: seal it", sites, seal)
+    found.take("site: read it to send it", sites, lambda: _read(update))
+    found.take("coordinator: take an update in", sites, lambda: _arrive(spooled, update))
+    found.take("coordinator: verify it", sites, lambda: admission.verify(update, run.plan))
+    planned = run.planned(accepted)
+    found.take("coordinator: merge and publish", 1, lambda: run.run_plan(planned))
+    found.take("coordinator: read the state to send it", 1, lambda: _read(state))
+    # In to the broker and out of it; a state that several want goes in once.
+    hops = 2 * sites * update.manifest.wire_bytes + (1 + sites) * state.manifest.wire_bytes
+    found.take("sockets", 1, lambda: _through_sockets(hops))
+    return found
+
+
+def _whole(store: FrameStore, transfer_id: str) -> Stored:
+    stored = store.get(transfer_id)
+    assert stored is not None
+    return stored
+
+
+def _arrive(store: FrameStore, origin: Stored, *, keep: bool = False) -> None:
+    with store.open_partial(origin.manifest) as partial:
+        for index in range(origin.manifest.frames):
+            partial.write(index, origin.read_frame(index, verify=False))
+        partial.finish()
+    if not keep:
+        store.delete(origin.manifest.transfer_id)
+
+
+def _read(stored: Stored) -> None:
+    for index in range(stored.manifest.frames):
+        stored.read_frame(index)
+
+
+def _through_sockets(size: int) -> None:
+    """Both ends of one TCP connection, each in a thread: what all connections of a round carry."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    with sender, receiver:
+
+        def send() -> None:
+            block = bytes(SEND_BYTES)
+            for at in range(0, size, SEND_BYTES):
+                sender.sendall(memoryview(block)[: min(SEND_BYTES, size - at)])
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        buffer, got = bytearray(SEND_BYTES), 0
+        while got < size:
+            got += receiver.recv_into(buffer)
+        thread.join()
+
+
+def compare(codec: StateCodecName, options: argparse.Namespace) -> dict[str, Any]:
+    """The steps of a round and the round itself, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="mailboat-limit-", dir=options.place) as folder:
+        work = Work(folder, options.sites, round(options.parameters * 1e6), TENSORS, 1, 0.0)
+        work.save()
+        found = steps(Path(folder), codec, work, options.turns)
+    whole = measure(f"mailboat {codec}", "tmpfs", options.place, options)
+    seconds, spent = float(np.median(whole.seconds)), sum(whole.cpu_s.values())
+    cores = os.cpu_count() or 1
+    return {
+        "codec": codec,
+        "steps": {name: {"s": found.seconds[name], "times": found.times[name]} for name in found.seconds},
+        "steps_s": round(found.total, 2),
+        "round_processor_s": round(spent, 2),
+        "share": round(found.total / spent, 3) if spent else None,  # a tiny round may take less than the kernel counts
+        "bound_s": round(found.total / cores, 2),
+        "round_s": round(seconds, 2),
+    }
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.limit", description=__doc__)
+    parser.add_argument("--codecs", nargs="+", choices=MAILBOAT, default=list(MAILBOAT))
+    parser.add_argument("--parameters", type=float, default=60.0, help="millions")
+    parser.add_argument("--sites", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds measured; one more warms up")
+    parser.add_argument("--turns", type=int, default=3, help="of each step, the least of which counts")
+    parser.add_argument("--place", type=Path, default=Path("/dev/shm"), help="folder to work in")  # noqa: S108 - a RAM disk
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    isolate()
+    found = []
+    for codec in options.codecs:
+        found.append(compare(codec, options))
+        print(json.dumps(found[-1], indent=1), flush=True)
+    if options.json:
+        settings = {key: getattr(options, key) for key in ("parameters", "sites", "rounds", "turns")}
+        options.json.write_text(
+            json.dumps({"machine": machine(), "settings": settings, "codecs": found}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
