@@ -12,11 +12,13 @@ ARGS ?=
 # The tests share the cores by processes, not by threads inside PyTorch.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/python -m pytest -p randomly
 PARALLEL := -n $(WORKERS) --dist worksteal
+# ARGS may choose tests that are all in another part.
+NONE_IS_FINE := || [ "$$?" = 5 -a -n "$(ARGS)" ]
 
 SEEDS ?= 2000
 RUNS ?= 1000000
 
-.PHONY: help setup demo test test-gpu check lint format types imports unit integration sim chaos cluster reliability-report
+.PHONY: help setup demo test test-counted test-slow test-gpu-less test-worlds test-gpu check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
 .PHONY: bench-codec bench-gpu bench-local bench-merge bench-plots bench-startup explore fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
@@ -29,17 +31,28 @@ setup: ## virtual environment, pinned packages, Mosquitto where permitted (insta
 demo: setup ## four hospitals fine-tune one model over MQTT on this machine: make demo ARGS="--mode fedbuff"
 	@$(VENV)/mailboat demo $(ARGS)
 
+# All parts, also when one has failed: whoever waited this long wants to know of everything at once.
 test: check ## everything a change must pass: style, types, import rules, all tests, coverage
+	@failed=; for part in test-counted test-slow test-gpu-less test-worlds cluster coverage-gate; do \
+		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	[ -z "$$failed" ] || { echo "[test] failed:$$failed (make PART runs one alone)" >&2; exit 1; }
+
+test-counted: setup
 	@echo "[test] unit and integration tests in $(WORKERS) processes, with coverage (a few minutes)"
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) $(PARALLEL) --cov --cov-report=term --ignore=tests/sim $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m "not slow and not cluster" --cov --cov-report=term --ignore=tests/sim $(ARGS) $(NONE_IS_FINE)
+
+test-slow: setup
+	@echo "[test] those that train or wait, without coverage, which takes them half as long again (some minutes)"
+	@$(PYTEST) $(PARALLEL) -m "slow and not cluster" $(ARGS) $(NONE_IS_FINE)
+
+test-gpu-less: setup
 	@echo "[test] what is for a GPU, with the processor in its place: that it runs, no more"
-	@$(MAKE) --no-print-directory test-gpu PYTHON=$(VENV)/python ARGS="-q --device cpu"
+	@$(MAKE) --no-print-directory test-gpu PYTHON=$(VENV)/python ARGS="-q --device cpu $(PARALLEL)"
+
+test-worlds: setup
 	@echo "[test] two thousand seeded worlds, which counting lines would slow down"
 	@$(PYTEST) $(PARALLEL) tests/sim
-	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
-	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
-	@$(MAKE) --no-print-directory coverage-gate
 
 # Without set-up, which would put the CPU's PyTorch in the place of one that is built for CUDA.
 test-gpu: ## what only a GPU can show, with the numbers seen: make test-gpu PYTHON=python3
@@ -109,6 +122,7 @@ experiments-smoke: setup ## every part of the experiments with next to no notes 
 	@$(PYTEST) -n 0 tests/integration/test_experiment.py $(ARGS)
 
 cluster: setup ## a whole run over three NATS servers, one of which is killed
+	@echo "[test] a run over three NATS servers, alone: a cluster that is starved chooses leaders for minutes"
 	@$(PYTEST) -n 0 -m cluster tests/integration/test_cluster.py
 
 sim: setup ## seeded worlds with every kind of fault, on all cores; goes on where it was stopped: make sim SEEDS=100000

@@ -14,6 +14,7 @@ from broker.launcher import find_mosquitto
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="a network of its own needs root; elsewhere its port may be taken"),
     pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed"),
 ]

@@ -25,6 +25,8 @@ from tests.helpers import run_async
 from tests.private_toys import DIE_VARIABLE, RECORDS, PrivateToy, private_site
 from tests.toys import toy_coordinator, toy_records, write_toy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DELTA = 1e-5
 PRIVATE = f"[training]\nbatch_size = 8\n[privacy]\ndelta = {DELTA}\nnoise_multiplier = 1.2\n"

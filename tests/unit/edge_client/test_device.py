@@ -31,6 +31,8 @@ from shared.config import ComputeSection
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 FEDERATION = tiny.federation()
 GPU = torch.device("cpu", 1)
 

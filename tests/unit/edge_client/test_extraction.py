@@ -21,6 +21,8 @@ from shared.config import FederationConfig
 from shared.errors import ConfigError
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 LABELS = ("problem", "treatment", "test")
 TASK = ExtractionTask(LABELS)
 LINE = Sentence(

@@ -17,6 +17,8 @@ from edge_client.trainer import evaluate, make_dataset, mean_loss, train
 from shared.config import FederationConfig
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 LABELS = ("present", "absent", "TrAP")
 TASK = RelationsTask(LABELS)
 WORDS = ("aspirin", "for", "Chest", "pain", ",", "no", "fever")

@@ -24,6 +24,8 @@ from edge_client.worker import split_holdout
 from shared.config import FederationConfig
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 LABELS = ("fever", "pneumonia", "warfarin")
 
 

@@ -31,6 +31,8 @@ from shared.errors import ConfigError, RefusedError, UnavailableError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 FEDERATION = tiny.federation()
 LONG = tiny.federation(training={"epochs": 1000})
 

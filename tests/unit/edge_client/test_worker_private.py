@@ -21,6 +21,8 @@ from shared.errors import ConfigError, RefusedError
 from tests.helpers import run_async
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 DELTA = 1e-4
 SECTION = {"delta": DELTA, "noise_multiplier": 1.0}
 FEDERATION = tiny.federation(privacy=SECTION)

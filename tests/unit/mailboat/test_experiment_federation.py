@@ -22,6 +22,8 @@ from shared.errors import ConfigError, RefusedError, UnavailableError
 from shared.plan import blocks_from
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 SITES = ("site-1", "site-2", "site-3")
 CPU = ComputeSection(device="cpu")
 

@@ -39,6 +39,8 @@ from mailboat.synth.write import write_i2b2
 from shared.config import ComputeSection, FederationConfig
 from tests.unit.edge_client import tiny
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {
     "a": "patient was given aspirin\n\nchest pain noted and fever",
     "b": "troponin showed pneumonia , then warfarin for chest pain",
