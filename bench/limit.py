@@ -29,7 +29,7 @@ from bench.peers.site import decoded, tensor_name
 from bench.peers.stage import isolate
 from bench.peers.work import Work
 from bench.protocol import machine
-from bench.round import TENSORS, measure
+from bench.round import TENSORS, WARM_UP, measure
 from coordinator import admission
 from shared import codec as codecs
 from shared import durable
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", choices=MAILBOAT, default=list(MAILBOAT))
     parser.add_argument("--parameters", type=float, default=60.0, help="millions")
     parser.add_argument("--sites", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds measured; one more warms up")
+    parser.add_argument("--rounds", type=int, default=3, help=f"rounds measured, after {WARM_UP} to warm up")
     parser.add_argument("--turns", type=int, default=3, help="of each step, the least of which counts")
     parser.add_argument("--place", type=Path, default=Path("/dev/shm"), help="folder to work in")  # noqa: S108 - a RAM disk
     parser.add_argument("--json", type=Path)

@@ -33,6 +33,8 @@ from shared.manifest import manifest_from_bytes
 from tests.chaos.results import machine
 
 TENSORS = 12
+WARM_UP = 3
+"""Rounds before the measured ones: from the fourth version on Mailboat writes its large files over older ones."""
 MAILBOAT = ("mailboat f32", "mailboat bf16", "mailboat int8")
 SEALED = " sealed"
 ALL_MAILBOAT = (*MAILBOAT, *(run + SEALED for run in MAILBOAT))
@@ -86,7 +88,7 @@ def make(run: str, work: Work, stage: Stage) -> Framework:
 def measure(run: str, place: str, folder: Path, options: argparse.Namespace) -> Round:
     """One run in a folder of its own below `folder`."""
     root = Path(tempfile.mkdtemp(prefix="mailboat-round-", dir=folder.resolve()))
-    work = Work(str(root), options.sites, round(options.parameters * 1e6), TENSORS, options.rounds + 2, 0.0)
+    work = Work(str(root), options.sites, round(options.parameters * 1e6), TENSORS, WARM_UP + options.rounds + 1, 0.0)
     work.save()
     try:
         with Stage(root, environment(work)) as stage:
@@ -105,7 +107,7 @@ def _play(run: str, place: str, work: Work, stage: Stage) -> Round:
     for number in range(1, work.sites + 1):
         framework.start_site(number, framework.port)
     framework.begin()
-    first, last = 1, work.rounds - 1
+    first, last = WARM_UP, work.rounds - 1
     until(lambda: len(_received(work)) > first, "the first models", PATIENCE_S)
     before, crossed = _cpu(work, stage), loopback_bytes()
     until(lambda: len(_received(work)) > last, "the last models", PATIENCE_S)
@@ -229,7 +231,7 @@ def main() -> int:
     parser.add_argument("--runs", nargs="+", choices=(*ALL_MAILBOAT, *PEERS), default=list(MAILBOAT))
     parser.add_argument("--parameters", type=float, default=60.0, help="millions")
     parser.add_argument("--sites", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds measured; one more warms up")
+    parser.add_argument("--rounds", type=int, default=3, help=f"rounds measured, after {WARM_UP} to warm up")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"))  # noqa: S108 - where Linux keeps it
     parser.add_argument("--disk", type=Path, help="a folder on a disk: measure there as well")
