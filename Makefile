@@ -20,7 +20,7 @@ RUNS ?= 1000000
 
 .PHONY: help setup demo test test-counted test-slow test-gpu-less test-worlds test-gpu check lint format types imports unit integration sim chaos cluster reliability-report
 .PHONY: bench bench-memory bench-reconnect bench-hostile bench-round bench-peers reliability-peers peers coverage clean
-.PHONY: bench-codec bench-gpu bench-local bench-merge bench-plots bench-startup explore fuzz fuzz-guided sbom dependencies experiments experiments-smoke
+.PHONY: bench-codec bench-gpu bench-limit bench-local bench-merge bench-plots bench-startup explore fuzz fuzz-guided sbom dependencies experiments experiments-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -153,6 +153,9 @@ bench-startup: setup ## seconds and memory of each command's --help, and of a co
 
 bench-merge: setup ## parameters a second of a merge, beside the memory's own rate, and its memory (2 GB of RAM disk)
 	@$(VENV)/python -m bench.merge --json docs/results/merge.json $(ARGS)
+
+bench-limit: setup ## each step of a round alone, beside a whole round: what no round gets below (5 GB of RAM disk, minutes)
+	@$(VENV)/python -m bench.limit --json docs/results/limit.json $(ARGS)
 
 bench-plots: setup ## pictures of the results of these, for docs/performance.md
 	@$(VENV)/python -m bench.plots
