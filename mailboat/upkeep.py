@@ -14,7 +14,7 @@ import platform
 KEPT_BYTES = 16 * 1024 * 1024
 """What may lie free at the end of a thread's heap before any of it is given back."""
 MAPPED_BYTES = 4 * 1024 * 1024
-"""Blocks from this size on are mapped, and returned each for itself: large tensors, of which each thread would keep some.
+"""Blocks from this size on are mapped and returned each for itself: large tensors, of which a thread would keep some.
 Those of half a megabyte are far below it; glibc would adapt it to whatever is freed, up to 32 MiB."""
 
 YOUNG_OBJECTS = 10_000

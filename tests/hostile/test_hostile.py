@@ -66,7 +66,7 @@ def _step(data: bytes, folder: Path) -> None:
             partial.finish()
     state = open_state(store, ["ab" * 16, "cd" * 16])
     with np.errstate(invalid="ignore"):
-        seal_state(store, Imprint(FEDERATION, "0f" * 32, 1), state, state.shapes, expected=state.digest)
+        seal_state(store, Imprint(FEDERATION, "0f" * 32, 1), state.__getitem__, state.shapes, expected=state.digest)
 
 
 DECODERS: dict[str, Callable[[bytes, Path], object]] = {
