@@ -10,8 +10,10 @@ written. Memory is that of a few tensors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from shared.config import FederationConfig
 from shared.plan import Blocks, SealedPlan, blocks_from
 from shared.states import Imprint, open_part, stored_part
 from shared.store import FrameStore
-from shared.tensorfile import F32Array
+from shared.tensorfile import F32Array, Shape
 
 
 def merge(
@@ -50,21 +52,12 @@ def merge(
     RefusedError(rule='non-finite') when the new master has overflowed.
     """
     shapes = dict(sorted(sealed.tensors.items()))
-    slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
     with contextlib.ExitStack() as files:
         old_master = files.enter_context(open_own(master_path(masters, plan.base_version), shapes))
         blocks = _next_blocks(plan, updates, old_master, sealed, federation)
         imprint = Imprint(federation, sealed.fingerprint, plan.version, blocks)
-        # Without slot files, as at version 0, the slots are zero.
-        begun = plan.base_version > 0
-        old_slots = [
-            files.enter_context(open_own(slot_path(masters, plan.base_version, slot), shapes)) if begun else None
-            for slot in slots
-        ]
-        writers: list[TensorWriter] = [
-            files.enter_context(writing(slot_path(masters, plan.version, slot), shapes, imprint.metadata(slot)))
-            for slot in slots
-        ]
+        slots = () if plan.mode == "fedasync" else SLOTS[federation.aggregation.server.optimizer]
+        optimizer = [_Slot.open(files, masters, plan, slot, shapes, imprint) for slot in slots]
         new_master = files.enter_context(
             writing(master_path(masters, plan.version), shapes, imprint.metadata("master"))
         )
@@ -78,20 +71,49 @@ def merge(
             next_name, mean = next(coming)
             assert next_name == name, "tensors come in order of their names"
             master = old_master[name]
-            slot_values = [np.zeros_like(master) if old is None else old[name] for old in old_slots]
+            slot_values = [slot.read(name, master) for slot in optimizer]
             if name in sealed.residuals:
                 _correct(plan, federation, master, kept, sealed.residuals[name])
             elif mean is not None:
                 _step(plan, federation, master, mean, slot_values)
             new_master.write(name, master)
-            for writer, values in zip(writers, slot_values, strict=True):
-                writer.write(name, values)
+            for slot, values in zip(optimizer, slot_values, strict=True):
+                slot.new.write(name, values)
             return master
 
         state, anchor = publish(states, imprint, plan.before, stepped, shapes, created=created)
     progress(1.0)
-    optimizer_digest = slots_digest([writer.digest for writer in writers])
+    optimizer_digest = slots_digest([slot.new.digest for slot in optimizer])
     return MergeResult(state, new_master.digest, optimizer_digest, plan.recorded(), anchor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """The files of one slot of the server optimizer: of the version before, and of the one that is made."""
+
+    old: TensorFile | None
+    new: TensorWriter
+
+    @classmethod
+    def open(
+        cls,
+        files: contextlib.ExitStack,
+        masters: Path,
+        plan: MergePlan,
+        slot: str,
+        shapes: Mapping[str, Shape],
+        imprint: Imprint,
+    ) -> Self:
+        """Open both until `files` closes."""
+        # Without slot files, as at version 0, the slots are zero.
+        before = slot_path(masters, plan.base_version, slot)
+        old = files.enter_context(open_own(before, shapes)) if plan.base_version > 0 else None
+        new = writing(slot_path(masters, plan.version, slot), shapes, imprint.metadata(slot))
+        return cls(old, files.enter_context(new))
+
+    def read(self, name: str, master: F32Array) -> F32Array:
+        """What it holds for a tensor of the master."""
+        return np.zeros_like(master) if self.old is None else self.old[name]
 
 
 def _next_blocks(
