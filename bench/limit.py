@@ -5,8 +5,8 @@
 Processor seconds of the project's own functions over files on a RAM disk, one after the other in one process, with
 nobody waiting, no messages and warm caches; and of the bytes through loopback sockets. Their sum, divided by the
 processors there are, is a bound that no round of this design and these libraries gets below, however little the
-protocol costs. What a round takes beyond it is Python, messages, waking and waiting, and processes in each other's
-way. Each step is measured a few times, and the least counts.
+protocol costs; about, as each step is measured a few times and the least counts. What a round takes beyond it is
+Python, messages, waking and waiting, and processes in each other's way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ from bench.peers.work import Work
 from bench.protocol import machine
 from bench.round import TENSORS, WARM_UP, measure
 from coordinator import admission
+from coordinator.masters import prune_masters
+from mailboat import upkeep
 from shared import codec as codecs
 from shared import durable
 from shared.config import AggregationSection, CodecSection, StateCodecName
+from shared.manifest import Manifest
 from shared.slices import make_transfer_frames
 from shared.states import extract_state
 from shared.store import FrameStore, Stored
@@ -52,13 +55,16 @@ class Steps:
         self.seconds: dict[str, float] = {}
         self.times: dict[str, int] = {}
 
-    def take(self, name: str, times: int, work: Callable[[], object]) -> None:
-        """Measure a step that may be repeated."""
+    def take(
+        self, name: str, times: int, work: Callable[[], object], undo: Callable[[], object] = lambda: None
+    ) -> None:
+        """Measure a step that may be repeated once it was undone, which is not measured."""
         found = []
         for _ in range(self._turns):
             began = time.process_time()
             work()
             found.append(time.process_time() - began)
+            undo()
         self.seconds[name], self.times[name] = round(min(found), 3), times
 
     @property
@@ -77,8 +83,8 @@ def steps(root: Path, codec: StateCodecName, work: Work, turns: int) -> Steps:
     kept = FrameStore(root / "states", recycles=True)
     plain, delta = root / "state.safetensors", root / "delta.safetensors"
 
-    found.take("site: take a state in", sites, lambda: _arrive(kept, state))
-    _arrive(kept, state, keep=True)
+    _arriving(found, "site: take a state in", sites, kept, state)
+    _arrive(kept, state.manifest, [*_frames(state)])
     found.take("site: unpack it", sites, lambda: extract_state(kept, (state.manifest.transfer_id,), plain))
     found.take("site: decode it", sites, lambda: decoded(plain, codec))
 
@@ -94,16 +100,22 @@ def steps(root: Path, codec: StateCodecName, work: Work, turns: int) -> Steps:
     def seal() -> None:
         frames = make_transfer_frames(map_tensors(delta), codec, {})
         outbox.seal(frames, lambda summary: update.manifest.model_copy(update=dataclasses.asdict(summary)))
-        outbox.delete(update.manifest.transfer_id)
 
-    found.take("site: seal it", sites, seal)
+    def forget() -> None:
+        """As after a version: the master leaves its place to the next one."""
+        prune_masters(run.masters, ())
+        for state_id in run.states.ids():
+            if state_id != state.manifest.transfer_id:
+                run.states.delete(state_id)
+
+    found.take("site: seal it", sites, seal, lambda: outbox.delete(update.manifest.transfer_id))
     found.take("site: read it to send it", sites, lambda: _read(update))
-    found.take("coordinator: take an update in", sites, lambda: _arrive(spooled, update))
+    _arriving(found, "coordinator: take an update in", sites, spooled, update)
     found.take("coordinator: verify it", sites, lambda: admission.verify(update, run.plan))
     planned = run.planned(accepted)
-    found.take("coordinator: merge and publish", 1, lambda: run.run_plan(planned))
+    found.take("coordinator: merge and publish", 1, lambda: run.run_plan(planned), forget)
     found.take("coordinator: read the state to send it", 1, lambda: _read(state))
-    # In to the broker and out of it; a state that several want goes in once.
+    # In to the broker and out of it. A state that several want need go in once only; mostly it goes for each.
     hops = 2 * sites * update.manifest.wire_bytes + (1 + sites) * state.manifest.wire_bytes
     found.take("sockets", 1, lambda: _through_sockets(hops))
     return found
@@ -115,18 +127,25 @@ def _whole(store: FrameStore, transfer_id: str) -> Stored:
     return stored
 
 
-def _arrive(store: FrameStore, origin: Stored, *, keep: bool = False) -> None:
-    with store.open_partial(origin.manifest) as partial:
-        for index in range(origin.manifest.frames):
-            partial.write(index, origin.read_frame(index, verify=False))
+def _arriving(found: Steps, name: str, times: int, store: FrameStore, origin: Stored) -> None:
+    manifest, frames = origin.manifest, [*_frames(origin)]
+    found.take(name, times, lambda: _arrive(store, manifest, frames), lambda: store.delete(manifest.transfer_id))
+
+
+def _arrive(store: FrameStore, manifest: Manifest, frames: Sequence[bytes]) -> None:
+    with store.open_partial(manifest) as partial:
+        for index, frame in enumerate(frames):
+            partial.write(index, frame)
         partial.finish()
-    if not keep:
-        store.delete(origin.manifest.transfer_id)
+
+
+def _frames(stored: Stored) -> Iterator[bytes]:
+    return (stored.read_frame(index) for index in range(stored.manifest.frames))
 
 
 def _read(stored: Stored) -> None:
-    for index in range(stored.manifest.frames):
-        stored.read_frame(index)
+    for _frame in _frames(stored):
+        pass
 
 
 def _through_sockets(size: int) -> None:
@@ -144,8 +163,8 @@ def _through_sockets(size: int) -> None:
         thread = threading.Thread(target=send)
         thread.start()
         buffer, got = bytearray(SEND_BYTES), 0
-        while got < size:
-            got += receiver.recv_into(buffer)
+        while got < size and (taken := receiver.recv_into(buffer)):
+            got += taken
         thread.join()
 
 
@@ -181,6 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     isolate()
+    upkeep.settle_in()
     found = []
     for codec in options.codecs:
         found.append(compare(codec, options))

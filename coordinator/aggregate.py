@@ -3,8 +3,9 @@
 Tensor by tensor, in the order of their names: `coordinator.means` says what the updates amount to, the server optimizer
 (`coordinator.optimizers`) moves the master by it, and `coordinator.residual` makes what averaging the factors of
 adapters loses. One that no update holds is copied, its slots too. Each goes into the new master's file and, in the same
-pass, into what is published of it: while one is summed up, another is encoded and compressed, and a third hashed and
-written. Memory is that of a few tensors.
+pass, into what is published of it (a state that is published besides a step follows in a second one). While a tensor
+is summed up in one thread, the one before it is stepped, written down, encoded and compressed in another. Memory is
+that of a few tensors.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def merge(
 
         def stepped(name: str) -> F32Array:
             """The next tensor of the new master, which is written down on its way to the sites."""
-            next_name, mean = next(coming)
+            next_name, mean = next(coming, (None, None))
             assert next_name == name, "tensors come in order of their names"
             master = old_master[name]
             slot_values = [slot.read(name, master) for slot in optimizer]

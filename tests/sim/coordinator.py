@@ -340,25 +340,29 @@ class CoordinatorMachine(Machine):
         self.later(0, self.decide, d.Postponed(update_id, rule, detail, retry_s))
 
     def _merge(self, plan: MergePlan) -> None:
-        try:
-            self._merge_given_room(plan)
-        except NoRoomError:
-            self.later(POLL_S, self._merge, plan)
-
-    def _merge_given_room(self, plan: MergePlan) -> None:
-        before = master_path(self.masters, plan.base_version).read_bytes()
         self.witness.merges(plan)
         if plan.rule == "multi-krum":
             chosen = self.rng.sample(plan.contributions, len(plan.contributions) - 1)
             plan = choosing(plan, {part.update_id for part in chosen})
+        self._merge_once_room(plan)
+
+    def _merge_once_room(self, plan: MergePlan) -> None:
+        try:
+            self._merge_given_room(plan)
+        except NoRoomError:
+            self.later(POLL_S, self._merge_once_room, plan)
+
+    def _merge_given_room(self, plan: MergePlan) -> None:
+        before = master_path(self.masters, plan.base_version).read_bytes()
         parts = []
         for part in plan.recorded():
             stored = self.updates.get(part.update_id)
             assert stored is not None, "an accepted update is in the store"
             parts.append((part, read_whole(stored)))
         master = merged_master(before, parts)
-        durable.replace_atomic(master_path(self.masters, plan.version), master)
+        # In this order, as both are made in one pass, and the master's file gets its name at the end of it.
         state, anchor = self._publish(plan.version, plan.before, master)
+        durable.replace_atomic(master_path(self.masters, plan.version), master)
         prune_masters(self.masters, {plan.base_version, plan.version})
         result = MergeResult(state, blake3(master).hexdigest(), None, plan.recorded(), anchor)
         self.later(0.01, self.decide, d.Merged(plan, result))

@@ -346,12 +346,16 @@ class Witness:
             demand(len(masters) <= MASTERS, f"{len(masters)} masters are kept")
 
     def _changed(self, machine: Machine, name: str) -> set[str] | None:
-        """Ids in a folder, unless it is as it was at the last look; files being written or given up do not count."""
+        """Ids in a folder, unless it is as it was at the last look; files being written do not count.
+
+        Nor do those given up, but for updates, which the coordinator never writes over.
+        """
         folder = machine.disk.folders[name]
         if self._looked_at.get((machine.name, name)) == folder.changes:
             return None
         self._looked_at[machine.name, name] = folder.changes
-        return {each.partition(".")[0] for each in folder.names if not each.startswith(".")}
+        passed_over = (".tmp-",) if name == "updates" else (".tmp-", ".spare-")
+        return {each.partition(".")[0] for each in folder.names if not each.startswith(passed_over)}
 
     # -- sites ---
 
