@@ -2,9 +2,10 @@
 
 Every site that pulls has a sender of its own. What (nearly) all present sites would be sent goes once on the bulk topic
 and counts as sent for each of them; anything else goes to each site alone, because whoever is present hears the bulk
-topic, and it is the sites' links that are slow, not ours. A fresh pull waits a moment for others to join, because sites
-hear of a version at the same time. Chunks leave in the order in which each site's sender counts them, whatever their
-topic: a sender takes what was sent before an acknowledged chunk for lost.
+topic, and it is the sites' links that are slow, not ours. Sites hear of a version at the same time, so a fresh pull
+waits a moment for others to join, and they stay together from then on (`coordinator.convoy`) as long as that is worth
+the bulk topic. Chunks leave in the order in which each site's sender counts them, whatever their topic: a sender takes
+what was sent before an acknowledged chunk for lost.
 
 A site needs each chunk of a state once, and again what its link has lost: that much is sent at once, and beyond it one
 window for each `stall_s`, so that a site which asks for the same without end takes little of our link from the others.
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+from coordinator.convoy import Convoy
 from coordinator.decisions import Decision, Serve
 from shared.bucket import Bucket
 from shared.manifest import Manifest
@@ -59,14 +61,18 @@ class Downlink:
     """All pulls under way; at most one per site."""
 
     def __init__(self, *, merge_s: float, idle_s: float, stall_s: float, window: int) -> None:
-        """`window` is the most that is in flight to one site, in chunks, whatever it asks for: all share our link."""
+        """`window` is the most that is in flight to one site, in chunks, whatever it asks for: all share our link.
+
+        `merge_s` is how long sites wait for each other to be sent the same.
+        """
         self.window = window
         self.stall_s = stall_s
         self.merge_s = merge_s
         self.idle_s = idle_s
         self._pulls: dict[str, Pull] = {}
+        self._convoys: dict[str, Convoy] = {}
+        """By transfer; of one that has no convoy (any more), each site is sent what it lacks when it says so."""
         self._fetched: dict[str, Fetched] = {}
-        self._flush_at: float | None = None
 
     @property
     def active(self) -> frozenset[str]:
@@ -78,6 +84,7 @@ class Downlink:
         pull = self._pulls.get(site)
         fresh = pull is None or pull.transfer_id != want.transfer_id
         if pull is None or fresh:
+            self._forget(site)
             pull = self._pulls[site] = Pull(want.transfer_id, Sender(state.frames), now)
         elif want.restart:
             pull.sender.restart()
@@ -85,38 +92,100 @@ class Downlink:
         paced = self._of(site, state).again.wait(1, now) > 0
         pull.sender.on_want(want.have, 0 if paced else min(want.window, self.window))
         if pull.sender.have.full:
-            del self._pulls[site]
-        elif fresh and not present <= self._pulls.keys():
-            self._flush_at = now + self.merge_s if self._flush_at is None else self._flush_at
-        elif fresh:
-            self.flush(present, now, out)
-        elif self._flush_at is None:  # the others were sent all that their windows admit when they asked
+            self._forget(site)
+            return
+        if fresh and pull.transfer_id not in self._convoys:
+            self._convoys[pull.transfer_id] = Convoy(self.window, leaves_at=now + self.merge_s)
+        convoy = self._convoys.get(pull.transfer_id)
+        if convoy is None:
             self._send({site: pull}, 1, now, out)
+        elif convoy.front is not None:
+            self._keep_step(site, pull, convoy, present, now, out)
+        else:
+            convoy.members[site] = None
+            if fresh and present <= self._pulls.keys():
+                self._set_out(present, now, out)
 
     def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
         for site in [site for site, pull in self._pulls.items() if now - pull.last_want > self.idle_s]:
-            del self._pulls[site]
-        if self._flush_at is not None and now >= self._flush_at:
-            self.flush(present, now, out)
+            self._forget(site)
+        for transfer_id, convoy in list(self._convoys.items()):
+            if convoy.leaves_at is None or now < convoy.leaves_at:
+                continue
+            if convoy.front is None:
+                self._set_out(present, now, out)
+            else:
+                convoy.leave_late()
+                self._go_on(transfer_id, convoy, present, now, out)
 
     def site_gone(self, site: str) -> None:
         """The site is away."""
-        self._pulls.pop(site, None)
+        self._forget(site)
 
     def reset(self) -> None:
         """Our own link dropped: nothing is in flight to anybody, and every site will want again."""
         self._pulls.clear()
-        self._flush_at = None
+        self._convoys.clear()
 
-    def flush(self, present: frozenset[str], now: float, out: Decision) -> None:
-        """Send all that windows admit."""
-        self._flush_at = None
-        self._send(self._pulls, len(present | self._pulls.keys()), now, out)
+    def _forget(self, site: str) -> None:
+        pull = self._pulls.pop(site, None)
+        convoy = self._convoys.get(pull.transfer_id) if pull is not None else None
+        if pull is not None and convoy is not None:
+            convoy.part(site)
+            if not convoy.members:
+                del self._convoys[pull.transfer_id]
 
-    def _send(self, pulls: Mapping[str, Pull], hearers: int, now: float, out: Decision) -> None:
+    # -- together ---
+
+    def _set_out(self, present: frozenset[str], now: float, out: Decision) -> None:
+        """Whoever gathers is sent what its window admits: chunks of one convoy, or parts of several."""
+        gathering = {name: convoy for name, convoy in self._convoys.items() if convoy.front is None}
+        pulls = {site: self._pulls[site] for convoy in gathering.values() for site in convoy.members}
+        self._send(pulls, self._hearers(present), now, out)
+        for transfer_id, convoy in gathering.items():
+            convoy.set_out({site: self._pulls[site].sender for site in convoy.members})
+            self._go_on(transfer_id, convoy, present, now, out)
+
+    def _keep_step(
+        self, site: str, pull: Pull, convoy: Convoy, present: frozenset[str], now: float, out: Decision
+    ) -> None:
+        self._send({site: pull}, 1, now, out, below=convoy.front)  # what its link has lost, or it came too late for
+        if convoy.settle(site, pull.sender):
+            self._go_on(pull.transfer_id, convoy, present, now, out)
+        else:
+            self._send({site: pull}, 1, now, out)
+            if not convoy.members:
+                del self._convoys[pull.transfer_id]
+
+    def _go_on(self, transfer_id: str, convoy: Convoy, present: frozenset[str], now: float, out: Decision) -> None:
+        """Send what all members have room for; when they are too few for the bulk topic, each goes on alone."""
+        hearers = self._hearers(present)
+        while convoy.complete and _worth_it(len(convoy.members), hearers):
+            pulls = self._members(convoy)
+            self._send(pulls, hearers, now, out, below=convoy.move([pull.sender for pull in pulls.values()]))
+            for site, pull in pulls.items():
+                convoy.settle(site, pull.sender)
+        if not _worth_it(len(convoy.members), hearers):
+            del self._convoys[transfer_id]
+            self._send(self._members(convoy), hearers, now, out)
+        elif convoy.held:
+            convoy.wait(now + self.merge_s)
+
+    def _members(self, convoy: Convoy) -> dict[str, Pull]:
+        return {site: self._pulls[site] for site in convoy.members}
+
+    def _hearers(self, present: frozenset[str]) -> int:
+        """Sites that hear what goes to everybody; a want may overtake its site's hello."""
+        return len(present | self._pulls.keys())
+
+    # -- chunks ---
+
+    def _send(
+        self, pulls: Mapping[str, Pull], hearers: int, now: float, out: Decision, *, below: int | None = None
+    ) -> None:
         """Send what the windows of these admit; `hearers` sites hear what goes to everybody."""
-        chosen = {site: (pull.transfer_id, pull.sender.take()) for site, pull in pulls.items()}
+        chosen = {site: (pull.transfer_id, pull.sender.take(below=below)) for site, pull in pulls.items()}
         demand: dict[tuple[str, int], list[str]] = {}
         for site, (transfer_id, indices) in chosen.items():
             self._fetched[site].count(transfer_id, indices, now)
@@ -139,7 +208,11 @@ class Downlink:
         return fetched
 
 
+def _worth_it(count: int, hearers: int) -> bool:
+    """Whether to send to everybody, for so many who want it."""
+    return count > 1 and hearers - count <= BYSTANDERS * count
+
+
 def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:
     """Whom to send a chunk that these sites want: everybody at once, or each of them."""
-    count = len(sites)
-    return (None,) if count > 1 and hearers - count <= BYSTANDERS * count else tuple(sites)
+    return (None,) if _worth_it(len(sites), hearers) else tuple(sites)

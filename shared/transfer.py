@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from enum import Enum, auto
+from itertools import islice, takewhile
 
 
 class Bitmap:
@@ -165,20 +166,16 @@ class Sender:
         for _ in range(last + 1):
             self._in_flight_set.discard(self._in_flight.popleft())
 
-    def take(self) -> list[int]:
-        """Return the chunks to send now, lowest first, and count them as in flight."""
-        if self.state is not SenderState.SENDING:
-            return []
-        room = self._window - len(self._in_flight)
-        chosen: list[int] = []
-        for index in self.have.missing():
-            if len(chosen) >= room:
-                break
-            if index not in self._in_flight_set:
-                chosen.append(index)
+    def take(self, *, below: int | None = None) -> list[int]:
+        """Return the chunks to send now (of those with an index `below` it), lowest first, and count them in flight."""
+        chosen = list(islice(self._unsent(self.have.size if below is None else below), self.room))
         self._in_flight.extend(chosen)
         self._in_flight_set.update(chosen)
         return chosen
+
+    def _unsent(self, below: int) -> Iterator[int]:
+        missing = takewhile(lambda index: index < below, self.have.missing())
+        return (index for index in missing if index not in self._in_flight_set)
 
     def restart(self) -> None:
         """Forget what is in flight; the owner offers again (or the receiver has wanted with `restart`)."""
@@ -196,6 +193,26 @@ class Sender:
     def in_flight(self) -> int:
         """Chunks sent and not yet acknowledged by a Want."""
         return len(self._in_flight)
+
+    @property
+    def window(self) -> int:
+        """The most that may be in flight, as the receiver last said."""
+        return self._window
+
+    @property
+    def room(self) -> int:
+        """Chunks that the window admits now."""
+        return max(0, self._window - len(self._in_flight)) if self.state is SenderState.SENDING else 0
+
+    @property
+    def unsent(self) -> int:
+        """Chunks that the receiver lacks and that are not in flight."""
+        return self.have.size - len(self.have) - len(self._in_flight)
+
+    @property
+    def next_index(self) -> int | None:
+        """The lowest of them."""
+        return next(self._unsent(self.have.size), None)
 
 
 # -- receiver ---

@@ -97,6 +97,24 @@ def test_a_chunk_that_was_overtaken_is_lost_and_sent_again() -> None:
     assert sender.take() == [1, 4, 5]
 
 
+def test_a_sender_may_be_held_to_the_chunks_before_one() -> None:
+    """It sends what it lacks below that, within its window, and says what is left to send and how much may go."""
+    sender = Sender(8)
+    assert (sender.room, sender.unsent, sender.next_index) == (0, 8, 0)
+    sender.on_want(_bits(8, 1), 4)
+    assert (sender.room, sender.unsent, sender.next_index, sender.window) == (4, 7, 0, 4)
+    assert sender.take(below=3) == [0, 2]
+    assert (sender.room, sender.unsent, sender.next_index) == (2, 5, 3)
+    assert sender.take(below=3) == []
+    assert sender.take() == [3, 4]
+    sender.on_want(_bits(8, 1, 3), 4)  # 0 and 2 are lost
+    assert (sender.room, sender.unsent, sender.next_index) == (3, 5, 0)
+    assert sender.take(below=3) == [0, 2]
+    sender.on_want(_bits(8, *range(7)), 4)
+    assert sender.take() == [7]
+    assert (sender.room, sender.unsent, sender.next_index) == (3, 0, None)
+
+
 def test_after_a_restart_everything_missing_may_be_sent_again() -> None:
     """A restart forgets what was in flight; the next bitmap decides."""
     sender = Sender(4)
