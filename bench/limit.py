@@ -25,16 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.site import decoded, tensor_name
+from bench.peers.site import tensor_name
 from bench.peers.stage import isolate
 from bench.peers.work import Work
 from bench.protocol import machine
 from bench.round import TENSORS, WARM_UP, measure
 from coordinator import admission
 from coordinator.masters import prune_masters
+from edge_client.statefile import read_state, write_tensors
 from mailboat import upkeep
-from shared import codec as codecs
-from shared import durable
 from shared.config import AggregationSection, CodecSection, StateCodecName
 from shared.manifest import Manifest
 from shared.slices import make_transfer_frames
@@ -86,11 +85,10 @@ def steps(root: Path, codec: StateCodecName, work: Work, turns: int) -> Steps:
     _arriving(found, "site: take a state in", sites, kept, state)
     _arrive(kept, state.manifest, [*_frames(state)])
     found.take("site: unpack it", sites, lambda: extract_state(kept, (state.manifest.transfer_id,), plain))
-    found.take("site: decode it", sites, lambda: decoded(plain, codec))
+    found.take("site: decode it", sites, lambda: [None for _ in read_state(plain).values()])
 
     def train() -> None:
-        added = {tensor_name(number): values for number, values in enumerate(work.delta(1))}
-        durable.overwrite(delta, codecs.encode_file(added, "f32", {}))
+        write_tensors(delta, {tensor_name(number): values for number, values in enumerate(work.delta(1))})
 
     found.take("site: train, write the delta", sites, train)
     outbox, spooled = FrameStore(root / "outbox", recycles=True), FrameStore(root / "updates")

@@ -27,6 +27,7 @@ from typing import Any
 
 from bench.peers.frameworks import Flare, Flower, Framework, environment, until, version_of
 from bench.peers.own import Mailboat
+from bench.peers.pages import Touched
 from bench.peers.stage import Stage, isolate, loopback_bytes
 from bench.peers.work import Work, events
 from shared.manifest import manifest_from_bytes
@@ -92,7 +93,7 @@ def measure(run: str, place: str, folder: Path, options: argparse.Namespace) -> 
     work.save()
     try:
         with Stage(root, environment(work)) as stage:
-            found = _play(run, place, work, stage)
+            found = _play(run, place, work, stage, Touched(work.rounds, 0 if options.untouched else _kept_most(work)))
         # Only when nothing else of the run is left to write.
         plain = _plain_writer(root, _synced(root, work)) if run.startswith("mailboat") else None
         return dataclasses.replace(found, plain_s=plain)
@@ -100,17 +101,28 @@ def measure(run: str, place: str, folder: Path, options: argparse.Namespace) -> 
         shutil.rmtree(root)
 
 
-def _play(run: str, place: str, work: Work, stage: Stage) -> Round:
+def _kept_most(work: Work) -> int:
+    """Bytes that a round may keep: each site's update and the state, uncompressed."""
+    return (work.sites + 1) * work.model_bytes
+
+
+def _play(run: str, place: str, work: Work, stage: Stage, memory: Touched) -> Round:
+    def models() -> int:
+        found = len(_received(work))
+        memory.keep(work.rounds - 1 - found)
+        return found
+
     framework = make(run, work, stage)
+    memory.keep(work.rounds - 1)
     framework.start_server()
     stage.mark_idle()
     for number in range(1, work.sites + 1):
         framework.start_site(number, framework.port)
     framework.begin()
     first, last = WARM_UP, work.rounds - 1
-    until(lambda: len(_received(work)) > first, "the first models", PATIENCE_S)
+    until(lambda: models() > first, "the first models", PATIENCE_S)
     before, crossed = _cpu(work, stage), loopback_bytes()
-    until(lambda: len(_received(work)) > last, "the last models", PATIENCE_S)
+    until(lambda: models() > last, "the last models", PATIENCE_S)
     after, crossed = _cpu(work, stage), loopback_bytes() - crossed
     rounds = last - first
     _check(work)
@@ -235,6 +247,9 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"))  # noqa: S108 - where Linux keeps it
     parser.add_argument("--disk", type=Path, help="a folder on a disk: measure there as well")
+    parser.add_argument(
+        "--untouched", action="store_true", help="memory as a virtual machine's host gives it"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
@@ -249,7 +264,7 @@ def main() -> int:
                 sys.stdout.flush()
     told: dict[str, Any] = {
         "machine": {**machine(), "load at the end": os.getloadavg()[0]},
-        "settings": {key: getattr(options, key) for key in ("parameters", "sites", "rounds", "turns")},
+        "settings": {key: getattr(options, key) for key in ("parameters", "sites", "rounds", "turns", "untouched")},
         "ratios": ratios(found),
         "runs": [dataclasses.asdict(each) for each in found],
     }

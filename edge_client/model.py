@@ -21,6 +21,7 @@ from edge_client.device import CPU, Device
 from edge_client.layers import Family
 from edge_client.pretrained import load_tokenizer, open_pretrained, quiet, seed_parts
 from edge_client.source import local_folder, read_config
+from edge_client.statefile import shapes_of
 from edge_client.tasks import Task
 from edge_client.tasks.encoding import TextEncoder
 from edge_client.tasks.registry import load_task
@@ -254,15 +255,15 @@ def apply_state(loaded: LoadedModel, state: Mapping[str, npt.NDArray[np.float32]
     RefusedError(rule='state-shape') unless it holds exactly a version's tensors and those that stay.
     """
     stay = {name: tuple(parameter.shape) for name, parameter in loaded.personal.items()}
-    shapes = loaded.shapes | stay
-    strange = sorted(set(state) ^ set(shapes))
+    shapes, found = loaded.shapes | stay, shapes_of(state)
+    strange = sorted(set(found) ^ set(shapes))
     if strange:
         side = "lacks" if strange[0] in shapes else "has, and this model does not train,"
         raise RefusedError(f"the state {side} tensor {strange[0]}", rule="state-shape", hint=_OTHER_PLAN)
     for name, shape in shapes.items():
-        if state[name].shape != shape:
+        if found[name] != shape:
             raise RefusedError(
-                f"the state's tensor {name} has shape {list(state[name].shape)}, not {list(shape)}",
+                f"the state's tensor {name} has shape {list(found[name])}, not {list(shape)}",
                 rule="state-shape",
                 hint=_OTHER_PLAN,
             )

@@ -1,16 +1,19 @@
-"""Tensors in plain safetensors files: states as they travelled, deltas as they were trained, what stays at a site."""
+"""Tensors in plain safetensors files: states as they travelled, deltas as they were trained, what stays at a site.
+
+A state is read a tensor at a time, when it is put into the model and when a delta is taken from it: kept beside the
+model it would cost a site the bytes of all that is trained once more, for as long as it trains.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.model import State
 from shared import codec, durable
 from shared.config import CodecName
 from shared.errors import RefusedError, UnavailableError
@@ -21,21 +24,52 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 _FINGERPRINT = "mailboat.fingerprint"
 
 
-def read_state(path: Path) -> State:
-    """Return the tensors of a safetensors file of any codec, decoded to float32.
+class Tensors(Mapping[str, F32Array]):
+    """Tensors by name, each made anew, an array of its own, whenever it is looked up."""
 
-    RefusedError when the file is malformed or holds what no codec writes; UnavailableError when it cannot be read.
+    def __init__(self, shapes: Mapping[str, Shape], read: Callable[[str], F32Array]) -> None:
+        self.shapes = shapes
+        self._read = read
+
+    def __getitem__(self, name: str) -> F32Array:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def beside(self, others: Mapping[str, F32Array]) -> Tensors:
+        """These and others, which are told apart by their names."""
+        shapes = {**self.shapes, **shapes_of(others)}
+        return Tensors(shapes, lambda name: others[name] if name in others else self._read(name))
+
+
+def shapes_of(tensors: Mapping[str, F32Array]) -> Mapping[str, Shape]:
+    """The shape of each tensor; of those of a file none is made for it."""
+    return tensors.shapes if isinstance(tensors, Tensors) else {name: each.shape for name, each in tensors.items()}
+
+
+def read_state(path: Path) -> Tensors:
+    """Return the tensors of a safetensors file of any codec, in order of their names; a look-up decodes to float32.
+
+    RefusedError when the file is malformed or holds what no codec writes; UnavailableError when it cannot be read. A
+    look-up raises as `codec.decode_tensor`. The file stays mapped, so nobody may change it meanwhile.
     """
     header, data = _read(path)
     name, shapes = _recognise(header, path)
-    arrays = {
-        spec.name: data[spec.begin : spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
-        for spec in header.specs
-    }
-    return {
-        tensor: codec.decode_tensor([arrays[part] for part, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
-        for tensor, shape in sorted(shapes.items())
-    }
+    specs = {spec.name: spec for spec in header.specs}
+
+    def part(of: str) -> npt.NDArray[Any]:
+        spec = specs[of]
+        return data[spec.begin : spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def decoded(tensor: str) -> F32Array:
+        shape = shapes[tensor]
+        return codec.decode_tensor([part(of) for of, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
+
+    return Tensors(dict(sorted(shapes.items())), decoded)
 
 
 def read_blocks(path: Path) -> Blocks | None:
@@ -44,7 +78,7 @@ def read_blocks(path: Path) -> Blocks | None:
     return blocks_from(header.metadata)
 
 
-def read_own(path: Path, fingerprint: str) -> State:
+def read_own(path: Path, fingerprint: str) -> Mapping[str, F32Array]:
     """Return the tensors that stay at this site, as `write_own` wrote them; errors as `read_state`.
 
     RefusedError(rule='other-fingerprint') when they belong to another federation.

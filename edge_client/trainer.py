@@ -15,7 +15,7 @@ import torch
 
 from edge_client.batches import Batch, make_batches
 from edge_client.data import AnyNote
-from edge_client.model import LoadedModel, State, apply_state, read_personal, read_trainable
+from edge_client.model import LoadedModel, State, apply_state, read_personal
 from edge_client.prefix import MEMORY, Forward, Prepared, forward_pass, prepare
 from edge_client.prefix_store import Keep
 from edge_client.tasks import IGNORED, Ids, Scores, Window
@@ -128,11 +128,27 @@ def train(
     steps = descent.steps
     if steps == 0:
         raise RefusedError("the notes hold nothing to train on", rule="note-missing", hint="check the notes' folder")
-    optimizer = _optimizer(loaded, section)
+    losses = _descend(loaded, data, section, descent, seed, progress)
+    loaded.model.eval()
+    personal = read_personal(loaded)
+    if not all(parameter.isfinite().all() for parameter in loaded.trained.values()):
+        raise _diverged("a weight")
+    trained = ((name, parameter) for name, parameter in loaded.trained.items() if name in loaded.trainable)
+    delta = {name: parameter.detach().cpu().numpy() - state[name] for name, parameter in trained}
+    last = losses[-descent.epoch :]
+    seconds = round(time.perf_counter() - started, 3)
+    metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": seconds}
+    return TrainResult(delta, personal, data.examples, metrics)
+
+
+def _descend(
+    loaded: LoadedModel, data: Dataset, section: TrainingSection, descent: Descent, seed: int, progress: Progress
+) -> list[float]:
+    """Take all steps and return the loss of each; gradients and moments are gone before the delta is made."""
+    optimizer, steps = _optimizer(loaded, section), descent.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, section.warmup))
     losses: list[float] = []
-    trained = loaded.trained
-    held = [parameter for name, parameter in trained.items() if name in loaded.trainable]
+    held = [parameter for name, parameter in loaded.trained.items() if name in loaded.trainable]
     start = [parameter.detach().clone() for parameter in held] if section.proximal else []
     # Dropout draws from torch's own generator.
     with loaded.device.seeded(seed), forward_pass(loaded, data.prepared) as forward:
@@ -143,15 +159,8 @@ def train(
             optimizer.step()
             schedule.step()
             progress(len(losses) / steps, losses[-1])
-    loaded.model.eval()
-    local, personal = read_trainable(loaded), read_personal(loaded)
-    if not all(np.isfinite(values).all() for values in (local | personal).values()):
-        raise _diverged("a weight")
-    delta = {name: values - state[name] for name, values in local.items() if name in trained}
-    last = losses[-descent.epoch :]
-    seconds = round(time.perf_counter() - started, 3)
-    metrics = {"loss": sum(last) / len(last), "steps": float(steps), "seconds": seconds}
-    return TrainResult(delta, personal, data.examples, metrics)
+    optimizer.zero_grad()
+    return losses
 
 
 def evaluate(loaded: LoadedModel, data: Dataset) -> Scores:

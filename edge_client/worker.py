@@ -42,7 +42,7 @@ from edge_client.model import (
 )
 from edge_client.prefix import MEMORY
 from edge_client.prefix_store import NOWHERE, Keep, OnDisk, Slot
-from edge_client.statefile import read_blocks, read_own, read_state, write_own, write_tensors
+from edge_client.statefile import Tensors, read_blocks, read_own, read_state, write_own, write_tensors
 from edge_client.tasks import Scores
 from edge_client.trainer import (
     EVALUATION_BATCH,
@@ -188,7 +188,7 @@ class Worker:
         how = measures(self._loaded, self._training, section.training, section.codec.up)
         return choose_depth(planned, job.limits, how)
 
-    def _choose(self, state: State, chosen: Blocks | None, base_version: int, seed: int) -> dict[str, float]:
+    def _choose(self, state: Tensors, chosen: Blocks | None, base_version: int, seed: int) -> dict[str, float]:
         """Say which blocks are trained from a state, whose header names the `chosen`; return what was measured for it.
 
         Where importance chooses, that is this site's own choice until there is one of all; it measures for the next.
@@ -262,9 +262,10 @@ class Worker:
         export(self._loaded, request.out)
         return pipe.Exported()
 
-    def _complete(self, state: Path, own: Path | None = None) -> State:
+    def _complete(self, state: Path, own: Path | None = None) -> Tensors:
         """A published state with the personal tensors: this site's own, or those that everybody begins with."""
-        return read_state(state) | (self._seeded if own is None else read_own(own, self._plan.fingerprint))
+        personal = self._seeded if own is None else read_own(own, self._plan.fingerprint)
+        return read_state(state).beside(personal)
 
     def _others(self, notes: Path) -> Dataset:
         if self._other is None or self._other[0] != notes:

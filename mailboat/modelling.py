@@ -145,7 +145,7 @@ def _with_state(subject: Subject, *, full_precision: bool = False, compute: Comp
 
     own = newest_own(subject.storage) if subject.site else None
     personal = read_personal(loaded) if own is None else read_own(own, seal(loaded, subject.federation).fingerprint)
-    apply_state(loaded, (_master(subject) if full_precision else _state(subject)) | personal)
+    apply_state(loaded, {**(_master(subject) if full_precision else _state(subject)), **personal})
     return loaded
 
 

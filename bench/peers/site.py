@@ -15,13 +15,13 @@ from bench.peers import work
 from edge_client.agent import Agent
 from edge_client.outbox import Outbox
 from edge_client.session import Identity
+from edge_client.statefile import read_state, write_tensors
 from edge_client.training import Standing
-from shared import codec, durable, logs
-from shared.config import CodecName, FederationConfig, SiteConfig
+from shared import durable, logs
+from shared.config import FederationConfig, SiteConfig
 from shared.configfile import load_config
 from shared.ids import new_session_id
 from shared.plan import load_plan
-from shared.tensorfile import NUMPY_DTYPES, F32Array, map_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,9 @@ class KnownNoise:
 
     standing = Standing()
 
-    def __init__(self, task: work.Work, name: str, down: CodecName) -> None:
+    def __init__(self, task: work.Work, name: str) -> None:
         self._task = task
         self._name = name
-        self._codec = down
 
     async def train(
         self, state: Path, base_version: int, delta: Path, *, on_progress: Callable[[float, float], None]
@@ -52,25 +51,12 @@ class KnownNoise:
         return Trained(10, {"loss": 1.0})
 
     def _train(self, state: Path, base_version: int, delta: Path) -> None:
-        tensors = decoded(state, self._codec)
-        self._task.note(self._name, "received", round=base_version, ledger=self._task.ledger(tensors[tensor_name(0)]))
+        # As a site's worker does, one tensor at a time.
+        ledgers = [self._task.ledger(tensor) for tensor in read_state(state).values()]
+        self._task.note(self._name, "received", round=base_version, ledger=ledgers[0])
         added = self._task.delta(int(self._name.rpartition("-")[2]))
-        tensors = {tensor_name(number): values for number, values in enumerate(added)}
-        durable.overwrite(delta, codec.encode_file(tensors, "f32", {}))
+        write_tensors(delta, {tensor_name(number): values for number, values in enumerate(added)})
         self._task.note(self._name, "trained", round=base_version)
-
-
-def decoded(path: Path, name: CodecName) -> dict[str, F32Array]:
-    """The tensors of a state's file as float32; what a site's worker does, which would load torch."""
-    header, data = map_file(path)
-    parts = {
-        spec.name: data[spec.begin : spec.end].view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
-        for spec in header.specs
-    }
-    return {
-        tensor: codec.decode_tensor([parts[part] for part, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
-        for tensor, shape in codec.tensor_shapes(header, name).items()
-    }
 
 
 def tensor_name(number: int) -> str:
@@ -92,7 +78,7 @@ async def run(path: Path) -> None:
         frozen_sha256=plan.frozen_sha256,
         software="bench",
     )
-    trainer = KnownNoise(work.load(), config.name, federation.codec.down)
+    trainer = KnownNoise(work.load(), config.name)
     await Agent(config, federation, identity, Outbox(config.storage), trainer).run()
 
 
