@@ -247,9 +247,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"))  # noqa: S108 - where Linux keeps it
     parser.add_argument("--disk", type=Path, help="a folder on a disk: measure there as well")
-    parser.add_argument(
-        "--untouched", action="store_true", help="memory as a virtual machine's host gives it"
-    )
+    parser.add_argument("--untouched", action="store_true", help="memory as a virtual machine's host gives it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
