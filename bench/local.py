@@ -75,6 +75,7 @@ def train_once(way: str, model: Path, notes: Path, site: Path, epochs: int) -> d
     from edge_client.data import load_notes  # noqa: PLC0415
     from edge_client.model import load_model, version_zero  # noqa: PLC0415
     from edge_client.prefix_store import NOWHERE, OnDisk  # noqa: PLC0415
+    from edge_client.statefile import read_state, write_tensors  # noqa: PLC0415
     from edge_client.trainer import make_dataset, train  # noqa: PLC0415
     from shared.config import FederationConfig, StateDType  # noqa: PLC0415
 
@@ -97,13 +98,17 @@ def train_once(way: str, model: Path, notes: Path, site: Path, epochs: int) -> d
     if data.prepared.cached == (way in UNCACHED):
         raise AssertionError(data.prepared.reason)
     prepared, ready = time.perf_counter() - began, memory_bytes(os.getpid(), "VmRSS")
-    state, seconds, worked, losses = version_zero(loaded), [], [], []
+    site.mkdir(parents=True, exist_ok=True)
+    published = site / f"{model.name}-{os.getpid()}.safetensors"
+    write_tensors(published, version_zero(loaded))
+    state, seconds, worked, losses = read_state(published), [], [], []
     for epoch in range(epochs):
         spent = time.process_time()
         result = train(loaded, state, data, federation.training, seed=epoch)
         worked.append(time.process_time() - spent)
         seconds.append(result.metrics["seconds"])
         losses.append(result.metrics["loss"])
+    published.unlink()
     return {
         "way": way,
         "model": model.name,

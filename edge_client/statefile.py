@@ -18,7 +18,7 @@ from shared import codec, durable
 from shared.config import CodecName
 from shared.errors import RefusedError, UnavailableError
 from shared.plan import Blocks, blocks_from
-from shared.tensorfile import NUMPY_DTYPES, F32Array, Header, Shape, map_file
+from shared.tensorfile import NUMPY_DTYPES, F32Array, Header, Shape, let_go, map_file
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _FINGERPRINT = "mailboat.fingerprint"
@@ -67,7 +67,9 @@ def read_state(path: Path) -> Tensors:
 
     def decoded(tensor: str) -> F32Array:
         shape = shapes[tensor]
-        return codec.decode_tensor([part(of) for of, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
+        values = codec.decode_tensor([part(of) for of, _, _ in codec.part_specs(tensor, shape, name)], name, shape)
+        let_go(data)
+        return values
 
     return Tensors(dict(sorted(shapes.items())), decoded)
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForTokenClassification
 from edge_client import pipe, worker
 from edge_client.device import Device
 from edge_client.model import seal_plan
-from edge_client.statefile import read_state
+from edge_client.statefile import Tensors, read_state, shapes_of
 from edge_client.worker import Worker, split_holdout
 from edge_client.worker_client import RETRIES, WorkerClient, load_request
 from shared.config import ComputeSection, SiteConfig, StateCodecName
@@ -371,6 +371,22 @@ def test_a_state_of_any_codec_is_read(tmp_path: Path, name: str) -> None:
     assert list(state) == ["a.weight", "b"]
     np.testing.assert_allclose(state["a.weight"], values, atol=0.08 if name == "int4" else 5e-3)
     assert state["a.weight"].shape == values.shape
+
+
+def test_a_state_is_decoded_a_tensor_at_a_time(tmp_path: Path) -> None:
+    """Nothing is kept of what was looked up, no shape is decoded for, and what stays at the site lies beside it."""
+    save_file({"b": np.ones((2, 3), np.float32), "a": np.zeros(4, np.float32)}, tmp_path / "state")
+    state, own = read_state(tmp_path / "state"), {"own": np.full(5, 2, np.float32)}
+    whole = state.beside(own)
+    assert list(whole) == ["a", "b", "own"]
+    assert shapes_of(whole) == {"a": (4,), "b": (2, 3), "own": (5,)} == shapes_of(dict(whole))
+    assert (whole["b"] == 1).all()
+    assert (whole["own"] == 2).all()
+    first = state["b"]
+    first[:] = 9
+    assert (state["b"] == 1).all()
+    shapes = {"a": (1 << 40,)}
+    assert shapes_of(Tensors(shapes, lambda name: np.zeros(shapes[name], np.float32))) == shapes
 
 
 def test_a_file_of_no_codec_is_refused(tmp_path: Path) -> None:

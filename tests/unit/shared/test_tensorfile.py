@@ -25,6 +25,8 @@ from shared.tensorfile import (
     build_header,
     f32_to_bf16,
     header_size,
+    let_go,
+    map_file,
     map_tensors,
     parse_header,
     tensor_bytes,
@@ -325,3 +327,26 @@ def test_bf16_overflow_and_blocks() -> None:
     long = np.arange(300_001, dtype=np.float32)
     expected = f32_to_bf16(long[-5:])
     assert f32_to_bf16(long)[-5:].tolist() == expected.tolist()
+
+
+def test_pages_of_a_mapped_file_can_be_let_go(tmp_path: Path) -> None:
+    """They leave this process's memory, and hold the same when they are looked at again."""
+    values = np.arange(1 << 22, dtype=np.float32)
+    safetensors.numpy.save_file({"a": values}, tmp_path / "file")
+    header, data = map_file(tmp_path / "file")
+    (spec,) = header.specs
+
+    def look() -> int:
+        assert np.array_equal(data[spec.begin : spec.end].view("<f4"), values)
+        return _mapped_bytes()
+
+    seen = look()
+    let_go(data)
+    assert _mapped_bytes() <= seen - values.nbytes // 2
+    assert look() >= seen - values.nbytes // 2
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that are in this process's memory."""
+    (line,) = [each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssFile")]
+    return 1024 * int(line.split()[1])
