@@ -6,9 +6,10 @@ every version; so the outputs that are kept (`edge_client.prefix`) are those of 
 lies between them and the lowest block trained here runs in each step, without gradients.
 
 Memory and time are estimates. Memory: what the process has now, with model and notes, or has taken of its GPU's; for
-each trained parameter its gradient, AdamW's two moments and its delta; the published state and its local copy; and
-RETAINED times what one forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of
-middling size, for all tokens of an update.
+each trained parameter its gradient and AdamW's two moments, and under `training.proximal` where it started (the delta
+is made when they are gone, and of the published state there is one tensor at a time); and RETAINED times what one
+forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all tokens
+of an update.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from shared.errors import ConfigError
 from shared.plan import Blocks
 
 MIB = 1 << 20
-PER_TRAINED = 4 * 4
-"""Bytes for each trained parameter: gradient, first and second moment, delta; float32."""
-PER_STATE = 2 * 4
-"""Bytes for each parameter of a state: the published value and its local copy."""
+PER_TRAINED = 3 * 4
+"""Bytes for each trained parameter: gradient, first and second moment; float32."""
+PER_START = 4
+"""Bytes for each trained parameter that is held to where it started."""
 RETAINED = 2.5
 """What the process grows by for each byte that is alive at once: glibc keeps much of what was freed.
 
@@ -93,14 +94,14 @@ def measures(loaded: LoadedModel, data: Dataset, training: TrainingSection, up: 
     """
     return {
         "upload_mib": lambda blocks: codec.data_bytes(shapes_within(loaded, blocks), up) / MIB,
-        "memory_mib": lambda blocks: _memory_bytes(train_only(loaded, blocks), data.prepared) / MIB,
+        "memory_mib": lambda blocks: _memory_bytes(train_only(loaded, blocks), data.prepared, training) / MIB,
         "seconds": lambda blocks: _seconds(train_only(loaded, blocks), data, training),
     }
 
 
-def _memory_bytes(loaded: LoadedModel, prepared: Prepared) -> int:
+def _memory_bytes(loaded: LoadedModel, prepared: Prepared, training: TrainingSection) -> int:
     trained = sum(parameter.numel() for parameter in loaded.trained.values())
-    held = PER_TRAINED * trained + PER_STATE * loaded.trained_parameters
+    held = (PER_TRAINED + (PER_START if training.proximal else 0)) * trained
     return _held_bytes(loaded.device) + held + int(RETAINED * _kept_bytes(loaded, prepared))
 
 
