@@ -8,8 +8,8 @@ lies between them and the lowest block trained here runs in each step, without g
 Memory and time are estimates. Memory: what the process has now, with model and notes, or has taken of its GPU's; for
 each trained parameter its gradient and AdamW's two moments, and under `training.proximal` where it started (the delta
 is made when they are gone, and of the published state there is one tensor at a time); and RETAINED times what one
-forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all tokens
-of an update.
+forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all the
+tokens of an update.
 """
 
 from __future__ import annotations
