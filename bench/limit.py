@@ -113,7 +113,7 @@ def steps(root: Path, codec: StateCodecName, work: Work, turns: int) -> Steps:
     planned = run.planned(accepted)
     found.take("coordinator: merge and publish", 1, lambda: run.run_plan(planned), forget)
     found.take("coordinator: read the state to send it", 1, lambda: _read(state))
-    # In to the broker and out of it. A state that several want need go in once only; mostly it goes for each.
+    # In to the broker and out of it; a state goes in once.
     hops = 2 * sites * update.manifest.wire_bytes + (1 + sites) * state.manifest.wire_bytes
     found.take("sockets", 1, lambda: _through_sockets(hops))
     return found
@@ -195,6 +195,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help=f"rounds measured, after {WARM_UP} to warm up")
     parser.add_argument("--turns", type=int, default=3, help="of each step, the least of which counts")
     parser.add_argument("--place", type=Path, default=Path("/dev/shm"), help="folder to work in")  # noqa: S108 - a RAM disk
+    parser.add_argument(
+        "--untouched", action="store_true", help="as bench.round"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     isolate()
