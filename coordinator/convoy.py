@@ -4,12 +4,15 @@ Theory of operation
 -------------------
     gathering    whoever pulls joins, until all who could are here or the first one has waited for long enough
     on its way   everything in front of `front` was sent to each member, or it holds it
+    gone         each goes on alone
 
-A convoy moves when each member has room for half a window, by as many chunks as all of them have room for: it has the
-pace of its slowest member. One that lets the others wait for longer than they should is left behind. What it was not
-sent then is sent to it alone, as is what a member's link has lost; a site that lacks nothing in front of `front` any
-more is a member again. One that is further on by more than a window, because it came with a part of the transfer, goes
-on alone.
+A convoy moves when each member has room for half a window, by as many chunks as all of them have room for. What one
+member's link has lost is sent again to that one, before the next chunks for all.
+
+Whoever hears the topic for all gets what goes there, room or not. For a slow link that would queue up at the broker,
+counted by nobody, up to the whole transfer. So a convoy goes on only as long as all who hear the topic are members that
+keep up. It ends when one lets the others wait for too long, when one comes that lacks more than a window of what they
+have had, or is further on by more than one, and when one pulls nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ class Convoy:
     """See the module's docstring."""
 
     window: int
-    """Chunks that may be in flight to a member; a site that wants fewer at a time goes alone."""
-    leaves_at: float | None
-    """Monotonic seconds when those who are ready go on without the others; None while none of them waits."""
+    """Chunks that may be in flight to a member; a site that wants fewer at a time is none."""
+    until: float | None
+    """Monotonic seconds for which it waits for those who are not ready; None while none is."""
     front: int | None = None
     """None while it gathers."""
     members: dict[str, None] = field(default_factory=dict)
@@ -35,55 +38,43 @@ class Convoy:
     _waited_for: set[str] = field(default_factory=set)
 
     @property
-    def complete(self) -> bool:
-        """Whether all members are ready."""
+    def ready(self) -> bool:
+        """Whether all members are."""
         return not self._waited_for
 
-    @property
-    def held(self) -> bool:
-        """Whether some of them wait for others."""
-        return bool(self._waited_for) and len(self._waited_for) < len(self.members)
-
     def set_out(self, senders: Mapping[str, Sender]) -> None:
-        """Those who gathered were sent a first window; whoever is further on than the others by one goes alone."""
+        """Those who gathered were sent a first window."""
         self.front = min((each.next_index for each in senders.values() if each.next_index is not None), default=0)
-        self.leaves_at = None
+        self.until = None
         for site, sender in senders.items():
             self.settle(site, sender)
 
-    def settle(self, site: str, sender: Sender) -> bool:
-        """Whether a site is a member, now that something has happened to it."""
+    def settle(self, site: str, sender: Sender) -> None:
+        """Something has happened to a site: whether it is a member, and ready."""
         place = sender.next_index
         assert self.front is not None
         if sender.window < self.window or place is None or not self.front <= place <= self.front + self.window:
             self.part(site)
-            return False
+            return
         self.members[site] = None
         if sender.room >= min(max(1, self.window // 2), sender.unsent):
             self._waited_for.discard(site)
         else:
             self._waited_for.add(site)
-        return True
 
     def part(self, site: str) -> None:
         """This site is no member any more."""
         self.members.pop(site, None)
         self._waited_for.discard(site)
 
-    def leave_late(self) -> None:
-        """Its time has come: go on without those whom others wait for."""
-        self.leaves_at = None
-        for site in list(self._waited_for) if self.held else []:
-            self.part(site)
-
     def wait(self, until: float) -> None:
-        """The ones who are ready wait for the others, until then at the longest."""
-        if self.leaves_at is None:
-            self.leaves_at = until
+        """Members who are ready wait for the others, until then at the longest."""
+        if self.until is None and len(self._waited_for) < len(self.members):
+            self.until = until
 
     def move(self, senders: Collection[Sender]) -> int:
         """Return the new `front`: the members, who have these senders, are to be sent all that they lack before it."""
         places = [(each.next_index, each.room) for each in senders]
         self.front = min(place for place, _ in places if place is not None) + min(room for _, room in places)
-        self.leaves_at = None
+        self.until = None
         return self.front

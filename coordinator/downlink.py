@@ -3,9 +3,9 @@
 Every site that pulls has a sender of its own. What (nearly) all present sites would be sent goes once on the bulk topic
 and counts as sent for each of them; anything else goes to each site alone, because whoever is present hears the bulk
 topic, and it is the sites' links that are slow, not ours. Sites hear of a version at the same time, so a fresh pull
-waits a moment for others to join, and they stay together from then on (`coordinator.convoy`) as long as that is worth
-the bulk topic. Chunks leave in the order in which each site's sender counts them, whatever their topic: a sender takes
-what was sent before an acknowledged chunk for lost.
+waits a moment for others to join, and they stay together from then on (`coordinator.convoy`), as long as all who hear
+the topic keep up. Chunks leave in the order in which each site's sender counts them, whatever their topic: a sender
+takes what was sent before an acknowledged chunk for lost.
 
 A site needs each chunk of a state once, and again what its link has lost: that much is sent at once, and beyond it one
 window for each `stall_s`, so that a site which asks for the same without end takes little of our link from the others.
@@ -25,7 +25,7 @@ from shared.messages import Want
 from shared.transfer import Bitmap, Sender
 
 BYSTANDERS = 0.1
-"""The bulk topic is used when it reaches at most this many sites in vain for each that it serves."""
+"""A first window goes to everybody when it reaches at most this many sites in vain for each that it serves."""
 
 LOST_WINDOWS = 8
 """Windows that a bad link may lose of one state before what is lost again is sent more slowly."""
@@ -95,29 +95,30 @@ class Downlink:
             self._forget(site)
             return
         if fresh and pull.transfer_id not in self._convoys:
-            self._convoys[pull.transfer_id] = Convoy(self.window, leaves_at=now + self.merge_s)
+            self._convoys[pull.transfer_id] = Convoy(self.window, until=now + self.merge_s)
         convoy = self._convoys.get(pull.transfer_id)
         if convoy is None:
             self._send({site: pull}, 1, now, out)
-        elif convoy.front is not None:
-            self._keep_step(site, pull, convoy, present, now, out)
-        else:
+        elif convoy.front is None:
             convoy.members[site] = None
             if fresh and present <= self._pulls.keys():
                 self._set_out(present, now, out)
+        else:
+            self._send({site: pull}, 1, now, out, below=convoy.front)  # what its link has lost
+            convoy.settle(site, pull.sender)
+            self._go_on(pull.transfer_id, present, now, out)
 
     def tick(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Send what has waited long enough; forget sites that went quiet (they will want again)."""
         for site in [site for site, pull in self._pulls.items() if now - pull.last_want > self.idle_s]:
             self._forget(site)
-        for transfer_id, convoy in list(self._convoys.items()):
-            if convoy.leaves_at is None or now < convoy.leaves_at:
-                continue
-            if convoy.front is None:
-                self._set_out(present, now, out)
-            else:
-                convoy.leave_late()
-                self._go_on(transfer_id, convoy, present, now, out)
+        due = [name for name, convoy in self._convoys.items() if convoy.until is not None and now >= convoy.until]
+        gathering = [name for name in due if self._convoys[name].front is None]
+        for transfer_id in due:
+            if transfer_id not in gathering:
+                self._wait_no_longer(transfer_id, present, now, out)
+        if gathering:
+            self._set_out(present, now, out)
 
     def site_gone(self, site: str) -> None:
         """The site is away."""
@@ -140,40 +141,43 @@ class Downlink:
 
     def _set_out(self, present: frozenset[str], now: float, out: Decision) -> None:
         """Whoever gathers is sent what its window admits: chunks of one convoy, or parts of several."""
-        gathering = {name: convoy for name, convoy in self._convoys.items() if convoy.front is None}
-        pulls = {site: self._pulls[site] for convoy in gathering.values() for site in convoy.members}
-        self._send(pulls, self._hearers(present), now, out)
-        for transfer_id, convoy in gathering.items():
-            convoy.set_out({site: self._pulls[site].sender for site in convoy.members})
-            self._go_on(transfer_id, convoy, present, now, out)
+        gathering = [name for name, convoy in self._convoys.items() if convoy.front is None]
+        pulls = {name: self._members(name) for name in gathering}
+        together = {site: pull for each in pulls.values() for site, pull in each.items()}
+        self._send(together, self._hearers(present), now, out)
+        for transfer_id in gathering:
+            self._convoys[transfer_id].set_out({site: pull.sender for site, pull in pulls[transfer_id].items()})
+            self._go_on(transfer_id, present, now, out)
 
-    def _keep_step(
-        self, site: str, pull: Pull, convoy: Convoy, present: frozenset[str], now: float, out: Decision
-    ) -> None:
-        self._send({site: pull}, 1, now, out, below=convoy.front)  # what its link has lost, or it came too late for
-        if convoy.settle(site, pull.sender):
-            self._go_on(pull.transfer_id, convoy, present, now, out)
-        else:
-            self._send({site: pull}, 1, now, out)
-            if not convoy.members:
-                del self._convoys[pull.transfer_id]
-
-    def _go_on(self, transfer_id: str, convoy: Convoy, present: frozenset[str], now: float, out: Decision) -> None:
-        """Send what all members have room for; when they are too few for the bulk topic, each goes on alone."""
-        hearers = self._hearers(present)
-        while convoy.complete and _worth_it(len(convoy.members), hearers):
-            pulls = self._members(convoy)
+    def _go_on(self, transfer_id: str, present: frozenset[str], now: float, out: Decision) -> None:
+        """Send what all members have room for."""
+        convoy, hearers = self._convoys[transfer_id], self._hearers(present)
+        while convoy.ready and len(convoy.members) >= max(2, hearers):
+            pulls = self._members(transfer_id)
             self._send(pulls, hearers, now, out, below=convoy.move([pull.sender for pull in pulls.values()]))
             for site, pull in pulls.items():
                 convoy.settle(site, pull.sender)
-        if not _worth_it(len(convoy.members), hearers):
-            del self._convoys[transfer_id]
-            self._send(self._members(convoy), hearers, now, out)
-        elif convoy.held:
+        if len(convoy.members) < max(2, hearers):
+            self._part_ways(transfer_id, now, out)
+        else:
             convoy.wait(now + self.merge_s)
 
-    def _members(self, convoy: Convoy) -> dict[str, Pull]:
-        return {site: self._pulls[site] for site in convoy.members}
+    def _wait_no_longer(self, transfer_id: str, present: frozenset[str], now: float, out: Decision) -> None:
+        """Its time has come: whoever was waited for is away since, or too slow for the others."""
+        if self._convoys[transfer_id].ready:
+            self._go_on(transfer_id, present, now, out)
+        else:
+            self._part_ways(transfer_id, now, out)
+
+    def _part_ways(self, transfer_id: str, now: float, out: Decision) -> None:
+        """Each goes on alone from here, and is sent what it has room for."""
+        del self._convoys[transfer_id]
+        pulls = {site: pull for site, pull in self._pulls.items() if pull.transfer_id == transfer_id}
+        for site, pull in pulls.items():
+            self._send({site: pull}, 1, now, out)
+
+    def _members(self, transfer_id: str) -> dict[str, Pull]:
+        return {site: self._pulls[site] for site in self._convoys[transfer_id].members}
 
     def _hearers(self, present: frozenset[str]) -> int:
         """Sites that hear what goes to everybody; a want may overtake its site's hello."""
@@ -208,11 +212,7 @@ class Downlink:
         return fetched
 
 
-def _worth_it(count: int, hearers: int) -> bool:
-    """Whether to send to everybody, for so many who want it."""
-    return count > 1 and hearers - count <= BYSTANDERS * count
-
-
 def _audience(sites: list[str], hearers: int) -> tuple[str | None, ...]:
     """Whom to send a chunk that these sites want: everybody at once, or each of them."""
-    return (None,) if _worth_it(len(sites), hearers) else tuple(sites)
+    count = len(sites)
+    return (None,) if count > 1 and hearers - count <= BYSTANDERS * count else tuple(sites)

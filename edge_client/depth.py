@@ -6,10 +6,10 @@ every version; so the outputs that are kept (`edge_client.prefix`) are those of 
 lies between them and the lowest block trained here runs in each step, without gradients.
 
 Memory and time are estimates. Memory: what the process has now, with model and notes, or has taken of its GPU's; for
-each trained parameter its gradient and AdamW's two moments, and under `training.proximal` where it started (the delta
-is made when they are gone, and of the published state there is one tensor at a time); and RETAINED times what one
-forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling size, for all the
-tokens of an update.
+each trained parameter its gradient and AdamW's two moments, and what `training.proximal` and `[privacy]` keep beside
+them (the delta is made when they are gone, and of the published state there is one tensor at a time); and RETAINED
+times what one forward pass of the largest batch keeps for the backward pass. Time: one step of a batch of middling
+size, for all the tokens of an update.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from edge_client.model import LoadedModel, read_personal, read_trainable, shapes
 from edge_client.prefix import Prepared, forward_pass
 from edge_client.trainer import Dataset, train
 from shared import codec
-from shared.config import CodecName, LocalLayersSection, TrainingSection
+from shared.config import FederationConfig, LocalLayersSection, TrainingSection
 from shared.errors import ConfigError
 from shared.plan import Blocks
 
 MIB = 1 << 20
 PER_TRAINED = 3 * 4
 """Bytes for each trained parameter: gradient, first and second moment; float32."""
-PER_START = 4
-"""Bytes for each trained parameter that is held to where it started."""
+PER_PROXIMAL = 2 * 4
+"""Bytes for each trained parameter that is held to where it started: that, and how far it has moved."""
+PER_PRIVATE = 3 * 4
+"""Bytes for each trained parameter under `[privacy]`: sums of a record and of a batch, and a part of one."""
 RETAINED = 2.5
 """What the process grows by for each byte that is alive at once: glibc keeps much of what was freed.
 
@@ -86,22 +88,24 @@ def _most(planned: Blocks, count: int, allowed: float, measure: Measure) -> int:
     return bisect_left(range(1, count), True, key=lambda blocks: measure(planned[-blocks:]) > allowed)
 
 
-def measures(loaded: LoadedModel, data: Dataset, training: TrainingSection, up: CodecName) -> Mapping[str, Measure]:
+def measures(loaded: LoadedModel, data: Dataset, federation: FederationConfig) -> Mapping[str, Measure]:
     """Return how each limit is measured on this model and these notes, cheapest first.
 
     Measuring time trains single steps, measuring memory moves gradients: a state is to be applied afterwards, and
     `train_only` called.
     """
+    up, training = federation.codec.up, federation.training
+    each = PER_TRAINED + bool(training.proximal) * PER_PROXIMAL + bool(federation.privacy) * PER_PRIVATE
     return {
         "upload_mib": lambda blocks: codec.data_bytes(shapes_within(loaded, blocks), up) / MIB,
-        "memory_mib": lambda blocks: _memory_bytes(train_only(loaded, blocks), data.prepared, training) / MIB,
+        "memory_mib": lambda blocks: _memory_bytes(train_only(loaded, blocks), data.prepared, each) / MIB,
         "seconds": lambda blocks: _seconds(train_only(loaded, blocks), data, training),
     }
 
 
-def _memory_bytes(loaded: LoadedModel, prepared: Prepared, training: TrainingSection) -> int:
-    trained = sum(parameter.numel() for parameter in loaded.trained.values())
-    held = (PER_TRAINED + (PER_START if training.proximal else 0)) * trained
+def _memory_bytes(loaded: LoadedModel, prepared: Prepared, each: int) -> int:
+    """With so many bytes for each trained parameter."""
+    held = each * sum(parameter.numel() for parameter in loaded.trained.values())
     return _held_bytes(loaded.device) + held + int(RETAINED * _kept_bytes(loaded, prepared))
 
 

@@ -40,6 +40,9 @@ class Tensors(Mapping[str, F32Array]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def beside(self, others: Mapping[str, F32Array]) -> Tensors:
         """These and others, which are told apart by their names."""
         shapes = {**self.shapes, **shapes_of(others)}

@@ -160,6 +160,7 @@ def _descend(
             schedule.step()
             progress(len(losses) / steps, losses[-1])
     optimizer.zero_grad()
+    optimizer.state.clear()  # it and its schedule know one another, and would stay until the garbage is collected
     return losses
 
 

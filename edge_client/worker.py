@@ -181,11 +181,10 @@ class Worker:
 
         Where importance chooses, the lowest candidates are measured: training any others takes no more.
         """
-        plan, section = self._plan, job.federation
-        planned = plan.layers[: plan.at_once]
+        planned = self._plan.layers[: self._plan.at_once]
         if job.depth is not None or not self._training.prepared.batches:
             return Depth(job.depth or len(planned), "")
-        how = measures(self._loaded, self._training, section.training, section.codec.up)
+        how = measures(self._loaded, self._training, job.federation)
         return choose_depth(planned, job.limits, how)
 
     def _choose(self, state: Tensors, chosen: Blocks | None, base_version: int, seed: int) -> dict[str, float]:

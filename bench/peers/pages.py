@@ -10,18 +10,34 @@ from __future__ import annotations
 
 import mmap
 import resource
+from pathlib import Path
+
+SHARE = 0.6
+"""Of the memory that is available, the most that is taken."""
 
 
 class Touched:
     """Blocks of memory that the host has given; one is let go at a time."""
 
     def __init__(self, blocks: int, block_bytes: int) -> None:
+        wanted, there = blocks * block_bytes, available_bytes()
+        if wanted > SHARE * there:
+            raise SystemExit(
+                f"a run may keep {wanted / 1e9:.1f} GB, and {there / 1e9:.1f} GB of memory are available: take fewer "
+                "parameters, sites or rounds, or --untouched"
+            )
         self._blocks = [_touched(block_bytes) for _ in range(blocks if block_bytes else 0)]
 
     def keep(self, blocks: int) -> None:
         """Let go of all blocks but so many."""
         while len(self._blocks) > max(0, blocks):
             self._blocks.pop().close()
+
+
+def available_bytes() -> int:
+    """Memory that the kernel could hand out now."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _touched(size: int) -> mmap.mmap:

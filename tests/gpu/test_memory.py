@@ -92,7 +92,7 @@ def test_depth_by_memory_is_on_the_safe_side(
     """The most that training takes is no more than what `[layers] memory_mib` is compared with."""
     section = federation(folder)
     loaded, data = opened(folder, section, f32, kept=kept)
-    estimate = measures(loaded, data, section.training, "int8")["memory_mib"](blocks)
+    estimate = measures(loaded, data, section)["memory_mib"](blocks)
     loaded = train_only(loaded, blocks)
     f32.give_back()
     torch.cuda.reset_peak_memory_stats(f32.at)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.goodput import NoiseTrainer
-from coordinator import service
+from coordinator import core, service
 from edge_client import agent
 from shared import durable
 from shared.link import Link, LinkOptions
@@ -87,10 +87,7 @@ async def _crowd(root: Path, sites: int) -> None:
 
 
 def test_a_state_leaves_once_for_all_sites(tmp_path: Path, mosquitto_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sites go in step: the coordinator sends little more than one of them hears; alone, each would cost as much.
-
-    On a busy machine one of them may be late for once, and the rest of that version then goes to each.
-    """
+    """Three sites go in step: the coordinator sends little more than one of them hears, and not three times that."""
     links: list[Link] = []
 
     def make_link(options: LinkOptions) -> Link:
@@ -98,6 +95,7 @@ def test_a_state_leaves_once_for_all_sites(tmp_path: Path, mosquitto_url: str, m
         return links[-1]
 
     monkeypatch.setattr(service, "Link", make_link)
+    monkeypatch.setattr(core, "DOWNLINK_MERGE_S", 10.0)  # however late a busy machine makes one of them
     write_toy(tmp_path, mosquitto_url, sites=3, versions=VERSIONS, parameters=400_000, link="window = 4\n")
     run_async(_crowd(tmp_path, 3), timeout_s=120)
     (link,) = links
@@ -105,4 +103,4 @@ def test_a_state_leaves_once_for_all_sites(tmp_path: Path, mosquitto_url: str, m
     assert min(state.frames for state in states) >= 25, "many windows"
     assert link.counters.reconnects == 0
     # Counted: 1.01.
-    assert link.counters.bytes_sent <= 2 * sum(state.wire_bytes for state in states)
+    assert link.counters.bytes_sent <= 1.1 * sum(state.wire_bytes for state in states)

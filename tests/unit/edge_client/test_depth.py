@@ -148,7 +148,7 @@ def test_kept_states_stay_right_while_blocks_above_them_change(loaded: LoadedMod
 def test_an_update_s_size_is_known_exactly(loaded: LoadedModel) -> None:
     """By hand: 2 bytes for each parameter of a block of 2,336, a norm of 16 and a head of 7 x 17."""
     block = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 32 + 2 * 16
-    upload = measures(loaded, dataset(loaded), FEDERATION.training, "bf16")["upload_mib"]
+    upload = measures(loaded, dataset(loaded), tiny.federation(codec={"up": "bf16"}))["upload_mib"]
     for count in (1, 2, 3):
         assert upload((1, 2, 3)[-count:]) * 2**20 == 2 * (count * block + 16 + 7 * 17)
 
@@ -170,8 +170,7 @@ def test_memory_and_time_are_measured(loaded: LoadedModel, monkeypatch: pytest.M
     The process has as much as before, whatever else comes and goes in it, and the clock counts a second for each step.
     """
     data = dataset(loaded)
-    section = FEDERATION.training.model_copy(update={"epochs": 2})
-    how = measures(loaded, data, section, "bf16")
+    how = measures(loaded, data, tiny.federation(training={"epochs": 2}))
     assert how["seconds"]((1, 2, 3)) > 0
     monkeypatch.setattr(depth, "_held_bytes", lambda _device: 50 * MIB)
     assert 50 < how["memory_mib"]((3,)) < how["memory_mib"]((1, 2, 3))
@@ -179,6 +178,21 @@ def test_memory_and_time_are_measured(loaded: LoadedModel, monkeypatch: pytest.M
     tokens = [batch.ids.numel() for batch in data.prepared.batches]
     assert len(tokens) > 1
     assert how["seconds"]((1, 2, 3)) == pytest.approx(2 * sum(tokens) / sorted(tokens)[len(tokens) // 2])
+
+
+def test_what_the_federation_asks_for_takes_memory(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bytes more for each trained parameter under the proximal term, twelve under `[privacy]`."""
+    monkeypatch.setattr(depth, "_held_bytes", lambda _device: 0)
+    data, private = dataset(loaded), {"delta": 1e-5, "noise_multiplier": 1.0}
+
+    def mib(**sections: Any) -> float:
+        return measures(loaded, data, tiny.federation(**sections))["memory_mib"]((2, 3))
+
+    plain = mib()
+    trained = sum(parameter.numel() for parameter in train_only(loaded, (2, 3)).trained.values())
+    held = mib(training={"proximal": 0.1})
+    assert (held - plain) * MIB == pytest.approx(8 * trained, abs=2)
+    assert (mib(privacy=private) - plain) * MIB == pytest.approx(12 * trained, abs=2)
 
 
 def in_steps(*arguments: Any, **options: Any) -> TrainResult:

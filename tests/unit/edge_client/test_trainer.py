@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_client import trainer
 from edge_client.data import Note, Sentence
 from edge_client.model import LoadedModel, apply_state, load_model, read_personal, read_trainable
 from edge_client.trainer import (
@@ -22,6 +23,7 @@ from edge_client.trainer import (
 )
 from shared.config import TrainingSection
 from shared.errors import RefusedError
+from shared.tensorfile import F32Array
 from tests.unit.edge_client import tiny
 
 FEDERATION = tiny.federation()
@@ -67,6 +69,32 @@ def test_the_same_arguments_give_the_same_bits(llama: LoadedModel) -> None:
     again = train(llama, state, data, FEDERATION.training, seed=1)
     assert all(np.array_equal(delta, again.delta[name]) for name, delta in first.delta.items())
     assert any(not np.array_equal(delta, other.delta[name]) for name, delta in first.delta.items())
+
+
+def test_gradients_and_moments_are_gone_before_the_delta_is_made(llama: LoadedModel) -> None:
+    """When the base is looked up for it, nothing of the optimizer's is left, though no garbage was collected."""
+    state, data = read_trainable(llama), make_dataset(llama, tiny.notes(), batch_size=4, seed=0)
+    optimizers: list[torch.optim.AdamW] = []
+    looked_up = 0
+
+    class Base(dict[str, F32Array]):
+        def __getitem__(self, name: str) -> F32Array:
+            nonlocal looked_up
+            for optimizer in optimizers:
+                assert not optimizer.state
+                assert all(parameter.grad is None for parameter in llama.trained.values())
+                looked_up += 1
+            return super().__getitem__(name)
+
+    def remembered(loaded: LoadedModel, section: TrainingSection) -> torch.optim.AdamW:
+        optimizers.append(make_optimizer(loaded, section))
+        return optimizers[-1]
+
+    make_optimizer = trainer._optimizer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "_optimizer", remembered)
+        train(llama, Base(state), data, FEDERATION.training, seed=1)
+    assert looked_up == len(state)
 
 
 def test_personal_tensors_are_trained_and_returned_whole(folders: dict[str, Path]) -> None:

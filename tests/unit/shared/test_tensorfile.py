@@ -347,6 +347,7 @@ def test_pages_of_a_mapped_file_can_be_let_go(tmp_path: Path) -> None:
 
 
 def _mapped_bytes() -> int:
-    """Bytes of files that are in this process's memory."""
-    (line,) = [each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssFile")]
-    return 1024 * int(line.split()[1])
+    """Bytes of files that are in this process's memory, of those on a RAM disk too."""
+    kinds = ("RssFile", "RssShmem")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
