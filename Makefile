@@ -95,7 +95,7 @@ reliability-report: setup ## docs/reliability.md anew from docs/results/*.json
 bench-memory: setup ## the coordinator's peak memory over 64 uploads of 50 MB, against 2 (3.2 GB of disk)
 	@$(VENV)/python -m bench.memory --json docs/results/memory.json
 
-bench-round: setup ## one round of 60 M parameters and four sites, on tmpfs and on the disk (6 GB of each): make bench-round ARGS="--turns 3"
+bench-round: setup ## one round of 60 M parameters and four sites, on tmpfs and on the disk (6 GB of each, 9 GB of memory): make bench-round ARGS="--turns 3"
 	@$(VENV)/python -m bench.round --disk . --json docs/results/round.json $(ARGS)
 
 # Flower and NVIDIA FLARE, pinned, each in an environment of its own below .bench/.
