@@ -90,12 +90,12 @@ def measure(run: str, place: str, folder: Path, options: argparse.Namespace) -> 
     """One run in a folder of its own below `folder`."""
     root = Path(tempfile.mkdtemp(prefix="mailboat-round-", dir=folder.resolve()))
     work = Work(str(root), options.sites, round(options.parameters * 1e6), TENSORS, WARM_UP + options.rounds + 1, 0.0)
-    work.save()
     try:
+        memory = Touched(work.rounds, 0 if options.untouched else _kept_most(work))
+        if run in PEERS:  # they keep nothing from round to round, and find all of it at once
+            memory.keep(0)
+        work.save()
         with Stage(root, environment(work)) as stage:
-            memory = Touched(work.rounds, 0 if options.untouched else _kept_most(work))
-            if run in PEERS:  # they keep nothing from round to round, and find all of it at once
-                memory.keep(0)
             found = _play(run, place, work, stage, memory)
         # Only when nothing else of the run is left to write.
         plain = _plain_writer(root, _synced(root, work)) if run.startswith("mailboat") else None
