@@ -11,8 +11,9 @@ member's link has lost is sent again to that one, before the next chunks for all
 
 Whoever hears the topic for all gets what goes there, room or not. For a slow link that would queue up at the broker,
 counted by nobody, up to the whole transfer. So a convoy goes on only as long as all who hear the topic are members that
-keep up. It ends when one lets the others wait for too long, when one comes that lacks more than a window of what they
-have had, or is further on by more than one, and when one pulls nothing.
+keep up and lack all that is to come. It ends when one lets the others wait for too long, when one comes that lacks more
+than a window of what they have had, is further on by more than one or holds parts of what follows, and when one pulls
+nothing.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Convoy:
         place = sender.next_index
         assert self.front is not None
         if sender.window < self.window or place is None or not self.front <= place <= self.front + self.window:
+            self.part(site)
+            return
+        if sender.unsent < sender.have.size - place:  # it holds some of what is to come, and would hear that uncounted
             self.part(site)
             return
         self.members[site] = None

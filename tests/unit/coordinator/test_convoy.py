@@ -133,6 +133,16 @@ def test_one_that_came_with_most_of_it_ends_it() -> None:
     assert want(downlink, "x", 0, window=1, present="xyz") == [Serve(A, "x", (1,))]
 
 
+def test_one_that_holds_parts_of_what_follows_ends_it() -> None:
+    """Ten would be sent on the topic for all what it holds, in front of which nothing counts for it."""
+    everybody, downlink = "abcdefghijk", make_downlink(2)
+    for site in everybody[:-1]:
+        want(downlink, site, window=2, present=everybody)
+    assert want(downlink, "k", 4, 6, window=2, present=everybody) == [Serve(A, None, (0, 1))]
+    assert want(downlink, "k", 0, 1, 4, 6, window=2, present=everybody) == [Serve(A, "k", (2, 3))]
+    assert want(downlink, "a", 0, 1, window=2, present=everybody) == [Serve(A, "a", (2, 3))]
+
+
 def test_the_same_may_be_pulled_together_again() -> None:
     """Nothing of a convoy that came to its end is left for the next one."""
     downlink = _together("xy")
