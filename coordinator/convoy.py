@@ -54,10 +54,13 @@ class Convoy:
         """Something has happened to a site: whether it is a member, and ready."""
         place = sender.next_index
         assert self.front is not None
-        if sender.window < self.window or place is None or not self.front <= place <= self.front + self.window:
-            self.part(site)
-            return
-        if sender.unsent < sender.have.size - place:  # it holds some of what is to come, and would hear that uncounted
+        in_step = (
+            sender.window >= self.window
+            and place is not None
+            and self.front <= place <= self.front + self.window
+            and sender.unsent == sender.have.size - place  # it would hear what it holds, counted by nobody
+        )
+        if not in_step:
             self.part(site)
             return
         self.members[site] = None

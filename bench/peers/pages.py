@@ -9,15 +9,17 @@ finds as much free memory that was touched as it may want to keep.
 from __future__ import annotations
 
 import mmap
-import resource
 from pathlib import Path
 
 SHARE = 0.6
 """Of the memory that is available, the most that is taken."""
 
 
+_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+
+
 class Touched:
-    """Blocks of memory that the host has given; one is let go at a time."""
+    """Blocks of memory that the host has given, until they are let go."""
 
     def __init__(self, blocks: int, block_bytes: int) -> None:
         wanted, there = blocks * block_bytes, available_bytes()
@@ -26,7 +28,7 @@ class Touched:
                 f"a run may keep {wanted / 1e9:.1f} GB, and {there / 1e9:.1f} GB of memory are available: take fewer "
                 "parameters, sites or rounds, or --untouched"
             )
-        self._blocks = [_touched(block_bytes) for _ in range(blocks if block_bytes else 0)]
+        self._blocks = [mmap.mmap(-1, block_bytes, flags=_TOUCHED) for _ in range(blocks if block_bytes else 0)]
 
     def keep(self, blocks: int) -> None:
         """Let go of all blocks but so many."""
@@ -38,10 +40,3 @@ def available_bytes() -> int:
     """Memory that the kernel could hand out now."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
-def _touched(size: int) -> mmap.mmap:
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-    for at in range(0, size, resource.getpagesize()):
-        block[at] = 1
-    return block
